@@ -1,0 +1,21 @@
+"""Set-up of all tests: shape checks, full matmul precision, and the marker `gpu`."""
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Must come before any of the three packages is imported: annotated functions are then checked at
+# every call. Users of the packages do not pay for it.
+install_import_hook(["models", "wavejax", "pallas_kernels"], "beartype.beartype")
+
+# float32 matmuls are otherwise rounded to fewer bits on some platforms.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where JAX has no CUDA GPU; asks JAX only if there are any."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and jax.default_backend() != "gpu":
+        skip = pytest.mark.skip(reason=f"needs a CUDA GPU; JAX runs on {jax.default_backend()}")
+        for item in marked:
+            item.add_marker(skip)
