@@ -1,0 +1,165 @@
+"""What a decoder needs to know about a model, whichever file the model came from."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from models.errors import InputError
+
+SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_KINDS = ("linear", "llama3", "yarn", "divisors")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model's rotary frequencies differ from plain RoPE.
+
+    Attributes:
+      kind: ``linear`` (positions divided by `factor`), ``llama3`` (Llama 3.1), ``yarn`` (Peng et
+        al. 2023, arXiv:2309.00071) or ``divisors`` (every frequency divided by its own number,
+        which is how GGUF files state Llama 3.1's scaling).
+      factor: how many times longer the context becomes.
+      original_context: tokens of context before scaling (llama3, yarn).
+      low_freq_factor, high_freq_factor: llama3's borders, as divisors of `original_context`.
+      attention_factor: multiplies cosine and sine, so queries and keys alike (yarn).
+      beta_fast, beta_slow: yarn's borders, in rotations over the original context.
+      truncate: whether yarn's borders are rounded outwards to whole dimensions.
+      divisors: one number for each frequency, `head_dim / 2` of them (divisors).
+    """
+
+    kind: str
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    divisors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise InputError(
+                f"RoPE scaling {self.kind!r} is not supported; supported are: "
+                + ", ".join(ROPE_KINDS[:3])
+            )
+        numbers = (self.factor, self.attention_factor, self.beta_fast, self.beta_slow)
+        if not all(math.isfinite(number) and number > 0 for number in (*numbers, *self.divisors)):
+            raise InputError(f"RoPE scaling {self.kind} has a number that is not positive: {self}")
+        if self.kind in ("llama3", "yarn") and self.original_context <= 0:
+            raise InputError(f"RoPE scaling {self.kind} needs original_max_position_embeddings > 0")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise InputError("RoPE scaling llama3 needs 0 < low_freq_factor < high_freq_factor")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's sizes and variations. Hashable: a static argument of compiled functions.
+
+    Attributes:
+      architecture: one of `SUPPORTED_ARCHITECTURES`.
+      vocab_size: rows of the embedding.
+      num_layers, hidden_size, intermediate_size: depth, width, and width of the MLP.
+      num_heads, num_kv_heads, head_dim: query heads, key/value heads that they share, and the size
+        of each (not always `hidden_size / num_heads`).
+      rope_theta: base wavelength of RoPE.
+      rope_scaling: None for plain RoPE.
+      norm_eps: epsilon of every RMSNorm.
+      tie_embeddings: logits reuse the embedding instead of a matrix of their own.
+      qkv_bias: query, key and value projections add a bias (Qwen2).
+      qk_norm: each query and key head is normalised before RoPE (Qwen3).
+      max_context: most tokens that a sequence may hold. Where the model slides a window over its
+        attention, this is the window: within it sliding and full attention are the same.
+      stop_token_ids: tokens that end a text.
+      bos_token_id: the token that begins a text, if the file names one.
+    """
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.architecture not in SUPPORTED_ARCHITECTURES:
+            raise InputError(unknown_architecture(self.architecture))
+        for name in _SIZES:
+            if getattr(self, name) <= 0:
+                raise InputError(f"the model's {name} is {getattr(self, name)}; expected 1 or more")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"the model's {self.num_heads} query heads cannot share its "
+                f"{self.num_kv_heads} kv heads"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"the model's head_dim is {self.head_dim}; RoPE needs an even one")
+        if not self.rope_theta > 1 or not self.norm_eps >= 0:
+            raise InputError(
+                f"rope_theta {self.rope_theta} must exceed 1, norm_eps {self.norm_eps} be 0 or more"
+            )
+        divisors = self.rope_scaling.divisors if self.rope_scaling else ()
+        if divisors and len(divisors) != self.head_dim // 2:
+            raise InputError(
+                f"the model has {len(divisors)} RoPE divisors; head_dim {self.head_dim} needs "
+                f"{self.head_dim // 2}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` turns back into an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The config that `to_json` described. Raises InputError where a field does not fit."""
+        try:
+            scaling = values.get("rope_scaling")
+            if scaling is not None:
+                scaling = RopeScaling(**{**scaling, "divisors": tuple(scaling["divisors"])})
+            stop_token_ids = tuple(values["stop_token_ids"])
+            return cls(**{**values, "rope_scaling": scaling, "stop_token_ids": stop_token_ids})
+        except InputError:
+            raise
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"the stored model config does not fit this version: {error}"
+            ) from None
+
+
+_SIZES = (
+    "vocab_size",
+    "num_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_context",
+)
+
+
+def unknown_architecture(name: str) -> str:
+    """The message for a model of another architecture."""
+    return (
+        f"model architecture {name!r} is not supported; supported are: "
+        + ", ".join(SUPPORTED_ARCHITECTURES)
+        + " (SmolLM2 is llama)"
+    )
+
+
+def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's temperature as a factor of queries and keys: 1 + 0.1 `mscale` ln(`factor`)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,0 +1,199 @@
+"""The decoder: RMSNorm, RoPE, grouped-query attention passed in, gated MLP; pure functions.
+
+One set of functions serves Llama, Mistral, Qwen2, Qwen3 and SmolLM2. `Decoder` runs all layers;
+`embed`, `apply_layer`, `final_norm` and `unembed` are the same steps one by one, for a caller that
+wants to do something between two layers (show progress, move a layer's cache).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from models.config import ModelConfig
+from models.parameters import Params, nest, parameter_shapes
+from models.rope import cosines_and_sines, rotate
+
+Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
+"""``attend(layer, query, key, value, state) -> (output, state)``
+
+layer int32 scalar; query, output ``[batch, tokens, num_heads, head_dim]``; key, value ``[batch,
+tokens, num_kv_heads, head_dim]``. Query and key come after their norm and RoPE. Query head h reads
+kv head ``h // (num_heads // num_kv_heads)``. The 1/sqrt(head_dim) is the attention's to apply.
+`state` is any pytree whose structure, shapes and dtypes stay as they are.
+"""
+
+
+class Decoder(nn.Module):
+    """All layers of a decoder-only language model, as a Flax linen module.
+
+    `init` makes random parameters; `apply` gives the hidden state after the final norm and the
+    attention's state. Logits are `unembed`'s, so that a caller can ask for one position's alone.
+
+    Attributes:
+      config: the model's sizes and variations.
+      attend: see `Attend`.
+      unroll: False loops over the layers in compiled code; True writes every layer out, which runs
+        faster on a GPU and compiles longer.
+      param_dtype: dtype of the parameters that `init` makes.
+    """
+
+    config: ModelConfig
+    attend: Attend
+    unroll: bool = False
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"], state: Any
+    ) -> tuple[Float[Array, "batch tokens hidden"], Any]:
+        """Runs tokens at their positions (both int32) through the model.
+
+        Returns:
+          hidden state after the final norm, in the parameters' dtype, and the attention's state.
+        """
+        tree = nest({path: path for path in parameter_shapes(self.config)})
+        params = {"params": {name: self._parameter(name, below) for name, below in tree.items()}}
+        hidden = embed(self.config, params, tokens)
+
+        def run_layer(carry: tuple[Array, Any], layer: Array | int) -> tuple[Any, None]:
+            hidden, state = carry
+            return apply_layer(
+                self.config, params, layer, hidden, positions, self.attend, state
+            ), None
+
+        carry = (hidden, state)
+        if self.unroll:
+            for layer in range(self.config.num_layers):
+                carry, _ = run_layer(carry, layer)
+        else:
+            carry, _ = jax.lax.scan(run_layer, carry, jnp.arange(self.config.num_layers))
+        hidden, state = carry
+        return final_norm(self.config, params, hidden), state
+
+    def _parameter(self, name: str, below: Any) -> Any:
+        """The parameter `name`, or the group of that name: `below` holds the full paths."""
+        shapes = parameter_shapes(self.config)
+
+        def init(key: Array) -> Any:
+            paths = jax.tree.leaves(below, is_leaf=lambda node: isinstance(node, tuple))
+            keys = jax.random.split(key, len(paths))
+            leaves = {
+                path: _random(path[-1], shapes[path], key, self.param_dtype)
+                for path, key in zip(paths, keys, strict=True)
+            }
+            return nest(leaves)[name]
+
+        return self.param(name, init)
+
+
+def embed(
+    config: ModelConfig, params: Params, tokens: Int[Array, "batch tokens"]
+) -> Float[Array, "batch tokens {config.hidden_size}"]:
+    """Looks up the tokens' embeddings, in the parameters' dtype."""
+    return params["params"]["embedding"][tokens]
+
+
+def apply_layer(
+    config: ModelConfig,
+    params: Params,
+    layer: Int[Array, ""] | int,
+    hidden: Float[Array, "batch tokens hidden"],
+    positions: Int[Array, "batch tokens"],
+    attend: Attend,
+    state: Any,
+) -> tuple[Float[Array, "batch tokens hidden"], Any]:
+    """Runs one layer.
+
+    Args:
+      config: the model's.
+      params: the whole model's; the layer is picked here.
+      layer: its number. As a traced scalar, one compiled program serves every layer.
+      hidden: input, in the parameters' dtype.
+      positions: int32, each token's place in its sequence.
+      attend: see `Attend`.
+      state: handed to `attend`.
+
+    Returns:
+      the layer's output, in `hidden`'s dtype, and the attention's state.
+    """
+    weights = _pick_layer(params["params"]["layers"], layer)
+    normed = _rms_norm(hidden, weights["attention_norm"], config.norm_eps)
+    query = _heads(normed, weights["query"], weights.get("query_bias"), config.head_dim)
+    key = _heads(normed, weights["key"], weights.get("key_bias"), config.head_dim)
+    value = _heads(normed, weights["value"], weights.get("value_bias"), config.head_dim)
+    if config.qk_norm:
+        query = _rms_norm(query, weights["query_norm"], config.norm_eps)
+        key = _rms_norm(key, weights["key_norm"], config.norm_eps)
+    cosines, sines = cosines_and_sines(config, positions)
+    query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
+    attended, state = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
+    attended = attended.astype(hidden.dtype).reshape(*hidden.shape[:2], -1)
+    hidden = hidden + _linear(attended, weights["output"])
+    normed = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
+    gated = nn.silu(_linear(normed, weights["gate"])) * _linear(normed, weights["up"])
+    return hidden + _linear(gated, weights["down"]), state
+
+
+def final_norm(
+    config: ModelConfig, params: Params, hidden: Float[Array, "*batch hidden"]
+) -> Float[Array, "*batch hidden"]:
+    """Normalises the last layer's output, as `unembed` expects it."""
+    return _rms_norm(hidden, params["params"]["final_norm"], config.norm_eps)
+
+
+def unembed(
+    config: ModelConfig, params: Params, hidden: Float[Array, "*batch hidden"]
+) -> Float[Array, "*batch {config.vocab_size}"]:
+    """Logits, float32, of hidden states that `final_norm` has normalised."""
+    table = params["params"]["embedding" if config.tie_embeddings else "unembedding"]
+    return _linear(hidden, table, jnp.float32)
+
+
+def _pick_layer(stacked: dict[str, Array], layer: Array | int) -> dict[str, Array]:
+    if isinstance(layer, int):
+        return {name: stack[layer] for name, stack in stacked.items()}
+    # Unlike stack[layer], this has no code for negative numbers, so it stays a plain slice.
+    return {
+        name: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+        for name, stack in stacked.items()
+    }
+
+
+def _linear(
+    inputs: Float[Array, "*batch in"], matrix: Float[Array, "out in"], dtype: Any = None
+) -> Float[Array, "*batch out"]:
+    return jnp.einsum("...i,oi->...o", inputs, matrix, preferred_element_type=dtype)
+
+
+def _heads(
+    inputs: Float[Array, "batch tokens hidden"],
+    matrix: Float[Array, "heads_times_dim hidden"],
+    bias: Float[Array, "heads_times_dim"] | None,
+    head_dim: int,
+) -> Float[Array, "batch tokens heads {head_dim}"]:
+    projected = _linear(inputs, matrix)
+    if bias is not None:
+        projected = projected + bias
+    return projected.reshape(*inputs.shape[:2], -1, head_dim)
+
+
+def _rms_norm(
+    inputs: Float[Array, "*batch dim"], weight: Float[Array, "dim"], eps: float
+) -> Float[Array, "*batch dim"]:
+    """RMSNorm in float32, whatever the dtype of its input, which the output has."""
+    wide = inputs.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale * weight.astype(jnp.float32)).astype(inputs.dtype)
+
+
+def _random(name: str, shape: tuple[int, ...], key: Array, dtype: Any) -> Array:
+    """Ones for norms, zeros for biases, else normal with variance 1 / inputs."""
+    if name.endswith("norm"):
+        return jnp.ones(shape, dtype)
+    if name.endswith("bias"):
+        return jnp.zeros(shape, dtype)
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[-1] ** -0.5, dtype)

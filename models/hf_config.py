@@ -1,0 +1,217 @@
+"""A Hugging Face config.json as a ModelConfig."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.config import (
+    SUPPORTED_ARCHITECTURES,
+    ModelConfig,
+    RopeScaling,
+    unknown_architecture,
+    yarn_attention_factor,
+)
+from models.errors import InputError
+
+# Settings that change what a model computes and that the decoder has no code for. Any value but
+# those listed (or the key's absence, or null) is refused: ignoring it would give wrong text.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "rope_interleaved": (False,),
+    "quantization_config": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "attention_multiplier": (),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "no_rope_layers": ((), []),
+    "num_local_experts": (0, 1),
+    "num_experts": (0,),
+    "is_encoder_decoder": (False,),
+}
+# Here transformers adds the bias to the output projection too, for which the decoder has none.
+_NEUTRAL_BIAS = ("llama", "mistral", "qwen3")
+_DEFAULT_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+
+
+def config_from_hf(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """Reads the config.json of a Llama, Mistral, Qwen2 or Qwen3 model.
+
+    Both spellings of the RoPE settings are read: `rope_theta` with `rope_scaling` (transformers 4)
+    and `rope_parameters` (transformers 5). Where a key is absent, transformers' default holds.
+
+    Args:
+      config: the parsed config.json.
+      generation_config: the parsed generation_config.json, whose stop tokens are added.
+
+    Raises:
+      InputError: unknown architecture, a feature that the decoder lacks, or a value that makes no
+        sense.
+    """
+    architecture = _architecture(config)
+    _refuse_what_is_not_supported(config, architecture)
+    hidden_size = _integer(config, "hidden_size")
+    num_heads = _integer(config, "num_attention_heads")
+    qwen3_head_dim = 128 if architecture == "qwen3" else None
+    max_positions = _integer(config, "max_position_embeddings", _DEFAULT_CONTEXT[architecture])
+    num_layers = _integer(config, "num_hidden_layers")
+    theta, scaling = _rope(config, max_positions)
+    max_context = max_positions
+    if scaling is not None and scaling.kind == "yarn":
+        # Qwen's documents add YaRN without changing max_position_embeddings.
+        max_context = max(max_context, int(scaling.factor * scaling.original_context))
+    window = _sliding_window(config, architecture, num_layers)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=_integer(config, "vocab_size"),
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=_integer(config, "intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=_integer(config, "num_key_value_heads", num_heads),
+        head_dim=_integer(config, "head_dim", qwen3_head_dim or hidden_size // max(num_heads, 1)),
+        max_context=min(max_context, window or max_context),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+        stop_token_ids=_stop_token_ids(config, generation_config or {}),
+        bos_token_id=_first(config.get("bos_token_id")),
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    name = config.get("model_type")
+    if not name:
+        classes = config.get("architectures") or ["unnamed"]
+        name = str(classes[0]).removesuffix("ForCausalLM").lower()
+    if name not in SUPPORTED_ARCHITECTURES:
+        raise InputError(unknown_architecture(str(name)))
+    return str(name)
+
+
+def _refuse_what_is_not_supported(config: Mapping[str, Any], architecture: str) -> None:
+    neutral = dict(_NEUTRAL)
+    if architecture in _NEUTRAL_BIAS:
+        neutral["attention_bias"] = (False,)
+    for key, allowed in neutral.items():
+        value = config.get(key)
+        if value is not None and value not in allowed:
+            shown = "set" if isinstance(value, dict) else repr(value)
+            expected = f"; supported is {allowed[0]!r}" if allowed else ""
+            raise InputError(f"config.json: {key} is {shown}, which is not supported{expected}")
+
+
+def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
+    """RoPE's theta and scaling from either spelling."""
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping) or any(isinstance(value, dict) for value in given.values()):
+        raise InputError("config.json: RoPE settings that differ by layer type are not supported")
+    settings = {key: value for key, value in given.items() if value is not None}
+    parameters = config.get("rope_parameters") or {}
+    theta = settings.get("rope_theta", parameters.get("rope_theta", config.get("rope_theta")))
+    theta = 10000.0 if theta is None else _number({"rope_theta": theta}, "rope_theta")
+    if settings.get("partial_rotary_factor", 1) != 1:
+        raise InputError("config.json: partial_rotary_factor other than 1 is not supported")
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", factor=_number(settings, "factor"))
+    original = settings.get(
+        "original_max_position_embeddings",
+        config.get("original_max_position_embeddings") or max_positions,
+    )
+    original = _integer({"original": original}, "original")
+    if kind == "llama3":
+        return theta, RopeScaling(
+            "llama3",
+            factor=_number(settings, "factor"),
+            original_context=original,
+            low_freq_factor=_number(settings, "low_freq_factor"),
+            high_freq_factor=_number(settings, "high_freq_factor"),
+        )
+    if kind == "yarn":
+        return theta, _yarn(settings, original, max_positions)
+    raise InputError(
+        f"config.json: RoPE type {kind!r} is not supported; supported are: default, linear, "
+        "llama3, yarn"
+    )
+
+
+def _yarn(settings: Mapping[str, Any], original: int, max_positions: int) -> RopeScaling:
+    factor = _number(settings, "factor", max_positions / max(original, 1))
+    mscale, mscale_all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
+    attention_factor = yarn_attention_factor(factor)
+    if mscale and mscale_all_dim:
+        attention_factor = yarn_attention_factor(factor, float(mscale)) / yarn_attention_factor(
+            factor, float(mscale_all_dim)
+        )
+    return RopeScaling(
+        "yarn",
+        factor=factor,
+        original_context=original,
+        attention_factor=_number(settings, "attention_factor", attention_factor),
+        beta_fast=_number(settings, "beta_fast", 32.0) or 32.0,
+        beta_slow=_number(settings, "beta_slow", 1.0) or 1.0,
+        truncate=bool(settings.get("truncate", True)),
+    )
+
+
+def _sliding_window(config: Mapping[str, Any], architecture: str, num_layers: int) -> int | None:
+    """The window in tokens, or None where no layer slides one."""
+    layer_types = config.get("layer_types") or []
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise InputError(f"config.json: layer_types {sorted(unknown)} are not supported")
+    window = config.get("sliding_window", 4096 if architecture == "mistral" else None)
+    if architecture == "mistral":
+        slides = True
+    elif architecture == "llama":
+        slides = "sliding_attention" in layer_types
+    elif not config.get("use_sliding_window", False):
+        slides = False
+    elif layer_types:
+        slides = "sliding_attention" in layer_types
+    else:
+        slides = config.get("max_window_layers", 28) < num_layers
+        window = config.get("sliding_window", 4096)
+    return _integer({"sliding_window": window}, "sliding_window") if slides and window else None
+
+
+def _stop_token_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
+    found: list[int] = []
+    for config in configs:
+        ids = config.get("eos_token_id")
+        found += [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return tuple(dict.fromkeys(found))
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
+
+
+def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    number = _number(values, key, None if default is None else float(default))
+    if number != int(number):
+        raise InputError(f"config.json: {key} is {number}; expected a whole number")
+    return int(number)
+
+
+def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = values.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise InputError(f"config.json: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) == float("inf"):
+        raise InputError(f"config.json: {key} is {value!r}; expected a number")
+    return float(value)
