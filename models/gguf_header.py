@@ -1,0 +1,170 @@
+"""Reads what stands before a GGUF file's tensor data, and checks that the data is all there.
+
+The `gguf` package's own reader trusts the file: cut short, it fails anywhere, or not at all. The
+layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian.
+"""
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from models.errors import InputError
+
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+_MOST_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor's place in the file.
+
+    Attributes:
+      shape: in row-major order (the file states it reversed).
+      kind: how its numbers are encoded.
+      offset, size: bytes from the file's start, and of data.
+    """
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """A GGUF file's metadata and tensors by name, in the file's order."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Reads metadata and tensor table.
+
+    Raises:
+      InputError: not a GGUF file, a version or byte order not supported, or a file that is corrupt
+        or shorter than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{path} is not a GGUF file: it does not begin with GGUF")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Parser(path, data).header()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+class _Parser:
+    """Walks the header once, from byte 4."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.at = path, data, 4
+
+    def header(self) -> GgufHeader:
+        version = self.number("I")
+        if version not in (2, 3):
+            raise InputError(
+                f"{self.path} is GGUF version {version} or big-endian; supported are versions 2 "
+                "and 3, little-endian"
+            )
+        num_tensors, num_keys = self.number("Q"), self.number("Q")
+        metadata = {}
+        for _ in range(num_keys):
+            key = self.string()
+            metadata[key] = self.value(self.number("I"))
+        rows = [self.tensor_row() for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise self.corrupt(f"general.alignment is {alignment!r}")
+        start = -(-self.at // alignment) * alignment
+        tensors = {}
+        for name, shape, kind, offset in rows:
+            tensors[name] = self.locate(name, shape, kind, start + offset)
+        return GgufHeader(metadata, tensors)
+
+    def tensor_row(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, num_dimensions = self.string(), self.number("I")
+        if num_dimensions > _MOST_DIMENSIONS:
+            raise self.corrupt(f"tensor {name} has {num_dimensions} dimensions")
+        reversed_shape = [self.number("Q") for _ in range(num_dimensions)]
+        return name, tuple(reversed(reversed_shape)), self.number("I"), self.number("Q")
+
+    def locate(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+        try:
+            encoding = gguf.GGMLQuantizationType(kind)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[encoding]
+        except (ValueError, KeyError):
+            raise InputError(
+                f"{self.path}: tensor {name} has encoding number {kind}, which the installed gguf "
+                "package does not know"
+            ) from None
+        if shape and shape[-1] % block:
+            raise self.corrupt(f"tensor {name} {shape} is not made of blocks of {block}")
+        size = math.prod(shape) // block * block_bytes
+        if offset + size > len(self.data):
+            raise InputError(
+                f"{self.path} is truncated: tensor {name} ends at byte {offset + size}, the file "
+                f"at {len(self.data)}; download or copy it again"
+            )
+        return GgufTensor(shape, encoding, offset, size)
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            item_kind, length = self.number("I"), self.number("Q")
+            if item_kind in _SCALARS:
+                return list(self.numbers(_SCALARS[item_kind], length))
+            if item_kind != _STRING:
+                raise self.corrupt(f"an array has items of kind {item_kind}")
+            return [self.string() for _ in range(length)]
+        if kind not in _SCALARS:
+            raise self.corrupt(f"a value is of kind {kind}")
+        return self.number(_SCALARS[kind])
+
+    def string(self) -> str:
+        begin = self.advance(self.number("Q"))
+        try:
+            return self.data[begin : self.at].decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.corrupt("a text is not UTF-8") from None
+
+    def number(self, code: str) -> Any:
+        return self.numbers(code, 1)[0]
+
+    def numbers(self, code: str, count: int) -> tuple[Any, ...]:
+        begin = self.advance(struct.calcsize("<" + code) * count)
+        return struct.unpack_from(f"<{count}{code}", self.data, begin)
+
+    def advance(self, size: int) -> int:
+        """Passes `size` bytes, which must be there; gives their first one's place."""
+        begin = self.at
+        if begin + size > len(self.data):
+            raise self.corrupt("the file ends inside its header")
+        self.at += size
+        return begin
+
+    def corrupt(self, what: str) -> InputError:
+        return InputError(
+            f"{self.path} is truncated or corrupt: {what} (at byte {self.at}); download or copy it "
+            "again"
+        )

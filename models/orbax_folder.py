@@ -1,0 +1,122 @@
+"""Our own checkpoint folder: Orbax parameters, and the model's config beside them."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from models.config import ModelConfig
+from models.errors import InputError
+from models.parameters import Params, nest, parameter_shapes
+from models.safetensors_folder import read_json
+from models.tensor_source import parameter_dtype, refuse_overflow, report_problems
+
+CONFIG_FILE = "model_config.json"
+_FORMAT = "wavejax-orbax-1"
+_PARAMS = "params"
+
+
+def open_orbax(folder: Path) -> ModelConfig:
+    """Reads the config of a folder that `save_orbax` wrote and checks its tensors' shapes.
+
+    Raises:
+      InputError: not such a folder, or incomplete.
+    """
+    stored = read_json(folder / CONFIG_FILE)
+    if stored.get("format") != _FORMAT or not isinstance(stored.get("config"), dict):
+        raise InputError(f"{folder / CONFIG_FILE} does not say {_FORMAT}; convert the model again")
+    config = ModelConfig.from_json(stored["config"])
+    with _checkpointer() as checkpointer:
+        metadata = _or_input_error(folder, lambda: checkpointer.metadata(_params(folder)))
+    stored_tree = getattr(metadata, "item_metadata", metadata)
+    leaves = jax.tree_util.tree_flatten_with_path(getattr(stored_tree, "tree", stored_tree))[0]
+    given = {
+        ".".join(str(getattr(key, "key", key)) for key in path): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+    shapes = parameter_shapes(config)
+    report_problems(str(folder), {".".join(path): shape for path, shape in shapes.items()}, given)
+    return config
+
+
+def load_orbax(folder: Path, config: ModelConfig, dtype: str) -> Params:
+    """Reads the parameters as arrays of `dtype` on JAX's default device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        path: jax.ShapeDtypeStruct(shape, parameter_dtype(dtype), sharding=sharding)
+        for path, shape in parameter_shapes(config).items()
+    }
+    with _checkpointer() as checkpointer:
+        tree = _or_input_error(
+            folder, lambda: checkpointer.restore(_params(folder), nest(dict(wanted)))
+        )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        refuse_overflow(f"{folder}: {jax.tree_util.keystr(path)}", leaf)
+    return {"params": tree}
+
+
+def save_orbax(
+    config: ModelConfig, params: Params, folder: Path, add_files: Callable[[Path], None]
+) -> None:
+    """Writes parameters and config to a new folder, which appears only once it is complete.
+
+    Args:
+      config: the model's.
+      params: as `Decoder.init` gives them.
+      folder: must not exist.
+      add_files: called with the unfinished folder, to put more files there.
+
+    Raises:
+      InputError: `folder` exists, or cannot be written.
+    """
+    refuse_existing(folder)
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(_params(unfinished), params["params"])
+            checkpointer.wait_until_finished()
+        stored = {"format": _FORMAT, "config": config.to_json()}
+        (unfinished / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        add_files(unfinished)
+        refuse_existing(folder)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def refuse_existing(folder: Path) -> None:
+    """InputError if there is anything at `folder`."""
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} exists already; name a new folder or remove it first")
+
+
+def _checkpointer() -> Any:
+    # Importing Orbax takes seconds, which only those who use it should wait for.
+    import orbax.checkpoint
+
+    return orbax.checkpoint.StandardCheckpointer()
+
+
+def _params(folder: Path) -> Path:
+    return folder.resolve() / _PARAMS
+
+
+def _or_input_error(folder: Path, action: Callable[[], Any]) -> Any:
+    """What `action` gives. Orbax has no error of its own for damage: any stands for it here."""
+    if not (folder / _PARAMS).is_dir():
+        raise InputError(f"{folder} lacks its folder {_PARAMS}; convert the model again")
+    try:
+        return action()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{folder} is truncated or corrupt ({type(error).__name__}: {reason}); convert the "
+            "model again"
+        ) from None
