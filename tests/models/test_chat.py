@@ -1,0 +1,46 @@
+"""Chat templates: what they may use, and what becomes of broken ones."""
+
+import pytest
+
+from models.chat import apply_chat
+from models.errors import InputError
+
+USER = [{"role": "user", "content": "a<b & 'c'"}]
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}", "<s>a<b & 'c'</s>"),
+        ("{% if add_generation_prompt %}go{% endif %}", "go"),
+        ("{% for m in messages %}\n    {% if true %}\nx\n    {% endif %}\n{% endfor %}", "x\n"),
+        ("{{ messages[0].content | tojson }}", "\"a<b & 'c'\""),
+        ("{{ {'é': 1} | tojson }}", '{"é": 1}'),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        ("{% generation %}y{% endgeneration %}", "y"),
+        ("{{ strftime_now('%%') }}", "%"),
+        ("{{ tools is none }} {{ documents is none }} {{ unknown is defined }}", "True True False"),
+        ("{{ messages[0].content.strip().upper() }}", "A<B & 'C'"),
+    ],
+)
+def test_templates(template: str, text: str) -> None:
+    assert apply_chat(template, USER, bos_token="<s>", eos_token="</s>") == text
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if %}", "chat template failed"),
+        ("{{ messages[3].content.x }}", "chat template failed"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' + 1 }}", "chat template failed"),
+        ("{{ messages.append(1) }}", "chat template failed"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "chat template failed"),
+    ],
+)
+def test_broken_and_hostile_templates(template: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        apply_chat(template, USER)
+    assert "\n" not in str(caught.value)
+    assert "--raw" in str(caught.value)

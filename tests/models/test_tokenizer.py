@@ -1,0 +1,175 @@
+"""The default model's tokenizer against transformers; folders; streaming; damaged input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.errors import InputError
+from models.tokenizer import Tokenizer, load_tokenizer
+
+REFERENCES = Path(__file__).parent.parent / "references"
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Tokenizer:
+    from models.checkpoint import find_default_model
+
+    return load_tokenizer(find_default_model())
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict:
+    return json.loads((REFERENCES / "tokenizer_smollm2.json").read_text(encoding="utf-8"))
+
+
+def test_encodes_as_transformers_does(smollm2: Tokenizer, reference: dict) -> None:
+    assert len(reference["samples"]) >= 60
+    for sample in reference["samples"]:
+        assert smollm2.encode(sample["text"], add_special=True) == sample["ids"], sample["text"]
+
+
+def test_chat_is_as_transformers_renders_it(smollm2: Tokenizer, reference: dict) -> None:
+    ids = smollm2.encode_chat(reference["conversation"])
+    assert ids == smollm2.encode(reference["conversation_text"], add_special=False)
+    assert ids[:1] == [smollm2.bos_id]
+    assert ids.count(smollm2.backend.token_to_id("<|im_start|>")) == 5  # system, 3 turns, answer
+
+
+def test_special_tokens_of_the_default_model(smollm2: Tokenizer) -> None:
+    assert (smollm2.bos_token, smollm2.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert smollm2.stop_ids == {0, 2}  # <|endoftext|>, <|im_end|>
+    assert smollm2.vocab_size == 49152
+    assert smollm2.encode("<|im_end|>", add_special=True) == [2]
+    assert smollm2.decode([2, 19556, 0]) == "Hello"
+
+
+@given(text=st.text(max_size=60))
+@settings(deadline=None, max_examples=200)
+def test_decoding_undoes_encoding(smollm2: Tokenizer, text: str) -> None:
+    text = text.encode("utf-8", "replace").decode()
+    assert smollm2.decode(smollm2.encode(text, add_special=True)) == text
+
+
+@given(ids=st.lists(st.integers(0, 49151), max_size=40))
+@settings(deadline=None, max_examples=200)
+def test_stream_of_any_ids_gives_what_decode_gives(smollm2: Tokenizer, ids: list[int]) -> None:
+    stream = smollm2.stream()
+    assert "".join(map(stream.push, ids)) + stream.flush() == smollm2.decode(ids)
+
+
+def test_stream_holds_back_half_a_character(smollm2: Tokenizer) -> None:
+    text = "é👍🏽漢字 ok"
+    stream = smollm2.stream()
+    pieces = [stream.push(i) for i in smollm2.encode(text, add_special=False)]
+    assert "".join(pieces) == text
+    assert "" in pieces
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert stream.flush() == ""
+
+
+def test_stream_flushes_what_never_became_a_character(smollm2: Tokenizer) -> None:
+    ids = smollm2.encode("a👍", add_special=False)
+    stream = smollm2.stream()
+    assert "".join(map(stream.push, ids[:-1])) == "a"
+    assert stream.flush() == "\ufffd"
+    assert stream.flush() == ""
+
+
+def test_saved_and_loaded_again(smollm2: Tokenizer, tmp_path: Path) -> None:
+    smollm2.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.stop_ids == smollm2.stop_ids
+    assert again.chat_template == smollm2.chat_template
+    assert (again.add_bos, again.bos_token, again.eos_token) == (
+        False,
+        "<|im_start|>",
+        "<|im_end|>",
+    )
+    text = "Grüße,\n\n 42 <|im_end|> 👍"
+    assert again.encode(text, add_special=True) == smollm2.encode(text, add_special=True)
+
+
+def make_folder(folder: Path, **config: object) -> Path:
+    """A folder with a byte-level tokenizer and the given tokenizer_config.json."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<s>", "</s>", "<end>", *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<end>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("said, adds", [({}, True), ({"add_bos_token": False}, False)])
+def test_folder_says_whether_text_starts_with_bos(tmp_path: Path, said: dict, adds: bool) -> None:
+    loaded = load_tokenizer(make_folder(tmp_path, bos_token="<s>", eos_token="</s>", **said))
+    assert loaded.encode("", add_special=True) == ([0] if adds else [])
+    assert loaded.encode("", add_special=False) == []
+
+
+def test_bos_does_not_come_twice(tmp_path: Path) -> None:
+    folder = make_folder(
+        tmp_path,
+        bos_token={"content": "<s>"},
+        chat_template="{{ bos_token }}{{ messages[0].content }}",
+    )
+    assert load_tokenizer(folder).encode_chat([{"role": "user", "content": ""}]) == [0]
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert load_tokenizer(folder).encode_chat([{"role": "user", "content": ""}]) == [0]
+
+
+def test_stop_ids_come_from_all_files(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, eos_token="</s>")
+    assert load_tokenizer(folder).stop_ids == {1}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert load_tokenizer(folder).stop_ids == {1, 2}
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert load_tokenizer(folder).stop_ids == {1, 2}
+
+
+def test_named_templates(tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    assert load_tokenizer(make_folder(tmp_path, chat_template=templates)).chat_template == "b"
+
+
+def test_no_template_is_an_error_that_names_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--raw"):
+        load_tokenizer(make_folder(tmp_path)).encode_chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("tokenizer.json", "{", "is not a tokenizer"),
+        ("tokenizer.json", '{"model": 1}', "is not a tokenizer"),
+        ("tokenizer_config.json", "{", "is not JSON"),
+        ("tokenizer_config.json", "[1]", "expected an object"),
+        ("generation_config.json", "\x00", "is not JSON"),
+    ],
+)
+def test_damaged_folder(tmp_path: Path, name: str, content: str, said: str) -> None:
+    folder = make_folder(tmp_path)
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=said) as caught:
+        load_tokenizer(folder)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no tokenizer\.json$"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(InputError, match="must be converted"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="no such file or folder"):
+        load_tokenizer(tmp_path / "absent")
