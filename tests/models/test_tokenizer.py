@@ -47,10 +47,13 @@ def test_special_tokens_of_the_default_model(smollm2: Tokenizer) -> None:
     assert smollm2.decode([2, 19556, 0]) == "Hello"
 
 
-@given(text=st.text(max_size=60))
+@given(text=st.text(st.characters(codec="utf-8"), max_size=60))
 @settings(deadline=None, max_examples=200)
 def test_decoding_undoes_encoding(smollm2: Tokenizer, text: str) -> None:
-    text = text.encode("utf-8", "replace").decode()
+    # SmolLM2 has no token for some bytes, those of rare control characters and of planes above 3.
+    has = smollm2.backend.get_vocab()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    text = "".join(c for c in text if all(b in has for b in alphabet.pre_tokenize_str(c)[0][0]))
     assert smollm2.decode(smollm2.encode(text, add_special=True)) == text
 
 
@@ -117,11 +120,8 @@ def test_folder_says_whether_text_starts_with_bos(tmp_path: Path, said: dict, ad
 
 
 def test_bos_does_not_come_twice(tmp_path: Path) -> None:
-    folder = make_folder(
-        tmp_path,
-        bos_token={"content": "<s>"},
-        chat_template="{{ bos_token }}{{ messages[0].content }}",
-    )
+    template = "{{ bos_token }}{{ messages[0].content }}"
+    folder = make_folder(tmp_path, bos_token={"content": "<s>"}, chat_template=template)
     assert load_tokenizer(folder).encode_chat([{"role": "user", "content": ""}]) == [0]
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert load_tokenizer(folder).encode_chat([{"role": "user", "content": ""}]) == [0]
