@@ -1,0 +1,14 @@
+"""The ops of a decode step over a clustered KV cache, on arrays.
+
+Each op is a folder: `api.py` (the public function), `reference.py` (its semantics, in plain JAX).
+"""
+
+from pallas_kernels.append_rows import append_rows as append_rows
+from pallas_kernels.attend_zones import attend_zones as attend_zones
+from pallas_kernels.build_clusters import build_clusters as build_clusters
+from pallas_kernels.encode_tokens import encode_tokens as encode_tokens
+from pallas_kernels.merge_states import merge_states as merge_states
+from pallas_kernels.score_clusters import score_clusters as score_clusters
+from pallas_kernels.score_tokens import score_tokens as score_tokens
+from pallas_kernels.select_clusters import select_clusters as select_clusters
+from pallas_kernels.select_tokens import select_tokens as select_tokens

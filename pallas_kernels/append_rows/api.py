@@ -1,0 +1,39 @@
+"""Public function of the op `append_rows`."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _dispatch
+from pallas_kernels._dispatch import Implementation
+from pallas_kernels.append_rows import reference
+
+
+def append_rows(
+    store: Float[Array, "layers batch kv_heads tokens 2 head_dim"],
+    rows: Float[Array, "kv_heads new 2 head_dim"],
+    layer: Int[Array, ""] | int,
+    sequence: Int[Array, ""] | int,
+    start: Int[Array, ""] | int,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "layers batch kv_heads tokens 2 head_dim"]:
+    """Writes one sequence's new rows into the row store, from token `start` on.
+
+    In place where the store is donated, in host memory as on the device. `start` + new must not
+    pass the store's end: XLA would move the whole block back.
+
+    Args:
+        store: keys and values side by side, in token order; may lie in `pinned_host` memory.
+        rows: on the device.
+        layer, sequence: where in the stack.
+        start: the first row to write.
+    """
+    return _dispatch.call(
+        "append_rows",
+        implementation,
+        {"xla": reference.append_rows},
+        store,
+        rows,
+        layer,
+        sequence,
+        start,
+    )

@@ -1,0 +1,136 @@
+"""The semantics of `attend_zones`, in plain JAX."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels import _compat
+from pallas_kernels._numerics import MASKED, NO_ID, log_count, log_sum_exp
+
+
+class ZoneStates(NamedTuple):
+    """Attention over each zone alone, to be merged by `merge_states`, and the cache after it.
+
+    Attributes:
+        outputs: `[3, batch, kv_heads, group, head_dim]` float32: steady, retrieved, estimated.
+        logsumexps: `[3, batch, kv_heads, group]` float32; about -1e30 for an empty zone.
+        cache_rows: as given, with the admitted rows written into their slots.
+    """
+
+    outputs: Array
+    logsumexps: Array
+    cache_rows: Array
+
+
+def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:
+    """Reads rows of the store: `[batch, kv_heads, n, 2, head_dim]`, on the device.
+
+    A store in host memory is read by the host's processor, since XLA does not gather across
+    memories; the rows it gathered then go to the device in one transfer.
+    """
+    batch, kv_heads = tokens.shape[:2]
+    parts = (
+        jnp.asarray(layer),
+        jnp.arange(batch)[:, None, None],
+        jnp.arange(kv_heads)[None, :, None],
+        jnp.minimum(tokens, store.shape[3] - 1),
+    )
+    index = jnp.stack(jnp.broadcast_arrays(*parts), axis=-1).astype(jnp.int32)
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(3, 4), collapsed_slice_dims=(0, 1, 2, 3), start_index_map=(0, 1, 2, 3)
+    )
+
+    def gather(store: Array, index: Array) -> Array:
+        return lax.gather(
+            store,
+            index,
+            numbers,
+            (1, 1, 1, 1, *store.shape[4:]),
+            mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+        )
+
+    if jax.typeof(store).memory_space != jax.memory.Space.Host:
+        return gather(store, index)
+    index = jax.device_put(index, jax.memory.Space.Host)
+    rows = _compat.run_on_host(gather, store, index)
+    return jax.device_put(rows, jax.memory.Space.Device)
+
+
+def attend_rows(query: Array, rows: Array, valid: Array, *, scale: float) -> tuple[Array, Array]:
+    """Exact attention over rows of keys and values.
+
+    Args:
+        query: `[batch, kv_heads, group, head_dim]`.
+        rows: `[batch, kv_heads, n, 2, head_dim]`.
+        valid: `[batch, kv_heads or 1, n]` bool.
+    """
+    # A row that is not valid may hold anything, NaN included.
+    rows = jnp.where(valid[..., None, None], rows, 0)
+    logits = scale * jnp.einsum(
+        "bhgd,bhnd->bhgn", query, rows[..., 0, :], preferred_element_type=jnp.float32
+    )
+    logits = jnp.where(valid[:, :, None, :], logits, MASKED)
+    return attend_logits(logits, rows[..., 1, :])
+
+
+def attend_logits(logits: Array, values: Array) -> tuple[Array, Array]:
+    """Softmax of the logits `[batch, kv_heads, group, n]` over values `[batch, kv_heads, n, d]`."""
+    logsumexp = log_sum_exp(logits, axis=-1)
+    weights = jnp.where(logits > MASKED / 2, jnp.exp(logits - logsumexp[..., None]), 0.0)
+    return jnp.einsum("bhgn,bhnd->bhgd", weights, values.astype(jnp.float32)), logsumexp
+
+
+def attend_zones(
+    query: Array,
+    sink: Array,
+    sink_tokens: Array,
+    window: Array,
+    window_tokens: Array,
+    store: Array,
+    cache_rows: Array,
+    tokens: Array,
+    slots: Array,
+    hit: Array,
+    logits: Array,
+    value_sums: Array,
+    offsets: Array,
+    remaining: Array,
+    layer: Array | int,
+    *,
+    scale: float,
+) -> ZoneStates:
+    """See `pallas_kernels.attend_zones`."""
+    batch, kv_heads = query.shape[:2]
+    b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
+
+    steady_rows = jnp.concatenate([sink[layer], window[layer]], axis=2)
+    steady_valid = jnp.concatenate(
+        [
+            jnp.arange(sink.shape[3]) < sink_tokens[:, None],
+            jnp.arange(window.shape[3]) < window_tokens[:, None],
+        ],
+        axis=1,
+    )
+    steady = attend_rows(query, steady_rows, steady_valid[:, None, :], scale=scale)
+
+    cached = cache_rows[layer, b, h, jnp.minimum(slots, cache_rows.shape[3] - 1)]
+    missed = read_rows(store, layer, jnp.where(hit, 0, tokens))
+    rows = jnp.where(hit[..., None, None], cached, missed)
+    admitted = jnp.where(hit, NO_ID, slots)
+    cache_rows = cache_rows.at[layer, b, h, admitted].set(missed, mode="drop")
+    retrieved = attend_rows(query, rows, tokens != NO_ID, scale=scale)
+
+    sizes = jnp.diff(offsets[layer], axis=-1)
+    means = value_sums[layer].astype(jnp.float32) / jnp.maximum(sizes, 1)[..., None]
+    means = jnp.where(sizes[..., None] > 0, means, 0)
+    kept = log_count(remaining)[:, :, None, :]
+    estimated = attend_logits(jnp.where(kept > MASKED / 2, logits + kept, MASKED), means)
+
+    parts = (steady, retrieved, estimated)
+    return ZoneStates(
+        jnp.stack([output for output, _ in parts]),
+        jnp.stack([logsumexp for _, logsumexp in parts]),
+        cache_rows,
+    )

@@ -1,0 +1,49 @@
+"""Public function of the op `build_clusters`."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _dispatch
+from pallas_kernels._dispatch import Implementation
+from pallas_kernels.build_clusters import reference
+from pallas_kernels.build_clusters.reference import Clusters
+
+
+def build_clusters(
+    keys: Float[Array, "*rows tokens head_dim"],
+    values: Float[Array, "*rows tokens head_dim"],
+    count: Int[Array, ""] | int,
+    *,
+    cluster_size: int,
+    max_cluster_size: int,
+    iterations: int,
+    implementation: Implementation | None = None,
+) -> Clusters:
+    """Clusters one segment's tokens by their keys (RetroInfer, section 4.3).
+
+    Spherical k-means on keys centred by their mean: ceil(count / cluster_size) centroids that
+    start as keys at uniform midpoints, assignment by inner product, ties to the lower id.
+    Clusters of more than `max_cluster_size` tokens are cut into even pieces along their main
+    direction; empty ones are dropped. The same input gives the same bits, run after run.
+
+    Args:
+        keys: post-RoPE keys; anything past `count`.
+        values: likewise.
+        count: how many tokens the segment has.
+        cluster_size: mean tokens a cluster, before cutting.
+        max_cluster_size: most tokens a cluster.
+        iterations: of k-means, before the last assignment.
+
+    Returns:
+        Clusters, with room for `build_clusters.capacity(...)` of them.
+    """
+    return _dispatch.call(
+        "build_clusters",
+        implementation,
+        {"xla": reference.build_clusters},
+        keys,
+        values,
+        count,
+        cluster_size=cluster_size,
+        max_cluster_size=max_cluster_size,
+        iterations=iterations,
+    )

@@ -1,0 +1,146 @@
+"""The semantics of `build_clusters`, in plain JAX, for one segment of one head."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+POWER_ITERATIONS = 4
+
+
+class Clusters(NamedTuple):
+    """A segment's clusters.
+
+    Attributes:
+        centroids: `[..., clusters, head_dim]` float32, plain means of the members' keys.
+        value_sums: `[..., clusters, head_dim]` float32, sums of the members' values.
+        offsets: `[..., clusters + 1]` int32: cluster j holds order[offsets[j] : offsets[j + 1]].
+            Clusters past the last one are empty; before it none is.
+        order: `[..., tokens]` int32, the tokens in cluster order, rising within a cluster; the
+            padding comes last.
+    """
+
+    centroids: Array
+    value_sums: Array
+    offsets: Array
+    order: Array
+
+
+def capacity(tokens: int, cluster_size: int, max_cluster_size: int) -> int:
+    """The most clusters a segment of so many tokens can have.
+
+    k clusters of n_j tokens are cut into sum(ceil(n_j / max)) <= k + n / max pieces.
+    """
+    return min(-(-tokens // cluster_size) + tokens // max_cluster_size, tokens)
+
+
+def _sum_members(assignment: Array, x: Array, num_clusters: int) -> Array:
+    # A product with a one-hot matrix, not a scatter: float atomics would make sums depend on the
+    # order in which a GPU happens to run.
+    one_hot = (assignment[None, :] == jnp.arange(num_clusters)[:, None]).astype(jnp.float32)
+    return jnp.matmul(one_hot, x, precision=lax.Precision.HIGHEST)
+
+
+def _spherical_k_means(
+    x: Array, count: Array | int, num_clusters: Array | int, max_clusters: int, iterations: int
+) -> Array:
+    """Assigns each centred key to a cluster (RetroInfer, section 4.3)."""
+    tokens = x.shape[0]
+    cluster = jnp.arange(max_clusters)
+    # In int32, since `num_clusters` times `tokens` stays far below 2^31 for any segment.
+    midpoint = (2 * cluster + 1) * count // (2 * jnp.maximum(num_clusters, 1))
+    centroids = x[jnp.minimum(midpoint, tokens - 1)]
+    in_use = (cluster < num_clusters)[:, None]
+    valid = jnp.arange(tokens) < count
+
+    def assign(centroids: Array) -> Array:
+        scores = jnp.where(in_use, centroids @ x.T, -jnp.inf)
+        return jnp.where(valid, jnp.argmax(scores, axis=0).astype(jnp.int32), max_clusters)
+
+    def normalise(sums: Array, old: Array) -> Array:
+        norm = jnp.linalg.norm(sums, axis=-1, keepdims=True)
+        return jnp.where(norm > 0, sums / jnp.maximum(norm, 1e-30), old)
+
+    def iterate(_: Array, centroids: Array) -> Array:
+        return normalise(_sum_members(assign(centroids), x, max_clusters), centroids)
+
+    return assign(lax.fori_loop(0, iterations, iterate, normalise(centroids, centroids)))
+
+
+def _cut(x: Array, assignment: Array, max_clusters: int, max_cluster_size: int) -> Array:
+    """Cuts clusters above the size limit into even pieces along their main direction."""
+    tokens = x.shape[0]
+    padding = assignment == max_clusters
+    safe = jnp.minimum(assignment, max_clusters - 1)
+    sizes = jnp.zeros(max_clusters + 1, jnp.int32).at[assignment].add(1)[:max_clusters]
+    sums = _sum_members(assignment, x, max_clusters)
+    deviation = x - (sums / jnp.maximum(sizes, 1)[:, None])[safe]
+
+    def power_iteration(_: Array, direction: Array) -> Array:
+        along = jnp.sum(deviation * direction[safe], axis=-1)
+        direction = _sum_members(assignment, deviation * along[:, None], max_clusters)
+        norm = jnp.linalg.norm(direction, axis=-1, keepdims=True)
+        return direction / jnp.maximum(norm, 1e-30)
+
+    # Any start that is not orthogonal to the main direction will do: a fixed vector of no
+    # special direction.
+    start = jnp.cos(jnp.arange(x.shape[-1], dtype=jnp.float32) ** 2)
+    direction = lax.fori_loop(
+        0, POWER_ITERATIONS, power_iteration, jnp.broadcast_to(start, (max_clusters, x.shape[-1]))
+    )
+    along = jnp.where(padding, 0.0, jnp.sum(deviation * direction[safe], axis=-1))
+
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    ordered, _, order = lax.sort((assignment, along, token), num_keys=3)
+    first = jnp.cumsum(sizes) - sizes
+    rank = (
+        jnp.zeros(tokens, jnp.int32)
+        .at[order]
+        .set(token - first[jnp.minimum(ordered, max_clusters - 1)])
+    )
+    pieces = -(-sizes // max_cluster_size)
+    first_piece = jnp.cumsum(pieces) - pieces
+    piece = first_piece[safe] + rank * pieces[safe] // jnp.maximum(sizes[safe], 1)
+    return jnp.where(padding, tokens, piece)
+
+
+def build_clusters_of_row(
+    keys: Array,
+    values: Array,
+    count: Array | int,
+    *,
+    cluster_size: int,
+    max_cluster_size: int,
+    iterations: int,
+) -> Clusters:
+    """See `pallas_kernels.build_clusters`; keys and values `[tokens, head_dim]`."""
+    tokens = keys.shape[0]
+    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+    valid = (jnp.arange(tokens) < count)[:, None]
+    # Padding may hold anything, NaN included.
+    keys, values = jnp.where(valid, keys, 0), jnp.where(valid, values, 0)
+    centred = jnp.where(valid, keys - jnp.sum(keys, axis=0) / jnp.maximum(count, 1), 0)
+
+    max_clusters = -(-tokens // cluster_size)
+    num_clusters = -(-count // cluster_size)
+    assignment = _spherical_k_means(centred, count, num_clusters, max_clusters, iterations)
+    cluster = _cut(centred, assignment, max_clusters, max_cluster_size)
+
+    order = jnp.argsort(cluster, stable=True).astype(jnp.int32)
+    num_pieces = capacity(tokens, cluster_size, max_cluster_size)
+    offsets = jnp.searchsorted(cluster[order], jnp.arange(num_pieces + 1)).astype(jnp.int32)
+    sizes = jnp.diff(offsets)[:, None]
+    centroids = _sum_members(cluster, keys, num_pieces) / jnp.maximum(sizes, 1)
+    return Clusters(centroids, _sum_members(cluster, values, num_pieces), offsets, order)
+
+
+def build_clusters(keys: Array, values: Array, count: Array | int, **settings: int) -> Clusters:
+    """See `pallas_kernels.build_clusters`."""
+
+    def of_row(keys: Array, values: Array) -> Clusters:
+        return build_clusters_of_row(keys, values, count, **settings)
+
+    for _ in range(keys.ndim - 2):
+        of_row = jax.vmap(of_row)
+    return of_row(keys, values)

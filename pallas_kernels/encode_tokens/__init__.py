@@ -1,0 +1,3 @@
+from pallas_kernels.encode_tokens.api import encode_tokens as encode_tokens
+from pallas_kernels.encode_tokens.reference import TokenCodes as TokenCodes
+from pallas_kernels.encode_tokens.reference import rotation as rotation

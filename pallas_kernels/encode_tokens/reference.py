@@ -1,0 +1,60 @@
+"""The semantics of `encode_tokens`, in plain JAX."""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+WORD_BITS = 32
+
+
+class TokenCodes(NamedTuple):
+    """One sign bit per dimension of each token's rotated residual, and what scales them.
+
+    Attributes:
+        codes: `[..., tokens, ceil(head_dim / 32)]` uint32; bit i of word w is set where dimension
+            32 w + i is positive or zero.
+        scales: `[..., tokens]` float32, |r|^2 / |r|_1; zero for a residual of zero.
+    """
+
+    codes: Array
+    scales: Array
+
+
+@functools.cache
+def rotation(head_dim: int) -> np.ndarray:
+    """The fixed random rotation R of all codes: `[head_dim, head_dim]` float32, orthogonal.
+
+    Uniform over the orthogonal group: the QR decomposition of a Gaussian matrix, its signs fixed
+    (Mezzadri, arXiv math-ph/0609050).
+    """
+    gaussian = np.random.default_rng(20260502922).standard_normal((head_dim, head_dim))
+    q, r = np.linalg.qr(gaussian)
+    return (q * np.sign(np.diag(r))).astype(np.float32)
+
+
+def pack_signs(x: Array) -> Array:
+    """Packs `x >= 0` along the last axis into uint32 words; bits past its end are zero."""
+    head_dim = x.shape[-1]
+    words = -(-head_dim // WORD_BITS)
+    bits = jnp.pad(x >= 0, [(0, 0)] * (x.ndim - 1) + [(0, words * WORD_BITS - head_dim)])
+    bits = bits.reshape(*x.shape[:-1], words, WORD_BITS).astype(jnp.uint32)
+    return jnp.sum(bits << jnp.arange(WORD_BITS, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+
+def unpack_signs(codes: Array, head_dim: int) -> Array:
+    """The inverse of `pack_signs`: +1 or -1, int8 `[..., head_dim]`."""
+    bits = (codes[..., None] >> jnp.arange(WORD_BITS, dtype=jnp.uint32)) & 1
+    bits = bits.reshape(*codes.shape[:-1], -1)[..., :head_dim]
+    return (2 * bits.astype(jnp.int8) - 1).astype(jnp.int8)
+
+
+def encode_tokens(keys: Array, centroids: Array, rotation_matrix: Array) -> TokenCodes:
+    """See `pallas_kernels.encode_tokens`."""
+    residual = keys.astype(jnp.float32) - centroids.astype(jnp.float32)
+    rotated = jnp.einsum("...d,ed->...e", residual, rotation_matrix)
+    l1 = jnp.sum(jnp.abs(rotated), axis=-1)
+    scales = jnp.where(l1 > 0, jnp.sum(rotated**2, axis=-1) / jnp.maximum(l1, 1e-30), 0.0)
+    return TokenCodes(pack_signs(rotated), scales)

@@ -1,0 +1,2 @@
+from pallas_kernels.score_clusters.api import score_clusters as score_clusters
+from pallas_kernels.score_clusters.reference import ClusterScores as ClusterScores

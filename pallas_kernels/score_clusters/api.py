@@ -1,0 +1,40 @@
+"""Public function of the op `score_clusters`."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _dispatch
+from pallas_kernels._dispatch import Implementation
+from pallas_kernels.score_clusters import reference
+from pallas_kernels.score_clusters.reference import ClusterScores
+
+
+def score_clusters(
+    query: Float[Array, "batch kv_heads group head_dim"],
+    centroids: Float[Array, "layers batch kv_heads clusters head_dim"],
+    offsets: Int[Array, "layers batch kv_heads clusters+1"],
+    layer: Int[Array, ""] | int,
+    *,
+    scale: float,
+    implementation: Implementation | None = None,
+) -> ClusterScores:
+    """Scores every cluster's centroid for every query head (RetroInfer, section 4.2).
+
+    Args:
+        query: one decode step's queries, grouped by the kv head that they share.
+        centroids: plain means of the clusters' keys.
+        offsets: cluster j holds the index positions offsets[j] to offsets[j + 1]; clusters not in
+            use have none.
+        layer: which layer of the stacks.
+        scale: multiplies every product; 1/sqrt(head_dim) for most models.
+        implementation: see `pallas_kernels._dispatch.call`.
+    """
+    return _dispatch.call(
+        "score_clusters",
+        implementation,
+        {"xla": reference.score_clusters},
+        query,
+        centroids,
+        offsets,
+        layer,
+        scale=scale,
+    )

@@ -1,0 +1,57 @@
+"""Public function of the op `score_tokens`."""
+
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from pallas_kernels import _dispatch
+from pallas_kernels._dispatch import Implementation
+from pallas_kernels.score_tokens import reference
+from pallas_kernels.score_tokens.reference import TokenScores
+
+
+def score_tokens(
+    rotated_query: Float[Array, "batch kv_heads group head_dim"],
+    logits: Float[Array, "batch kv_heads group clusters"],
+    logsumexp: Float[Array, "batch kv_heads group"],
+    selected: Bool[Array, "batch kv_heads clusters"],
+    offsets: Int[Array, "layers batch kv_heads clusters+1"],
+    codes: UInt32[Array, "layers batch kv_heads tokens words"] | None,
+    scales: Float[Array, "layers batch kv_heads tokens"] | None,
+    layer: Int[Array, ""] | int,
+    *,
+    scale: float,
+    max_candidates: int,
+    implementation: Implementation | None = None,
+) -> TokenScores:
+    """Estimates the logits of the candidates' tokens from their one-bit codes.
+
+    A token with code `bits` (+-1 a dimension) and scale `a` in a cluster with logit l has the
+    estimate l + scale * a * (Rq . bits): RaBitQ's unbiased estimator (arXiv 2405.12497, theorem
+    3.2) of its residual's product, added to the centroid's. Its group mass is exp(estimate -
+    logsumexp), summed over the query heads that share the kv head.
+
+    Args:
+        rotated_query: R q, with the rotation that the codes were made with.
+        logits, logsumexp: from `score_clusters`.
+        selected: from `select_clusters`.
+        offsets: as in `score_clusters`.
+        codes, scales: from `encode_tokens`, in cluster order. None: every token has its
+            cluster's logit (the paper's index, which has no codes).
+        layer: which layer of the stacks.
+        scale: as in `score_clusters`.
+        max_candidates: room for candidates a row; tokens past it are left out.
+    """
+    return _dispatch.call(
+        "score_tokens",
+        implementation,
+        {"xla": reference.score_tokens},
+        rotated_query,
+        logits,
+        logsumexp,
+        selected,
+        offsets,
+        codes,
+        scales,
+        layer,
+        scale=scale,
+        max_candidates=max_candidates,
+    )

@@ -1,0 +1,2 @@
+from pallas_kernels.select_clusters.api import select_clusters as select_clusters
+from pallas_kernels.select_clusters.reference import Candidates as Candidates

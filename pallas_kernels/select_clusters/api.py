@@ -1,0 +1,42 @@
+"""Public function of the op `select_clusters`."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _dispatch
+from pallas_kernels._dispatch import Implementation
+from pallas_kernels.select_clusters import reference
+from pallas_kernels.select_clusters.reference import Candidates
+
+
+def select_clusters(
+    logits: Float[Array, "batch kv_heads group clusters"],
+    logsumexp: Float[Array, "batch kv_heads group"],
+    offsets: Int[Array, "layers batch kv_heads clusters+1"],
+    layer: Int[Array, ""] | int,
+    budget: Int[Array, " batch"],
+    *,
+    implementation: Implementation | None = None,
+) -> Candidates:
+    """Selects the clusters of most group mass per token, until they hold `budget` tokens.
+
+    Group mass per token: exp(logit - logsumexp), summed over the query heads that share the kv
+    head. The order is exact, ties to the lower id; the last cluster taken is the one with which
+    the members reach the budget, so the selection holds fewer than budget + the largest cluster's
+    size tokens, and fewer than the budget only if it holds all.
+
+    Args:
+        logits, logsumexp: from `score_clusters`.
+        offsets: as there.
+        layer: which layer of `offsets`.
+        budget: tokens wanted, for each sequence.
+    """
+    return _dispatch.call(
+        "select_clusters",
+        implementation,
+        {"xla": reference.select_clusters},
+        logits,
+        logsumexp,
+        offsets,
+        layer,
+        budget,
+    )

@@ -1,0 +1,35 @@
+"""The semantics of `select_clusters`, in plain JAX."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels._numerics import MASKED, log_sum_exp
+
+
+class Candidates(NamedTuple):
+    """The best clusters of each row of (sequence, kv head).
+
+    Attributes:
+        selected: `[batch, kv_heads, clusters]` bool.
+        tokens: `[batch, kv_heads]` int32, the members that they hold together.
+    """
+
+    selected: Array
+    tokens: Array
+
+
+def select_clusters(
+    logits: Array, logsumexp: Array, offsets: Array, layer: Array | int, budget: Array
+) -> Candidates:
+    """See `pallas_kernels.select_clusters`."""
+    sizes = jnp.diff(offsets[layer], axis=-1)
+    mass = jnp.where(sizes > 0, log_sum_exp(logits - logsumexp[..., None], axis=2), MASKED)
+    order = jnp.argsort(-mass, axis=-1, stable=True)
+    held = jnp.cumsum(jnp.take_along_axis(sizes, order, axis=-1), axis=-1)
+    ordered_sizes = jnp.take_along_axis(sizes, order, axis=-1)
+    taken = (held - ordered_sizes < budget[:, None, None]) & (ordered_sizes > 0)
+    # The inverse permutation carries the verdict back to where each cluster lies.
+    selected = jnp.take_along_axis(taken, jnp.argsort(order, axis=-1), axis=-1)
+    return Candidates(selected, jnp.sum(jnp.where(selected, sizes, 0), axis=-1, dtype=jnp.int32))

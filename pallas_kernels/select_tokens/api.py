@@ -1,0 +1,60 @@
+"""Public function of the op `select_tokens`."""
+
+from jaxtyping import Array, Int, UInt16
+
+from pallas_kernels import _dispatch
+from pallas_kernels._dispatch import Implementation
+from pallas_kernels.score_tokens.reference import TokenScores
+from pallas_kernels.select_tokens import reference
+from pallas_kernels.select_tokens.reference import Retrieved, RowTable
+
+
+def select_tokens(
+    scores: TokenScores,
+    budget: Int[Array, " batch"],
+    offsets: Int[Array, "layers batch kv_heads edges"],
+    token_ids: UInt16[Array, "layers batch kv_heads tokens"],
+    prompt_tokens: Int[Array, " batch"],
+    table: RowTable,
+    layer: Int[Array, ""] | int,
+    step: Int[Array, ""],
+    *,
+    max_tokens: int,
+    segment_tokens: int,
+    growth_tokens: int,
+    implementation: Implementation | None = None,
+) -> Retrieved:
+    """Selects the tokens of most group mass and finds, or makes, their slots in the row cache.
+
+    The selection is exact, ties to the lower index position. Slots of rows not needed in this step
+    are given to missed rows, the least recently used first; a missed row that finds none is read
+    from the store and not kept.
+
+    Args:
+        scores: from `score_tokens`.
+        budget: tokens wanted, for each sequence; at most `max_tokens`.
+        offsets: as in `score_clusters`.
+        token_ids: the token at each index position, counted from its segment's start.
+        prompt_tokens: how many of a sequence's indexed tokens came with the prompt: where its
+            segments of `segment_tokens` end and those of `growth_tokens` begin.
+        table: the row table, updated at `layer`.
+        layer: which layer of the stacks.
+        step: this step's number, greater than all before it.
+        max_tokens: length of the result's lists.
+    """
+    return _dispatch.call(
+        "select_tokens",
+        implementation,
+        {"xla": reference.select_tokens},
+        scores,
+        budget,
+        offsets,
+        token_ids,
+        prompt_tokens,
+        table,
+        layer,
+        step,
+        max_tokens=max_tokens,
+        segment_tokens=segment_tokens,
+        growth_tokens=growth_tokens,
+    )

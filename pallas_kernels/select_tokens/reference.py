@@ -1,0 +1,157 @@
+"""The semantics of `select_tokens`, in plain JAX."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels._numerics import NO_ID
+from pallas_kernels.score_tokens.reference import TokenScores
+
+
+class RowTable(NamedTuple):
+    """Which row of the store each slot of the row cache holds; the cache's own fields.
+
+    Attributes:
+        slot_of_token: `[layers, batch, kv_heads, tokens]` int32, -1 where the row is not cached.
+        token_of_slot: `[layers, batch, kv_heads, slots]` int32, -1 where the slot is empty; the
+            inverse of `slot_of_token`.
+        last_used: `[layers, batch, kv_heads, slots]` int32, the step that last read the slot;
+            -1 where it is empty.
+    """
+
+    slot_of_token: Array
+    token_of_slot: Array
+    last_used: Array
+
+
+class Retrieved(NamedTuple):
+    """The rows to attend to exactly, in rising order of their index positions.
+
+    Attributes:
+        tokens: `[batch, kv_heads, budget]` int32, rows of the store; NO_ID past the last one.
+        slots: `[batch, kv_heads, budget]` int32, the slot to read (a hit) or to admit the row to
+            (a miss); NO_ID for a miss that finds no slot and for no row.
+        hit: `[batch, kv_heads, budget]` bool.
+        remaining: `[batch, kv_heads, clusters]` int32, what each cluster keeps of its members.
+        table: the row table after the step.
+        hits, misses: `[batch]` int32, rows found and not found in the cache.
+    """
+
+    tokens: Array
+    slots: Array
+    hit: Array
+    remaining: Array
+    table: RowTable
+    hits: Array
+    misses: Array
+
+
+def pick_positions(scores: TokenScores, budget: Array, max_tokens: int) -> tuple[Array, Array]:
+    """Keeps the `budget` candidates of most mass, ties to the lower position, in list order."""
+    size = scores.log_mass.shape[-1]
+    rank = jnp.argsort(jnp.argsort(-scores.log_mass, axis=-1, stable=True), axis=-1)
+    picked = (rank < budget[:, None, None]) & (scores.positions != NO_ID)
+    # Compaction: the i-th picked candidate goes to place i.
+    place = jnp.where(picked, jnp.cumsum(picked, axis=-1) - 1, NO_ID)
+
+    def compact(place: Array) -> Array:
+        empty = jnp.full((max_tokens,), size, jnp.int32)
+        return empty.at[place].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
+
+    source = jax.vmap(jax.vmap(compact))(place)
+    found = source < size
+    source = jnp.minimum(source, size - 1)
+
+    def take(x: Array) -> Array:
+        return jnp.where(found, jnp.take_along_axis(x, source, axis=-1), NO_ID)
+
+    return take(scores.positions), take(scores.clusters)
+
+
+def look_up(
+    tokens: Array, table: RowTable, layer: Array | int, step: Array
+) -> tuple[Array, Array, RowTable]:
+    """Finds the rows' slots, gives the missed ones the least recently used, updates the table.
+
+    Slots that hold a row of this very selection are never victims. Misses take victims in list
+    order, the least recently used first, ties to the lower slot; once they run out, the rest stay
+    uncached.
+    """
+    batch, kv_heads, _ = tokens.shape
+    b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
+    valid = tokens != NO_ID
+    capacity, num_slots = table.slot_of_token.shape[-1], table.token_of_slot.shape[-1]
+    slots = table.slot_of_token[layer, b, h, jnp.minimum(tokens, capacity - 1)]
+    hit = valid & (slots >= 0)
+    touched = jnp.where(hit, slots, NO_ID)
+    last_used = table.last_used.at[layer, b, h, touched].set(step, mode="drop")
+
+    # A hit's slot now bears this step, the latest there is, so it sorts behind all victims.
+    victims = jnp.argsort(last_used[layer], axis=-1, stable=True).astype(jnp.int32)
+    miss = valid & ~hit
+    nth_miss = jnp.cumsum(miss, axis=-1) - 1
+    free = num_slots - jnp.sum(hit, axis=-1, keepdims=True)
+    admitted = miss & (nth_miss < free)
+    victim = jnp.take_along_axis(victims, jnp.clip(nth_miss, 0, num_slots - 1), axis=-1)
+    slots = jnp.where(hit, slots, jnp.where(admitted, victim, NO_ID))
+
+    filled = jnp.where(admitted, victim, NO_ID)
+    evicted = table.token_of_slot[layer, b, h, victim]
+    evicted = jnp.where(admitted & (evicted >= 0), evicted, NO_ID)
+    slot_of_token = table.slot_of_token.at[layer, b, h, evicted].set(-1, mode="drop")
+    slot_of_token = slot_of_token.at[layer, b, h, jnp.where(admitted, tokens, NO_ID)].set(
+        filled, mode="drop"
+    )
+    token_of_slot = table.token_of_slot.at[layer, b, h, filled].set(tokens, mode="drop")
+    last_used = last_used.at[layer, b, h, filled].set(step, mode="drop")
+    return slots, hit, RowTable(slot_of_token, token_of_slot, last_used)
+
+
+def segment_start(
+    positions: Array, prompt_tokens: Array, segment_tokens: int, growth_tokens: int
+) -> Array:
+    """The first position of the segment that each index position lies in.
+
+    A prompt's indexed part is cut into segments of `segment_tokens`, the last one shorter; then
+    come the growth segments. A segment's clusters hold its own tokens, so its members' positions
+    and its tokens' rows fill the same range.
+
+    Args:
+        positions: `[batch, ...]` int32.
+        prompt_tokens: `[batch]` int32, how many of the indexed tokens came with the prompt.
+    """
+    prompt = prompt_tokens.reshape(-1, *(1,) * (positions.ndim - 1))
+    in_prompt = positions // segment_tokens * segment_tokens
+    in_growth = prompt + (positions - prompt) // growth_tokens * growth_tokens
+    return jnp.where(positions < prompt, in_prompt, in_growth)
+
+
+def select_tokens(
+    scores: TokenScores,
+    budget: Array,
+    offsets: Array,
+    token_ids: Array,
+    prompt_tokens: Array,
+    table: RowTable,
+    layer: Array | int,
+    step: Array,
+    *,
+    max_tokens: int,
+    segment_tokens: int,
+    growth_tokens: int,
+) -> Retrieved:
+    """See `pallas_kernels.select_tokens`."""
+    batch, kv_heads = scores.positions.shape[:2]
+    b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
+    positions, clusters = pick_positions(scores, budget, max_tokens)
+    valid = positions != NO_ID
+    ids = token_ids[layer, b, h, jnp.minimum(positions, token_ids.shape[-1] - 1)].astype(jnp.int32)
+    start = segment_start(positions, prompt_tokens, segment_tokens, growth_tokens)
+    tokens = jnp.where(valid, start + ids, NO_ID)
+    slots, hit, table = look_up(tokens, table, layer, step)
+    remaining = jnp.diff(offsets[layer], axis=-1).at[b, h, clusters].add(-1, mode="drop")
+    hits = jnp.sum(hit, axis=(1, 2), dtype=jnp.int32)
+    misses = jnp.sum(valid, axis=(1, 2), dtype=jnp.int32) - hits
+    return Retrieved(tokens, slots, hit, remaining, table, hits, misses)
