@@ -1,0 +1,146 @@
+"""The wave buffer: where the rows (a token's key and value for one kv head) of all zones lie."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from pallas_kernels.select_tokens import RowTable
+from wavejax._pytree import state
+
+StoreKind = Literal["host", "device"]
+
+
+@state
+class RowStore:
+    """All indexed tokens' rows, in token order.
+
+    Attributes:
+        rows: `[layers, batch, kv_heads, tokens, 2, head_dim]`, key and value side by side; in
+            `pinned_host` memory or on the device.
+    """
+
+    rows: Array
+
+
+@state
+class RowCache:
+    """Rows of the store that were retrieved lately, on the device.
+
+    Attributes:
+        rows: `[layers, batch, kv_heads, slots, 2, head_dim]`.
+        table: which row each slot holds (`pallas_kernels.select_tokens.RowTable`).
+        hits, misses: `[layers, batch]` uint32, rows found and not found since the prefill; they
+            wrap around at 2^32.
+    """
+
+    rows: Array
+    table: RowTable
+    hits: Array
+    misses: Array
+
+
+@state
+class SteadyZone:
+    """The rows that are always attended to exactly, on the device.
+
+    Attributes:
+        sink: `[layers, batch, kv_heads, sink_tokens, 2, head_dim]`, the first tokens.
+        sink_tokens: `[batch]` int32, how many there are.
+        window: `[layers, batch, kv_heads, window, 2, head_dim]`, the tokens after the indexed
+            ones, oldest first.
+        window_tokens: `[batch]` int32, how many there are.
+    """
+
+    sink: Array
+    sink_tokens: Array
+    window: Array
+    window_tokens: Array
+
+
+def init_store(shape: tuple[int, ...], dtype: jnp.dtype, kind: StoreKind) -> RowStore:
+    """An empty store of shape `[layers, batch, kv_heads, tokens, 2, head_dim]`."""
+    if kind == "device":
+        return RowStore(jnp.zeros(shape, dtype))
+    # From the host's own memory, never by way of the device, which may not have the room.
+    return RowStore(jax.device_put(np.zeros(shape, dtype), jax.memory.Space.Host))
+
+
+def init_cache(shape: tuple[int, ...], tokens: int, dtype: jnp.dtype) -> RowCache:
+    """An empty cache of shape `[layers, batch, kv_heads, slots, 2, head_dim]`."""
+    row = shape[:3]
+    table = RowTable(
+        slot_of_token=jnp.full((*row, tokens), -1, jnp.int32),
+        token_of_slot=jnp.full(shape[:4], -1, jnp.int32),
+        last_used=jnp.full(shape[:4], -1, jnp.int32),
+    )
+    # No array stands twice in a state: a buffer cannot be donated twice.
+    hits, misses = jnp.zeros(row[:2], jnp.uint32), jnp.zeros(row[:2], jnp.uint32)
+    return RowCache(jnp.zeros(shape, dtype), table, hits, misses)
+
+
+def init_steady(
+    row: tuple[int, int, int], sinks: int, window: int, head_dim: int, dtype: jnp.dtype
+) -> SteadyZone:
+    """An empty steady zone; `row` is (layers, batch, kv_heads)."""
+    return SteadyZone(
+        sink=jnp.zeros((*row, sinks, 2, head_dim), dtype),
+        sink_tokens=jnp.zeros(row[1], jnp.int32),
+        window=jnp.zeros((*row, window, 2, head_dim), dtype),
+        window_tokens=jnp.zeros(row[1], jnp.int32),
+    )
+
+
+def as_rows(
+    keys: Float[Array, "... head_dim"], values: Float[Array, "... head_dim"]
+) -> Float[Array, "... 2 head_dim"]:
+    """Puts keys and values side by side."""
+    return jnp.stack([keys, values], axis=-2)
+
+
+def fill_steady(
+    steady: SteadyZone,
+    layer: Int[Array, ""],
+    sequence: Int[Array, ""],
+    rows: Float[Array, "kv_heads tokens 2 head_dim"],
+    window_start: Int[Array, ""],
+) -> SteadyZone:
+    """Writes a prompt's first rows and those from `window_start` on, in one layer."""
+    sinks, window = steady.sink.shape[3], steady.window.shape[3]
+    padded = jnp.pad(rows, ((0, 0), (0, max(sinks, window)), (0, 0), (0, 0)))
+    tail = lax.dynamic_slice_in_dim(padded, window_start, window, axis=1)
+    dtype = steady.sink.dtype
+    return SteadyZone(
+        sink=steady.sink.at[layer, sequence].set(padded[:, :sinks].astype(dtype)),
+        sink_tokens=steady.sink_tokens,
+        window=steady.window.at[layer, sequence].set(tail.astype(dtype)),
+        window_tokens=steady.window_tokens,
+    )
+
+
+def push_rows(
+    steady: SteadyZone,
+    layer: Int[Array, ""] | int,
+    rows: Float[Array, "batch kv_heads 2 head_dim"],
+) -> SteadyZone:
+    """Writes each sequence's newest row at its window's end. Does not move `window_tokens`."""
+    batch, kv_heads = rows.shape[:2]
+    b, h = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
+    window = steady.window.at[layer, b, h, steady.window_tokens[:, None]].set(
+        rows.astype(steady.window.dtype)
+    )
+    return SteadyZone(steady.sink, steady.sink_tokens, window, steady.window_tokens)
+
+
+def forget(cache: RowCache, sequence: Int[Array, ""]) -> RowCache:
+    """Empties one sequence's slots, for another prompt to take its place."""
+    table = RowTable(*(field.at[:, sequence].set(-1) for field in cache.table))
+    return RowCache(
+        cache.rows,
+        table,
+        cache.hits.at[:, sequence].set(0),
+        cache.misses.at[:, sequence].set(0),
+    )

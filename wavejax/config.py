@@ -1,0 +1,110 @@
+"""The settings of wave attention."""
+
+import dataclasses
+import math
+from typing import Any
+
+from models.errors import InputError
+
+
+def _setting(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class WaveConfig:
+    """Settings of the wave index, the wave buffer and tripartite attention.
+
+    Tokens are counted in each sequence and kv head. Every field's `metadata["help"]` says what it
+    does; the command line makes its flags of them.
+
+    Raises:
+        InputError: a field is outside its range.
+    """
+
+    sink_tokens: int = _setting(4, "first tokens, always attended to exactly")
+    local_tokens: int = _setting(64, "last tokens, always attended to exactly")
+    growth_tokens: int = _setting(1024, "generated tokens that make a new segment of the index")
+    segment_tokens: int = _setting(8192, "prompt tokens clustered together; at most 65536")
+    cluster_size: int = _setting(32, "mean tokens a cluster")
+    max_cluster_size: int = _setting(64, "most tokens a cluster; larger ones are cut")
+    kmeans_iterations: int = _setting(10, "iterations of k-means")
+    token_codes: bool = _setting(True, "rank single tokens by one-bit codes, not whole clusters")
+    candidate_fraction: float = _setting(0.25, "share of tokens whose codes are read")
+    retrieval_fraction: float = _setting(0.009, "share of tokens retrieved and attended exactly")
+    min_retrieved_tokens: int = _setting(256, "least tokens retrieved: short contexts near exact")
+    estimation_fraction: float = _setting(
+        1.0, "share of tokens estimated from their clusters; below 1, the rest is dropped"
+    )
+    cache_fraction: float = _setting(0.05, "slots of the row cache, as a share of the tokens")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_kind(field.name, getattr(self, field.name), type(field.default))
+        for name in ("local_tokens", "growth_tokens", "segment_tokens", "cluster_size"):
+            _check_range(name, getattr(self, name), 1, 65536)
+        for name in ("sink_tokens", "kmeans_iterations", "min_retrieved_tokens"):
+            _check_range(name, getattr(self, name), 0, 2**31 - 1)
+        for name in (
+            "candidate_fraction",
+            "retrieval_fraction",
+            "estimation_fraction",
+            "cache_fraction",
+        ):
+            _check_range(name, getattr(self, name), 0, 1)
+        _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "WaveConfig":
+        """The settings of RetroInfer (arXiv 2505.02922, section 5.1): the baseline to beat.
+
+        16 tokens a cluster and no limit to a cluster's size, whole clusters retrieved, 23.2 % of
+        the tokens estimated, the rest dropped.
+        """
+        settings = {
+            "token_codes": False,
+            "cluster_size": 16,
+            "max_cluster_size": 8192,
+            "retrieval_fraction": 0.018,
+            "min_retrieved_tokens": 0,
+            "estimation_fraction": 0.232,
+        }
+        return cls(**(settings | changes))
+
+    @property
+    def window_tokens(self) -> int:
+        """Room for tokens that are not in the index: the local ones and those to come."""
+        return self.local_tokens + self.growth_tokens
+
+    def indexed_tokens(self, prompt_tokens: int) -> int:
+        """How many of a prompt's tokens are clustered: none where the window has room for all."""
+        rest = prompt_tokens - self.sink_tokens
+        return 0 if rest < self.window_tokens else rest - self.local_tokens
+
+    def most_retrieved(self, tokens: int) -> int:
+        """The most tokens retrieved of so many indexed ones."""
+        # One more than the exact share: the device rounds its product in float32.
+        share = math.ceil(self.retrieval_fraction * tokens) + 1
+        return max(1, min(max(self.min_retrieved_tokens, share), tokens))
+
+    def most_candidates(self, tokens: int) -> int:
+        """The most tokens of the clusters that `select_clusters` can take."""
+        share = math.ceil(self.candidate_fraction * tokens) + 1
+        wanted = max(share, CANDIDATE_FLOOR * self.min_retrieved_tokens) if self.token_codes else 0
+        wanted = max(wanted, self.most_retrieved(tokens))
+        return max(1, min(wanted + self.max_cluster_size, tokens))
+
+
+# Where the floor of retrieved tokens is what counts, the codes still rank four times as many.
+CANDIDATE_FLOOR = 4
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise InputError(f"{name} is {value}; it must be from {low} to {high}")

@@ -1,0 +1,46 @@
+"""What a generation cost and used: the line of facts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from wavejax.dense_attention import DenseState
+from wavejax.wave_attention import WaveState
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Facts of an attention state.
+
+    Attributes:
+        retrieved_share: of all tokens that full attention would have read, the share that was
+            retrieved; 1.0 for full attention, None before the first step.
+        hit_ratio: of the rows retrieved, the share found in the row cache; None where nothing was
+            retrieved, and for full attention.
+        device_bytes: of the state, in the device's memory.
+        host_bytes: of the state, in pinned host memory.
+    """
+
+    retrieved_share: float | None
+    hit_ratio: float | None
+    device_bytes: int
+    host_bytes: int
+
+
+def facts_of(state: WaveState | DenseState) -> Facts:
+    """Reads the facts off a state; waits for the work that makes it."""
+    host = sum(x.nbytes for x in jax.tree.leaves(state) if x.sharding.memory_kind == "pinned_host")
+    device = sum(x.nbytes for x in jax.tree.leaves(state)) - host
+    if isinstance(state, DenseState):
+        return Facts(1.0, None, device, host)
+    hits = int(np.asarray(state.cache.hits, np.int64).sum())
+    retrieved = hits + int(np.asarray(state.cache.misses, np.int64).sum())
+    layers, _, kv_heads = state.store.rows.shape[:3]
+    attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
+    return Facts(
+        retrieved / attended if attended else None,
+        hits / retrieved if retrieved else None,
+        device,
+        host,
+    )
