@@ -51,13 +51,11 @@ def open_gguf(path: FilePath) -> TensorSource:
         _check_decodable(path, name, tensor)
     permuted = {}
     if config.architecture == "llama":
-        for layer in range(config.num_layers):
-            permuted[_NAMES["layers", "query"].format(layer=layer)] = config.num_heads
-            permuted[_NAMES["layers", "key"].format(layer=layer)] = config.num_kv_heads
+        permuted = {"attn_q.weight": config.num_heads, "attn_k.weight": config.num_kv_heads}
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
         tensor = read_gguf_tensor(path, header.tensors[name])
-        heads = permuted.get(name)
+        heads = permuted.get(name.split(".", 2)[-1])
         return tensor if heads is None else half_split_rows(tensor, heads)
 
     source = TensorSource(
@@ -185,7 +183,7 @@ class _Keys:
     def __init__(self, path: FilePath, metadata: Mapping[str, Any], architecture: str):
         self.path, self.metadata, self.architecture = path, metadata, architecture
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | int | None = None) -> float:
         name = f"{self.architecture}.{key}"
         value = self.metadata.get(name, default)
         if isinstance(value, list) and len(set(value)) == 1:
@@ -194,7 +192,7 @@ class _Keys:
             raise InputError(f"{self.path}: its metadata lacks {name}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{self.path}: {name} is {value!r}; expected one number")
-        return value
+        return float(value)
 
     def integer(self, key: str, default: int | None = None) -> int:
         return int(self.number(key, default))

@@ -44,6 +44,11 @@ class TensorSource:
 
     def check(self) -> None:
         """Raises one InputError that names every missing, extra and misshapen tensor."""
+        if self.config.num_layers > len(self.shapes):
+            raise InputError(
+                f"{self.where}: its config says {self.config.num_layers} layers, but it has only "
+                f"{len(self.shapes)} tensors"
+            )
         expected: dict[str, Shape] = {}
         for path, shape in parameter_shapes(self.config).items():
             for name in self._names_of(path):
@@ -72,7 +77,8 @@ class TensorSource:
             stack = _empty_aligned(shape, target)
             parts = stack if _is_stacked(path) else stack[None]
             for part, name in zip(parts, self._names_of(path), strict=True):
-                part[...] = self.read(name)
+                with np.errstate(over="ignore"):  # refused below, by name
+                    part[...] = self.read(name)
                 done += 1
                 if progress is not None:
                     progress(done, total)
