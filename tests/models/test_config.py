@@ -1,0 +1,145 @@
+"""config.json: both spellings are read, and nothing that matters is ignored."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.config import ModelConfig, RopeScaling
+from models.errors import InputError
+from models.hf_config import config_from_hf
+from models.rope import inverse_frequencies
+from tests.models import tiny_models
+
+LLAMA = tiny_models.CONFIGS["llama"]
+QWEN2 = tiny_models.CONFIGS["qwen2"]
+MISTRAL = tiny_models.CONFIGS["mistral"]
+
+
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+def test_hashable_and_stored_as_json(name: str) -> None:
+    config = config_from_hf(tiny_models.CONFIGS[name])
+    assert ModelConfig.from_json(config.to_json()) == config
+    assert {config: 1}[ModelConfig.from_json(config.to_json())] == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "llama31", "qwen2_yarn"])
+def test_both_spellings_of_rope(name: str) -> None:
+    old = dict(tiny_models.CONFIGS[name])
+    new = dict(old)
+    scaling = new.pop("rope_scaling", None) or {"rope_type": "default"}
+    new["rope_parameters"] = scaling | {"rope_theta": new.pop("rope_theta")}
+    assert config_from_hf(new) == config_from_hf(old)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "not positive"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "8"}}, "expected a number"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ by layer type"),
+        ({"rope_scaling": [8]}, "differ by layer type"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+        ({"model_type": "gemma3"}, "'gemma3' is not supported; supported are: llama, mistral"),
+        ({"model_type": None, "architectures": ["PhiForCausalLM"]}, "'phi'"),
+        ({"num_key_value_heads": 3}, "cannot share"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": 64.5}, "expected a whole number"),
+        ({"num_hidden_layers": 0}, "num_layers is 0"),
+        ({"head_dim": 15}, "even"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"hidden_size": "64"}, "'64'"),
+    ],
+)
+def test_what_is_not_supported_is_refused(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(InputError) as caught:
+        config_from_hf(LLAMA | changes)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "max_context"),
+    [
+        (LLAMA, 256),
+        (MISTRAL, 128),
+        (MISTRAL | {"sliding_window": None}, 256),
+        (QWEN2 | {"sliding_window": 100}, 256),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True}, 100),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 3}, 256),
+        (
+            QWEN2
+            | {
+                "sliding_window": 100,
+                "use_sliding_window": True,
+                "layer_types": ["full_attention"] * 3,
+            },
+            256,
+        ),
+        # Qwen's own instructions for YaRN leave max_position_embeddings as it was.
+        (
+            QWEN2
+            | {
+                "max_position_embeddings": 64,
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+            256,
+        ),
+    ],
+)
+def test_max_context(config: dict[str, Any], max_context: int) -> None:
+    assert config_from_hf(config).max_context == max_context
+
+
+def test_defaults_and_tokens() -> None:
+    minimal = {
+        key: value
+        for key, value in LLAMA.items()
+        if key not in ("num_key_value_heads", "rope_theta", "rms_norm_eps", "hidden_act")
+    }
+    config = config_from_hf(minimal | {"architectures": ["LlamaForCausalLM"]})
+    assert (config.num_kv_heads, config.rope_theta, config.norm_eps) == (4, 10000.0, 1e-6)
+    assert (config.stop_token_ids, config.bos_token_id) == ((2,), 1)
+    config = config_from_hf(LLAMA | {"eos_token_id": [7, 8]}, {"eos_token_id": [8, 9]})
+    assert config.stop_token_ids == (7, 8, 9)
+    assert config_from_hf(QWEN2 | {"eos_token_id": None}).stop_token_ids == ()
+
+
+def test_frequencies_by_hand() -> None:
+    """Llama 3.1's own numbers at its first, last and a middle frequency."""
+    config = ModelConfig(
+        architecture="llama",
+        vocab_size=8,
+        num_layers=1,
+        hidden_size=128,
+        intermediate_size=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=128,
+        max_context=131072,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling("llama3", factor=8.0, original_context=8192),
+    )
+    frequencies = inverse_frequencies(config)
+    assert frequencies.dtype == np.float32
+    assert frequencies[0] == 1
+    last = 500000 ** (-126 / 128) / 8
+    np.testing.assert_allclose(frequencies[-1], last, rtol=1e-6)
+    plain = 500000 ** (-64 / 128)
+    smooth = (8192 * plain / (2 * np.pi) - 1) / 3
+    middle = (1 - smooth) * plain / 8 + smooth * plain
+    np.testing.assert_allclose(frequencies[32], middle, rtol=1e-6)
