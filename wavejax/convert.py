@@ -1,0 +1,69 @@
+"""``python -m wavejax.convert SOURCE DESTINATION``: a model as a folder that opens fast.
+
+The new folder holds Orbax parameters in the dtype asked for, the model's config and its tokenizer.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import click
+import psutil
+from tqdm import tqdm
+
+from models.checkpoint import open_checkpoint, write_orbax
+from models.errors import InputError
+from models.orbax_folder import refuse_existing
+from models.tokenizer import load_tokenizer
+from wavejax.cli_support import main_guard
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the parameters in DESTINATION.",
+)
+def convert(source: Path, destination: Path, dtype: str) -> None:
+    """Converts SOURCE (a Hugging Face folder, a .gguf file or a converted folder).
+
+    DESTINATION must not exist; it appears once it is complete.
+    """
+    refuse_existing(destination)
+    checkpoint = open_checkpoint(source)
+    # Before the weights, so that a model without a tokenizer is refused at once.
+    tokenizer = load_tokenizer(source)
+    size = checkpoint.parameter_bytes(dtype)
+    _refuse_if_short("memory", size, psutil.virtual_memory().available)
+    _refuse_if_short("disk space", size, shutil.disk_usage(_existing_parent(destination)).free)
+    # disable=None: no bar where stderr is no terminal.
+    with tqdm(unit=" tensors", desc=f"reading {source.name}", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        write_orbax(checkpoint, destination, dtype, show, tokenizer.save)
+    click.echo(f"wrote {destination}: {size / 1e9:.2f} GB of parameters as {dtype}")
+
+
+def _refuse_if_short(what: str, needed: int, there_is: int) -> None:
+    if needed > there_is:
+        raise InputError(
+            f"not enough {what}: the model needs {needed / 1e9:.1f} GB, there is "
+            f"{there_is / 1e9:.1f} GB; free some or choose a smaller --dtype"
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+main = main_guard(convert)
+
+if __name__ == "__main__":
+    sys.exit(main())
