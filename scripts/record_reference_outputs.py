@@ -76,7 +76,7 @@ def record_smollm2(out: Path) -> None:
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
     print(f"{path.name}: {path.stat().st_size / 1024:.0f} KB")
 
 
