@@ -1,0 +1,148 @@
+"""What the commands share: one-line errors, flags from dataclasses, prompts, progress bars."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+from tqdm import tqdm
+
+from models.errors import InputError
+
+Progress = Callable[[int, int], None]
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main_guard(command: click.Command) -> Callable[..., int]:
+    """Wraps a command into `main(arguments=None) -> exit status`.
+
+    Bad input becomes one line on stderr, `error: ...`, and status 2; Ctrl-C status 130; a reader
+    that went away, as `head` does, status 141 and no word. A mistake in the program keeps its
+    traceback.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal that cannot show a character should not end a generation.
+            sys.stdout.reconfigure(errors="replace")
+        try:
+            status = command.main(
+                args=None if arguments is None else list(arguments), standalone_mode=False
+            )
+            sys.stdout.flush()
+        except click.ClickException as error:
+            return _fail(error.format_message())
+        except InputError as error:
+            return _fail(str(error))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return _fail(f"out of memory: {str(error).splitlines()[0]}")
+        except (KeyboardInterrupt, click.Abort):
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:
+            # Python flushes stdout once more as it ends, which would fail again.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_BROKEN_PIPE
+        return status if isinstance(status, int) else 0
+
+    return main
+
+
+def _fail(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def options_from(settings: type) -> Callable[[Callable], Callable]:
+    """One option for each field of a dataclass: `row_size: int = 4` becomes `--row-size INTEGER`.
+
+    A bool becomes a pair of flags, `--x/--no-x`. Every field needs a default, which also gives its
+    type, and `metadata["help"]`.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        for field in reversed(dataclasses.fields(settings)):
+            flag = "--" + field.name.replace("_", "-")
+            kind = type(field.default)
+            function = click.option(
+                f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+                type=kind,
+                default=field.default,
+                show_default=True,
+                help=field.metadata["help"],
+            )(function)
+        return function
+
+    return decorate
+
+
+def fields_of(settings: type, options: dict[str, Any]) -> Any:
+    """An instance of the dataclass from the options that `options_from` made; raises InputError."""
+    return settings(**{field.name: options[field.name] for field in dataclasses.fields(settings)})
+
+
+def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:
+    """The prompts given on the command line, then those in files (`-` is the standard input).
+
+    Raises InputError for a file that cannot be read, bytes that are not UTF-8, an empty prompt, or
+    none at all.
+    """
+    named = [(f"prompt {i}", os.fsencode(text)) for i, text in enumerate(texts, 1)]
+    if files.count("-") > 1:
+        raise InputError("the standard input, -, can be only one of the prompt files")
+    for file in files:
+        try:
+            content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read prompt file {file}: {error.strerror}") from error
+        named.append(("the standard input" if file == "-" else file, content))
+    if not named:
+        raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE")
+    return [_decode(name, content) for name, content in named]
+
+
+def _decode(name: str, content: bytes) -> str:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name} is not UTF-8 text: byte 0x{content[error.start]:02x} at offset {error.start} "
+            "begins no character; convert it to UTF-8 first"
+        ) from error
+    text = text.removeprefix("\ufeff")  # the mark that some editors put first
+    if not text.strip():
+        raise InputError(f"{name} is empty")
+    return text
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, shown: bool) -> Iterator[Progress]:
+    """A bar on stderr, gone when done; yields what to call with (done, total)."""
+    with tqdm(desc=label, file=sys.stderr, leave=False, disable=not shown) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes for reading: 1234567 is 1.2 MB."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.1f} {unit}"
