@@ -174,7 +174,7 @@ def write_folder(
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         # Interleaved, so that a layer's tensors lie in several files.
