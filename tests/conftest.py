@@ -6,7 +6,11 @@ from jaxtyping import install_import_hook
 
 # Must come before any of the three packages is imported: annotated functions are then checked at
 # every call. Users of the packages do not pay for it.
-install_import_hook(["models", "wavejax", "pallas_kernels"], "beartype.beartype")
+# Where a float is asked for an int will do, as for mypy.
+install_import_hook(
+    ["models", "wavejax", "pallas_kernels"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 # float32 matmuls are otherwise rounded to fewer bits on some platforms.
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,0 +1,86 @@
+"""What the commands share, with commands made here."""
+
+import dataclasses
+import io
+import sys
+
+import click
+import pytest
+
+from models.errors import InputError
+from wavejax.cli_support import bytes_text, fields_of, main_guard, options_from
+
+
+def failing(error: BaseException) -> click.Command:
+    @click.command()
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "error, status, printed",
+    [
+        (InputError("two\nlines"), 2, "error: two lines\n"),
+        (click.UsageError("odd"), 2, "error: odd\n"),
+        (click.BadParameter("odd"), 2, "error: Invalid value: odd\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (BrokenPipeError(), 141, ""),
+    ],
+)
+def test_errors_become_a_line_and_a_status(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    printed: str,
+) -> None:
+    # A stdout of its own, which the handling of a broken pipe cannot take from the test.
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert main_guard(failing(error))([]) == status
+    assert capfd.readouterr().err == printed
+
+
+def test_mistakes_in_the_program_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        main_guard(failing(ZeroDivisionError()))([])
+
+
+def test_running_out_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import jax
+
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmore")
+    assert main_guard(failing(error))([]) == 2
+    assert capsys.readouterr().err.startswith("error: out of memory: RESOURCE_EXHAUSTED")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main_guard(failing(jax.errors.JaxRuntimeError("INTERNAL: bug")))([])
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    row_size: int = dataclasses.field(default=4, metadata={"help": "rows"})
+    share: float = dataclasses.field(default=0.5, metadata={"help": "share"})
+    exact: bool = dataclasses.field(default=True, metadata={"help": "exact"})
+
+
+def test_options_from_a_dataclass(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    @options_from(Settings)
+    def command(**options: object) -> None:
+        print(fields_of(Settings, options))
+
+    main = main_guard(command)
+    assert main([]) == 0
+    assert capsys.readouterr().out == f"{Settings()}\n"
+    assert main(["--row-size", "8", "--share", "1", "--no-exact"]) == 0
+    assert capsys.readouterr().out == f"{Settings(8, 1.0, False)}\n"
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1234567, "1.2 MB"), (99_960_000, "100 MB"),
+     (999_600_000, "1.0 GB"), (10**13, "10.0 TB"), (10**16, "10000 TB")],
+)  # fmt: skip
+def test_bytes_for_reading(count: int, text: str) -> None:
+    assert bytes_text(count) == text
