@@ -1,0 +1,89 @@
+"""Properties of the decoder that hold for any parameters, and random parameters themselves."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.decoder import Decoder, apply_layer, embed, final_norm, unembed
+from models.hf_config import config_from_hf
+from models.parameters import parameter_shapes
+from tests.models import plain_attention, tiny_models
+
+TOKENS = 12
+
+
+def make(name: str, dtype: Any = jnp.float32) -> tuple[Decoder, dict[str, Any], Any]:
+    config = config_from_hf(tiny_models.CONFIGS[name])
+    decoder = Decoder(config, plain_attention.attend, param_dtype=dtype)
+    tokens = jnp.asarray(tiny_models.make_tokens(tiny_models.CONFIGS[name])[:, :TOKENS])
+    state = plain_attention.empty_state(config, tokens.shape[0], TOKENS)
+    positions = jnp.broadcast_to(jnp.arange(TOKENS), tokens.shape)
+    inputs = (tokens, positions, state)
+    return decoder, jax.jit(decoder.init)(jax.random.key(3), *inputs), inputs
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_random_parameters(name: str) -> None:
+    decoder, params, _ = make(name)
+    leaves = jax.tree_util.tree_flatten_with_path(params["params"])[0]
+    shapes = {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+    assert shapes == parameter_shapes(decoder.config)
+    for path, leaf in leaves:
+        parameter = path[-1].key
+        if parameter.endswith("norm"):
+            assert (leaf == 1).all()
+        elif parameter.endswith("bias"):
+            assert (leaf == 0).all()
+        else:
+            # Variance 1 / inputs; drawn anew for every layer and every parameter.
+            np.testing.assert_allclose(leaf.std() * leaf.shape[-1] ** 0.5, 1, atol=0.1)
+            assert len(np.unique(leaf)) > 0.99 * leaf.size
+    assert not np.array_equal(params["params"]["layers"]["gate"], params["params"]["layers"]["up"])
+
+
+def test_layer_by_layer_equals_the_whole() -> None:
+    decoder, params, (tokens, positions, state) = make("qwen3")
+    config = decoder.config
+    whole, whole_state = jax.jit(decoder.apply)(params, tokens, positions, state)
+    hidden = embed(config, params, tokens)
+    seen = []
+
+    def attend(layer: Any, query: Any, key: Any, value: Any, state: Any) -> Any:
+        assert layer.dtype == jnp.int32
+        assert query.shape == (2, TOKENS, config.num_heads, config.head_dim)
+        assert key.shape == value.shape == (2, TOKENS, config.num_kv_heads, config.head_dim)
+        seen.append(int(layer))
+        return plain_attention.attend(layer, query, key, value, state)
+
+    for layer in range(config.num_layers):
+        hidden, state = apply_layer(config, params, layer, hidden, positions, attend, state)
+    assert seen == list(range(config.num_layers))
+    np.testing.assert_allclose(final_norm(config, params, hidden), whole, atol=1e-5)
+    for left, right in zip(state, whole_state, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype: Any) -> None:
+    decoder, params, inputs = make("llama", dtype)
+    hidden, _ = jax.jit(decoder.apply)(params, *inputs)
+    logits = unembed(decoder.config, params, hidden)
+    assert (hidden.dtype, logits.dtype) == (dtype, jnp.float32)
+    exact_params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    exact_hidden, _ = jax.jit(decoder.apply)(exact_params, *inputs)
+    exact = unembed(decoder.config, exact_params, exact_hidden)
+    error = np.abs(logits - exact).max() / np.abs(exact).max()
+    assert 0 < error < (0.05 if dtype == jnp.bfloat16 else 0.005)
+
+
+def test_positions_matter_only_relatively() -> None:
+    """RoPE: shifting all positions changes nothing; moving one token does."""
+    decoder, params, (tokens, positions, state) = make("llama31")
+    base, _ = jax.jit(decoder.apply)(params, tokens, positions, state)
+    shifted, _ = jax.jit(decoder.apply)(params, tokens, positions + 100, state)
+    np.testing.assert_allclose(shifted, base, atol=1e-4)
+    moved, _ = jax.jit(decoder.apply)(params, tokens, positions.at[:, 0].add(5), state)
+    assert np.abs(moved - base).max() > 1e-2
