@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 # Masks are finite: -inf minus -inf is NaN, and rows with nothing in them do occur. Half of it is
 # still far below any logit, so `x > MASKED / 2` tells a real value from a mask.
@@ -26,3 +28,54 @@ def log_count(count: Any) -> Any:
     """log of an integer count in float32; MASKED for zero."""
     count = count.astype(jnp.float32)
     return jnp.where(count > 0, jnp.log(jnp.maximum(count, 1.0)), MASKED)
+
+
+def ordered_bits(x: Any) -> Any:
+    """float32 to uint32, in the same order; -0.0 counts as 0.0."""
+    x = x.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | (jnp.uint32(1) << 31))
+
+
+def heaviest(key: Any, weights: Any, budget: Any) -> Any:
+    """Marks the elements of largest key, until their weights reach the budget.
+
+    Exact: in the order of falling key, ties by rising place, the shortest prefix whose weights
+    add up to `budget`, or everything that has a weight if all of it is less. By bisection on the
+    key's bits: it takes 32 sums and no sort.
+
+    Args:
+        key: `[..., n]` uint32; `ordered_bits` makes one of a float.
+        weights: `[..., n]` int32, zero for what is not to be marked.
+        budget: `[...]` int32.
+
+    Returns:
+        `[..., n]` bool.
+    """
+    budget = budget[..., None]
+
+    def halve(i: Any, threshold: Any) -> Any:
+        higher = threshold | (jnp.uint32(1) << (31 - i))
+        held = jnp.sum(jnp.where(key >= higher, weights, 0), axis=-1, keepdims=True)
+        return jnp.where(held >= budget, higher, threshold)
+
+    start = jnp.zeros((*key.shape[:-1], 1), jnp.uint32)
+    threshold = lax.fori_loop(0, 32, halve, start)
+    above = jnp.where(key > threshold, weights, 0)
+    equal = jnp.where(key == threshold, weights, 0)
+    held = jnp.sum(above, axis=-1, keepdims=True) + jnp.cumsum(equal, axis=-1) - equal
+    return (above > 0) | ((equal > 0) & (held < budget))
+
+
+def list_places(mark: Any, room: int) -> Any:
+    """Lists where `mark` holds, rising: `[..., n]` bool to `[..., room]` int32, NO_ID after."""
+    n = mark.shape[-1]
+    place = jnp.where(mark, jnp.cumsum(mark, axis=-1) - 1, NO_ID)
+
+    def of_row(place: Any) -> Any:
+        empty = jnp.full((room,), NO_ID, jnp.int32)
+        return empty.at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
+
+    for _ in range(mark.ndim - 1):
+        of_row = jax.vmap(of_row)
+    return of_row(place)

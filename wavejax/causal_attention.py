@@ -1,6 +1,5 @@
 """Exact causal attention over a whole prompt, in blocks."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -8,7 +7,7 @@ from jaxtyping import Array, Float
 from pallas_kernels._numerics import MASKED
 
 SECTIONS = 8  # Each is compiled on its own, with no more keys than it can see.
-QUERY_BLOCK = 256
+QUERY_BLOCK = 128
 
 
 def causal_attention(
@@ -26,34 +25,44 @@ def causal_attention(
     """
     tokens, heads, head_dim = query.shape
     kv_heads = key.shape[1]
-    query = query.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
+    group = heads // kv_heads
     block = min(QUERY_BLOCK, tokens)
     blocks = -(-tokens // block)
     section = -(-blocks // min(SECTIONS, blocks)) * block
+    # Heads first and the group's queries side by side: plain batched matrix products, which run
+    # several times as fast on a CPU as a contraction over five axes.
+    key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
+    query = jnp.pad(query, ((0, blocks * block - tokens), (0, 0), (0, 0)))
+    query = query.reshape(blocks, block, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(blocks, kv_heads, group * block, head_dim)
+    in_block = jnp.tile(jnp.arange(block), group)
 
     outputs = []
     for start in range(0, tokens, section):
         end = min(start + section, tokens)
-        outputs.append(_section(query[start:end], key[:end], value[:end], start, block, scale))
-    return jnp.concatenate(outputs).reshape(tokens, heads, head_dim)
+        seen_key, seen_value = key[:, :end], value[:, :end]
 
+        def attend(
+            operands: tuple[Array, Array], key: Array = seen_key, value: Array = seen_value
+        ) -> Array:
+            query, first = operands
+            logits = scale * jnp.einsum(
+                "hnd,hkd->hnk", query, key, preferred_element_type=jnp.float32
+            )
+            seen = jnp.arange(key.shape[1]) <= (first + in_block)[:, None]
+            logits = jnp.where(seen, logits, MASKED)
+            weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+            output = jnp.einsum(
+                "hnk,hkd->hnd",
+                weights.astype(value.dtype),
+                value,
+                preferred_element_type=jnp.float32,
+            )
+            return output / jnp.sum(weights, axis=-1, keepdims=True)
 
-def _section(query: Array, key: Array, value: Array, start: int, block: int, scale: float) -> Array:
-    size = query.shape[0]
-    padded = -(-size // block) * block
-    query = jnp.pad(query, ((0, padded - size), (0, 0), (0, 0), (0, 0)))
-    query = query.reshape(-1, block, *query.shape[1:])
-    first = start + block * jnp.arange(query.shape[0])
-    key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
-
-    def attend(operands: tuple[Array, Array]) -> Array:
-        query, first = operands
-        logits = scale * jnp.einsum(
-            "qhgd,hkd->hgqk", query, key, preferred_element_type=jnp.float32
-        )
-        seen = jnp.arange(key.shape[1])[None, :] <= first + jnp.arange(block)[:, None]
-        weights = jax.nn.softmax(jnp.where(seen, logits, MASKED), axis=-1)
-        return jnp.einsum("hgqk,hkd->qhgd", weights.astype(value.dtype), value)
-
-    output = lax.map(attend, (query, first))
-    return output.reshape(padded, *output.shape[2:])[:size]
+        these = slice(start // block, -(-end // block))
+        first = jnp.arange(blocks)[these] * block
+        outputs.append(lax.map(attend, (query[these], first)))
+    output = jnp.concatenate(outputs).reshape(blocks, kv_heads, group, block, head_dim)
+    output = output.transpose(0, 3, 1, 2, 4).reshape(blocks * block, heads, head_dim)
+    return output[:tokens].astype(query.dtype)

@@ -51,12 +51,15 @@ def _spherical_k_means(
     # In int32, since `num_clusters` times `tokens` stays far below 2^31 for any segment.
     midpoint = (2 * cluster + 1) * count // (2 * jnp.maximum(num_clusters, 1))
     centroids = x[jnp.minimum(midpoint, tokens - 1)]
-    in_use = (cluster < num_clusters)[:, None]
+    in_use = cluster < num_clusters
     valid = jnp.arange(tokens) < count
 
     def assign(centroids: Array) -> Array:
-        scores = jnp.where(in_use, centroids @ x.T, -jnp.inf)
-        return jnp.where(valid, jnp.argmax(scores, axis=0).astype(jnp.int32), max_clusters)
+        scores = jnp.where(in_use, x @ centroids.T, -jnp.inf)
+        # As argmax, which XLA does not vectorise on a CPU.
+        best = jnp.max(scores, axis=1, keepdims=True)
+        first = jnp.min(jnp.where(scores == best, cluster, max_clusters), axis=1)
+        return jnp.where(valid, first, max_clusters)
 
     def normalise(sums: Array, old: Array) -> Array:
         norm = jnp.linalg.norm(sums, axis=-1, keepdims=True)

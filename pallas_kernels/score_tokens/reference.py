@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels._numerics import MASKED, NO_ID, log_sum_exp
 from pallas_kernels.encode_tokens.reference import unpack_signs
@@ -37,21 +37,23 @@ def list_members(selected: Array, offsets: Array, max_candidates: int) -> tuple[
     Returns:
         positions, clusters: `[..., max_candidates]` int32; NO_ID past the last member.
     """
-    num_clusters = selected.shape[-1]
     sizes = jnp.where(selected, jnp.diff(offsets, axis=-1), 0)
     ends = jnp.cumsum(sizes, axis=-1)
+    starts = jnp.where(sizes > 0, ends - sizes, NO_ID)
     place = jnp.arange(max_candidates, dtype=jnp.int32)
 
-    def of_row(ends: Array, sizes: Array, offsets: Array) -> tuple[Array, Array]:
-        cluster = jnp.searchsorted(ends, place, side="right").astype(jnp.int32)
-        valid = cluster < num_clusters
-        safe = jnp.minimum(cluster, num_clusters - 1)
-        position = offsets[safe] + place - (ends[safe] - sizes[safe])
+    def of_row(starts: Array, offsets: Array, total: Array) -> tuple[Array, Array]:
+        # Each cluster's number at its first place, carried on to its last one.
+        numbers = jnp.arange(starts.shape[0], dtype=jnp.int32)
+        cluster = jnp.zeros(max_candidates, jnp.int32).at[starts].set(numbers, mode="drop")
+        cluster = lax.cummax(cluster)
+        position = offsets[cluster] + place - starts[cluster]
+        valid = place < total
         return jnp.where(valid, position, NO_ID), jnp.where(valid, cluster, NO_ID)
 
     for _ in range(ends.ndim - 1):
         of_row = jax.vmap(of_row)
-    return of_row(ends, sizes, offsets)
+    return of_row(starts, offsets, ends[..., -1])
 
 
 def score_tokens(

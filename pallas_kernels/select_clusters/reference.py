@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels._numerics import MASKED, log_sum_exp
+from pallas_kernels._numerics import MASKED, heaviest, log_sum_exp, ordered_bits
 
 
 class Candidates(NamedTuple):
@@ -26,10 +26,6 @@ def select_clusters(
     """See `pallas_kernels.select_clusters`."""
     sizes = jnp.diff(offsets[layer], axis=-1)
     mass = jnp.where(sizes > 0, log_sum_exp(logits - logsumexp[..., None], axis=2), MASKED)
-    order = jnp.argsort(-mass, axis=-1, stable=True)
-    held = jnp.cumsum(jnp.take_along_axis(sizes, order, axis=-1), axis=-1)
-    ordered_sizes = jnp.take_along_axis(sizes, order, axis=-1)
-    taken = (held - ordered_sizes < budget[:, None, None]) & (ordered_sizes > 0)
-    # The inverse permutation carries the verdict back to where each cluster lies.
-    selected = jnp.take_along_axis(taken, jnp.argsort(order, axis=-1), axis=-1)
+    row_budget = jnp.broadcast_to(budget[:, None], mass.shape[:2])
+    selected = heaviest(ordered_bits(mass), sizes, row_budget)
     return Candidates(selected, jnp.sum(jnp.where(selected, sizes, 0), axis=-1, dtype=jnp.int32))

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from pallas_kernels._numerics import NO_ID
+from pallas_kernels._numerics import NO_ID, heaviest, list_places, ordered_bits
 from pallas_kernels.score_tokens.reference import TokenScores
 
 
@@ -50,19 +49,12 @@ class Retrieved(NamedTuple):
 
 def pick_positions(scores: TokenScores, budget: Array, max_tokens: int) -> tuple[Array, Array]:
     """Keeps the `budget` candidates of most mass, ties to the lower position, in list order."""
-    size = scores.log_mass.shape[-1]
-    rank = jnp.argsort(jnp.argsort(-scores.log_mass, axis=-1, stable=True), axis=-1)
-    picked = (rank < budget[:, None, None]) & (scores.positions != NO_ID)
-    # Compaction: the i-th picked candidate goes to place i.
-    place = jnp.where(picked, jnp.cumsum(picked, axis=-1) - 1, NO_ID)
-
-    def compact(place: Array) -> Array:
-        empty = jnp.full((max_tokens,), size, jnp.int32)
-        return empty.at[place].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
-
-    source = jax.vmap(jax.vmap(compact))(place)
-    found = source < size
-    source = jnp.minimum(source, size - 1)
+    candidate = (scores.positions != NO_ID).astype(jnp.int32)
+    row_budget = jnp.broadcast_to(budget[:, None], candidate.shape[:2])
+    picked = heaviest(ordered_bits(scores.log_mass), candidate, row_budget)
+    source = list_places(picked, max_tokens)
+    found = source != NO_ID
+    source = jnp.minimum(source, candidate.shape[-1] - 1)
 
     def take(x: Array) -> Array:
         return jnp.where(found, jnp.take_along_axis(x, source, axis=-1), NO_ID)
@@ -73,40 +65,47 @@ def pick_positions(scores: TokenScores, budget: Array, max_tokens: int) -> tuple
 def look_up(
     tokens: Array, table: RowTable, layer: Array | int, step: Array
 ) -> tuple[Array, Array, RowTable]:
-    """Finds the rows' slots, gives the missed ones the least recently used, updates the table.
+    """Finds the rows' slots, gives missed rows the least recently used ones, updates the table.
 
-    Slots that hold a row of this very selection are never victims. Misses take victims in list
-    order, the least recently used first, ties to the lower slot; once they run out, the rest stay
-    uncached.
+    Slots that hold a row of this very selection are never given away. The slots that are go to the
+    missed rows in list order, by rising slot; once they run out, the rest stay uncached.
     """
     batch, kv_heads, _ = tokens.shape
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     valid = tokens != NO_ID
     capacity, num_slots = table.slot_of_token.shape[-1], table.token_of_slot.shape[-1]
-    slots = table.slot_of_token[layer, b, h, jnp.minimum(tokens, capacity - 1)]
-    hit = valid & (slots >= 0)
-    touched = jnp.where(hit, slots, NO_ID)
-    last_used = table.last_used.at[layer, b, h, touched].set(step, mode="drop")
+    # Slots are read and written a layer at a time: XLA updates the stacks in place only where what
+    # it writes depends on all that it reads.
+    owner, last_used = table.token_of_slot[layer], table.last_used[layer]
+    found = table.slot_of_token[layer, b, h, jnp.minimum(tokens, capacity - 1)]
+    hit = valid & (found >= 0)
+    last_used = last_used.at[b, h, jnp.where(hit, found, NO_ID)].set(step, mode="drop")
 
-    # A hit's slot now bears this step, the latest there is, so it sorts behind all victims.
-    victims = jnp.argsort(last_used[layer], axis=-1, stable=True).astype(jnp.int32)
     miss = valid & ~hit
+    free = num_slots - jnp.sum(hit, axis=-1, dtype=jnp.int32)
+    wanted = jnp.minimum(jnp.sum(miss, axis=-1, dtype=jnp.int32), free)
+    # Used before this step, so not hit in it; -1, empty, is the longest ago.
+    idle = (last_used < step).astype(jnp.int32)
+    age = ~lax.bitcast_convert_type(last_used + 1, jnp.uint32)
+    victims = list_places(heaviest(age, idle, wanted), num_slots)
     nth_miss = jnp.cumsum(miss, axis=-1) - 1
-    free = num_slots - jnp.sum(hit, axis=-1, keepdims=True)
-    admitted = miss & (nth_miss < free)
     victim = jnp.take_along_axis(victims, jnp.clip(nth_miss, 0, num_slots - 1), axis=-1)
-    slots = jnp.where(hit, slots, jnp.where(admitted, victim, NO_ID))
-
+    admitted = miss & (nth_miss < wanted[..., None])
     filled = jnp.where(admitted, victim, NO_ID)
-    evicted = table.token_of_slot[layer, b, h, victim]
+
+    evicted = jnp.take_along_axis(owner, jnp.clip(victim, 0, num_slots - 1), axis=-1)
     evicted = jnp.where(admitted & (evicted >= 0), evicted, NO_ID)
+    entering = jnp.where(admitted, tokens, NO_ID)
     slot_of_token = table.slot_of_token.at[layer, b, h, evicted].set(-1, mode="drop")
-    slot_of_token = slot_of_token.at[layer, b, h, jnp.where(admitted, tokens, NO_ID)].set(
-        filled, mode="drop"
+    slot_of_token = slot_of_token.at[layer, b, h, entering].set(filled, mode="drop")
+    owner = owner.at[b, h, filled].set(tokens, mode="drop")
+    last_used = last_used.at[b, h, filled].set(step, mode="drop")
+    table = RowTable(
+        slot_of_token,
+        table.token_of_slot.at[layer].set(owner),
+        table.last_used.at[layer].set(last_used),
     )
-    token_of_slot = table.token_of_slot.at[layer, b, h, filled].set(tokens, mode="drop")
-    last_used = last_used.at[layer, b, h, filled].set(step, mode="drop")
-    return slots, hit, RowTable(slot_of_token, token_of_slot, last_used)
+    return jnp.where(hit, found, filled), hit, table
 
 
 def segment_start(
