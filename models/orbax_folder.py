@@ -30,6 +30,7 @@ def open_orbax(folder: Path) -> ModelConfig:
     if stored.get("format") != _FORMAT or not isinstance(stored.get("config"), dict):
         raise InputError(f"{folder / CONFIG_FILE} does not say {_FORMAT}; convert the model again")
     config = ModelConfig.from_json(stored["config"])
+    _check_sizes(folder, stored.get("sizes"))
     with _checkpointer() as checkpointer:
         metadata = _or_input_error(folder, lambda: checkpointer.metadata(_params(folder)))
     stored_tree = getattr(metadata, "item_metadata", metadata)
@@ -80,7 +81,8 @@ def save_orbax(
         with _checkpointer() as checkpointer:
             checkpointer.save(_params(unfinished), params["params"])
             checkpointer.wait_until_finished()
-        stored = {"format": _FORMAT, "config": config.to_json()}
+        sizes = {str(path.relative_to(unfinished)): size for path, size in _sizes(unfinished)}
+        stored = {"format": _FORMAT, "config": config.to_json(), "sizes": sizes}
         (unfinished / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
         add_files(unfinished)
         refuse_existing(folder)
@@ -95,6 +97,24 @@ def refuse_existing(folder: Path) -> None:
     """InputError if there is anything at `folder`."""
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} exists already; name a new folder or remove it first")
+
+
+def _sizes(folder: Path) -> list[tuple[Path, int]]:
+    files = sorted(path for path in (folder / _PARAMS).rglob("*") if path.is_file())
+    return [(path, path.stat().st_size) for path in files]
+
+
+def _check_sizes(folder: Path, sizes: Any) -> None:
+    """Finds a truncated file by its size: Orbax would find it too, but only after much reading."""
+    for name, size in (sizes if isinstance(sizes, dict) else {}).items():
+        file = folder / name
+        there_is = file.stat().st_size if file.is_file() else None
+        if there_is != size:
+            given = "is missing" if there_is is None else f"has {there_is} bytes"
+            raise InputError(
+                f"{folder} is truncated or corrupt: {name} {given}, expected {size}; convert the "
+                "model again"
+            )
 
 
 def _checkpointer() -> Any:
@@ -115,7 +135,7 @@ def _or_input_error(folder: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise InputError(
             f"{folder} is truncated or corrupt ({type(error).__name__}: {reason}); convert the "
             "model again"

@@ -1,5 +1,6 @@
 """Properties of the decoder that hold for any parameters, and random parameters themselves."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ from tests.models import plain_attention, tiny_models
 TOKENS = 12
 
 
-def make(name: str, dtype: Any = jnp.float32) -> tuple[Decoder, dict[str, Any], Any]:
+@functools.cache
+def make(name: str) -> tuple[Decoder, dict[str, Any], Any]:
     config = config_from_hf(tiny_models.CONFIGS[name])
-    decoder = Decoder(config, plain_attention.attend, param_dtype=dtype)
+    decoder = Decoder(config, plain_attention.attend)
     tokens = jnp.asarray(tiny_models.make_tokens(tiny_models.CONFIGS[name])[:, :TOKENS])
     state = plain_attention.empty_state(config, tokens.shape[0], TOKENS)
     positions = jnp.broadcast_to(jnp.arange(TOKENS), tokens.shape)
@@ -68,12 +70,13 @@ def test_layer_by_layer_equals_the_whole() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype: Any) -> None:
-    decoder, params, inputs = make("llama", dtype)
-    hidden, _ = jax.jit(decoder.apply)(params, *inputs)
+    decoder, exact_params, inputs = make("llama")
+    apply = jax.jit(decoder.apply)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), exact_params)
+    hidden, _ = apply(params, *inputs)
     logits = unembed(decoder.config, params, hidden)
     assert (hidden.dtype, logits.dtype) == (dtype, jnp.float32)
-    exact_params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    exact_hidden, _ = jax.jit(decoder.apply)(exact_params, *inputs)
+    exact_hidden, _ = apply(exact_params, *inputs)
     exact = unembed(decoder.config, exact_params, exact_hidden)
     error = np.abs(logits - exact).max() / np.abs(exact).max()
     assert 0 < error < (0.05 if dtype == jnp.bfloat16 else 0.005)
@@ -82,8 +85,9 @@ def test_half_precision(dtype: Any) -> None:
 def test_positions_matter_only_relatively() -> None:
     """RoPE: shifting all positions changes nothing; moving one token does."""
     decoder, params, (tokens, positions, state) = make("llama31")
-    base, _ = jax.jit(decoder.apply)(params, tokens, positions, state)
-    shifted, _ = jax.jit(decoder.apply)(params, tokens, positions + 100, state)
+    apply = jax.jit(decoder.apply)
+    base, _ = apply(params, tokens, positions, state)
+    shifted, _ = apply(params, tokens, positions + 100, state)
     np.testing.assert_allclose(shifted, base, atol=1e-4)
-    moved, _ = jax.jit(decoder.apply)(params, tokens, positions.at[:, 0].add(5), state)
+    moved, _ = apply(params, tokens, positions.at[:, 0].add(5), state)
     assert np.abs(moved - base).max() > 1e-2
