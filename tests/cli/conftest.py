@@ -16,7 +16,7 @@ TINY = CONFIGS["llama"] | {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "max_position_embeddings": CONTEXT,
 }
 TEMPLATE = (

@@ -1,0 +1,191 @@
+"""What `python -m wavejax.generate` prints, with a tiny random model."""
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from models.errors import InputError
+from tests.cli.conftest import SMALL_ZONES, Result
+from wavejax.config import WaveConfig
+from wavejax.generate import command
+from wavejax.sampling import Sampler
+
+Generate = Callable[..., Result]
+LONG = "The quick brown fox jumps over the lazy dog; " * 6
+# For what is not about wave attention: full attention compiles in less time.
+FULL = ("--attention", "full", "--model")
+FACTS = (
+    r"first token after [\d.]+ s; [\d.]+ tokens/s; tokens retrieved: [\d.]+%; "
+    r"cache hits: ([\d.]+%|none); "
+    r"KV cache: [\d.]+ [kM]?B on the device, [\d.]+ [kM]?B on the host\n"
+)
+
+
+def answers(result: Result) -> list[dict]:
+    assert result.status == 0, result.err
+    return json.loads(result.out)["answers"]
+
+
+@pytest.mark.parametrize("settings", [WaveConfig, Sampler])
+def test_every_setting_has_a_flag(settings: type) -> None:
+    options = {option.name: option for option in command.params}
+    for field in dataclasses.fields(settings):
+        option = options[field.name]
+        assert option.default == field.default
+        assert option.help == field.metadata["help"]
+        flag = "--" + field.name.replace("_", "-")
+        assert option.opts == [flag]
+        if isinstance(field.default, bool):
+            assert option.secondary_opts == [f"--no-{flag[2:]}"]
+
+
+def test_flags_reach_attention_and_sampler(
+    generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number one above its default, every share halved, every flag turned."""
+    from wavejax import generate as module
+
+    seen = []
+
+    def keep(model: object, attention: object, sampler: Sampler, stop: tuple[int, ...]) -> None:
+        seen.extend([attention, sampler, stop])
+        raise InputError("seen enough")
+
+    monkeypatch.setattr(module, "Generator", keep)
+    flags, expected = [], {}
+    for field in dataclasses.fields(WaveConfig) + dataclasses.fields(Sampler):
+        flag, value = field.name.replace("_", "-"), field.default
+        if isinstance(value, bool):
+            expected[field.name] = not value
+            flags.append(f"--no-{flag}" if value else f"--{flag}")
+        else:
+            expected[field.name] = value + 1 if isinstance(value, int) else (value or 1) / 2
+            flags += [f"--{flag}", str(expected[field.name])]
+    result = generate("--model", tiny, "--prompt", "x", "--store", "device", *flags)
+    assert result.err == "error: seen enough\n"
+    attention, sampler, stop = seen
+    assert attention.store == "device"
+    assert stop == (1, 2)  # </s> by name, and config.json's
+    for settings in (attention.config, sampler):
+        for name, value in dataclasses.asdict(settings).items():
+            assert value == expected[name], name
+
+
+def test_same_command_same_bytes_whether_alone_or_in_a_batch(
+    generate: Generate, tiny: Path, tmp_path: Path
+) -> None:
+    """Sampled, with prompts of unequal lengths, from the command line and from a file."""
+    file = tmp_path / "prompt.txt"
+    file.write_text("\ufeff" + LONG, encoding="utf-8")
+    common = ("--model", tiny, "--max-new-tokens", 12, "--temperature", 1, "--top-k", 40)
+    common = (*common, "--seed", 5, *SMALL_ZONES)
+    prompts = [("--prompt", "short"), ("--prompt-file", file)]
+
+    batch = generate(*common, *prompts[0], *prompts[1])
+    assert batch.status == 0
+    assert batch.out == generate(*common, *prompts[0], *prompts[1]).out
+
+    alone = [generate(*common, *prompt).out for prompt in prompts]
+    printed = [f"=== prompt {i} of 2 ===\n{text}\n" for i, text in enumerate(alone, 1)]
+    assert batch.out == "".join(printed)
+
+    from_json = answers(generate(*common, *prompts[0], *prompts[1], "--json"))
+    assert [answer["text"] + "\n" for answer in from_json] == alone
+    other = answers(generate(*common, *prompts[0], "--json", "--seed", 6))
+    assert other[0]["token_ids"] != from_json[0]["token_ids"]
+
+
+@pytest.mark.parametrize("attention", ["wave", "full"])
+def test_json_and_facts(generate: Generate, tiny: Path, attention: str) -> None:
+    result = generate(
+        "--model", tiny, "--prompt", LONG, "--max-new-tokens", 9, "--json",
+        "--attention", attention, "--store", "device", *SMALL_ZONES, "--retrieval-fraction", 0.3,
+    )  # fmt: skip
+    assert result.status == 0
+    assert re.fullmatch(FACTS, result.err), result.err
+    assert result.out.count("\n") == 1
+    printed = json.loads(result.out)
+    assert printed["model"] == str(tiny)
+    assert printed["attention"] == attention
+    (answer,) = printed["answers"]
+    assert answer["prompt_tokens"] == len(LONG) + 3  # <s>, <user>, <answer>
+    assert 1 <= len(answer["token_ids"]) <= 9
+    assert answer["finish_reason"] in ("length", "stop")
+    facts = printed["facts"]
+    assert facts["first_token_seconds"] > 0
+    assert facts["device_bytes"] > 0
+    assert facts["host_bytes"] == 0
+    if attention == "full":
+        assert (facts["retrieved_share"], facts["hit_ratio"]) == (1.0, None)
+    else:
+        assert 0.25 < facts["retrieved_share"] < 0.35
+        assert 0 <= facts["hit_ratio"] <= 1
+
+
+def test_chat_or_raw(generate: Generate, tiny: Path) -> None:
+    common = (*FULL, tiny, "--prompt", "hello", "--max-new-tokens", 1, "--json")
+    for flag, length in (([], 8), (["--chat"], 8), (["--raw"], 6)):
+        assert answers(generate(*common, *flag))[0]["prompt_tokens"] == length
+
+
+def test_standard_input(generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = (*FULL, tiny, "--max-new-tokens", 3, "--json")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("grüß".encode())))
+    piped = answers(generate(*common, "--prompt-file", "-"))
+    assert piped == answers(generate(*common, "--prompt", "grüß"))
+
+
+def test_one_token_and_a_longer_context_than_the_model_says(generate: Generate, tiny: Path) -> None:
+    common = (*FULL, tiny, "--raw", "--prompt", "x" * 600, "--max-new-tokens", 1)
+    assert generate(*common).status == 2
+    result = generate(*common, "--max-context", 700)
+    assert result.status == 0
+    assert "one token" in result.err
+
+
+def test_stops_at_a_stop_token(generate: Generate, tiny: Path, tmp_path: Path) -> None:
+    common = ("--prompt", "hello", "--max-new-tokens", 20, "--json")
+    (free,) = answers(generate(*FULL, tiny, *common))
+    assert free["finish_reason"] == "length"
+    # The fifth token, or the first place of the same token, becomes a stop token.
+    stop = free["token_ids"][4]
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, stop]}))
+    (ended,) = answers(generate(*FULL, model, *common))
+    length = free["token_ids"].index(stop) + 1
+    assert ended["token_ids"] == free["token_ids"][:length]
+    assert ended["finish_reason"] == "stop"
+    assert free["text"].startswith(ended["text"].rstrip("\ufffd"))
+
+
+def test_progress_only_where_wanted(generate: Generate, tiny: Path) -> None:
+    common = (*FULL, tiny, "--prompt", "hello", "--max-new-tokens", 1)
+    shown = generate(*common, "--progress")
+    assert "loading the model" in shown.err
+    assert "reading the prompt" in shown.err
+    hidden = generate(*common)
+    assert hidden.err.count("\n") == 1
+    assert "loading" not in hidden.err
+    assert shown.out == hidden.out
+
+
+def test_help(generate: Generate) -> None:
+    result = generate("--help")
+    assert (result.status, result.err) == (0, "")
+    assert "--retrieval-fraction" in result.out
+
+
+@pytest.mark.slow
+def test_the_default_model_answers(generate: Generate) -> None:
+    result = generate("--prompt", "What is the capital of France?", "--max-new-tokens", 8)
+    assert result.status == 0
+    assert "Paris" in result.out
