@@ -51,7 +51,7 @@ clean: ## remove environments, caches and build outputs
 	rm -rf .venv-* build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamp is written last: an environment that was interrupted half-way is made anew.
-$(VENV)/ready: pyproject.toml Makefile scripts/verify_default_model.py
+$(VENV)/ready: pyproject.toml scripts/verify_default_model.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "error: $(PYTHON) is not Python 3.11 or later; try make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)

@@ -86,7 +86,7 @@ def main() -> int:
         file.write_text(text, encoding="utf-8")
         with contextlib.redirect_stdout(answer):
             status = generate.main(
-                ["--model", str(model), "--prompt-file", str(file), "--max-new-tokens", "48"]
+                ["--model", str(model), "--prompt-file", str(file), "--max-new-tokens", "32"]
             )
     if status:
         return status
