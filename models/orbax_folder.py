@@ -1,9 +1,12 @@
 """Our own checkpoint folder: Orbax parameters, and the model's config beside them."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +81,8 @@ def save_orbax(
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
-        with _checkpointer() as checkpointer:
+        with _interrupt_put_off(), _checkpointer() as checkpointer:
             checkpointer.save(_params(unfinished), params["params"])
-            checkpointer.wait_until_finished()
         sizes = {str(path.relative_to(unfinished)): size for path, size in _sizes(unfinished)}
         stored = {"format": _FORMAT, "config": config.to_json(), "sizes": sizes}
         (unfinished / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
@@ -97,6 +99,22 @@ def refuse_existing(folder: Path) -> None:
     """InputError if there is anything at `folder`."""
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} exists already; name a new folder or remove it first")
+
+
+@contextlib.contextmanager
+def _interrupt_put_off() -> Iterator[None]:
+    """Lets Ctrl-C take effect at the end: Orbax's threads write on after it, as if still wanted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals, or may say what becomes of them
+        return
+    interrupted = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def _sizes(folder: Path) -> list[tuple[Path, int]]:
@@ -121,7 +139,8 @@ def _checkpointer() -> Any:
     # Importing Orbax takes seconds, which only those who use it should wait for.
     import orbax.checkpoint
 
-    return orbax.checkpoint.StandardCheckpointer()
+    # StandardCheckpointer would write in the background.
+    return orbax.checkpoint.Checkpointer(orbax.checkpoint.StandardCheckpointHandler())
 
 
 def _params(folder: Path) -> Path:

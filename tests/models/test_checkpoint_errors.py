@@ -2,6 +2,7 @@
 
 import gc
 import json
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from models import checkpoint as checkpoint_module
+from models import orbax_folder
 from models.checkpoint import find_default_model, open_checkpoint, write_orbax
 from models.errors import InputError
 from tests.models import tiny_models
@@ -227,16 +229,23 @@ def test_corrupt_orbax(tmp_path: Path) -> None:
     gc.collect()  # Orbax leaves unfinished reads behind, which should not warn in another test
 
 
-def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["while Orbax writes", "later"])
+def test_interrupted_write_leaves_nothing(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_models.write_folder(tmp_path / "folder", CONFIG, TENSORS)
+    checkpoint = open_checkpoint(tmp_path / "folder")
 
-    def interrupt(_: Path) -> None:
-        raise KeyboardInterrupt
+    def interrupt(_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        write_orbax(
-            open_checkpoint(tmp_path / "folder"), tmp_path / "new", "float32", add_files=interrupt
+    if when != "later":
+        make_checkpointer = orbax_folder._checkpointer
+        monkeypatch.setattr(
+            orbax_folder, "_checkpointer", lambda: interrupt(None) or make_checkpointer()
         )
+    with pytest.raises(KeyboardInterrupt):
+        write_orbax(checkpoint, tmp_path / "new", "float32", add_files=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
