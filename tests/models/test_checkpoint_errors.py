@@ -222,9 +222,7 @@ def test_corrupt_orbax(tmp_path: Path) -> None:
     write_orbax(open_checkpoint(tmp_path / "folder"), folder, "float32")
     for file in (folder / "params").rglob("*"):
         if file.is_file() and file.stat().st_size > 10_000:
-            data = bytearray(file.read_bytes())
-            data[3000:-3000:500] = bytes(255 - byte for byte in data[3000:-3000:500])
-            damaged(file, bytes(data))
+            damaged(file, bytes(file.stat().st_size))
     message_of(lambda: open_checkpoint(folder).load_params("float32"), "truncated or corrupt")
     gc.collect()  # Orbax leaves unfinished reads behind, which should not warn in another test
 
