@@ -97,7 +97,7 @@ def test_byte_level_kinds(tmp_path: Path, name: str) -> None:
     loaded = load_tokenizer(write_gguf(tmp_path / "m.gguf", backend, "gpt2", name))
 
     @given(st.text("aB 1234'sé\n\r\t/.東e\u0301tl", max_size=40) | st.text(max_size=20))
-    @settings(deadline=None, max_examples=150)
+    @settings(deadline=None, max_examples=60)
     def agrees(text: str) -> None:
         text = text.encode("utf-8", "replace").decode()
         ids = loaded.encode(text, add_special=False)
@@ -185,7 +185,7 @@ def merge_by_score(text: str) -> list[int]:
 
 
 @given(st.text("the inga é東", max_size=30))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 def test_sentencepiece_merges_by_score(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "spm.gguf"
     if not path.exists():
