@@ -1,0 +1,170 @@
+"""Exact selection: `select_clusters` and `select_tokens` against sorting and a plain model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pallas_kernels as ops
+from pallas_kernels._numerics import MASKED, NO_ID, heaviest, list_places, ordered_bits
+from pallas_kernels.score_tokens import TokenScores
+from pallas_kernels.select_tokens import RowTable, segment_start
+
+few_values = st.sampled_from([-3.0, -1.5, -0.0, 0.0, 0.25, 2.0, 2.0000002, 1e30, -1e30])
+
+
+def by_sorting(values, weights, budget):
+    """What `heaviest` means, by a stable sort."""
+    marked, held = np.zeros(len(values), bool), 0
+    for i in np.argsort(-values, kind="stable"):
+        if held < budget and weights[i] > 0:
+            marked[i] = True
+            held += weights[i]
+    return marked
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(few_values, st.integers(0, 5)), min_size=12, max_size=12),
+    st.integers(0, 70),
+)
+def test_heaviest_is_the_sorted_prefix_with_ties_to_the_lower_place(elements, budget):
+    values = np.array([value for value, _ in elements], np.float32)
+    weights = np.array([weight for _, weight in elements], np.int32)
+    marked = heaviest(ordered_bits(jnp.asarray(values)), jnp.asarray(weights), jnp.int32(budget))
+    np.testing.assert_array_equal(marked, by_sorting(values, weights, budget))
+
+
+def test_list_places_compacts_in_order():
+    mark = jnp.array([[False, True, True, False, True], [False] * 5])
+    np.testing.assert_array_equal(
+        list_places(mark, 4), [[1, 2, 4, NO_ID], [NO_ID, NO_ID, NO_ID, NO_ID]]
+    )
+
+
+@pytest.mark.parametrize("group", [1, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_select_clusters_takes_most_group_mass_per_token(group, seed):
+    rng = np.random.default_rng(seed)
+    batch, heads, clusters = 2, 3, 40
+    sizes = rng.integers(0, 9, (1, batch, heads, clusters))
+    sizes[..., 30:] = 0
+    offsets = np.concatenate([np.zeros((1, batch, heads, 1)), np.cumsum(sizes, -1)], -1)
+    logits = rng.normal(size=(batch, heads, group, clusters)).astype(np.float32) * 4
+    # Coarse values make ties.
+    logits = np.where(sizes[0][:, :, None] > 0, np.round(logits), MASKED).astype(np.float32)
+    logsumexp = np.zeros((batch, heads, group), np.float32)
+    budget = np.array([17, 60], np.int32)
+    chosen = ops.select_clusters(
+        jnp.asarray(logits),
+        jnp.asarray(logsumexp),
+        jnp.asarray(offsets, jnp.int32),
+        0,
+        jnp.asarray(budget),
+    )
+    mass = jax.nn.logsumexp(jnp.asarray(logits), axis=2)
+    for b in range(batch):
+        for h in range(heads):
+            expected = by_sorting(np.asarray(mass[b, h]), sizes[0, b, h], budget[b])
+            # Equal masses may come out of two logsumexps a bit apart; with one head they do not.
+            if group == 1:
+                np.testing.assert_array_equal(chosen.selected[b, h], expected)
+            held = sizes[0, b, h][np.asarray(chosen.selected[b, h])].sum()
+            assert held == chosen.tokens[b, h]
+            assert min(budget[b], sizes[0, b, h].sum()) <= held < budget[b] + 8
+
+
+def empty_table(layers, batch, heads, tokens, slots):
+    def full(size):
+        return jnp.full((layers, batch, heads, size), -1, jnp.int32)
+
+    return RowTable(full(tokens), full(slots), full(slots))
+
+
+class PlainCache:
+    """The row table in plain Python: one row of (sequence, head)."""
+
+    def __init__(self, slots):
+        self.owner, self.used = [-1] * slots, [-1] * slots
+
+    def step(self, tokens, now):
+        """Returns each token's slot (None for none) and whether it was a hit."""
+        hits = {token: self.owner.index(token) for token in tokens if token in self.owner}
+        for slot in hits.values():
+            self.used[slot] = now
+        misses = [token for token in tokens if token not in hits]
+        idle = [slot for slot in range(len(self.owner)) if slot not in hits.values()]
+        idle.sort(key=lambda slot: (self.used[slot], slot))
+        victims = sorted(idle[: len(misses)])
+        slots = dict(hits)
+        for token, slot in zip(misses, victims, strict=False):
+            self.owner[slot], self.used[slot] = token, now
+            slots[token] = slot
+        return [(slots.get(token), token in hits) for token in tokens]
+
+
+select = jax.jit(
+    ops.select_tokens, static_argnames=("max_tokens", "segment_tokens", "growth_tokens")
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1, 3, 8, 30]))
+def test_row_table_follows_a_plain_model(seed, slots):
+    rng = np.random.default_rng(seed)
+    layers, batch, heads, tokens, room = 2, 2, 2, 24, 8
+    table = empty_table(layers, batch, heads, tokens, slots)
+    order = np.stack([rng.permutation(tokens) for _ in range(batch * heads)])
+    ids = np.broadcast_to(order.reshape(1, batch, heads, tokens), (layers, batch, heads, tokens))
+    offsets = jnp.broadcast_to(jnp.arange(0, tokens + 1, 4), (layers, batch, heads, 7))
+    plain = [[PlainCache(slots) for _ in range(heads)] for _ in range(batch)]
+    for now in range(6):
+        mass = rng.normal(size=(batch, heads, tokens)).astype(np.float32)
+        budget = rng.integers(0, room + 1, batch)
+        positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), mass.shape)
+        scores = TokenScores(jnp.asarray(mass), jnp.asarray(positions), jnp.asarray(positions // 4))
+        result = select(
+            scores,
+            jnp.asarray(budget, jnp.int32),
+            offsets,
+            jnp.asarray(ids, jnp.uint16),
+            jnp.full(batch, tokens, jnp.int32),
+            table,
+            jnp.int32(1),
+            jnp.int32(now),
+            max_tokens=room,
+            segment_tokens=64,
+            growth_tokens=8,
+        )
+        table = result.table
+        hits = 0
+        for b in range(batch):
+            for h in range(heads):
+                best = np.sort(np.argsort(-mass[b, h], kind="stable")[: budget[b]])
+                expected = ids[1, b, h][best].tolist()
+                assert result.tokens[b, h].tolist() == expected + [NO_ID] * (room - budget[b])
+                verdict = plain[b][h].step(expected, now)
+                hits += sum(hit for _, hit in verdict)
+                got = list(zip(result.slots[b, h].tolist(), result.hit[b, h].tolist(), strict=True))
+                assert got[: budget[b]] == [
+                    (NO_ID if slot is None else slot, hit) for slot, hit in verdict
+                ]
+                assert not np.asarray(result.hit[b, h, budget[b] :]).any()
+                assert table.token_of_slot[1, b, h].tolist() == plain[b][h].owner
+                kept = np.bincount(best // 4, minlength=6)
+                np.testing.assert_array_equal(result.remaining[b, h], 4 - kept)
+                owner = np.asarray(table.token_of_slot[1, b, h])
+                inverse = np.full(tokens, -1)
+                inverse[owner[owner >= 0]] = np.flatnonzero(owner >= 0)
+                np.testing.assert_array_equal(table.slot_of_token[1, b, h], inverse)
+        assert int(result.hits.sum()) == hits
+        assert (result.hits + result.misses).tolist() == (budget * heads).tolist()
+    assert (np.asarray(table.slot_of_token[0]) == -1).all()  # the other layer
+
+
+def test_segment_start_of_prompt_and_growth_segments():
+    positions = jnp.array([[0, 7, 8, 15, 16, 19, 20, 22, 23, 26]])
+    starts = segment_start(positions, jnp.array([20]), segment_tokens=8, growth_tokens=3)
+    np.testing.assert_array_equal(starts, [[0, 0, 8, 8, 16, 16, 20, 20, 23, 26]])
