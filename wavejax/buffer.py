@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from pallas_kernels.select_tokens import RowTable
@@ -61,7 +62,7 @@ class SteadyZone:
     window_tokens: Array
 
 
-def init_store(shape: tuple[int, ...], dtype: jnp.dtype, kind: StoreKind) -> RowStore:
+def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> RowStore:
     """An empty store of shape `[layers, batch, kv_heads, tokens, 2, head_dim]`."""
     if kind == "device":
         return RowStore(jnp.zeros(shape, dtype))
@@ -69,7 +70,7 @@ def init_store(shape: tuple[int, ...], dtype: jnp.dtype, kind: StoreKind) -> Row
     return RowStore(jax.device_put(np.zeros(shape, dtype), jax.memory.Space.Host))
 
 
-def init_cache(shape: tuple[int, ...], tokens: int, dtype: jnp.dtype) -> RowCache:
+def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCache:
     """An empty cache of shape `[layers, batch, kv_heads, slots, 2, head_dim]`."""
     row = shape[:3]
     table = RowTable(
@@ -83,7 +84,7 @@ def init_cache(shape: tuple[int, ...], tokens: int, dtype: jnp.dtype) -> RowCach
 
 
 def init_steady(
-    row: tuple[int, int, int], sinks: int, window: int, head_dim: int, dtype: jnp.dtype
+    row: tuple[int, int, int], sinks: int, window: int, head_dim: int, dtype: DTypeLike
 ) -> SteadyZone:
     """An empty steady zone; `row` is (layers, batch, kv_heads)."""
     return SteadyZone(

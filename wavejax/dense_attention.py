@@ -5,6 +5,7 @@ import math
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from models.config import ModelConfig
@@ -32,7 +33,7 @@ class DenseAttention:
     """Full attention; see `WaveAttention` for the methods."""
 
     def init_state(
-        self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: jnp.dtype
+        self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> DenseState:
         """An empty state with room for so many tokens a sequence."""
         room = prompt_tokens + new_tokens

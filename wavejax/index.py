@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 import pallas_kernels as ops
@@ -70,7 +71,7 @@ def init_index(
     head_dim: int,
     clusters: int,
     tokens: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> WaveIndex:
     """An empty index with room for so many clusters and tokens a row."""
     row = (layers, batch, kv_heads)
@@ -136,10 +137,13 @@ def append_segment(
     place = jnp.where(nth < new[:, None], base[:, None] + nth, NO_ID)
     at = (layer, sequence, head, place)
 
-    # Edges past the new clusters all stand at the end, so clusters not in use are empty.
-    edge = jnp.arange(index.offsets.shape[-1], dtype=jnp.int32) - base[:, None]
-    new_edges = start + jnp.take_along_axis(clusters.offsets, jnp.clip(edge, 0, room), axis=-1)
-    offsets = jnp.where(edge <= 0, index.offsets[layer, sequence], new_edges)
+    # Edges past the new clusters all stand at the end, so clusters not in use are empty. The end
+    # so far, not `start`: an empty segment of a padded prompt adds nothing and moves nothing.
+    old = index.offsets[layer, sequence]
+    end = jnp.take_along_axis(old, base[:, None], axis=-1)
+    edge = jnp.arange(old.shape[-1], dtype=jnp.int32) - base[:, None]
+    new_edges = end + jnp.take_along_axis(clusters.offsets, jnp.clip(edge, 0, room), axis=-1)
+    offsets = jnp.where(edge <= 0, old, new_edges)
 
     codes, scales = index.codes, index.scales
     if codes is not None and scales is not None:

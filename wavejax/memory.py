@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import psutil
+from jax.typing import DTypeLike
 
 from models.config import ModelConfig
 from models.errors import InputError
@@ -42,7 +43,7 @@ def memory_need(
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     weights: int,
 ) -> MemoryNeed:
     """Computes the need from shapes alone; allocates nothing.
@@ -81,7 +82,7 @@ def check_memory(
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     weights: int,
 ) -> MemoryNeed:
     """Computes the need (see `memory_need`) and compares it with what is free.

@@ -5,6 +5,7 @@ import math
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
@@ -55,7 +56,7 @@ class WaveAttention:
     store: StoreKind = "host"
 
     def init_state(
-        self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: jnp.dtype
+        self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> WaveState:
         """An empty state.
 
