@@ -9,15 +9,14 @@ import argparse
 import contextlib
 import io
 import random
-import re
 import sys
 import tempfile
 from pathlib import Path
-from pydoc_data.topics import topics
 
 from models.checkpoint import find_default_model
 from models.tokenizer import Tokenizer, load_tokenizer
 from wavejax import generate
+from wavejax.evaluation import haystack
 
 OPENING = "There is a special magic number hidden in the following text. Remember it."
 NEEDLE = (
@@ -26,22 +25,10 @@ NEEDLE = (
 QUESTION = "What is the special magic number?"
 
 
-def prose() -> list[str]:
-    """The manual's paragraphs of plain English: no headings, lists, grammar or code."""
-    paragraphs = []
-    for _, text in sorted(topics.items()):
-        for paragraph in text.split("\n\n"):
-            if re.match(r"[A-Z]", paragraph) and paragraph.endswith("."):
-                line = re.sub(r"[*`]|\[\d+\]", "", " ".join(paragraph.split()))
-                if len(line) > 200:
-                    paragraphs.append(line)
-    return paragraphs
-
-
 def hide(number: int, tokenizer: Tokenizer, tokens: int, depth: float) -> str:
     """At least `tokens` tokens of prose with the number `depth` of the way in, and the question."""
     paragraphs, total = [], 0
-    for paragraph in prose():
+    for paragraph in haystack.paragraphs():
         paragraphs.append(paragraph)
         total += len(tokenizer.encode(paragraph, add_special=False))
         if total >= tokens:

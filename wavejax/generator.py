@@ -59,7 +59,8 @@ def bucket(tokens: int) -> int:
 class Generator:
     """Generates text with a model, an attention and a sampler.
 
-    Hashable: its compiled programs are kept by JAX and shared by equal generators.
+    Hashable: its compiled programs are kept by JAX and shared by equal generators; those that read
+    prompts, by all generators of equal model and attention.
 
     Attributes:
         model: the model's configuration.
@@ -98,17 +99,24 @@ class Generator:
         dtype = params["params"]["embedding"].dtype
         rooms = [bucket(len(prompt)) for prompt in prompts]
         cache = self.attention.init_state(self.model, batch, max(rooms), max_new_tokens, dtype)
-        logits = jnp.zeros((batch, self.model.vocab_size), jnp.float32)
+        cache, logits = _commit((cache, jnp.zeros((batch, self.model.vocab_size), jnp.float32)))
         layers, done = self.model.num_layers, 0
         for sequence, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
             padded = np.zeros((1, room), np.int32)
             padded[0, : len(prompt)] = prompt
             length = jnp.int32(len(prompt))
-            hidden = _embed(self, params, jnp.asarray(padded))
+            hidden = _commit(_embed(self.model, params, jnp.asarray(padded)))
             for layer in range(layers):
                 previous = hidden
                 hidden, cache = _prefill_layer(
-                    self, params, hidden, jnp.int32(layer), jnp.int32(sequence), length, cache
+                    self.model,
+                    self.attention,
+                    params,
+                    hidden,
+                    jnp.int32(layer),
+                    jnp.int32(sequence),
+                    length,
+                    cache,
                 )
                 if progress is not None and layer > 0:
                     # One layer behind, so that the device always has the next one queued.
@@ -116,13 +124,21 @@ class Generator:
                     done += 1
                     progress(done, batch * layers)
             cache, logits = _finish_prefill(
-                self, params, hidden, jnp.int32(sequence), length, cache, logits
+                self.model,
+                self.attention,
+                params,
+                hidden,
+                jnp.int32(sequence),
+                length,
+                cache,
+                logits,
             )
             if progress is not None:
                 logits.block_until_ready()
                 done += 1
                 progress(done, batch * layers)
-        return DecodeState(cache, logits, jnp.zeros(batch, bool), jnp.int32(seed), jnp.int32(0))
+        rest = jnp.zeros(batch, bool), jnp.int32(seed), jnp.int32(0)
+        return DecodeState(cache, logits, *_commit(rest))
 
     def stream(
         self, params: Params, state: DecodeState, max_new_tokens: int
@@ -178,18 +194,27 @@ class Generator:
         return facts_of(state.cache)
 
 
+def _commit(tree: Any) -> Any:
+    """Ties arrays to the device they are on, as what a compiled call returns already is.
+
+    Otherwise a program compiles twice: for the first call's arrays, and for its own results.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
+
+
 def _all_stopped(last: np.ndarray, stop_tokens: tuple[int, ...]) -> bool:
     return bool(np.isin(last, (*stop_tokens, NO_TOKEN)).all())
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(generator: Generator, params: Params, tokens: Array) -> Array:
-    return decoder.embed(generator.model, params, tokens)
+def _embed(model: ModelConfig, params: Params, tokens: Array) -> Array:
+    return decoder.embed(model, params, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
 def _prefill_layer(
-    generator: Generator,
+    model: ModelConfig,
+    attention: WaveAttention | DenseAttention,
     params: Params,
     hidden: Array,
     layer: Array,
@@ -197,14 +222,15 @@ def _prefill_layer(
     length: Array,
     cache: Any,
 ) -> tuple[Array, Any]:
-    attend = functools.partial(generator.attention.prefill, sequence=sequence, length=length)
+    attend = functools.partial(attention.prefill, sequence=sequence, length=length)
     positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
-    return decoder.apply_layer(generator.model, params, layer, hidden, positions, attend, cache)
+    return decoder.apply_layer(model, params, layer, hidden, positions, attend, cache)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames=("cache", "logits"))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("cache", "logits"))
 def _finish_prefill(
-    generator: Generator,
+    model: ModelConfig,
+    attention: WaveAttention | DenseAttention,
     params: Params,
     hidden: Array,
     sequence: Array,
@@ -213,10 +239,8 @@ def _finish_prefill(
     logits: Array,
 ) -> tuple[Any, Array]:
     last = lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
-    last = decoder.unembed(
-        generator.model, params, decoder.final_norm(generator.model, params, last)
-    )
-    cache = generator.attention.finish_prefill(cache, sequence, length)
+    last = decoder.unembed(model, params, decoder.final_norm(model, params, last))
+    cache = attention.finish_prefill(cache, sequence, length)
     return cache, logits.at[sequence].set(last[0])
 
 

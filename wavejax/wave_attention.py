@@ -116,7 +116,21 @@ class WaveAttention:
             length: the prompt's tokens.
         """
         output = causal_attention(query[0], key[0], value[0], scale=_scale(query))[None]
-        rows = jnp.swapaxes(buffer.as_rows(key[0], value[0]), 0, 1)
+        state = self.write_prompt(layer, key[0], value[0], state, sequence=sequence, length=length)
+        return output, state
+
+    def write_prompt(
+        self,
+        layer: Int[Array, ""],
+        key: Float[Array, "tokens kv_heads head_dim"],
+        value: Float[Array, "tokens kv_heads head_dim"],
+        state: WaveState,
+        *,
+        sequence: Int[Array, ""],
+        length: Int[Array, ""],
+    ) -> WaveState:
+        """Writes a prompt's cache in one layer: index, rows and steady zone; see `prefill`."""
+        rows = jnp.swapaxes(buffer.as_rows(key, value), 0, 1)
         indexed = self._indexed(length)
         steady = buffer.fill_steady(
             state.steady,
@@ -143,7 +157,7 @@ class WaveAttention:
             wave = lax.fori_loop(0, len(segments), append, wave)
             kept = rows[:, : sum(segments)]
             store = RowStore(ops.append_rows(store.rows, kept, layer, sequence, 0))
-        return output, dataclasses.replace(state, index=wave, store=store, steady=steady)
+        return dataclasses.replace(state, index=wave, store=store, steady=steady)
 
     def finish_prefill(
         self, state: WaveState, sequence: Int[Array, ""], length: Int[Array, ""]

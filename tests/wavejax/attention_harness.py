@@ -43,6 +43,8 @@ def _prefill(attention, layer, query, key, value, state, sequence, length):
 
 def prefill(attention, state, stream, lengths, layer=0, room=None):
     """Reads each sequence's first `lengths[b]` tokens; returns the outputs there and the state."""
+    # Committed, as what a compiled call returns is: otherwise each program compiles twice.
+    state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
     room = room or max(lengths)
     outputs = []
     for b, length in enumerate(lengths):

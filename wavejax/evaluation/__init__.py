@@ -1,0 +1,1 @@
+"""Comparisons of attentions by answers: tasks, and teacher forcing against full attention."""
