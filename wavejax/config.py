@@ -83,7 +83,7 @@ class WaveConfig:
 
     def most_retrieved(self, tokens: int) -> int:
         """The most tokens retrieved of so many indexed ones."""
-        # One more than the exact share: the device rounds its product in float32.
+        # One more than the exact share: the device computes it in float32.
         share = math.ceil(self.retrieval_fraction * tokens) + 1
         return max(1, min(max(self.min_retrieved_tokens, share), tokens))
 
