@@ -235,14 +235,15 @@ class WaveAttention:
             active: bool; a sequence that is not keeps its length, and its token is forgotten.
         """
         steady = state.steady
+        # A sequence that is not active has retrieved rows too, which the cache has counted.
+        attended = state.attended + self.lengths(state) + 1
         window = steady.window_tokens + active.astype(jnp.int32)
         state = dataclasses.replace(
             state,
             steady=dataclasses.replace(steady, window_tokens=window),
             step=state.step + 1,
+            attended=attended,
         )
-        attended = state.attended + jnp.where(active, self.lengths(state), 0)
-        state = dataclasses.replace(state, attended=attended)
         due = window == self.config.window_tokens
         return lax.cond(jnp.any(due), lambda s: self._grow(s, due), lambda s: s, state)
 
