@@ -1,0 +1,39 @@
+"""What the README says is so: its example runs, its picture is there, its flags exist."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+from models import checkpoint
+from tests.cli.conftest import TEMPLATE, TINY, write_tokenizer
+from tests.models.tiny_models import make_tensors, write_folder
+from wavejax import generate
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    # A tiny model in the place of SmolLM2, which takes a minute.
+    write_folder(tmp_path, TINY, make_tensors(TINY))
+    write_tokenizer(tmp_path, chat_template=TEMPLATE)
+    monkeypatch.setattr(checkpoint, "find_default_model", lambda: tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    lines = printed.getvalue().strip().splitlines()
+    assert len(lines) >= 3  # two answers and the facts
+    assert lines[-1].startswith("Facts(retrieved_share=")
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).is_file(), target
+
+
+def test_flags_exist():
+    known = {flag for option in generate.command.params for flag in [*option.opts, "--help"]}
+    known |= {flag for option in generate.command.params for flag in option.secondary_opts}
+    assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
