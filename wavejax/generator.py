@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from models import decoder
 from models.config import ModelConfig
+from models.errors import InputError
 from models.parameters import Params
 from wavejax._pytree import state as pytree
 from wavejax.dense_attention import DenseAttention
@@ -94,7 +95,11 @@ class Generator:
             max_new_tokens: room to generate so many tokens each.
             seed: of the sampler.
             progress: called with (layers done, layers in all) as the layers of all prompts finish.
+
+        Raises:
+            InputError: there is no prompt, one is empty, or a token is not the model's.
         """
+        _check_prompts(prompts, self.model.vocab_size)
         batch = len(prompts)
         dtype = params["params"]["embedding"].dtype
         rooms = [bucket(len(prompt)) for prompt in prompts]
@@ -192,6 +197,19 @@ class Generator:
     def facts(self, state: DecodeState) -> Facts:
         """What the attention retrieved, found cached, and occupies."""
         return facts_of(state.cache)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
+    if len(prompts) == 0:
+        raise InputError("there is no prompt: give at least one")
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) == 0:
+            raise InputError(f"prompt {number} is empty: give at least one token")
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < vocab:
+                raise InputError(
+                    f"prompt {number} has token {token}; the model has 0 to {vocab - 1}"
+                )
 
 
 def _commit(tree: Any) -> Any:

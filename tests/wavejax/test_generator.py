@@ -18,7 +18,7 @@ from tests.wavejax.tiny_generator import (
     make_params,
     make_prompts,
 )
-from wavejax import Generator
+from wavejax import Generator, InputError
 from wavejax.generator import NO_TOKEN, SMALLEST_BUCKET, bucket
 
 # Two buckets; 262 and 318 share one, so that alone they share their programs. With 90 new tokens
@@ -188,6 +188,21 @@ def test_progress_rises_to_the_total(lengths):
     )
     total = MODEL.num_layers * len(lengths)
     assert calls == [(done, total) for done in range(1, total + 1)]
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ((), "there is no prompt: give at least one"),
+        (((1,), ()), "prompt 2 is empty: give at least one token"),
+        (((1, 50),), "prompt 1 has token 50; the model has 0 to 49"),
+        (((-1, 3),), "prompt 1 has token -1; the model has 0 to 49"),
+    ],
+)
+def test_bad_prompts_are_named(prompts, message):
+    with pytest.raises(InputError) as error:
+        make_generator("dense", GREEDY).start(make_params(), prompts, 1)
+    assert str(error.value) == message
 
 
 @given(st.integers(1, 2**24))
