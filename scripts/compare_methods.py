@@ -31,7 +31,8 @@ from wavejax.evaluation.teacher_forcing import (
 )
 from wavejax.generator import NO_TOKEN, bucket
 
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 24
+BATCH = 12
 
 
 def methods(fraction: float) -> dict[str, WaveConfig]:
@@ -39,7 +40,6 @@ def methods(fraction: float) -> dict[str, WaveConfig]:
     budget: dict[str, Any] = {"retrieval_fraction": fraction, "min_retrieved_tokens": 0}
     return {
         "paper": WaveConfig.paper(**budget),
-        "paper, clusters of at most 64": WaveConfig.paper(**budget, max_cluster_size=64),
         "paper, nothing estimated": WaveConfig.paper(**budget, estimation_fraction=0.0),
         "wave": WaveConfig(**budget),
         "wave, nothing estimated": WaveConfig(**budget, estimation_fraction=0.0),
@@ -48,7 +48,7 @@ def methods(fraction: float) -> dict[str, WaveConfig]:
 
 
 class Bench:
-    """The model, and what each method makes of one sample."""
+    """The model, and what each method makes of a batch of samples."""
 
     def __init__(self, fraction: float):
         path = find_default_model()
@@ -63,40 +63,38 @@ class Bench:
             for name, config in methods(fraction).items()
         }
 
-    def run(self, sample: Sample) -> dict[str, Agreement]:
-        """Each method's agreement with full attention's answer to one sample."""
-        state = self.full.start(self.params, [sample.tokens], ANSWER_TOKENS)
-        answer = greedy(self.full, self.params, state, ANSWER_TOKENS)[:, 0]
-        answer = answer[answer != NO_TOKEN]
-        pieces = pieces_of(self.tokenizer, answer)
-        found = [places_of(reference, pieces) for reference in sample.references]
-        references = [places for places in found if places is not None]
-        forced = jnp.asarray(pad(answer))[:, None]
-        agreements = {}
-        room = bucket(len(sample.tokens))
+    def run(self, samples: list[Sample], shown: tqdm) -> dict[str, list[Agreement]]:
+        """Each method's agreement with full attention's answer to each sample."""
+        prompts = [sample.tokens for sample in samples]
+        state = self.full.start(self.params, prompts, ANSWER_TOKENS)
+        answers = greedy(self.full, self.params, state, ANSWER_TOKENS)
+        forced = jnp.asarray(np.where(answers == NO_TOKEN, 0, answers))
+        copy = jax.tree.map(jnp.copy, state)
+        _, full_logits = self.full.force(self.params, copy, forced)
+        shown.update()
+        room = max(bucket(len(prompt)) for prompt in prompts)
+        results = {}
         for name, generator in self.waves.items():
             shared = share_prefill(generator, state, room, ANSWER_TOKENS)
             _, logits = generator.force(self.params, shared, forced)
-            agreements[name] = logits[: len(answer), 0]
-        _, full_logits = self.full.force(self.params, state, forced)
-        full_logits = full_logits[: len(answer), 0]
-        return {
-            name: compare(answer, full_logits, logits, references)
-            for name, logits in agreements.items()
-        }
+            results[name] = [
+                compare(
+                    answers[:, i],
+                    full_logits[:, i],
+                    logits[:, i],
+                    self.places(sample, answers[:, i]),
+                )
+                for i, sample in enumerate(samples)
+            ]
+            shown.update()
+        return results
 
-
-def pieces_of(tokenizer: Tokenizer, answer: np.ndarray) -> list[str]:
-    """The text that each token adds."""
-    stream = tokenizer.stream()
-    return [stream.push(token) for token in answer.tolist()]
-
-
-def pad(answer: np.ndarray) -> np.ndarray:
-    """Answers of one padded length share compiled programs; what is added comes last."""
-    padded = np.zeros(ANSWER_TOKENS, np.int32)
-    padded[: len(answer)] = answer
-    return padded
+    def places(self, sample: Sample, answer: np.ndarray) -> list[np.ndarray]:
+        """Where the answer spells those of the references that it gives."""
+        stream = self.tokenizer.stream()
+        pieces = [stream.push(token) for token in answer[answer != NO_TOKEN].tolist()]
+        found = [places_of(reference, pieces) for reference in sample.references]
+        return [places for places in found if places is not None]
 
 
 def table(results: dict[str, list[Agreement]], length: int) -> str:
@@ -127,18 +125,24 @@ def main() -> None:
 
     bench = Bench(arguments.fraction)
     records = []
+    jobs = [(task, seed) for seed in range(arguments.samples) for task in TASKS]
     for length in arguments.lengths:
-        results: dict[str, list[Agreement]] = {}
-        jobs = [(task, seed) for task in TASKS for seed in range(arguments.samples)]
-        for task, seed in tqdm(jobs, desc=f"{length} tokens"):
-            sample = make_sample(TASKS[task], bench.tokenizer, length, seed)
-            for name, agreement in bench.run(sample).items():
-                results.setdefault(name, []).append(agreement)
-                records.append(
-                    {"task": task, "length": length, "seed": seed, "method": name} | vars(agreement)
-                )
-            if arguments.json:
-                arguments.json.write_text(json.dumps(records, indent=1))
+        results: dict[str, list[Agreement]] = {name: [] for name in bench.waves}
+        batches = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
+        with tqdm(total=len(batches) * (len(results) + 1), desc=f"{length} tokens") as shown:
+            for batch in batches:
+                samples = [
+                    make_sample(TASKS[task], bench.tokenizer, length, seed) for task, seed in batch
+                ]
+                for name, agreements in bench.run(samples, shown).items():
+                    results[name] += agreements
+                    records += [
+                        {"task": task, "length": length, "seed": seed, "method": name}
+                        | vars(agreement)
+                        for (task, seed), agreement in zip(batch, agreements, strict=True)
+                    ]
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(records, indent=1))
         print(table(results, length), end="\n\n", flush=True)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {arguments.fraction:.1%}")
 

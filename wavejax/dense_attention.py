@@ -46,6 +46,10 @@ class DenseAttention:
         """Tokens that each sequence holds; the next one's position."""
         return state.tokens
 
+    def is_full(self, state: DenseState) -> Bool[Array, " batch"]:
+        """Sequences that have no room for another token."""
+        return state.tokens >= state.keys.shape[3]
+
     def prefill(
         self,
         layer: Int[Array, ""],

@@ -177,7 +177,8 @@ class Generator:
         """Generates `steps` tokens a sequence in one compiled call; donates `state`.
 
         Returns:
-            the new state, and the tokens, NO_TOKEN where a sequence had stopped before.
+            the new state, and the tokens, NO_TOKEN where a sequence had stopped before: after a
+            stop token, or where the room that `start` made was full.
         """
         # The room is a power of two, so that a remainder of steps needs no program of its own.
         room = max(STREAM_CHUNK, 2 ** (steps - 1).bit_length())
@@ -286,6 +287,9 @@ def _decode_n(
 
     def one_step(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
         state, tokens, i = carry
+        # Past its room a sequence would overwrite what it has read.
+        full = generator.attention.is_full(state.cache)
+        state = dataclasses.replace(state, finished=state.finished | full)
         drawn = generator.sampler.sample(state.logits, step_key(state.seed, state.step))
         tokens = tokens.at[i].set(jnp.where(state.finished, NO_TOKEN, drawn))
         finished = state.finished | jnp.isin(drawn, stop)

@@ -95,6 +95,12 @@ class WaveAttention:
         steady = state.steady
         return steady.sink_tokens + state.index.tokens + steady.window_tokens
 
+    def is_full(self, state: WaveState) -> Bool[Array, " batch"]:
+        """Sequences whose next token would make the index grow past the room that it has."""
+        room = state.index.token_ids.shape[-1]
+        grows = state.steady.window_tokens + 1 == self.config.window_tokens
+        return grows & (state.index.tokens + self.config.growth_tokens > room)
+
     def prefill(
         self,
         layer: Int[Array, ""],

@@ -217,3 +217,21 @@ def test_a_bucket_holds_its_prompt_with_a_quarter_to_spare(tokens):
 def test_buckets_are_few():
     sizes = {bucket(tokens) for tokens in range(1, 2**15 + 1)}
     assert len(sizes) == 1 + 4 * 8  # four for each of the 8 doublings from 128 to 32768
+
+
+@pytest.mark.parametrize("attention", ["dense", "wave"])
+def test_a_sequence_ends_where_its_room_does(attention):
+    """Asked for more than there is room for, a sequence stops: nothing it has read is lost."""
+    params, prompts = make_params(), make_prompts((262,))
+    generator = make_generator(attention, GREEDY)
+    small = generator.start(params, prompts, 8)
+    state, tokens = generator.decode_n(params, small, 256)
+    tokens = np.asarray(tokens)[:, 0]
+    count = int((tokens != NO_TOKEN).sum())
+    assert 8 <= count < 256
+    assert (tokens[count:] == NO_TOKEN).all()
+    assert bool(state.finished[0])
+    assert int(generator.attention.lengths(state.cache)[0]) == 262 + count
+    large = generator.start(params, prompts, 256)
+    _, expected = generator.decode_n(params, large, 256)
+    np.testing.assert_array_equal(tokens[:count], np.asarray(expected)[:count, 0])
