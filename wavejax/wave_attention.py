@@ -10,14 +10,11 @@ from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from models.config import ModelConfig
-from pallas_kernels.encode_tokens import rotation
-from pallas_kernels.score_clusters import ClusterScores
-from pallas_kernels.select_tokens import Retrieved
-from wavejax import buffer, index
+from wavejax import buffer, index, retrieval
 from wavejax._pytree import state as pytree
 from wavejax.buffer import RowCache, RowStore, SteadyZone, StoreKind
 from wavejax.causal_attention import causal_attention
-from wavejax.config import CANDIDATE_FLOOR, WaveConfig
+from wavejax.config import WaveConfig
 from wavejax.index import WaveIndex
 
 
@@ -205,7 +202,9 @@ class WaveAttention:
         wave, cache = state.index, state.cache
 
         scores = ops.score_clusters(grouped, wave.centroids, wave.offsets, layer, scale=scale)
-        retrieved = self._retrieve(grouped, scores, state, layer, scale)
+        retrieved = retrieval.retrieve(
+            self.config, grouped, scores, wave, cache.table, layer, state.step, scale=scale
+        )
         zones = ops.attend_zones(
             grouped,
             steady.sink,
@@ -220,7 +219,7 @@ class WaveAttention:
             scores.logits,
             wave.value_sums,
             wave.offsets,
-            self._to_estimate(scores, retrieved, wave, layer),
+            retrieval.to_estimate(self.config, scores, retrieved, wave, layer),
             layer,
             scale=scale,
         )
@@ -289,84 +288,10 @@ class WaveAttention:
             steady=dataclasses.replace(state.steady, window_tokens=window),
         )
 
-    def _retrieve(
-        self,
-        query: Array,
-        scores: ClusterScores,
-        state: WaveState,
-        layer: Array,
-        scale: float,
-    ) -> Retrieved:
-        config, wave = self.config, state.index
-        room = wave.token_ids.shape[-1]
-        retrieved, candidates = self._budgets(wave.tokens)
-        chosen = ops.select_clusters(
-            scores.logits, scores.logsumexp, wave.offsets, layer, candidates
-        )
-        matrix = jnp.asarray(rotation(query.shape[-1]))
-        token_scores = ops.score_tokens(
-            jnp.einsum("bhgd,ed->bhge", query.astype(jnp.float32), matrix),
-            scores.logits,
-            scores.logsumexp,
-            chosen.selected,
-            wave.offsets,
-            wave.codes,
-            wave.scales,
-            layer,
-            scale=scale,
-            max_candidates=config.most_candidates(room),
-        )
-        return ops.select_tokens(
-            token_scores,
-            retrieved,
-            wave.offsets,
-            wave.token_ids,
-            wave.prompt_tokens,
-            state.cache.table,
-            layer,
-            state.step,
-            max_tokens=config.most_retrieved(room),
-            segment_tokens=config.segment_tokens,
-            growth_tokens=config.growth_tokens,
-        )
-
-    def _to_estimate(
-        self, scores: ClusterScores, retrieved: Retrieved, wave: WaveIndex, layer: Array
-    ) -> Array:
-        """The members of each cluster to estimate; none of those that the settings drop."""
-        fraction = self.config.estimation_fraction
-        if fraction >= 1:
-            return retrieved.remaining
-        if fraction <= 0:
-            return jnp.zeros_like(retrieved.remaining)
-        budget = self._budgets(wave.tokens)[0] + _share(fraction, wave.tokens)
-        near = ops.select_clusters(scores.logits, scores.logsumexp, wave.offsets, layer, budget)
-        return jnp.where(near.selected, retrieved.remaining, 0)
-
-    def _budgets(self, tokens: Array) -> tuple[Array, Array]:
-        """Tokens to retrieve, and tokens whose codes to read, of so many indexed ones."""
-        config = self.config
-        least = config.min_retrieved_tokens
-        retrieved = jnp.maximum(least, _share(config.retrieval_fraction, tokens))
-        candidates = retrieved
-        if config.token_codes:
-            floor = jnp.maximum(retrieved, CANDIDATE_FLOOR * least)
-            candidates = jnp.maximum(floor, _share(config.candidate_fraction, tokens))
-        return jnp.minimum(retrieved, tokens), jnp.minimum(candidates, tokens)
-
     def _indexed(self, length: Array) -> Array:
         """`WaveConfig.indexed_tokens` of a length known only when the program runs."""
         rest = length - self.config.sink_tokens
         return jnp.where(rest < self.config.window_tokens, 0, rest - self.config.local_tokens)
-
-
-def _share(fraction: float, tokens: Array) -> Array:
-    """The share of so many tokens, rounded up."""
-    if fraction >= 1:
-        return tokens
-    # A millionth less, so that a product that should be whole, 0.3 * 170, is rounded up to itself
-    # whichever way a platform's float32 errs.
-    return jnp.ceil(tokens.astype(jnp.float32) * (fraction * (1 - 1e-6))).astype(jnp.int32)
 
 
 def _scale(query: Array) -> float:

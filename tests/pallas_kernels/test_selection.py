@@ -25,7 +25,7 @@ def by_sorting(values, weights, budget):
     return marked
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(few_values, st.integers(0, 5)), min_size=12, max_size=12),
     st.integers(0, 70),

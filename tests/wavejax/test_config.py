@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wavejax import InputError, WaveAttention, WaveConfig
+from wavejax.retrieval import budgets
 
 SIZES = ("local_tokens", "growth_tokens", "segment_tokens", "cluster_size")
 COUNTS = ("sink_tokens", "kmeans_iterations", "min_retrieved_tokens")
@@ -132,7 +133,7 @@ FRACTION = st.floats(0, 1) | st.sampled_from([0.009, 0.018, 0.25, 0.1, 1 / 3])
 @example(WaveConfig(candidate_fraction=0.1, min_retrieved_tokens=0), 1_000_000, 0)
 def test_capacities_hold_what_the_device_asks_for(config, tokens, spare):
     # `tokens` are in the index now, whose capacity is that and some more.
-    retrieved, candidates = WaveAttention(config)._budgets(jnp.int32(tokens))
+    retrieved, candidates = budgets(config, jnp.int32(tokens))
     room = max(1, tokens + spare)
     assert 0 <= int(retrieved) <= int(candidates) <= tokens
     assert int(retrieved) <= config.most_retrieved(room) <= room

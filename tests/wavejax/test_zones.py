@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import pallas_kernels as ops
 from pallas_kernels._numerics import NO_ID
 from tests.wavejax.attention_harness import decode, model_of, prefill, random_stream
-from wavejax import WaveAttention, WaveConfig
+from wavejax import WaveAttention, WaveConfig, retrieval
 
 MODEL = model_of(kv_heads=2, group=3, head_dim=16)
 
@@ -23,8 +23,11 @@ def zones(attention, query, state):
     """What a decode step of layer 0 retrieves, and what of each cluster it estimates."""
     index, layer = state.index, jnp.int32(0)
     scores = ops.score_clusters(query, index.centroids, index.offsets, layer, scale=0.25)
-    retrieved = attention._retrieve(query, scores, state, layer, 0.25)
-    return retrieved, attention._to_estimate(scores, retrieved, index, layer)
+    config = attention.config
+    found = retrieval.retrieve(
+        config, query, scores, index, state.cache.table, layer, state.step, scale=0.25
+    )
+    return found, retrieval.to_estimate(config, scores, found, index, layer)
 
 
 def members_of(index, b, h):

@@ -1,0 +1,109 @@
+"""What a decode step retrieves and what it estimates: the wave index's query."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+import pallas_kernels as ops
+from pallas_kernels.encode_tokens import rotation
+from pallas_kernels.score_clusters import ClusterScores
+from pallas_kernels.select_tokens import Retrieved, RowTable
+from wavejax.config import CANDIDATE_FLOOR, WaveConfig
+from wavejax.index import WaveIndex
+
+
+def retrieve(
+    config: WaveConfig,
+    query: Float[Array, "batch kv_heads group head_dim"],
+    scores: ClusterScores,
+    wave: WaveIndex,
+    table: RowTable,
+    layer: Int[Array, ""],
+    step: Int[Array, ""],
+    *,
+    scale: float,
+) -> Retrieved:
+    """Ranks the best clusters' tokens and retrieves the best of them, in one layer.
+
+    Args:
+        config: the settings.
+        query: one decode step's queries, grouped by the kv head that they share.
+        scores: of the clusters, from `score_clusters`.
+        wave: the index.
+        table: the row cache's.
+        layer: which layer.
+        step: the row cache's clock.
+        scale: multiplies every product of query and key.
+
+    Returns:
+        the tokens' rows, where to read them, and what each cluster keeps.
+    """
+    room = wave.token_ids.shape[-1]
+    retrieved, candidates = budgets(config, wave.tokens)
+    chosen = ops.select_clusters(scores.logits, scores.logsumexp, wave.offsets, layer, candidates)
+    matrix = jnp.asarray(rotation(query.shape[-1]))
+    token_scores = ops.score_tokens(
+        jnp.einsum("bhgd,ed->bhge", query.astype(jnp.float32), matrix),
+        scores.logits,
+        scores.logsumexp,
+        chosen.selected,
+        wave.offsets,
+        wave.codes,
+        wave.scales,
+        layer,
+        scale=scale,
+        max_candidates=config.most_candidates(room),
+    )
+    return ops.select_tokens(
+        token_scores,
+        retrieved,
+        wave.offsets,
+        wave.token_ids,
+        wave.prompt_tokens,
+        table,
+        layer,
+        step,
+        max_tokens=config.most_retrieved(room),
+        segment_tokens=config.segment_tokens,
+        growth_tokens=config.growth_tokens,
+    )
+
+
+def to_estimate(
+    config: WaveConfig,
+    scores: ClusterScores,
+    retrieved: Retrieved,
+    wave: WaveIndex,
+    layer: Int[Array, ""],
+) -> Int[Array, "batch kv_heads clusters"]:
+    """The members of each cluster to estimate: what it keeps, but none that the settings drop."""
+    fraction = config.estimation_fraction
+    if fraction >= 1:
+        return retrieved.remaining
+    if fraction <= 0:
+        return jnp.zeros_like(retrieved.remaining)
+    budget = budgets(config, wave.tokens)[0] + _share(fraction, wave.tokens)
+    near = ops.select_clusters(scores.logits, scores.logsumexp, wave.offsets, layer, budget)
+    return jnp.where(near.selected, retrieved.remaining, 0)
+
+
+def budgets(
+    config: WaveConfig, tokens: Int[Array, "*batch"]
+) -> tuple[Int[Array, "*batch"], Int[Array, "*batch"]]:
+    """Tokens to retrieve, and tokens whose codes to read, of so many indexed ones."""
+    least = config.min_retrieved_tokens
+    retrieved = jnp.maximum(least, _share(config.retrieval_fraction, tokens))
+    candidates = retrieved
+    if config.token_codes:
+        floor = jnp.maximum(retrieved, CANDIDATE_FLOOR * least)
+        candidates = jnp.maximum(floor, _share(config.candidate_fraction, tokens))
+    return jnp.minimum(retrieved, tokens), jnp.minimum(candidates, tokens)
+
+
+def _share(fraction: float, tokens: Array) -> Array:
+    """The share of so many tokens, rounded up."""
+    if fraction >= 1:
+        return tokens
+    # A millionth less, so that a product that should be whole, 0.3 * 170, is rounded up to itself
+    # whichever way a platform's float32 errs.
+    return jnp.ceil(tokens.astype(jnp.float32) * (fraction * (1 - 1e-6))).astype(jnp.int32)
