@@ -234,6 +234,9 @@ def test_interrupted_write_leaves_nothing(
     tiny_models.write_folder(tmp_path / "folder", CONFIG, TENSORS)
     checkpoint = open_checkpoint(tmp_path / "folder")
 
+    # A shell's background jobs, which a test run may be, start with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt(_: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
@@ -242,8 +245,11 @@ def test_interrupted_write_leaves_nothing(
         monkeypatch.setattr(
             orbax_folder, "_checkpointer", lambda: interrupt(None) or make_checkpointer()
         )
-    with pytest.raises(KeyboardInterrupt):
-        write_orbax(checkpoint, tmp_path / "new", "float32", add_files=interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_orbax(checkpoint, tmp_path / "new", "float32", add_files=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

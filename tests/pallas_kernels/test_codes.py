@@ -51,7 +51,7 @@ def test_estimator_is_unbiased_with_the_error_that_theory_gives(head_dim):
     near sqrt(2 / pi)."""
     rng = np.random.default_rng(head_dim)
     query, key, centroid = jnp.asarray(rng.normal(size=(3, head_dim)), jnp.float32)
-    matrices = random_rotations(4000, head_dim, seed=head_dim)
+    matrices = random_rotations(600, head_dim, seed=head_dim)
     found = estimates(query, key, centroid, matrices)
     exact = float(query @ key)
     standard_error = found.std() / np.sqrt(len(found))
@@ -65,7 +65,7 @@ def test_estimator_is_unbiased_with_the_error_that_theory_gives(head_dim):
     tangent = np.sqrt(1 - cosine**2) / cosine
     expected = np.linalg.norm(across) * length * np.sqrt(np.mean(tangent**2) / (head_dim - 1))
     assert cosine.mean() == pytest.approx(np.sqrt(2 / np.pi), abs=0.01)
-    assert found.std() == pytest.approx(expected, rel=0.05)
+    assert found.std() == pytest.approx(expected, rel=0.1)
 
 
 def test_a_key_on_its_centroid_has_no_residual():
