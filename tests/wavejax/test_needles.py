@@ -15,9 +15,9 @@ from wavejax.evaluation.needles import TASKS, make_sample, score
 from wavejax.evaluation.teacher_forcing import compare, greedy, places_of, share_prefill
 from wavejax.generator import bucket
 
-# 20 needles; most are short, since two cores read a prompt at some 300 tokens a second. Few
+# 20 needles; most are short, since two cores read a prompt at some 300 tokens a second, and few
 # different lengths, since each compiles programs of its own.
-LENGTHS = [1024] * 13 + [2048] * 5 + [4096] * 2
+LENGTHS = [1024] * 12 + [1500] * 4 + [2048] * 2 + [3000] + [4096]
 ANSWER_TOKENS = 10
 
 
