@@ -17,7 +17,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where JAX has no CUDA GPU; asks JAX only if there are any."""
+    """Slow tests first; those marked `gpu` skipped where JAX has no CUDA GPU (asked if any are)."""
+    # The longest files first: started last, one of them would keep one worker busy alone.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and jax.default_backend() != "gpu":
         skip = pytest.mark.skip(reason=f"needs a CUDA GPU; JAX runs on {jax.default_backend()}")
