@@ -42,11 +42,11 @@ def retrieve(
     retrieved, candidates = budgets(config, wave.tokens)
     chosen = ops.select_clusters(scores.logits, scores.logsumexp, wave.offsets, layer, candidates)
     matrix = jnp.asarray(rotation(query.shape[-1]))
-    token_scores = ops.score_tokens(
+    log_mass = ops.score_tokens(
         jnp.einsum("bhgd,ed->bhge", query.astype(jnp.float32), matrix),
         scores.logits,
         scores.logsumexp,
-        chosen.selected,
+        chosen,
         wave.offsets,
         wave.codes,
         wave.scales,
@@ -55,7 +55,8 @@ def retrieve(
         max_candidates=config.most_candidates(room),
     )
     return ops.select_tokens(
-        token_scores,
+        log_mass,
+        chosen,
         retrieved,
         wave.offsets,
         wave.token_ids,

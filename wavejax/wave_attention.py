@@ -227,8 +227,8 @@ class WaveAttention:
         cache = RowCache(
             rows=zones.cache_rows,
             table=retrieved.table,
-            hits=cache.hits.at[layer].add(retrieved.hits.astype(jnp.uint32)),
-            misses=cache.misses.at[layer].add(retrieved.misses.astype(jnp.uint32)),
+            hits=cache.hits.at[layer].add(_of_sequences(retrieved.hits)),
+            misses=cache.misses.at[layer].add(_of_sequences(retrieved.misses)),
         )
         output = output.astype(query.dtype).reshape(batch, 1, heads, head_dim)
         return output, dataclasses.replace(state, cache=cache, steady=steady)
@@ -292,6 +292,11 @@ class WaveAttention:
         """`WaveConfig.indexed_tokens` of a length known only when the program runs."""
         rest = length - self.config.sink_tokens
         return jnp.where(rest < self.config.window_tokens, 0, rest - self.config.local_tokens)
+
+
+def _of_sequences(rows: Array) -> Array:
+    """Counts by sequence of counts by row."""
+    return jnp.sum(rows, axis=-1).astype(jnp.uint32)
 
 
 def _scale(query: Array) -> float:

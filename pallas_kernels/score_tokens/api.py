@@ -1,18 +1,18 @@
 """Public function of the op `score_tokens`."""
 
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
 from pallas_kernels.score_tokens import reference
-from pallas_kernels.score_tokens.reference import TokenScores
+from pallas_kernels.select_clusters.reference import Candidates
 
 
 def score_tokens(
     rotated_query: Float[Array, "batch kv_heads group head_dim"],
     logits: Float[Array, "batch kv_heads group clusters"],
     logsumexp: Float[Array, "batch kv_heads group"],
-    selected: Bool[Array, "batch kv_heads clusters"],
+    candidates: Candidates,
     offsets: Int[Array, "layers batch kv_heads clusters+1"],
     codes: UInt32[Array, "layers batch kv_heads tokens words"] | None,
     scales: Float[Array, "layers batch kv_heads tokens"] | None,
@@ -21,7 +21,7 @@ def score_tokens(
     scale: float,
     max_candidates: int,
     implementation: Implementation | None = None,
-) -> TokenScores:
+) -> Float[Array, "batch kv_heads candidates"]:
     """Estimates the logits of the candidates' tokens from their one-bit codes.
 
     A token with code `bits` (+-1 a dimension) and scale `a` in a cluster with logit l has the
@@ -32,13 +32,17 @@ def score_tokens(
     Args:
         rotated_query: R q, with the rotation that the codes were made with.
         logits, logsumexp: from `score_clusters`.
-        selected: from `select_clusters`.
+        candidates: from `select_clusters`.
         offsets: as in `score_clusters`.
         codes, scales: from `encode_tokens`, in cluster order. None: every token has its
             cluster's logit (the paper's index, which has no codes).
         layer: which layer of the stacks.
         scale: as in `score_clusters`.
         max_candidates: room for candidates a row; tokens past it are left out.
+
+    Returns:
+        float32, log of each candidate's group mass by estimate, in the candidates' order; about
+        -1e30 past the last one.
     """
     return _dispatch.call(
         "score_tokens",
@@ -47,7 +51,7 @@ def score_tokens(
         rotated_query,
         logits,
         logsumexp,
-        selected,
+        candidates,
         offsets,
         codes,
         scales,

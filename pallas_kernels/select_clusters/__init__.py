@@ -1,2 +1,3 @@
 from pallas_kernels.select_clusters.api import select_clusters as select_clusters
 from pallas_kernels.select_clusters.reference import Candidates as Candidates
+from pallas_kernels.select_clusters.reference import list_candidates as list_candidates

@@ -1,16 +1,17 @@
 """Public function of the op `select_tokens`."""
 
-from jaxtyping import Array, Int, UInt16
+from jaxtyping import Array, Float, Int, UInt16
 
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.score_tokens.reference import TokenScores
+from pallas_kernels.select_clusters.reference import Candidates
 from pallas_kernels.select_tokens import reference
 from pallas_kernels.select_tokens.reference import Retrieved, RowTable
 
 
 def select_tokens(
-    scores: TokenScores,
+    log_mass: Float[Array, "batch kv_heads candidates"],
+    candidates: Candidates,
     budget: Int[Array, " batch"],
     offsets: Int[Array, "layers batch kv_heads edges"],
     token_ids: UInt16[Array, "layers batch kv_heads tokens"],
@@ -31,7 +32,8 @@ def select_tokens(
     from the store and not kept.
 
     Args:
-        scores: from `score_tokens`.
+        log_mass: from `score_tokens`.
+        candidates: from `select_clusters`.
         budget: tokens wanted, for each sequence; at most `max_tokens`.
         offsets: as in `score_clusters`.
         token_ids: the token at each index position, counted from its segment's start.
@@ -46,7 +48,8 @@ def select_tokens(
         "select_tokens",
         implementation,
         {"xla": reference.select_tokens},
-        scores,
+        log_mass,
+        candidates,
         budget,
         offsets,
         token_ids,

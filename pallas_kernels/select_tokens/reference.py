@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels._numerics import NO_ID, heaviest, list_places, ordered_bits
-from pallas_kernels.score_tokens.reference import TokenScores
+from pallas_kernels.score_tokens.reference import list_members
+from pallas_kernels.select_clusters.reference import Candidates
 
 
 class RowTable(NamedTuple):
@@ -35,7 +36,7 @@ class Retrieved(NamedTuple):
         hit: `[batch, kv_heads, budget]` bool.
         remaining: `[batch, kv_heads, clusters]` int32, what each cluster keeps of its members.
         table: the row table after the step.
-        hits, misses: `[batch]` int32, rows found and not found in the cache.
+        hits, misses: `[batch, kv_heads]` int32, rows found and not found in the cache.
     """
 
     tokens: Array
@@ -47,11 +48,18 @@ class Retrieved(NamedTuple):
     misses: Array
 
 
-def pick_positions(scores: TokenScores, budget: Array, max_tokens: int) -> tuple[Array, Array]:
-    """Keeps the `budget` candidates of most mass, ties to the lower position, in list order."""
-    candidate = (scores.positions != NO_ID).astype(jnp.int32)
+def pick_positions(
+    log_mass: Array, candidates: Candidates, budget: Array, offsets: Array, max_tokens: int
+) -> tuple[Array, Array]:
+    """Keeps the `budget` candidates of most mass, ties to the lower position, in list order.
+
+    Returns:
+        positions, clusters: `[batch, kv_heads, max_tokens]` int32; NO_ID past the last one.
+    """
+    positions, clusters = list_members(candidates, offsets, log_mass.shape[-1])
+    candidate = (positions != NO_ID).astype(jnp.int32)
     row_budget = jnp.broadcast_to(budget[:, None], candidate.shape[:2])
-    picked = heaviest(ordered_bits(scores.log_mass), candidate, row_budget)
+    picked = heaviest(ordered_bits(log_mass), candidate, row_budget)
     source = list_places(picked, max_tokens)
     found = source != NO_ID
     source = jnp.minimum(source, candidate.shape[-1] - 1)
@@ -59,7 +67,7 @@ def pick_positions(scores: TokenScores, budget: Array, max_tokens: int) -> tuple
     def take(x: Array) -> Array:
         return jnp.where(found, jnp.take_along_axis(x, source, axis=-1), NO_ID)
 
-    return take(scores.positions), take(scores.clusters)
+    return take(positions), take(clusters)
 
 
 def look_up(
@@ -128,7 +136,8 @@ def segment_start(
 
 
 def select_tokens(
-    scores: TokenScores,
+    log_mass: Array,
+    candidates: Candidates,
     budget: Array,
     offsets: Array,
     token_ids: Array,
@@ -142,15 +151,15 @@ def select_tokens(
     growth_tokens: int,
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`."""
-    batch, kv_heads = scores.positions.shape[:2]
+    batch, kv_heads = log_mass.shape[:2]
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    positions, clusters = pick_positions(scores, budget, max_tokens)
+    positions, clusters = pick_positions(log_mass, candidates, budget, offsets[layer], max_tokens)
     valid = positions != NO_ID
     ids = token_ids[layer, b, h, jnp.minimum(positions, token_ids.shape[-1] - 1)].astype(jnp.int32)
     start = segment_start(positions, prompt_tokens, segment_tokens, growth_tokens)
     tokens = jnp.where(valid, start + ids, NO_ID)
     slots, hit, table = look_up(tokens, table, layer, step)
     remaining = jnp.diff(offsets[layer], axis=-1).at[b, h, clusters].add(-1, mode="drop")
-    hits = jnp.sum(hit, axis=(1, 2), dtype=jnp.int32)
-    misses = jnp.sum(valid, axis=(1, 2), dtype=jnp.int32) - hits
+    hits = jnp.sum(hit, axis=-1, dtype=jnp.int32)
+    misses = jnp.sum(valid, axis=-1, dtype=jnp.int32) - hits
     return Retrieved(tokens, slots, hit, remaining, table, hits, misses)

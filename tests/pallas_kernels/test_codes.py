@@ -9,6 +9,8 @@ import pallas_kernels as ops
 from pallas_kernels._numerics import MASKED, NO_ID
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.encode_tokens.reference import pack_signs, unpack_signs
+from pallas_kernels.score_tokens.reference import list_members
+from pallas_kernels.select_clusters import list_candidates
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128, 256])
@@ -91,11 +93,12 @@ def test_score_tokens_lists_the_members_and_estimates_their_mass(group, with_cod
     logsumexp = rng.normal(size=(batch, heads, group)).astype(np.float32)
     selected = rng.random((batch, heads, clusters)) < 0.6
     selected[1, 2] = False  # a row without candidates
-    found = ops.score_tokens(
+    candidates = list_candidates(jnp.asarray(selected), jnp.asarray(sizes[1], jnp.int32))
+    log_mass = ops.score_tokens(
         jnp.asarray(query),
         jnp.asarray(logits),
         jnp.asarray(logsumexp),
-        jnp.asarray(selected),
+        candidates,
         jnp.asarray(offsets, jnp.int32),
         codes,
         jnp.asarray(scales) if with_codes else None,
@@ -103,6 +106,7 @@ def test_score_tokens_lists_the_members_and_estimates_their_mass(group, with_cod
         scale=0.3,
         max_candidates=room,
     )
+    listed, of_clusters = list_members(candidates, jnp.asarray(offsets[1], jnp.int32), room)
     for b in range(batch):
         for h in range(heads):
             members = [
@@ -113,12 +117,12 @@ def test_score_tokens_lists_the_members_and_estimates_their_mass(group, with_cod
             ][:room]
             count = len(members)
             positions = [position for position, _ in members]
-            assert found.positions[b, h].tolist() == positions + [NO_ID] * (room - count)
-            assert found.clusters[b, h, :count].tolist() == [j for _, j in members]
-            assert (np.asarray(found.log_mass[b, h, count:]) <= MASKED / 2).all()
+            assert listed[b, h].tolist() == positions + [NO_ID] * (room - count)
+            assert of_clusters[b, h, :count].tolist() == [j for _, j in members]
+            assert (np.asarray(log_mass[b, h, count:]) <= MASKED / 2).all()
             estimate = logits[b, h][:, [j for _, j in members]].astype(np.float64)
             if with_codes:
                 signs = np.where(x[1, b, h, positions] >= 0, 1, -1)
                 estimate += 0.3 * scales[1, b, h, positions] * (query[b, h] @ signs.T)
             mass = np.exp(estimate - logsumexp[b, h][:, None]).sum(0)
-            np.testing.assert_allclose(found.log_mass[b, h, :count], np.log(mass), atol=2e-5)
+            np.testing.assert_allclose(log_mass[b, h, :count], np.log(mass), atol=2e-5)

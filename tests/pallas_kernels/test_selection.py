@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import pallas_kernels as ops
 from pallas_kernels._numerics import MASKED, NO_ID, heaviest, list_places, ordered_bits
-from pallas_kernels.score_tokens import TokenScores
+from pallas_kernels.select_clusters import Candidates
 from pallas_kernels.select_tokens import RowTable, segment_start
 
 few_values = st.sampled_from([-3.0, -1.5, -0.0, 0.0, 0.25, 2.0, 2.0000002, 1e30, -1e30])
@@ -72,7 +72,13 @@ def test_select_clusters_takes_most_group_mass_per_token(group, seed):
             if group == 1:
                 np.testing.assert_array_equal(chosen.selected[b, h], expected)
             held = sizes[0, b, h][np.asarray(chosen.selected[b, h])].sum()
-            assert held == chosen.tokens[b, h]
+            assert held == chosen.starts[b, h, -1]
+            listed = np.flatnonzero(chosen.selected[b, h])
+            assert chosen.clusters[b, h, : len(listed)].tolist() == listed.tolist()
+            assert (chosen.clusters[b, h, len(listed) :] == NO_ID).all()
+            starts = np.cumsum([0, *sizes[0, b, h][listed]])
+            assert chosen.starts[b, h, : len(starts)].tolist() == starts.tolist()
+            assert (chosen.starts[b, h, len(starts) :] == held).all()
             assert min(budget[b], sizes[0, b, h].sum()) <= held < budget[b] + 8
 
 
@@ -119,14 +125,18 @@ def test_row_table_follows_a_plain_model(seed, slots):
     order = np.stack([rng.permutation(tokens) for _ in range(batch * heads)])
     ids = np.broadcast_to(order.reshape(1, batch, heads, tokens), (layers, batch, heads, tokens))
     offsets = jnp.broadcast_to(jnp.arange(0, tokens + 1, 4), (layers, batch, heads, 7))
+    every = Candidates(
+        jnp.ones((batch, heads, 6), bool),
+        jnp.broadcast_to(jnp.arange(6), (batch, heads, 6)),
+        jnp.broadcast_to(jnp.arange(0, tokens + 1, 4), (batch, heads, 7)),
+    )
     plain = [[PlainCache(slots) for _ in range(heads)] for _ in range(batch)]
     for now in range(6):
         mass = rng.normal(size=(batch, heads, tokens)).astype(np.float32)
         budget = rng.integers(0, room + 1, batch)
-        positions = np.broadcast_to(np.arange(tokens, dtype=np.int32), mass.shape)
-        scores = TokenScores(jnp.asarray(mass), jnp.asarray(positions), jnp.asarray(positions // 4))
         result = select(
-            scores,
+            jnp.asarray(mass),
+            every,
             jnp.asarray(budget, jnp.int32),
             offsets,
             jnp.asarray(ids, jnp.uint16),
@@ -160,7 +170,7 @@ def test_row_table_follows_a_plain_model(seed, slots):
                 inverse[owner[owner >= 0]] = np.flatnonzero(owner >= 0)
                 np.testing.assert_array_equal(table.slot_of_token[1, b, h], inverse)
         assert int(result.hits.sum()) == hits
-        assert (result.hits + result.misses).tolist() == (budget * heads).tolist()
+        assert (result.hits + result.misses).sum(-1).tolist() == (budget * heads).tolist()
     assert (np.asarray(table.slot_of_token[0]) == -1).all()  # the other layer
 
 
