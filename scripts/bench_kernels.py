@@ -1,0 +1,259 @@
+"""Times every op of a decode step at real shapes, beside a copy and full attention.
+
+    python scripts/bench_kernels.py --shapes A,A1,1M --out results.json
+
+All figures of a table come from one run. Whatever fails is reported and the rest goes on.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from full_attention import time_full_attention
+from gpu_timing import copy_ceiling, device_facts, empty_chain, time_calls, time_program
+from jax import Array
+from op_cases import STEP_OPS, OpCase, Run, StepBench, by_api
+
+from pallas_kernels.encode_tokens import rotation
+from pallas_kernels.specs import SHAPES, StepShape
+from pallas_kernels.testing import make_step, with_misses
+
+SECTIONS = (*STEP_OPS, "step", "full_attention", "misses", "build")
+MISS_SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+# What each figure must reach and what it aims at. Rates count as shares of the copy ceiling.
+TARGETS: dict[str, dict[str, tuple[float, float]]] = {
+    "score_clusters": {"share": (0.65, 0.85)},
+    "select_clusters": {"us": (20, 12)},
+    "score_tokens": {"us": (50, 20)},
+    "select_tokens": {"us": (60, 30)},
+    "attend_zones": {"share": (0.55, 0.80)},
+    "misses": {"gb_per_s": (42, 47)},
+    "build": {"ms": (8, 4)},
+}
+STEP_TARGETS = {"A": (5.0, 9.0), "A1": (2.5, 5.0), "1M": (6.0, 12.0)}
+# The figures but for the step's are for this shape.
+TARGET_SHAPE = "A"
+
+
+def bench_case(case: OpCase, ceiling: float, **timing: Any) -> dict[str, float]:
+    """An op's time, and its rate by the bytes that it must move."""
+    took, _ = time_calls(case.call, case.operands, case.state, links=case.links, **timing)
+    rate = case.bytes / took.median
+    return {
+        "us": took.median * 1e6,
+        "least_us": took.least * 1e6,
+        "most_us": took.most * 1e6,
+        "bytes": case.bytes,
+        "gb_per_s": rate / 1e9,
+        "share": rate / ceiling if ceiling else 0.0,
+    }
+
+
+def bench_op(bench: StepBench, op: str, ceiling: float, timing: dict[str, Any]) -> dict[str, float]:
+    """One op's figures; its inputs, made by the ops before it, are not in them."""
+    return bench_case(bench.case(op), ceiling, **timing)
+
+
+def bench_full_attention(shape: StepShape) -> dict[str, Any]:
+    """Full attention over as many tokens: the best of the baselines."""
+
+    @jax.jit
+    def make() -> tuple[Array, Array, Array]:
+        x = make_step(shape, 1)
+        return x.query, x.store[0, ..., 0, :], x.store[0, ..., 1, :]
+
+    query, keys, values = make()
+    found = time_full_attention(query, keys, values, shape.scale)
+    moved = keys.nbytes + values.nbytes
+    if found["best"] is not None:
+        seconds = found["seconds"][found["best"]]
+        found |= {"us": seconds * 1e6, "gb_per_s": moved / seconds / 1e9}
+    return found | {"bytes": moved}
+
+
+def bench_misses(shape: StepShape, run: Run, timing: dict[str, Any]) -> dict[str, Any]:
+    """`attend_zones` with a store in pinned host memory, at several shares of misses."""
+    bench = StepBench(shape, run, layers=1)
+    inputs = bench.inputs
+    host = jax.block_until_ready(jax.device_put(inputs.store, jax.memory.Space.Host))
+    # The store stays out of the program that draws the lists.
+    bench.inputs = inputs = inputs._replace(store=jnp.zeros((0,), inputs.store.dtype))
+    row = 2 * shape.head_dim * host.dtype.itemsize
+    call: Any = None
+    points: dict[str, Any] = {}
+    for share in MISS_SHARES:
+        drawn = with_misses(inputs, shape, 7, jnp.float32(share))
+        bench.inputs = drawn._replace(store=host)
+        missed = row * int(jnp.sum((drawn.tokens < shape.tokens) & ~drawn.hit))
+        case = bench.case("attend_zones")
+        # One program for all the shares.
+        call = call or case.call
+        took, _ = time_calls(call, case.operands, case.state, links=case.links, **timing)
+        points[f"{share:.2f}"] = {
+            "us": took.median * 1e6,
+            "missed_bytes": missed,
+            "gb_per_s": missed / took.median / 1e9,
+        }
+    return {"points": points, **points["0.25"]}
+
+
+def bench_build(shape: StepShape, run: Run) -> dict[str, float]:
+    """Clusters and codes of one sequence of the shape's tokens, in all its heads."""
+    size = min(shape.segment_tokens, shape.tokens)
+    rows = shape.kv_heads * (shape.tokens // size)
+    key = jax.random.key(0, impl="unsafe_rbg")
+    keys, values = (
+        jax.random.normal(k, (rows, size, shape.head_dim), jnp.dtype(shape.dtype))
+        for k in jax.random.split(key)
+    )
+    build = functools.partial(
+        run, "build_clusters", cluster_size=32, max_cluster_size=64, iterations=10
+    )
+    matrix = jnp.asarray(rotation(shape.head_dim))
+
+    @jax.jit
+    def clusters_only(keys: Array, values: Array) -> Any:
+        return build(keys, values, jnp.int32(size))
+
+    @jax.jit
+    def both(keys: Array, values: Array) -> Any:
+        clusters = build(keys, values, jnp.int32(size))
+        centroids = clusters.centroids.astype(keys.dtype)
+        position = jnp.arange(size)
+        own = jax.vmap(lambda o: jnp.searchsorted(o, position, side="right") - 1)(clusters.offsets)
+        own = jnp.minimum(own, centroids.shape[1] - 1)[..., None]
+        ordered = jnp.take_along_axis(keys, clusters.order[..., None], axis=1)
+        coded = run("encode_tokens", ordered, jnp.take_along_axis(centroids, own, axis=1), matrix)
+        return clusters, coded
+
+    few = {"runs": 3, "queued": 2}
+    return {
+        "ms": 1e3 * time_program(both, (keys, values), **few),
+        "clusters_ms": 1e3 * time_program(clusters_only, (keys, values), **few),
+    }
+
+
+def attempt(results: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> None:
+    """Records what `measure` finds, or how it fails."""
+    start = time.perf_counter()
+    try:
+        results[name] = measure()
+    except Exception as error:  # The other sections are still worth measuring.
+        results[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+    results[name]["section_s"] = time.perf_counter() - start
+    shown = {k: v for k, v in results[name].items() if k in ("us", "ms", "gb_per_s", "error")}
+    print(f"  {name}: {shown}"[:400], flush=True)
+
+
+def bench_shape(
+    shape: StepShape, run: Run, sections: list[str], ceiling: float, timing: dict[str, Any]
+) -> dict[str, Any]:
+    """All of the sections at one shape."""
+    results: dict[str, Any] = {}
+    if "full_attention" in sections:
+        attempt(results, "full_attention", lambda: bench_full_attention(shape))
+    picked = [op for op in STEP_OPS if op in sections]
+    if picked or "step" in sections:
+        bench = StepBench(shape, run)
+        for op in picked:
+            attempt(results, op, functools.partial(bench_op, bench, op, ceiling, timing))
+        if "step" in sections:
+            attempt(results, "step", lambda: bench_case(bench.step(), ceiling, **timing))
+        del bench
+    # The extras are for one shape: a host store takes seconds to make.
+    if "misses" in sections and shape.name in (TARGET_SHAPE, "tiny"):
+        attempt(results, "misses", lambda: bench_misses(shape, run, timing))
+    if "build" in sections and shape.name in (TARGET_SHAPE, "tiny"):
+        attempt(results, "build", lambda: bench_build(shape, run))
+    full = results.get("full_attention", {}).get("us")
+    for section in (*STEP_OPS, "step"):
+        if full and "us" in results.get(section, {}):
+            results[section]["full_attention_ratio"] = full / results[section]["us"]
+    return results
+
+
+def verdict(value: float, must: float, aim: float) -> str:
+    """How a figure stands to its targets; it is to be the less of them if `aim` is less."""
+    sign = 1 if aim >= must else -1
+    return "aim" if sign * value >= sign * aim else "must" if sign * value >= sign * must else "NO"
+
+
+def tables(shapes: dict[str, dict[str, Any]]) -> str:
+    """The figures, and which targets they meet."""
+    lines = [f"{'shape':8}{'op':17}{'us':>10}{'GB/s':>8}{'ceiling':>9}{'vs full':>9}"]
+    marks = []
+    for shape, results in shapes.items():
+        for op, found in results.items():
+            us = found.get("us", 1e3 * found["ms"] if "ms" in found else None)
+            if us is None:
+                lines.append(f"{shape:8}{op:17}  {str(found.get('error', found))[:70]}")
+                continue
+            share, ratio = found.get("share"), found.get("full_attention_ratio")
+            lines.append(
+                f"{shape:8}{op:17}{us:10.1f}{found.get('gb_per_s', 0):8.0f}"
+                + (f"{share:9.0%}" if share else " " * 9)
+                + (f"{ratio:8.2f}x" if ratio else "")
+            )
+            targets = dict(TARGETS.get(op, {})) if shape == TARGET_SHAPE else {}
+            if op == "step" and shape in STEP_TARGETS:
+                targets["full_attention_ratio"] = STEP_TARGETS[shape]
+            for name, (must, aim) in targets.items():
+                if name in found:
+                    value = found[name]
+                    mark = verdict(value, must, aim)
+                    marks.append(
+                        f"{shape:8}{op:17}{name:22}{value:9.2f}  must {must:g} aim {aim:g}: {mark}"
+                    )
+    return "\n".join([*lines, "", "targets met ('NO': not even what it must):", *marks])
+
+
+def main() -> None:
+    """Measures, writes the JSON after every shape, and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="A,A1,1M", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--ops", default=",".join(SECTIONS), help="sections to run")
+    parser.add_argument("--implementation", choices=["triton", "xla"], default="triton")
+    parser.add_argument("--seconds", type=float, default=0.25, help="of measurements, an op")
+    parser.add_argument("--calls", type=int, default=20, help="calls in one program")
+    parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
+    arguments = parser.parse_args()
+    sections = arguments.ops.split(",")
+    for name in sections:
+        if name not in SECTIONS:
+            parser.error(f"--ops: {name!r} is none of {', '.join(SECTIONS)}")
+    unknown = [name for name in arguments.shapes.split(",") if name not in SHAPES]
+    if unknown:
+        parser.error(f"--shapes: {unknown[0]!r} is none of {', '.join(SHAPES)}")
+
+    gpu = jax.default_backend() == "gpu"
+    timing = {"seconds": arguments.seconds, "calls": arguments.calls}
+    report: dict[str, Any] = device_facts() | {"implementation": arguments.implementation}
+    print(report, flush=True)
+    report["copy"] = copy_ceiling(2.0 if gpu else 0.01)
+    report["empty_call_us"] = empty_chain(arguments.calls).median * 1e6
+    print(f"copy {report['copy']}, empty call {report['empty_call_us']:.2f} us", flush=True)
+    report["shapes"] = {}
+    for name in arguments.shapes.split(","):
+        print(name, flush=True)
+        report["shapes"][name] = bench_shape(
+            SHAPES[name],
+            by_api(arguments.implementation),
+            sections,
+            report["copy"]["best"],
+            timing,
+        )
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=1))
+    print(tables(report["shapes"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The ops of a decode step as `gpu_timing` times them, and the bytes that each must move."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import pallas_kernels as ops
+from pallas_kernels._dispatch import Implementation
+from pallas_kernels.encode_tokens import rotation
+from pallas_kernels.select_tokens import RowTable
+from pallas_kernels.specs import StepShape
+from pallas_kernels.testing import StepInputs, make_step
+
+STEP_OPS = (
+    "score_clusters",
+    "select_clusters",
+    "score_tokens",
+    "select_tokens",
+    "attend_zones",
+    "merge_states",
+)
+
+# More than an H200's 60 MB of cache: a layer's data must be gone before its turn comes again.
+COLD_BYTES = 120e6
+
+# run(op, *operands, **keywords): an op's result, by whichever implementation and config.
+Run = Callable[..., Any]
+
+
+@dataclass
+class OpCase:
+    """An op at a shape: what `gpu_timing.time_calls` takes, and the bytes that a call must move."""
+
+    call: Callable[[Any, Any, Any], tuple[Any, Any]]
+    operands: Any
+    links: tuple[Any, ...]
+    bytes: float
+    state: Any = ()
+
+
+def by_api(implementation: Implementation | None) -> Run:
+    """Runs ops by their public functions."""
+
+    def run(op: str, *operands: Any, **keywords: Any) -> Any:
+        return getattr(ops, op)(*operands, **keywords, implementation=implementation)
+
+    return run
+
+
+def layers_for(shape: StepShape) -> int:
+    """Layers to go round so that no layer's data are still in the GPU's cache."""
+    codes = shape.rows * shape.candidates * (4 * -(-shape.head_dim // 32) + 2)
+    return min(16, max(2, math.ceil(COLD_BYTES / codes))) if shape.tokens > 4096 else 2
+
+
+class StepBench:
+    """A step's inputs at a shape, and what the ops make of them in turn.
+
+    All layers share their clusters' sizes, so that what one op makes of the first layer is valid
+    for the next op in every layer.
+    """
+
+    def __init__(self, shape: StepShape, run: Run, *, layers: int | None = None, seed: int = 0):
+        self.shape, self.run = shape, run
+        inputs = make_step(shape, seed, layers=layers or layers_for(shape))
+        shared = jnp.broadcast_to(inputs.offsets[:1], inputs.offsets.shape)
+        self.inputs: StepInputs = inputs._replace(offsets=jnp.array(shared))
+        self.links = tuple(jnp.int32(i) for i in range(inputs.offsets.shape[0]))
+        self._made: dict[str, Any] = {}
+
+    def made(self, op: str) -> Any:
+        """An op's result in the first layer, by the implementation in "xla" if the other fails."""
+        if op not in self._made:
+            case = self.case(op)
+
+            def once(run: Run) -> Any:
+                call = jax.jit(self.case(op, run).call)
+                return call(jnp.int32(0), case.operands, case.state)[0]
+
+            try:
+                self._made[op] = jax.block_until_ready(once(self.run))
+            except Exception:
+                self._made[op] = once(by_api("xla"))
+        return self._made[op]
+
+    def case(self, op: str, run: Run | None = None) -> OpCase:
+        """The op's case; it may need the results of the ops before it."""
+        made: OpCase = getattr(self, f"_{op}")(run or self.run)
+        return made
+
+    def _score_clusters(self, run: Run) -> OpCase:
+        x, scale = self.inputs, self.shape.scale
+
+        def call(layer: Array, operands: Any, state: Any) -> tuple[Any, Any]:
+            return run("score_clusters", *operands, layer, scale=scale), state
+
+        shape, rows = self.shape, self.shape.rows
+        read = rows * shape.clusters * shape.head_dim * x.centroids.dtype.itemsize
+        written = 4 * rows * shape.group * shape.cluster_room
+        return OpCase(call, (x.query, x.centroids, x.offsets), self.links, read + written)
+
+    def _select_clusters(self, run: Run) -> OpCase:
+        x, scores = self.inputs, self.made("score_clusters")
+
+        def call(layer: Array, operands: Any, state: Any) -> tuple[Any, Any]:
+            logits, logsumexp, offsets, budget = operands
+            return run("select_clusters", logits, logsumexp, offsets, layer, budget), state
+
+        moved = self.shape.rows * self.shape.cluster_room * (4 * self.shape.group + 4 + 1 + 4 + 4)
+        operands = (scores.logits, scores.logsumexp, x.offsets, x.candidate_budget)
+        return OpCase(call, operands, self.links, moved)
+
+    def _score_tokens(self, run: Run) -> OpCase:
+        x, scores, shape = self.inputs, self.made("score_clusters"), self.shape
+
+        def call(layer: Array, operands: Any, state: Any) -> tuple[Any, Any]:
+            most = shape.max_candidates
+            result = run("score_tokens", *operands, layer, scale=shape.scale, max_candidates=most)
+            return result, state
+
+        operands = (
+            *(x.rotated_query, scores.logits, scores.logsumexp, self.made("select_clusters")),
+            *(x.offsets, x.codes, x.scales),
+        )
+        each = 4 * x.codes.shape[-1] + x.scales.dtype.itemsize + 4
+        return OpCase(call, operands, self.links, shape.rows * shape.candidates * each)
+
+    def _select_tokens(self, run: Run) -> OpCase:
+        x, shape = self.inputs, self.shape
+
+        def call(layer: Array, operands: Any, table: RowTable) -> tuple[Any, Any]:
+            *first, prompt_tokens, step = operands
+            result = run(
+                "select_tokens",
+                *first,
+                prompt_tokens,
+                table,
+                layer,
+                step,
+                max_tokens=shape.max_retrieved,
+                segment_tokens=shape.segment_tokens,
+                growth_tokens=shape.growth_tokens,
+            )
+            kept = (result.tokens, result.slots, result.hit, result.remaining)
+            return (*kept, result.hits, result.misses), result.table
+
+        operands = (
+            *(self.made("score_tokens"), self.made("select_clusters"), x.retrieved_budget),
+            *(x.offsets, x.token_ids, x.prompt_tokens, x.step),
+        )
+        moved = shape.rows * (4 * shape.candidates + 8 * shape.cluster_room + 8 * shape.slots)
+        return OpCase(call, operands, self.links, moved, _copy(x.table))
+
+    def _attend_zones(self, run: Run) -> OpCase:
+        x, shape = self.inputs, self.shape
+
+        def call(layer: Array, operands: Any, cache_rows: Array) -> tuple[Any, Any]:
+            before, after = operands
+            result = run("attend_zones", *before, cache_rows, *after, layer, scale=shape.scale)
+            return (result.outputs, result.logsumexps), result.cache_rows
+
+        before = (x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store)
+        logits = self.made("score_clusters").logits
+        after = (x.tokens, x.slots, x.hit, logits, x.value_sums, x.offsets, x.remaining)
+        return OpCase(call, (before, after), self.links, self.zone_bytes(), jnp.copy(x.cache_rows))
+
+    def _merge_states(self, run: Run) -> OpCase:
+        outputs, logsumexps = self.made("attend_zones")
+
+        def call(logsumexps: Array, outputs: Any, state: Any) -> tuple[Any, Any]:
+            return run("merge_states", outputs, logsumexps), state
+
+        moved = outputs.nbytes + logsumexps.nbytes + outputs[0].nbytes
+        return OpCase(call, outputs, (logsumexps,), moved)
+
+    def zone_bytes(self) -> float:
+        """What `attend_zones` must read: value sums of clusters in use, and rows."""
+        x, shape = self.inputs, self.shape
+        row = 2 * shape.head_dim * x.store.dtype.itemsize
+        sums = shape.rows * shape.clusters * shape.head_dim * x.value_sums.dtype.itemsize
+        steady = int(np.sum(np.asarray(x.sink_tokens) + np.asarray(x.window_tokens)))
+        retrieved = int(np.sum(np.asarray(x.retrieved_budget))) * shape.kv_heads
+        return float(sums + row * (retrieved + steady * shape.kv_heads))
+
+    def step(self) -> OpCase:
+        """All ops as the engine's decode step calls them in a layer; same query every time.
+
+        So from the second time round the layers every retrieved row is a hit.
+        """
+        x, shape, run = self.inputs, self.shape, self.run
+        matrix = jnp.asarray(rotation(shape.head_dim))
+
+        def call(layer: Array, x: StepInputs, state: Any) -> tuple[Any, Any]:
+            table, cache_rows = state
+            scores = run(
+                "score_clusters", x.query, x.centroids, x.offsets, layer, scale=shape.scale
+            )
+            chosen = run("select_clusters", *scores, x.offsets, layer, x.candidate_budget)
+            log_mass = run(
+                "score_tokens",
+                jnp.einsum("bhgd,ed->bhge", x.query.astype(jnp.float32), matrix),
+                *scores,
+                chosen,
+                *(x.offsets, x.codes, x.scales, layer),
+                scale=shape.scale,
+                max_candidates=shape.max_candidates,
+            )
+            retrieved = run(
+                "select_tokens",
+                *(log_mass, chosen, x.retrieved_budget, x.offsets, x.token_ids, x.prompt_tokens),
+                *(table, layer, x.step),
+                max_tokens=shape.max_retrieved,
+                segment_tokens=shape.segment_tokens,
+                growth_tokens=shape.growth_tokens,
+            )
+            zones = run(
+                "attend_zones",
+                *(x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
+                *(retrieved.tokens, retrieved.slots, retrieved.hit, scores.logits, x.value_sums),
+                *(x.offsets, retrieved.remaining, layer),
+                scale=shape.scale,
+            )
+            output, _ = run("merge_states", zones.outputs, zones.logsumexps)
+            counts = (retrieved.hits, retrieved.misses)
+            return (output.astype(x.query.dtype), *counts), (retrieved.table, zones.cache_rows)
+
+        moved = self.case("score_clusters").bytes + self.zone_bytes()
+        moved += shape.rows * shape.candidates * (4 * x.codes.shape[-1] + x.scales.dtype.itemsize)
+        state = (_copy(x.table), jnp.copy(x.cache_rows))
+        return OpCase(call, x, self.links, moved, state)
+
+
+def _copy(tree: Any) -> Any:
+    """A state that may be donated while the inputs stay."""
+    return jax.tree.map(jnp.copy, tree)

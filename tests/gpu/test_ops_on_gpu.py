@@ -1,0 +1,262 @@
+"""Every op's kernel on a CUDA GPU against plain JAX in float32, on random inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as ops
+from pallas_kernels._numerics import MASKED, NO_ID
+from pallas_kernels.encode_tokens import rotation
+from pallas_kernels.encode_tokens.reference import unpack_signs
+from pallas_kernels.testing import make_step
+from tests.gpu.gpu_cases import (
+    CASES,
+    LAYER,
+    SEED,
+    Case,
+    arguments,
+    assert_close,
+    assert_same,
+    assert_table_is_inverse,
+    inputs_of,
+    references_of,
+    run_twice,
+    shape,
+)
+
+pytestmark = pytest.mark.gpu
+
+KERNEL = "triton"
+
+of_all_cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def run_kernel(op, case):
+    """The kernel's result from the references' results of the ops before it."""
+    operands, keywords = arguments(op, case, inputs_of(case), references_of(case))
+    function = getattr(ops, op)
+    return run_twice(lambda *a: function(*a, **keywords, implementation=KERNEL), *operands)
+
+
+# One class, so that all the ops of a case come one after the other and share what is cached.
+@of_all_cases
+class TestOps:
+    def test_score_clusters(self, case):
+        found, expected = run_kernel("score_clusters", case), references_of(case)["score_clusters"]
+        assert_close(found.logits, expected.logits, case.shape.dtype, "logits")
+        assert_close(found.logsumexp, expected.logsumexp, case.shape.dtype, "logsumexp")
+
+    def test_select_clusters(self, case):
+        """Exactly, on logits whose group masses are far apart."""
+        x = inputs_of(case)
+        logits, logsumexp = separated_logits(case.shape, np.asarray(x.offsets[LAYER]))
+
+        def select(implementation):
+            return lambda *a: ops.select_clusters(*a, implementation=implementation)
+
+        operands = (logits, logsumexp, x.offsets, jnp.int32(LAYER), x.candidate_budget)
+        found = run_twice(select(KERNEL), *operands)
+        assert_same(found, jax.jit(select("xla"))(*operands))
+        held = found.starts[..., -1]
+        budget = np.asarray(x.candidate_budget)[:, None]
+        assert ((held >= budget) & (held < budget + case.shape.max_cluster_size)).all()
+
+    def test_score_tokens(self, case):
+        found, expected = run_kernel("score_tokens", case), references_of(case)["score_tokens"]
+        assert_close(found, expected, case.shape.dtype, "log_mass")
+
+    def test_select_tokens(self, case):
+        found, expected = run_kernel("select_tokens", case), references_of(case)["select_tokens"]
+        assert_same(found, expected)
+        assert_table_is_inverse(found.table)
+        for after, before in zip(found.table, inputs_of(case).table, strict=True):
+            np.testing.assert_array_equal(after[1 - LAYER], before[1 - LAYER])
+
+    def test_attend_zones(self, case):
+        expected = references_of(case)["attend_zones"]
+        found = run_kernel("attend_zones", case)
+        output, logsumexp = ops.merge_states(
+            jnp.asarray(found.outputs), jnp.asarray(found.logsumexps), implementation="xla"
+        )
+        best, total = ops.merge_states(expected.outputs, expected.logsumexps, implementation="xla")
+        assert_close(output, best, case.shape.dtype, "output")
+        assert_close(logsumexp, total, case.shape.dtype, "logsumexp")
+        # Rows are copied, not computed: the cache is equal to the bit, NaN included.
+        dtype = found.cache_rows.dtype
+        admitted = np.asarray(expected.cache_rows.astype(dtype))
+        np.testing.assert_array_equal(
+            found.cache_rows[LAYER].astype(np.float32), admitted.astype(np.float32)
+        )
+        np.testing.assert_array_equal(
+            found.cache_rows[1 - LAYER].astype(np.float32),
+            np.asarray(inputs_of(case).cache_rows[1 - LAYER].astype(jnp.float32)),
+        )
+
+
+def separated_logits(shape, offsets):
+    """Logits whose group masses are hundreds of roundings apart, in random order; logsumexps."""
+    rng = np.random.default_rng(SEED)
+    rows = (shape.batch, shape.kv_heads)
+    clusters = offsets.shape[-1] - 1
+    rank = rng.permuted(np.broadcast_to(np.arange(clusters), (*rows, clusters)), axis=-1)
+    # All within e^80, so that no mass underflows.
+    spread = min(0.01, 80 / clusters)
+    heads = rng.normal(size=(*rows, shape.group, 1))
+    logits = heads - spread * rank[:, :, None, :]
+    used = np.diff(offsets)[:, :, None, :] > 0
+    logits = np.where(used, logits, MASKED)
+    logsumexp = rng.normal(size=(*rows, shape.group))
+    return jnp.asarray(logits, jnp.float32), jnp.asarray(logsumexp, jnp.float32)
+
+
+@pytest.mark.parametrize("name", ["phi", "smollm2"])
+def test_ties_go_to_the_lower_id(name):
+    """One query head and coarse logits make ties that are exact in any arithmetic."""
+    s = shape(name, group=1)
+    x = make_step(s, SEED, ragged=True)
+    key = jax.random.key(SEED)
+    logits = jax.random.randint(key, (s.batch, s.kv_heads, 1, s.cluster_room), -3, 4) / 2
+    used = jnp.diff(x.offsets[0], axis=-1)[:, :, None] > 0
+    logits = jnp.where(used, logits.astype(jnp.float32), MASKED)
+    zeros = jnp.zeros((s.batch, s.kv_heads, 1), jnp.float32)
+    operands = (logits, zeros, x.offsets, jnp.int32(0), x.candidate_budget)
+    chosen = run_twice(lambda *a: ops.select_clusters(*a, implementation=KERNEL), *operands)
+    assert_same(chosen, ops.select_clusters(*operands, implementation="xla"))
+
+    coarse = jax.random.randint(key, (s.batch, s.kv_heads, s.max_candidates), -4, 4) / 4
+    listed = jnp.arange(s.max_candidates) < chosen.starts[..., -1:]
+    log_mass = jnp.where(listed, coarse.astype(jnp.float32), MASKED)
+    sizes = {
+        "max_tokens": s.max_retrieved,
+        "segment_tokens": s.segment_tokens,
+        "growth_tokens": s.growth_tokens,
+    }
+    operands = (
+        *(log_mass, jax.tree.map(jnp.asarray, chosen), x.retrieved_budget, x.offsets),
+        *(x.token_ids, x.prompt_tokens, x.table, jnp.int32(0), x.step),
+    )
+
+    def select(implementation):
+        return lambda *a: ops.select_tokens(*a, **sizes, implementation=implementation)
+
+    found = run_twice(select(KERNEL), *operands)
+    assert_same(found, jax.jit(select("xla"))(*operands))
+
+
+@pytest.mark.parametrize("zone", ["steady", "retrieved", "estimated", "none"])
+def test_each_zone_alone(zone):
+    case = Case(shape("smollm2"))
+    x = inputs_of(case)
+    none = jnp.zeros(case.shape.batch, jnp.int32)
+    if zone != "steady":
+        x = x._replace(sink_tokens=none, window_tokens=none)
+    if zone != "retrieved":
+        x = x._replace(
+            tokens=jnp.full_like(x.tokens, NO_ID),
+            slots=jnp.full_like(x.slots, NO_ID),
+            hit=jnp.zeros_like(x.hit),
+        )
+    if zone != "estimated":
+        x = x._replace(remaining=jnp.zeros_like(x.remaining))
+    operands, keywords = arguments("attend_zones", case, x, references_of(case))
+
+    def attend(implementation):
+        def run(*operands):
+            zones = ops.attend_zones(*operands, **keywords, implementation=implementation)
+            return ops.merge_states(zones.outputs, zones.logsumexps, implementation="xla")
+
+        return run
+
+    found, expected = run_twice(attend(KERNEL), *operands), jax.jit(attend("xla"))(*operands)
+    assert_close(found[0], expected[0], "bfloat16", "output")
+    assert_close(found[1], expected[1], "bfloat16", "logsumexp")
+
+
+@pytest.mark.parametrize("parts, head_dim", [(3, 128), (40, 96)])
+def test_merge_states(parts, head_dim):
+    """Some parts are empty and poisoned; in one head all are."""
+    keys = jax.random.split(jax.random.key(SEED))
+    outputs = jax.random.normal(keys[0], (parts, 2, 3, 4, head_dim))
+    logsumexps = 5 * jax.random.normal(keys[1], (parts, 2, 3, 4))
+    empty = (jnp.arange(parts) % 3 == 1)[:, None, None, None]
+    empty = empty | (jnp.arange(4) == 2)
+    outputs = jnp.where(empty[..., None], jnp.nan, outputs)
+    logsumexps = jnp.where(empty, MASKED, logsumexps)
+    found = run_twice(lambda *a: ops.merge_states(*a, implementation=KERNEL), outputs, logsumexps)
+    expected = ops.merge_states(outputs, logsumexps, implementation="xla")
+    assert_close(found[0], expected[0], "float32", "output")
+    assert_close(found[1], expected[1], "float32", "logsumexp")
+    np.testing.assert_array_equal(found[0][:, :, 2], 0)
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, count",
+    [("bfloat16", 128, 8192), ("float32", 64, 1000), ("float16", 96, 2048)],
+)
+def test_build_clusters(dtype, head_dim, count):
+    """What clusters promise, and no worse clusters than plain JAX makes of the same keys."""
+    rows, size = 3, 8192 if count > 2048 else 2048
+    keys = jax.random.split(jax.random.key(SEED), 4)
+    # Keys lie around centres, as real ones do; past `count` they are poison.
+    centres = jax.random.normal(keys[0], (rows, 64, head_dim))
+    around = jax.random.randint(keys[1], (rows, size), 0, 64)
+    x = jnp.take_along_axis(centres, around[..., None], axis=1)
+    x = x + 0.5 * jax.random.normal(keys[2], x.shape)
+    values = jax.random.normal(keys[3], x.shape)
+    valid = (jnp.arange(size) < count)[:, None]
+    x, values = (jnp.where(valid, y, jnp.nan).astype(dtype) for y in (x, values))
+    settings = {"cluster_size": 32, "max_cluster_size": 64, "iterations": 10}
+
+    def build(implementation):
+        return lambda k, v, n: ops.build_clusters(
+            k, v, n, **settings, implementation=implementation
+        )
+
+    found = run_twice(build(KERNEL), x, values, jnp.int32(count))
+    expected = jax.jit(build("xla"))(x, values, jnp.int32(count))
+
+    def spread(clusters):
+        """Sum of the squared distances to the centroids, by float64, and the means themselves."""
+        total = 0.0
+        for row in range(rows):
+            offsets, order = (np.asarray(y[row]) for y in (clusters.offsets, clusters.order))
+            sizes = np.diff(offsets)
+            assert offsets[0] == 0
+            assert offsets[-1] == count
+            assert sizes.max() <= 64
+            used = int((sizes > 0).sum())
+            assert (sizes[:used] > 0).all()
+            assert sorted(order[:count]) == list(range(count))
+            owner = np.repeat(np.arange(used), sizes[:used])
+            assert (np.diff(order[:count])[np.diff(owner) == 0] > 0).all()
+            for given, sums, divisor in (
+                (x, clusters.centroids, np.maximum(sizes[:used], 1)[:, None]),
+                (values, clusters.value_sums, 1),
+            ):
+                members = np.asarray(given[row].astype(jnp.float32), np.float64)[order[:count]]
+                exact = np.add.reduceat(members, offsets[:used]) / divisor
+                assert_close(np.asarray(sums[row])[:used], exact, "float32", "centroids or sums")
+                if given is x:
+                    total += float(((members - exact[owner]) ** 2).sum())
+        return total
+
+    assert spread(found) <= 1.01 * spread(expected)
+
+
+@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 128), ("float32", 96), ("float16", 64)])
+def test_encode_tokens(dtype, head_dim):
+    keys = jax.random.split(jax.random.key(SEED))
+    x = jax.random.normal(keys[0], (3, 1000, head_dim)).astype(dtype)
+    centroids = (x + jax.random.normal(keys[1], x.shape)).astype(dtype)
+    centroids = centroids.at[:, 7].set(x[:, 7])  # no residual at all
+    matrix = jnp.asarray(rotation(head_dim))
+    found = run_twice(lambda *a: ops.encode_tokens(*a, implementation=KERNEL), x, centroids, matrix)
+    # Residuals are taken in float32 of what is stored, whatever its dtype.
+    expected = ops.encode_tokens(x, centroids, matrix, implementation="xla")
+    assert_close(found.scales, expected.scales, dtype, "scales")
+    assert (found.scales[:, 7] == 0).all()
+    signs = [unpack_signs(jnp.asarray(y), head_dim) for y in (found.codes, expected.codes)]
+    wrong = float(jnp.mean(signs[0] != signs[1]))
+    # A rotated residual near zero may round to either side.
+    assert wrong < (1e-4 if dtype == "float32" else 5e-3), f"{wrong:.1e}, WAVEJAX_SEED={SEED}"

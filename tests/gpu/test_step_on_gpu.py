@@ -1,0 +1,109 @@
+"""A decode step's ops in one compiled program on a CUDA GPU, by kernels and by plain JAX."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as ops
+from pallas_kernels._numerics import MASKED
+from pallas_kernels.encode_tokens import rotation
+from pallas_kernels.testing import make_step
+from tests.gpu.gpu_cases import SEED, assert_close, assert_table_is_inverse, shape, upcast
+
+pytestmark = pytest.mark.gpu
+
+KERNEL = "triton"
+
+
+def step(x, table, cache_rows, layer, now, *, shape, implementation):
+    """The ops as the engine chains them: output, what was retrieved, table and cache rows."""
+    named = {"implementation": implementation}
+    scores = ops.score_clusters(x.query, x.centroids, x.offsets, layer, scale=shape.scale, **named)
+    chosen = ops.select_clusters(*scores, x.offsets, layer, x.candidate_budget, **named)
+    matrix = jnp.asarray(rotation(shape.head_dim))
+    log_mass = ops.score_tokens(
+        jnp.einsum("bhgd,ed->bhge", x.query.astype(jnp.float32), matrix),
+        *scores,
+        chosen,
+        *(x.offsets, x.codes, x.scales, layer),
+        scale=shape.scale,
+        max_candidates=shape.max_candidates,
+        **named,
+    )
+    retrieved = ops.select_tokens(
+        *(log_mass, chosen, x.retrieved_budget, x.offsets, x.token_ids, x.prompt_tokens),
+        *(table, layer, now),
+        max_tokens=shape.max_retrieved,
+        segment_tokens=shape.segment_tokens,
+        growth_tokens=shape.growth_tokens,
+        **named,
+    )
+    zones = ops.attend_zones(
+        *(x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
+        *(retrieved.tokens, retrieved.slots, retrieved.hit, scores.logits, x.value_sums),
+        *(x.offsets, retrieved.remaining, layer),
+        scale=shape.scale,
+        **named,
+    )
+    output, logsumexp = ops.merge_states(zones.outputs, zones.logsumexps, **named)
+    counts = (retrieved.hits, retrieved.misses)
+    return (output, logsumexp, *counts), retrieved.table, zones.cache_rows
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_steps_in_one_program(name, store):
+    """Two layers, twice over: the second time every row is a hit and the result the same."""
+    s = shape(name)
+    # A cache of stale rows would be read in place of the store's: start from an empty one.
+    x = make_step(s, SEED, layers=3, ragged=True, store=store)
+    empty = jax.tree.map(lambda y: jnp.full_like(y, -1), x.table)
+
+    def program(implementation):
+        one = functools.partial(step, shape=s, implementation=implementation)
+
+        def run(x, table, cache_rows):
+            results = []
+            for now, layer in ((1, 2), (1, 1), (2, 2), (2, 1)):
+                found, table, cache_rows = one(
+                    x, table, cache_rows, jnp.int32(layer), jnp.int32(now)
+                )
+                results.append(found)
+            return results, table, cache_rows
+
+        return jax.jit(run, donate_argnums=(1, 2))
+
+    def fresh(cache_rows):
+        return jax.tree.map(jnp.copy, empty), jnp.full_like(cache_rows, jnp.nan)
+
+    kernels = program(KERNEL)
+    runs = [kernels(x, *fresh(x.cache_rows)) for _ in range(2)]
+    for first, second in zip(*map(jax.tree.leaves, runs), strict=True):
+        assert np.asarray(first).tobytes() == np.asarray(second).tobytes()
+    results, table, cache_rows = runs[0]
+    exact = upcast(x)
+    expected, _, _ = program("xla")(exact, *fresh(exact.cache_rows))
+
+    full = np.asarray(x.retrieved_budget)[:, None]
+    for i, ((output, logsumexp, hits, misses), best) in enumerate(
+        zip(results, expected, strict=True)
+    ):
+        assert_close(output, best[0], s.dtype, f"output {i}")
+        assert_close(logsumexp, best[1], s.dtype, f"logsumexp {i}")
+        np.testing.assert_array_equal(hits if i >= 2 else misses, np.broadcast_to(full, hits.shape))
+        np.testing.assert_array_equal(misses if i >= 2 else hits, 0)
+    # The last sequence has nothing at all but its sinks, which are none either.
+    assert (np.asarray(results[0][1])[-1] <= MASKED / 2).all()
+
+    assert_table_is_inverse(table)
+    owner = np.asarray(table.token_of_slot)
+    assert (owner[0] == -1).all()
+    rows = np.asarray(x.store.astype(jnp.float32) if store == "device" else x.store)
+    rows, cached = rows.astype(np.float32), np.asarray(cache_rows).astype(np.float32)
+    for layer, b, h in np.ndindex(owner.shape[:3]):
+        slots = np.flatnonzero(owner[layer, b, h] >= 0)
+        tokens = owner[layer, b, h, slots]
+        np.testing.assert_array_equal(cached[layer, b, h, slots], rows[layer, b, h, tokens])
