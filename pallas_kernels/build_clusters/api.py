@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.build_clusters import reference
+from pallas_kernels.build_clusters import reference, triton
 from pallas_kernels.build_clusters.reference import Clusters
 
 
@@ -39,7 +39,7 @@ def build_clusters(
     return _dispatch.call(
         "build_clusters",
         implementation,
-        {"xla": reference.build_clusters},
+        {"xla": reference.build_clusters, "triton": triton.build_clusters},
         keys,
         values,
         count,

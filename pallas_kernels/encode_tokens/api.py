@@ -4,7 +4,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.encode_tokens import reference
+from pallas_kernels.encode_tokens import reference, triton
 from pallas_kernels.encode_tokens.reference import TokenCodes
 
 
@@ -29,7 +29,7 @@ def encode_tokens(
     return _dispatch.call(
         "encode_tokens",
         implementation,
-        {"xla": reference.encode_tokens},
+        {"xla": reference.encode_tokens, "triton": triton.encode_tokens},
         keys,
         centroids,
         rotation_matrix,

@@ -1,0 +1,280 @@
+"""`build_clusters` as Triton kernels, with XLA for one sort and for what is small.
+
+Five stages, each for all rows at once: centre the keys; k-means, whose scores are never written;
+sort the tokens by cluster; cut the large clusters; sum the pieces' members. No stage adds floats
+in an order that could change, so the same input gives the same bits.
+
+Keys of 16 bits are centred and clustered in bfloat16, on the tensor cores: a token between two
+centroids may go to the other one than in the reference. Final sums are of the keys as given.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _pallas, _tuning
+from pallas_kernels.build_clusters import _kernels
+from pallas_kernels.build_clusters.reference import Clusters, capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiles, warps and stages of the kernels.
+
+    Attributes:
+        assign_clusters, assign_tokens: tile of scores.
+        move_clusters, move_tokens: clusters a program moves, and tokens it reads at a time.
+        cut_tokens: tokens of a large cluster read at a time.
+        sum_clusters, sum_tokens: clusters a program sums at the end, and tokens it reads at a time.
+    """
+
+    assign_clusters: int = 128
+    assign_tokens: int = 128
+    assign_warps: int = 8
+    assign_stages: int = 2
+    move_clusters: int = 128
+    move_tokens: int = 32
+    move_warps: int = 8
+    move_stages: int = 4
+    cut_tokens: int = 64
+    cut_warps: int = 4
+    sum_clusters: int = 16
+    sum_tokens: int = 64
+    sum_warps: int = 4
+
+
+def heuristic(rows: int, clusters: int, head_dim: int, dtype: Any) -> Config:
+    """A config of tiles that fit in registers and, for few rows, of more and smaller programs."""
+    if dtype == jnp.float32:
+        # Exact products of float32 are not the tensor cores' work, and take more registers.
+        return Config(
+            assign_clusters=32,
+            assign_tokens=64,
+            move_clusters=32,
+            move_tokens=32,
+            move_stages=2,
+            sum_tokens=32,
+        )
+    wide = head_dim > 128
+    move_clusters = 64 if wide else 128
+    while move_clusters > _pallas.DOT_TILE and rows * -(-clusters // move_clusters) < 128:
+        move_clusters //= 2
+    small = move_clusters <= 32
+    return Config(
+        assign_clusters=64 if wide else 128,
+        move_clusters=move_clusters,
+        move_tokens=128 if small else 32,
+        move_warps=4 if small else 8,
+        move_stages=3 if small else 4,
+        cut_tokens=32 if wide else 64,
+    )
+
+
+def build_clusters(
+    keys: Array,
+    values: Array,
+    count: Array | int,
+    *,
+    cluster_size: int,
+    max_cluster_size: int,
+    iterations: int,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Clusters:
+    """See `pallas_kernels.build_clusters`.
+
+    Unlike there, `count` may also be an array that broadcasts to `rows`: each row's own count.
+    """
+    *lead, tokens, head_dim = keys.shape
+    _pallas.check_heads("build_clusters", 1, head_dim, keys.dtype, values.dtype)
+    max_clusters = -(-tokens // cluster_size)
+    if (max_clusters + 1) * tokens > 2**32:
+        raise NotImplementedError(
+            f"build_clusters: {max_clusters} clusters of {tokens} tokens; the kernels sort by a "
+            "key of 32 bits"
+        )
+    keys, values = (x.reshape(-1, tokens, head_dim) for x in (keys, values))
+    counts = jnp.broadcast_to(jnp.asarray(count, jnp.int32), lead).reshape(-1)
+    if config is None:
+        config = _tuning.config(
+            "build_clusters",
+            heuristic(keys.shape[0], max_clusters, head_dim, keys.dtype),
+            rows=keys.shape[0],
+            tokens=tokens,
+            clusters=max_clusters,
+            head_dim=head_dim,
+            dtype=keys.dtype.name,
+        )
+    run = functools.partial(_pallas.call, interpret=interpret)
+
+    x = centre(keys, counts, max(config.assign_tokens, config.move_tokens))
+    assignment = k_means(run, config, x, counts, max_clusters, cluster_size, iterations)
+    members, first = sort_by_cluster(assignment[:, :tokens], max_clusters)
+    order = cut(run, config, x, members, first, max_cluster_size, interpret)
+    num_pieces = capacity(tokens, cluster_size, max_cluster_size)
+    offsets = piece_offsets(first, num_pieces, max_cluster_size)
+    sums, value_sums = sum_pieces(run, config, keys, values, order, offsets)
+    centroids = sums / jnp.maximum(jnp.diff(offsets), 1)[..., None]
+    return Clusters(
+        *(y.reshape(*lead, *y.shape[1:]) for y in (centroids, value_sums, offsets, order))
+    )
+
+
+def centre(keys: Array, counts: Array, multiple: int) -> Array:
+    """Keys less their mean: `[rows, tokens, head_dim]`, both padded with zeros to whole tiles."""
+    _, tokens, head_dim = keys.shape
+    valid = (jnp.arange(tokens) < counts[:, None])[..., None]
+    # Padding may hold anything, NaN included.
+    total = jnp.sum(jnp.where(valid, keys.astype(jnp.float32), 0), axis=1, keepdims=True)
+    mean = total / jnp.maximum(counts, 1)[:, None, None]
+    dtype = jnp.float32 if keys.dtype == jnp.float32 else jnp.bfloat16
+    x = jnp.where(valid, keys.astype(jnp.float32) - mean, 0).astype(dtype)
+    return jnp.pad(x, ((0, 0), (0, -tokens % multiple), (0, _pallas.tile(head_dim) - head_dim)))
+
+
+def k_means(
+    run: Any,
+    config: Config,
+    x: Array,
+    counts: Array,
+    max_clusters: int,
+    cluster_size: int,
+    iterations: int,
+) -> Array:
+    """Assigns each centred key to a cluster: `[rows, tokens]` int32, `max_clusters` for padding."""
+    rows, tokens, width = x.shape
+    clusters = max_clusters + -max_clusters % config.move_clusters
+    used = -(-counts // cluster_size)
+    # In int32, as in the reference.
+    midpoint = (
+        (2 * jnp.arange(clusters) + 1) * counts[:, None] // (2 * jnp.maximum(used, 1)[:, None])
+    )
+    midpoint = jnp.minimum(midpoint, jnp.maximum(counts, 1)[:, None] - 1)
+    start = jnp.take_along_axis(x, midpoint[..., None], axis=1).astype(jnp.float32)
+    norm = jnp.linalg.norm(start, axis=-1, keepdims=True)
+    start = (start / jnp.maximum(norm, 1e-30)).astype(x.dtype)
+
+    def assign(centroids: Array) -> Array:
+        return run(
+            functools.partial(
+                _kernels.assign_kernel,
+                shape=(config.assign_tokens, config.assign_clusters, width),
+                max_clusters=max_clusters,
+            ),
+            (x, centroids, counts, used),
+            jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
+            (tokens // config.assign_tokens, rows),
+            name="assign_tokens",
+            num_warps=config.assign_warps,
+            num_stages=config.assign_stages,
+        )
+
+    def iterate(_: Array, centroids: Array) -> Array:
+        return run(
+            functools.partial(
+                _kernels.move_kernel, shape=(config.move_clusters, config.move_tokens, width)
+            ),
+            (x, assign(centroids), centroids, counts),
+            jax.ShapeDtypeStruct(centroids.shape, centroids.dtype),
+            (clusters // config.move_clusters, rows),
+            name="move_centroids",
+            num_warps=config.move_warps,
+            num_stages=config.move_stages,
+        )
+
+    return assign(lax.fori_loop(0, iterations, iterate, start))
+
+
+def sort_by_cluster(assignment: Array, max_clusters: int) -> tuple[Array, Array]:
+    """The tokens by cluster and then by number: `[rows, tokens]` int32, and each cluster's first
+    place in that order: `[rows, max_clusters + 1]` int32."""
+    tokens = assignment.shape[1]
+    # One key of 32 bits for both: the sort that XLA does fastest on a GPU.
+    token = jnp.arange(tokens, dtype=jnp.uint32)
+    key = lax.sort(assignment.astype(jnp.uint32) * jnp.uint32(tokens) + token)
+    edges = jnp.arange(max_clusters + 1, dtype=jnp.uint32) * jnp.uint32(tokens)
+    # Unrolled: a loop's rounds cost more than the search.
+    first = jax.vmap(lambda k: jnp.searchsorted(k, edges, method="scan_unrolled"))(key)
+    return (key % jnp.uint32(tokens)).astype(jnp.int32), first.astype(jnp.int32)
+
+
+def cut(
+    run: Any,
+    config: Config,
+    x: Array,
+    members: Array,
+    first: Array,
+    max_cluster_size: int,
+    interpret: bool,
+) -> Array:
+    """Reorders each cluster above the size limit by even pieces along its main direction."""
+    rows, tokens = members.shape
+    clusters = first.shape[1] - 1
+    # Room for a whole tile that begins at the last token.
+    room = tokens + config.cut_tokens
+    members = jnp.pad(members, ((0, 0), (0, config.cut_tokens)))
+    # Any start that is not orthogonal to the main direction will do: as the reference's.
+    start = jnp.cos(jnp.arange(x.shape[-1], dtype=jnp.float32) ** 2)
+    order, _, _ = run(
+        functools.partial(
+            _kernels.cut_kernel,
+            shape=(config.cut_tokens, x.shape[-1]),
+            max_cluster_size=max_cluster_size,
+            interpret=interpret,
+        ),
+        (x, members, first, start, members),
+        (
+            jax.ShapeDtypeStruct((rows, room), jnp.int32),
+            jax.ShapeDtypeStruct((rows, room), jnp.float32),
+            jax.ShapeDtypeStruct((rows, room), jnp.int32),
+        ),
+        (clusters, rows),
+        name="cut_clusters",
+        num_warps=config.cut_warps,
+        aliases={4: 0},
+    )
+    return order[:, :tokens]
+
+
+def piece_offsets(first: Array, num_pieces: int, max_cluster_size: int) -> Array:
+    """Where each piece begins: `[rows, num_pieces + 1]` int32."""
+
+    def of_row(first: Array) -> Array:
+        sizes = jnp.diff(first)
+        pieces = -(-sizes // max_cluster_size)
+        ends = jnp.cumsum(pieces)
+        piece = jnp.arange(num_pieces + 1)
+        cluster = jnp.searchsorted(ends, piece, side="right", method="scan_unrolled")
+        own = jnp.minimum(cluster, sizes.shape[0] - 1)
+        nth = jnp.minimum(piece - (ends - pieces)[own], pieces[own])
+        begin = first[own] - (-nth * sizes[own]) // jnp.maximum(pieces[own], 1)
+        return jnp.where(cluster < sizes.shape[0], begin, first[-1]).astype(jnp.int32)
+
+    return jax.vmap(of_row)(first)
+
+
+def sum_pieces(
+    run: Any, config: Config, keys: Array, values: Array, order: Array, offsets: Array
+) -> tuple[Array, Array]:
+    """Sums of each piece's keys and values: `[rows, num_pieces, head_dim]` float32 each."""
+    rows, _, head_dim = keys.shape
+    num_pieces = offsets.shape[1] - 1
+    tile, width = config.sum_clusters, _pallas.tile(head_dim)
+    steps = pl.cdiv(num_pieces, tile)
+    out = jax.ShapeDtypeStruct((rows, steps * tile, width), jnp.float32)
+    sums = run(
+        functools.partial(
+            _kernels.sum_kernel, shape=(tile, config.sum_tokens, width), head_dim=head_dim
+        ),
+        (keys, values, order, offsets),
+        (out, out),
+        (steps, rows),
+        name="sum_pieces",
+        num_warps=config.sum_warps,
+    )
+    return tuple(s[:, :num_pieces, :head_dim] for s in sums)
