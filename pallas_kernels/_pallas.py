@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -32,7 +33,8 @@ def call(
 
     Args:
         kernel: takes a ref for each operand, then one for each result.
-        operands: arrays; on the device, or in pinned host memory that the GPU reads in place.
+        operands: arrays, on the device or in pinned host memory that the GPU reads in place; or
+            None, of which the kernel gets None.
         out_shape: pytree of `jax.ShapeDtypeStruct`.
         grid: programs; the first axis runs fastest.
         name: of the kernel, for profiles.
@@ -42,16 +44,14 @@ def call(
     """
     if interpret:
         # Interpreted, a kernel is plain JAX, which does not mix memories.
-        operands = [jax.device_put(x, jax.memory.Space.Device) for x in operands]
-    # Constants must not be weakly typed or Python numbers: a ref has a dtype of its own.
-    operands = [jnp.asarray(x) for x in operands]
-    specs = jax.tree.map(lambda _: pl.no_block_spec, out_shape)
+        operands = jax.device_put(operands, jax.memory.Space.Device)
+    operands = tuple(operands)
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=grid,
-        in_specs=[pl.no_block_spec] * len(operands),
-        out_specs=specs,
+        in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
+        out_specs=jax.tree.map(lambda _: pl.no_block_spec, out_shape),
         input_output_aliases=dict(aliases or {}),
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
@@ -68,6 +68,21 @@ def barrier(interpret: bool) -> None:
 def tile(size: int, least: int = 1) -> int:
     """The tile that holds so many: a power of two."""
     return max(pl.next_power_of_2(size), least)
+
+
+def scalar(x: Any) -> jax.Array:
+    """A number as an operand: Triton's kernels take arrays."""
+    return jnp.asarray(x, jnp.int32)
+
+
+def precision(dtype: Any) -> Any:
+    """What `dot` is asked for: float32 operands are not to be rounded to TF32."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def on_cuda() -> bool:
+    """Whether kernels are made for NVIDIA's GPUs, whose PTX some of them hold."""
+    return jax.default_backend() != "gpu" or jax.devices()[0].device_kind.startswith("NVIDIA")
 
 
 def check_heads(op: str, group: int, head_dim: int, *dtypes: Any) -> None:

@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.score_clusters import reference
+from pallas_kernels.score_clusters import reference, triton
 from pallas_kernels.score_clusters.reference import ClusterScores
 
 
@@ -31,7 +31,7 @@ def score_clusters(
     return _dispatch.call(
         "score_clusters",
         implementation,
-        {"xla": reference.score_clusters},
+        {"xla": reference.score_clusters, "triton": triton.score_clusters},
         query,
         centroids,
         offsets,

@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.score_tokens import reference
+from pallas_kernels.score_tokens import reference, triton
 from pallas_kernels.select_clusters.reference import Candidates
 
 
@@ -47,7 +47,7 @@ def score_tokens(
     return _dispatch.call(
         "score_tokens",
         implementation,
-        {"xla": reference.score_tokens},
+        {"xla": reference.score_tokens, "triton": triton.score_tokens},
         rotated_query,
         logits,
         logsumexp,

@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.select_clusters import reference
+from pallas_kernels.select_clusters import reference, triton
 from pallas_kernels.select_clusters.reference import Candidates
 
 
@@ -33,7 +33,7 @@ def select_clusters(
     return _dispatch.call(
         "select_clusters",
         implementation,
-        {"xla": reference.select_clusters},
+        {"xla": reference.select_clusters, "triton": triton.select_clusters},
         logits,
         logsumexp,
         offsets,

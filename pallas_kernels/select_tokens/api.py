@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int, UInt16
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
 from pallas_kernels.select_clusters.reference import Candidates
-from pallas_kernels.select_tokens import reference
+from pallas_kernels.select_tokens import reference, triton
 from pallas_kernels.select_tokens.reference import Retrieved, RowTable
 
 
@@ -47,7 +47,7 @@ def select_tokens(
     return _dispatch.call(
         "select_tokens",
         implementation,
-        {"xla": reference.select_tokens},
+        {"xla": reference.select_tokens, "triton": triton.select_tokens},
         log_mass,
         candidates,
         budget,

@@ -1,0 +1,151 @@
+"""`score_clusters` as a Triton kernel: one program scores a run of a row's clusters."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import _pallas, _tuning
+from pallas_kernels._numerics import MASKED, log_sum_exp
+from pallas_kernels.score_clusters.reference import ClusterScores
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+        block: clusters scored at once.
+        blocks: how many times one program does so.
+        num_warps, num_stages: see Triton.
+    """
+
+    block: int = 128
+    blocks: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def heuristic(rows: int, clusters: int, head_dim: int, dtype: str) -> Config:
+    """A config for shapes that were not tuned."""
+    block = 128 if head_dim <= 128 else 64
+    if dtype == "float32":
+        # Its products are made one by one, in registers.
+        block //= 4
+    return Config(block=min(block, _pallas.tile(clusters, _pallas.DOT_TILE)))
+
+
+def _kernel(
+    query_ref: Any,
+    centroids_ref: Any,
+    offsets_ref: Any,
+    layer_ref: Any,
+    logits_ref: Any,
+    peaks_ref: Any,
+    totals_ref: Any,
+    *,
+    scale: float,
+    config: Config,
+    dot_precision: Any,
+) -> None:
+    _, kv_heads, group, head_dim = query_ref.shape
+    clusters = centroids_ref.shape[3]
+    part, row = pl.program_id(0), pl.program_id(1)
+    b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
+    g = jnp.arange(_pallas.DOT_TILE)[:, None]
+    dim = jnp.arange(_pallas.tile(head_dim))
+    in_dim = dim < head_dim
+    query = plt.load(
+        query_ref.at[b, h, g, dim[None, :]],
+        mask=(g < group) & in_dim[None, :],
+        other=0,
+    )
+    end = plt.load(offsets_ref.at[layer, b, h, jnp.int32(clusters)])
+
+    def visit(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        peak, total = state
+        first = (part * config.blocks + i) * config.block
+        c = first + jnp.arange(config.block)
+        exists = c < clusters
+        begins = plt.load(offsets_ref.at[layer, b, h, c], mask=exists, other=0)
+        sizes = plt.load(offsets_ref.at[layer, b, h, c + 1], mask=exists, other=0) - begins
+        # Nothing is read of clusters past the last one in use.
+        in_use = exists & (begins < end)
+        centroids = plt.load(
+            centroids_ref.at[layer, b, h, c[:, None], dim[None, :]],
+            mask=in_use[:, None] & in_dim[None, :],
+            other=0,
+        )
+        logits = scale * lax.dot_general(
+            query,
+            centroids,
+            (((1,), (1,)), ((), ())),
+            precision=dot_precision,
+            preferred_element_type=jnp.float32,
+        )
+        # A cluster without members may hold anything, NaN included.
+        logits = jnp.where((sizes > 0)[None, :], logits, MASKED)
+        plt.store(logits_ref.at[b, h, g, c[None, :]], logits, mask=(g < group) & exists[None, :])
+        higher = jnp.maximum(peak, jnp.max(logits, axis=1))
+        weights = jnp.exp(logits - higher[:, None]) * sizes.astype(jnp.float32)[None, :]
+        return higher, total * jnp.exp(peak - higher) + jnp.sum(weights, axis=1)
+
+    empty = (
+        jnp.full(_pallas.DOT_TILE, MASKED, jnp.float32),
+        jnp.zeros(_pallas.DOT_TILE, jnp.float32),
+    )
+    peak, total = lax.fori_loop(0, config.blocks, visit, empty)
+    row_g = jnp.arange(_pallas.DOT_TILE)
+    plt.store(peaks_ref.at[b, h, row_g, part], peak, mask=row_g < group)
+    plt.store(totals_ref.at[b, h, row_g, part], total, mask=row_g < group)
+
+
+def score_clusters(
+    query: Array,
+    centroids: Array,
+    offsets: Array,
+    layer: Array | int,
+    *,
+    scale: float,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> ClusterScores:
+    """See `pallas_kernels.score_clusters`.
+
+    Raises:
+        NotImplementedError: for head dims and groups that the kernel is not made for.
+    """
+    batch, kv_heads, group, head_dim = query.shape
+    clusters = centroids.shape[3]
+    _pallas.check_heads("score_clusters", group, head_dim, query.dtype, centroids.dtype)
+    rows = batch * kv_heads
+    dtype = jnp.dtype(centroids.dtype).name
+    config = config or _tuning.config(
+        "score_clusters",
+        heuristic(rows, clusters, head_dim, dtype),
+        rows=rows,
+        clusters=clusters,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+    parts = pl.cdiv(clusters, config.block * config.blocks)
+    partial = jax.ShapeDtypeStruct((batch, kv_heads, group, parts), jnp.float32)
+    logits, peaks, totals = _pallas.call(
+        functools.partial(
+            _kernel, scale=scale, config=config, dot_precision=_pallas.precision(centroids.dtype)
+        ),
+        (query.astype(centroids.dtype), centroids, offsets, _pallas.scalar(layer)),
+        (jax.ShapeDtypeStruct((batch, kv_heads, group, clusters), jnp.float32), partial, partial),
+        (parts, rows),
+        name="score_clusters",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+    )
+    parts_logsumexp = jnp.where(totals > 0, peaks + jnp.log(jnp.maximum(totals, 1e-30)), MASKED)
+    return ClusterScores(logits, log_sum_exp(parts_logsumexp, axis=-1))

@@ -1,0 +1,301 @@
+"""The second kernel of `select_tokens`: exact selection, slots, and the row table's update."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import _pallas
+from pallas_kernels._bisect import threshold
+from pallas_kernels._numerics import NO_ID, ordered_bits
+
+
+class _Row:
+    """One row's view of the kernel's refs, and the loops that all parts share."""
+
+    def __init__(self, b: Any, h: Any, layer: Any, block: int, interpret: bool) -> None:
+        self.b, self.h, self.layer, self.block, self.interpret = b, h, layer, block, interpret
+        self.lane = jnp.arange(block)
+
+    def load(self, ref: Any, *at: Any, mask: Any = None, stacked: bool = False) -> Any:
+        prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)
+        other = None if mask is None else jnp.zeros((), ref.dtype)
+        return plt.load(ref.at[*prefix, *at], mask=mask, other=other)
+
+    def store(
+        self, ref: Any, value: Any, *at: Any, mask: Any = None, stacked: bool = False
+    ) -> None:
+        prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)
+        if mask is not None:
+            # Interpreted, lanes that are masked still write if their place is one of the array.
+            at = (*at[:-1], jnp.where(mask, at[-1], NO_ID))
+        plt.store(ref.at[*prefix, *at], value, mask=mask)
+
+    def barrier(self) -> None:
+        _pallas.barrier(self.interpret)
+
+    def blocks(self, count: Any) -> Any:
+        return lax.div(count + (self.block - 1), jnp.int32(self.block))
+
+    def each(self, count: Any, visit: Any, state: Any = None) -> Any:
+        """visit(elements, which of them exist, state) over so many elements, block by block."""
+
+        def of_block(i: Any, state: Any) -> Any:
+            element = i * self.block + self.lane
+            return visit(element, element < count, state)
+
+        return lax.fori_loop(0, self.blocks(count), of_block, state)
+
+    def search(self, ref: Any, size: int, value: Any, mask: Any) -> Any:
+        """The last i with ref[i] <= value, for each lane, in a rising list of `size`."""
+
+        def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+            first, last = bounds
+            middle = (first + last + 1) >> 1
+            right = self.load(ref, middle, mask=mask) <= value
+            return jnp.where(right, middle, first), jnp.where(right, last, middle - 1)
+
+        bounds = jnp.zeros_like(value), jnp.full_like(value, size - 1)
+        return lax.fori_loop(0, (size - 1).bit_length(), halve, bounds)[0]
+
+
+def _gather_contenders(
+    row: _Row,
+    lists: tuple[Any, Any, Any],
+    scratch: tuple[Any, Any, Any],
+    log_mass_ref: Any,
+    total: Any,
+    budget: Any,
+) -> Any:
+    """Lists all chunks' contenders one after another; returns how many there are."""
+    (keys_ref, places_ref, counts_ref), (prefix_ref, all_keys_ref, all_places_ref) = lists, scratch
+    chunks, chunk = keys_ref.shape[-2:]
+    nth = jnp.arange(_pallas.tile(chunks))
+    counts = row.load(counts_ref, nth, mask=nth < chunks)
+    found = jnp.sum(counts)
+    short = found < budget
+
+    @pl.when(short)
+    def take_all() -> None:
+        # The sample misled: every candidate is a contender.
+        def copy(place: Any, exists: Any, _: Any) -> None:
+            part = lax.div(place, jnp.int32(chunk))
+            key = ordered_bits(row.load(log_mass_ref, place, mask=exists))
+            row.store(keys_ref, key, part, place - part * chunk, mask=exists)
+            row.store(places_ref, place, part, place - part * chunk, mask=exists)
+
+        row.each(total, copy)
+
+    everything = jnp.clip(total - nth * chunk, 0, chunk)
+    counts = jnp.where(short, jnp.where(nth < chunks, everything, 0), counts)
+    row.store(prefix_ref, jnp.cumsum(counts) - counts, nth, mask=nth < chunks)
+    row.barrier()
+    found = jnp.where(short, total, found)
+
+    def move(i: Any, exists: Any, _: Any) -> None:
+        # Of chunks without contenders, whose prefix is the next one's, the search finds the last.
+        part = row.search(prefix_ref, chunks, i, exists)
+        at = (part, i - row.load(prefix_ref, part, mask=exists))
+        row.store(all_keys_ref, row.load(keys_ref, *at, mask=exists), i, mask=exists)
+        row.store(all_places_ref, row.load(places_ref, *at, mask=exists), i, mask=exists)
+
+    row.each(found, move)
+    row.barrier()
+    return found
+
+
+def _pick(row: _Row, keys_ref: Any, places_ref: Any, count: Any, budget: Any, out_ref: Any) -> None:
+    """Writes the places of the `budget` largest keys to out_ref, in the order of the list."""
+
+    def held(key: Any) -> Any:
+        def add(i: Any, exists: Any, held: Any) -> Any:
+            larger = exists & (row.load(keys_ref, i, mask=exists) >= key)
+            return held + larger.astype(jnp.int32)
+
+        return jnp.sum(row.each(count, add, jnp.zeros(row.block, jnp.int32)))
+
+    key, above = threshold(held, budget)
+
+    def write(i: Any, exists: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        written, equal = state
+        keys = row.load(keys_ref, i, mask=exists)
+        tie = (exists & (keys == key)).astype(jnp.int32)
+        before = above + equal + jnp.cumsum(tie) - tie
+        picked = exists & ((keys > key) | ((tie > 0) & (before < budget)))
+        number = picked.astype(jnp.int32)
+        place = row.load(places_ref, i, mask=picked)
+        row.store(out_ref, place, written + jnp.cumsum(number) - 1, mask=picked)
+        return written + jnp.sum(number), equal + jnp.sum(tie)
+
+    row.each(count, write, (jnp.int32(0), jnp.int32(0)))
+    row.barrier()
+
+
+def _count_remaining(
+    row: _Row, numbers_ref: Any, firsts_ref: Any, clusters_ref: Any, remaining_ref: Any, count: Any
+) -> None:
+    """Takes the picked tokens off their clusters' sizes, which `remaining_ref` holds.
+
+    They are listed by cluster, so a cluster's share is the length of a run: no atomics.
+    """
+
+    def edge(i: Any, exists: Any, other: Any) -> tuple[Any, Any]:
+        number = row.load(numbers_ref, i, mask=exists)
+        within = exists & (other >= 0) & (other < count)
+        return number, exists & (~within | (row.load(numbers_ref, other, mask=within) != number))
+
+    def mark(i: Any, exists: Any, _: Any) -> None:
+        number, first = edge(i, exists, i - 1)
+        row.store(firsts_ref, i, number, mask=first)
+
+    def subtract(i: Any, exists: Any, _: Any) -> None:
+        number, last = edge(i, exists, i + 1)
+        cluster = row.load(clusters_ref, number, mask=last)
+        run = i + 1 - row.load(firsts_ref, number, mask=last)
+        row.store(
+            remaining_ref, row.load(remaining_ref, cluster, mask=last) - run, cluster, mask=last
+        )
+
+    row.each(count, mark)
+    row.barrier()
+    row.each(count, subtract)
+
+
+def _admit(
+    row: _Row,
+    table: tuple[Any, Any, Any],
+    out: tuple[Any, Any, Any],
+    victims_ref: Any,
+    count: Any,
+    wanted: Any,
+    step: Any,
+) -> None:
+    """Gives the first `wanted` missed rows the least recently used slots, by rising slot."""
+    (slot_of_token_ref, token_of_slot_ref, last_used_ref), (tokens_ref, slots_ref, hit_ref) = (
+        table,
+        out,
+    )
+    slots = token_of_slot_ref.shape[-1]
+
+    def age(slot: Any, exists: Any) -> Any:
+        # Zero for a slot used in this step; the largest one is an empty slot's, step + 1.
+        used = row.load(last_used_ref, slot, mask=exists, stacked=True)
+        return jnp.where(exists, step - used, 0).astype(jnp.uint32)
+
+    def held(key: Any) -> Any:
+        def add(slot: Any, exists: Any, held: Any) -> Any:
+            return held + (age(slot, exists) >= key).astype(jnp.int32)
+
+        return jnp.sum(row.each(jnp.int32(slots), add, jnp.zeros(row.block, jnp.int32)))
+
+    key, above = threshold(held, wanted, highest_bit=31 - lax.clz(step + 1))
+
+    def list_victims(slot: Any, exists: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        written, equal = state
+        ages = age(slot, exists)
+        tie = (ages == key).astype(jnp.int32)
+        given = (ages > key) | ((tie > 0) & (above + equal + jnp.cumsum(tie) - tie < wanted))
+        number = given.astype(jnp.int32)
+        row.store(victims_ref, slot, written + jnp.cumsum(number) - 1, mask=given)
+        return written + jnp.sum(number), equal + jnp.sum(tie)
+
+    row.each(jnp.int32(slots), list_victims, (jnp.int32(0), jnp.int32(0)))
+    row.barrier()
+
+    def admit(i: Any, exists: Any, missed: Any) -> Any:
+        miss = (exists & ~row.load(hit_ref, i, mask=exists)).astype(jnp.int32)
+        nth = missed + jnp.cumsum(miss) - 1
+        enters = (miss > 0) & (nth < wanted)
+        victim = row.load(victims_ref, nth, mask=enters)
+        evicted = row.load(token_of_slot_ref, victim, mask=enters, stacked=True)
+        gone = enters & (evicted >= 0)
+        row.store(slot_of_token_ref, jnp.full_like(i, -1), evicted, mask=gone, stacked=True)
+        token = row.load(tokens_ref, i, mask=enters)
+        row.store(slot_of_token_ref, victim, token, mask=enters, stacked=True)
+        row.store(slots_ref, victim, i, mask=enters)
+        # A slot's old owner was read by the lane that now writes its new one.
+        row.barrier()
+        row.store(token_of_slot_ref, token, victim, mask=enters, stacked=True)
+        row.store(last_used_ref, jnp.full_like(i, step), victim, mask=enters, stacked=True)
+        return missed + jnp.sum(miss)
+
+    row.each(count, admit, jnp.int32(0))
+
+
+def select_rows(
+    *refs: Any, segment_tokens: int, growth_tokens: int, block: int, interpret: bool
+) -> None:
+    """One row's selection among its contenders; `select_tokens` says what the refs are."""
+    (
+        *_,  # the lists and the table are written in place: only the results' refs are used
+        log_mass_ref,
+        clusters_ref,
+        starts_ref,
+        budget_ref,
+        offsets_ref,
+        token_ids_ref,
+        prompt_tokens_ref,
+        layer_ref,
+        step_ref,
+    ) = refs[:15]
+    tokens_ref, slots_ref, hit_ref, remaining_ref, hits_ref, misses_ref = refs[15:21]
+    lists, table = refs[21:24], refs[24:27]
+    *gather_scratch, picked_ref, numbers_ref, firsts_ref, victims_ref = refs[27:]
+    kv_heads = log_mass_ref.shape[1]
+    program = pl.program_id(0)
+    row = _Row(program // kv_heads, program % kv_heads, layer_ref[...], block, interpret)
+    clusters, step = clusters_ref.shape[-1], step_ref[...]
+    total = jnp.minimum(row.load(starts_ref, jnp.int32(clusters)), log_mass_ref.shape[-1])
+    room = tokens_ref.shape[-1]
+    budget = jnp.minimum(jnp.minimum(plt.load(budget_ref.at[row.b]), total), room)
+
+    def fill_sizes(c: Any, exists: Any, _: Any) -> None:
+        begins = row.load(offsets_ref, c, mask=exists, stacked=True)
+        ends = row.load(offsets_ref, c + 1, mask=exists, stacked=True)
+        row.store(remaining_ref, ends - begins, c, mask=exists)
+
+    row.each(jnp.int32(clusters), fill_sizes)
+
+    @pl.when(budget > 0)
+    def pick() -> None:
+        count = _gather_contenders(row, lists, tuple(gather_scratch), log_mass_ref, total, budget)
+        _pick(row, gather_scratch[1], gather_scratch[2], count, budget, picked_ref)
+
+    prompt = plt.load(prompt_tokens_ref.at[row.b])
+
+    def look_up(i: Any, exists: Any, hits: Any) -> Any:
+        valid = i < budget
+        place = row.load(picked_ref, i, mask=valid)
+        number = row.search(starts_ref, clusters, place, valid)
+        cluster = row.load(clusters_ref, number, mask=valid)
+        begins = row.load(offsets_ref, cluster, mask=valid, stacked=True)
+        position = begins + place - row.load(starts_ref, number, mask=valid)
+        in_prompt = lax.div(position, jnp.int32(segment_tokens)) * segment_tokens
+        grown = lax.div(position - prompt, jnp.int32(growth_tokens)) * growth_tokens
+        start = jnp.where(position < prompt, in_prompt, prompt + grown)
+        token = start + row.load(token_ids_ref, position, mask=valid, stacked=True).astype(
+            jnp.int32
+        )
+        slot = row.load(table[0], token, mask=valid, stacked=True)
+        hit = valid & (slot >= 0)
+        row.store(numbers_ref, number, i, mask=valid)
+        row.store(tokens_ref, jnp.where(valid, token, NO_ID), i, mask=exists)
+        row.store(slots_ref, jnp.where(hit, slot, NO_ID), i, mask=exists)
+        row.store(hit_ref, hit, i, mask=exists)
+        row.store(table[2], jnp.full_like(i, step), slot, mask=hit, stacked=True)
+        return hits + jnp.sum(hit.astype(jnp.int32))
+
+    hits = row.each(jnp.int32(room), look_up, jnp.int32(0))
+    row.barrier()
+    _count_remaining(row, numbers_ref, firsts_ref, clusters_ref, remaining_ref, budget)
+    slots = table[1].shape[-1]
+    wanted = jnp.minimum(budget - hits, slots - hits)
+
+    @pl.when(wanted > 0)
+    def admit() -> None:
+        _admit(row, table, (tokens_ref, slots_ref, hit_ref), victims_ref, budget, wanted, step)
+
+    plt.store(hits_ref.at[row.b, row.h], hits)
+    plt.store(misses_ref.at[row.b, row.h], budget - hits)
