@@ -4,7 +4,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.attend_zones import reference
+from pallas_kernels.attend_zones import reference, triton
 from pallas_kernels.attend_zones.reference import ZoneStates
 
 
@@ -54,7 +54,7 @@ def attend_zones(
     return _dispatch.call(
         "attend_zones",
         implementation,
-        {"xla": reference.attend_zones},
+        {"xla": reference.attend_zones, "triton": triton.attend_zones},
         query,
         sink,
         sink_tokens,

@@ -11,11 +11,14 @@ from pallas_kernels._numerics import MASKED, NO_ID, log_count, log_sum_exp
 
 
 class ZoneStates(NamedTuple):
-    """Attention over each zone alone, to be merged by `merge_states`, and the cache after it.
+    """Attention over parts of the zones, to be merged by `merge_states`, and the cache after it.
+
+    The parts' tokens are disjoint, and together they are the zones. How many parts there are is up
+    to the implementation; the reference has three: steady, retrieved, estimated.
 
     Attributes:
-        outputs: `[3, batch, kv_heads, group, head_dim]` float32: steady, retrieved, estimated.
-        logsumexps: `[3, batch, kv_heads, group]` float32; about -1e30 for an empty zone.
+        outputs: `[parts, batch, kv_heads, group, head_dim]` float32.
+        logsumexps: `[parts, batch, kv_heads, group]` float32; about -1e30 for an empty part.
         cache_rows: as given, with the admitted rows written into their slots.
     """
 

@@ -4,7 +4,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.merge_states import reference
+from pallas_kernels.merge_states import reference, triton
 
 
 def merge_states(
@@ -27,5 +27,9 @@ def merge_states(
         output, logsumexp: float32, of the union; zeros and about -1e30 where all parts are empty.
     """
     return _dispatch.call(
-        "merge_states", implementation, {"xla": reference.merge_states}, outputs, logsumexps
+        "merge_states",
+        implementation,
+        {"xla": reference.merge_states, "triton": triton.merge_states},
+        outputs,
+        logsumexps,
     )

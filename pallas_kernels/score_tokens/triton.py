@@ -36,7 +36,8 @@ class Config:
 def heuristic(candidates: int, head_dim: int, dtype: str) -> Config:
     """A config for shapes that were not tuned.
 
-    An int8 query errs about as much as a bfloat16 one; a float32 one is worth more.
+    An int8 query errs about as much as a bfloat16 one. Where the scales are float32, as in a
+    model that is, it would be the largest error.
     """
     if dtype == "float32" or not _pallas.on_cuda():
         return Config(min(128, _pallas.tile(candidates, _pallas.DOT_TILE)), integers=False)
@@ -213,7 +214,7 @@ def score_tokens(
     _pallas.check_heads("score_tokens", group, head_dim, rotated_query.dtype)
     if codes is not None and scales is None:
         raise NotImplementedError("score_tokens: codes without scales")
-    dtype = jnp.dtype(rotated_query.dtype).name
+    dtype = jnp.dtype(jnp.float32 if scales is None else scales.dtype).name
     config = config or _tuning.config(
         "score_tokens",
         heuristic(max_candidates, head_dim, dtype),
