@@ -1,0 +1,252 @@
+"""The kernels of `attend_zones` and `merge_states`, interpreted, against the references."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels._numerics import MASKED, NO_ID
+from pallas_kernels.attend_zones import reference
+from pallas_kernels.attend_zones import triton as kernel
+from pallas_kernels.merge_states import reference as merge_reference
+from pallas_kernels.merge_states import triton as merge_kernel
+from tests.pallas_kernels.lowering import lower_for
+
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+LAYERS, BATCH, HEADS, LAYER = 2, 3, 2, 1
+SINKS, WINDOW, TOKENS, SLOTS, ROOM, CLUSTERS = 4, 75, 150, 100, 71, 70
+
+# More than one tile and more than one program in each zone; the counts do not divide.
+SPLIT = kernel.Config(
+    2, 3, 2, retrieved_tile=16, cluster_tile=16, steady_tile=16, num_warps=4, num_stages=2
+)
+# Retrieved rows, rows in the window, clusters in use: of each sequence.
+COUNTS = [(ROOM, 75, 70), (40, 33, 17), (0, 0, 0)]
+
+
+def zone_case(seed, group=4, head_dim=64, dtype="float32", sinks=SINKS):
+    """A step whose last sequence has sinks only; all that must not be read is NaN."""
+    rng = np.random.default_rng(seed)
+    row = (LAYERS, BATCH, HEADS)
+
+    def normal(*shape):
+        return rng.normal(size=shape)
+
+    case = {
+        "query": normal(BATCH, HEADS, group, head_dim),
+        "sink": normal(*row, sinks, 2, head_dim),
+        "sink_tokens": np.minimum([4, 3, 2], sinks),
+        "window": np.full((*row, WINDOW, 2, head_dim), np.nan),
+        "window_tokens": np.array([count for _, count, _ in COUNTS]),
+        "store": np.full((*row, TOKENS, 2, head_dim), np.nan),
+        "cache_rows": np.full((*row, SLOTS, 2, head_dim), np.nan),
+        "tokens": np.full((BATCH, HEADS, ROOM), NO_ID),
+        "slots": np.full((BATCH, HEADS, ROOM), NO_ID),
+        "hit": np.zeros((BATCH, HEADS, ROOM), bool),
+        "logits": np.full((BATCH, HEADS, group, CLUSTERS), MASKED),
+        "value_sums": np.full((*row, CLUSTERS, head_dim), np.nan),
+        "offsets": np.zeros((*row, CLUSTERS + 1), int),
+        "remaining": np.zeros((BATCH, HEADS, CLUSTERS), int),
+    }
+    for b, (retrieved, window, clusters) in enumerate(COUNTS):
+        case["sink"][:, b, :, case["sink_tokens"][b] :] = np.nan
+        case["window"][LAYER, b, :, :window] = normal(HEADS, window, 2, head_dim)
+        for h in range(HEADS):
+            at = (LAYER, b, h)
+            case["store"][at][0] = 0  # the reference reads it in place of rows that hit
+            tokens = rng.permutation(TOKENS)[:retrieved]
+            slots = rng.permutation(SLOTS)[:retrieved]
+            kind = rng.integers(0, 3, retrieved)  # a hit, a miss, a miss without a slot
+            case["tokens"][b, h, :retrieved] = tokens
+            case["slots"][b, h, :retrieved] = np.where(kind == 2, NO_ID, slots)
+            case["hit"][b, h, :retrieved] = kind == 0
+            case["store"][at][tokens[kind > 0]] = normal((kind > 0).sum(), 2, head_dim)
+            case["cache_rows"][at][slots[kind == 0]] = normal((kind == 0).sum(), 2, head_dim)
+
+            sizes = rng.integers(1, 9, clusters)
+            remaining = rng.integers(0, sizes + 1)
+            case["offsets"][at][1 : clusters + 1] = sizes.cumsum()
+            case["offsets"][at][clusters + 1 :] = sizes.sum()
+            case["remaining"][b, h, :clusters] = remaining
+            case["logits"][b, h, :, :clusters] = 3 * normal(group, clusters)
+            kept = np.flatnonzero(remaining)
+            case["value_sums"][at][kept] = normal(len(kept), head_dim) * sizes[kept, None]
+    floats = ("query", "sink", "window", "store", "cache_rows", "value_sums")
+    dtypes = {name: jnp.dtype(dtype) for name in floats} | {"hit": bool, "logits": jnp.float32}
+    return {name: jnp.asarray(x, dtypes.get(name, jnp.int32)) for name, x in case.items()}
+
+
+def clean(case):
+    """The same step for the reference, which asks for finite value sums."""
+    return case | {"value_sums": jnp.nan_to_num(case["value_sums"])}
+
+
+# Nearly all of the time would go to making fast code that runs once.
+QUICKLY = {"compiler_options": {"xla_backend_optimization_level": 0}}
+
+
+@functools.partial(jax.jit, static_argnames="config", **QUICKLY)
+def run_kernel(case, config=SPLIT):
+    return kernel.attend_zones(**case, layer=LAYER, scale=0.2, config=config, interpret=True)
+
+
+@functools.partial(jax.jit, **QUICKLY)
+def run_reference(case):
+    return reference.attend_zones(**case, layer=jnp.int32(LAYER), scale=0.2)
+
+
+def assert_close(found, expected, tolerance):
+    """Compares two states `(outputs, logsumexps)`, outputs by the norm of their difference."""
+    present = np.asarray(expected[1]) > MASKED / 2
+    np.testing.assert_array_equal(np.asarray(found[1]) > MASKED / 2, present)
+    output, expected_output = (np.asarray(x[0], np.float64)[present] for x in (found, expected))
+    error = np.linalg.norm(output - expected_output, axis=-1)
+    assert (error <= tolerance * np.linalg.norm(expected_output, axis=-1)).all()
+    logsumexp, expected_lse = (np.asarray(x[1])[present] for x in (found, expected))
+    np.testing.assert_allclose(logsumexp, expected_lse, atol=tolerance)
+
+
+def check_zones(found, expected, config, tolerance):
+    """Compares each zone alone, then all, then the cache."""
+    ends = np.cumsum([config.retrieved_splits, config.estimated_splits, config.steady_splits])
+    assert found.outputs.shape[0] == ends[-1]
+    for zone, end, splits in zip((1, 2, 0), ends, np.diff(ends, prepend=0), strict=True):
+        parts = slice(end - splits, end)
+        merged = merge_reference.merge_states(found.outputs[parts], found.logsumexps[parts])
+        assert_close(merged, (expected.outputs[zone], expected.logsumexps[zone]), tolerance)
+    assert np.isfinite(np.asarray(found.logsumexps)).all()
+    merged = merge_reference.merge_states(found.outputs, found.logsumexps)
+    assert_close(merged, merge_reference.merge_states(*expected[:2]), tolerance)
+    # Bit by bit, NaN included: rows admitted to their slots, and no other row touched.
+    cache, expected_cache = (np.asarray(x.cache_rows, np.float32) for x in (found, expected))
+    np.testing.assert_array_equal(cache, expected_cache)
+
+
+@pytest.mark.parametrize(
+    "group, head_dim, dtype",
+    [
+        (4, 64, "float32"),
+        (3, 96, "float32"),
+        (7, 128, "bfloat16"),
+        (16, 64, "bfloat16"),
+        (1, 256, "float16"),
+    ],
+)
+def test_attend_zones(group, head_dim, dtype):
+    case = zone_case(group, group, head_dim, dtype)
+    found, expected = run_kernel(case), run_reference(clean(case))
+    assert not np.array_equal(case["cache_rows"], expected.cache_rows, equal_nan=True)
+    check_zones(found, expected, SPLIT, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # More programs than tiles: some have nothing.
+        kernel.Config(9, 7, 8, retrieved_tile=16, cluster_tile=16, steady_tile=16),
+    ],
+)
+def test_attend_zones_however_it_is_cut(config):
+    case = zone_case(1)
+    check_zones(run_kernel(case, config), run_reference(clean(case)), config, 1e-5)
+
+
+def test_attend_zones_without_sinks():
+    case = zone_case(2, sinks=0)
+    found, expected = run_kernel(case), run_reference(clean(case))
+    # The last sequence has nothing at all.
+    assert (np.asarray(found.logsumexps)[:, -1] <= MASKED / 2).all()
+    check_zones(found, expected, SPLIT, 1e-5)
+
+
+def test_attend_zones_picks_a_config_by_shape():
+    case = zone_case(3)
+    config = kernel.heuristic(BATCH * HEADS, 64, 4, ROOM, CLUSTERS, WINDOW)
+    assert config.retrieved_splits * config.retrieved_tile < ROOM + config.retrieved_tile
+    check_zones(run_kernel(case, None), run_reference(clean(case)), config, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 2048])
+def test_heuristic_fills_the_gpu(rows):
+    config = kernel.heuristic(rows, 128, 2, 1182, 6144, 1088)
+    splits = config.retrieved_splits + config.estimated_splits + config.steady_splits
+    # A few programs a processor, if there are tiles enough.
+    assert rows * splits >= 3 * 132 or splits >= 50
+    assert splits == 3 or rows * splits <= 10 * 132
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda c: c | {"query": jnp.zeros((BATCH, HEADS, 4, 32))}, "head_dim is 32"),
+        (lambda c: c | {"query": jnp.zeros((BATCH, HEADS, 17, 64))}, "17 query heads"),
+        (lambda c: c | {"store": c["store"].astype(jnp.bfloat16)}, "store is bfloat16"),
+        (lambda c: c | {"tokens": c["tokens"][..., :0]}, "tokens is empty"),
+    ],
+)
+def test_attend_zones_says_what_it_does_not_support(change, match):
+    with pytest.raises(NotImplementedError, match=match):
+        kernel.attend_zones(**change(zone_case(0)), layer=0, scale=1.0)
+
+
+@pytest.mark.parametrize("parts", [1, 5, 70])
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_merge_states(parts, head_dim):
+    rng = np.random.default_rng(parts)
+    outputs = rng.normal(size=(parts, 2, 3, 7, head_dim))
+    logsumexps = 3 * rng.normal(size=(parts, 2, 3, 7))
+    empty = rng.random(logsumexps.shape) < 0.3
+    empty[:, 0, 0, :2] = True  # nothing at all
+    outputs[empty], logsumexps[empty] = np.nan, MASKED
+    args = jnp.asarray(outputs, jnp.float32), jnp.asarray(logsumexps, jnp.float32)
+    merge = functools.partial(merge_kernel.merge_states, interpret=True)
+    found = jax.jit(merge, **QUICKLY)(*args)
+    np.testing.assert_array_equal(found[0][0, 0, :2], 0)
+    assert_close(found, merge_reference.merge_states(*args), 1e-6)
+
+
+def shapes(head_dim, dtype, group=4):
+    """A large step's operands, without their values."""
+    batch, heads, retrieved, clusters = 8, 8, 1182, 6144
+    row = (2, batch, heads)
+    sizes = {
+        "query": ((batch, heads, group, head_dim), dtype),
+        "sink": ((*row, 4, 2, head_dim), dtype),
+        "sink_tokens": ((batch,), jnp.int32),
+        "window": ((*row, 1088, 2, head_dim), dtype),
+        "window_tokens": ((batch,), jnp.int32),
+        "store": ((*row, 131072, 2, head_dim), dtype),
+        "cache_rows": ((*row, 6554, 2, head_dim), dtype),
+        "tokens": ((batch, heads, retrieved), jnp.int32),
+        "slots": ((batch, heads, retrieved), jnp.int32),
+        "hit": ((batch, heads, retrieved), bool),
+        "logits": ((batch, heads, group, clusters), jnp.float32),
+        "value_sums": ((*row, clusters, head_dim), dtype),
+        "offsets": ((*row, clusters + 1), jnp.int32),
+        "remaining": ((batch, heads, clusters), jnp.int32),
+        "layer": ((), jnp.int32),
+    }
+    return {name: jax.ShapeDtypeStruct(*size) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_attend_zones_lowers(head_dim, dtype, platform):
+    text = lower_for(
+        platform, lambda a: kernel.attend_zones(**a, scale=0.1), shapes(head_dim, dtype, group=7)
+    )
+    assert text.count("attend_zones") > 0
+    # Nothing but the kernel touches what is large.
+    assert "gather" not in text
+    assert "dynamic_slice" not in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_merge_states_lowers(head_dim, platform):
+    state = jax.ShapeDtypeStruct((81, 2, 8, 7, head_dim), jnp.float32)
+    logsumexps = jax.ShapeDtypeStruct(state.shape[:-1], jnp.float32)
+    assert "merge_states" in lower_for(platform, merge_kernel.merge_states, state, logsumexps)
