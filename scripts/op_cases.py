@@ -106,13 +106,17 @@ class StepBench:
         return OpCase(call, (x.query, x.centroids, x.offsets), self.links, read + written)
 
     def _select_clusters(self, run: Run) -> OpCase:
-        x, scores = self.inputs, self.made("score_clusters")
+        x, scores, shape = self.inputs, self.made("score_clusters"), self.shape
 
         def call(layer: Array, operands: Any, state: Any) -> tuple[Any, Any]:
             logits, logsumexp, offsets, budget = operands
-            return run("select_clusters", logits, logsumexp, offsets, layer, budget), state
+            most = shape.max_candidates
+            found = run(
+                *("select_clusters", logits, logsumexp, offsets, layer, budget), max_candidates=most
+            )
+            return found, state
 
-        moved = self.shape.rows * self.shape.cluster_room * (4 * self.shape.group + 4 + 1 + 4 + 4)
+        moved = shape.rows * shape.cluster_room * (4 * shape.group + 4 + 1 + 4 + 4)
         operands = (scores.logits, scores.logsumexp, x.offsets, x.candidate_budget)
         return OpCase(call, operands, self.links, moved)
 
@@ -201,7 +205,10 @@ class StepBench:
             scores = run(
                 "score_clusters", x.query, x.centroids, x.offsets, layer, scale=shape.scale
             )
-            chosen = run("select_clusters", *scores, x.offsets, layer, x.candidate_budget)
+            chosen = run(
+                *("select_clusters", *scores, x.offsets, layer, x.candidate_budget),
+                max_candidates=shape.max_candidates,
+            )
             log_mass = run(
                 "score_tokens",
                 jnp.einsum("bhgd,ed->bhge", x.query.astype(jnp.float32), matrix),

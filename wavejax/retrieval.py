@@ -40,7 +40,10 @@ def retrieve(
     """
     room = wave.token_ids.shape[-1]
     retrieved, candidates = budgets(config, wave.tokens)
-    chosen = ops.select_clusters(scores.logits, scores.logsumexp, wave.offsets, layer, candidates)
+    max_candidates = config.most_candidates(room)
+    chosen = ops.select_clusters(
+        *scores, wave.offsets, layer, candidates, max_candidates=max_candidates
+    )
     matrix = jnp.asarray(rotation(query.shape[-1]))
     log_mass = ops.score_tokens(
         jnp.einsum("bhgd,ed->bhge", query.astype(jnp.float32), matrix),
@@ -52,7 +55,7 @@ def retrieve(
         wave.scales,
         layer,
         scale=scale,
-        max_candidates=config.most_candidates(room),
+        max_candidates=max_candidates,
     )
     return ops.select_tokens(
         log_mass,
@@ -84,7 +87,8 @@ def to_estimate(
     if fraction <= 0:
         return jnp.zeros_like(retrieved.remaining)
     budget = budgets(config, wave.tokens)[0] + _share(fraction, wave.tokens)
-    near = ops.select_clusters(scores.logits, scores.logsumexp, wave.offsets, layer, budget)
+    # Only whether a cluster is selected is asked: no room is needed for a list.
+    near = ops.select_clusters(*scores, wave.offsets, layer, budget, max_candidates=1)
     return jnp.where(near.selected, retrieved.remaining, 0)
 
 

@@ -4,60 +4,50 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
-
-# A binary search by single lanes waits for as many loads as it has rounds. So the range is first
-# narrowed by two loads of many starts at once.
-COARSE = 64
-
-
-def _last_start(starts_ref: Any, b: Any, h: Any, place: Any) -> Any:
-    """The last i with starts[i] <= place, for one place in the list."""
-    starts = starts_ref.shape[-1]
-    coarse = jnp.arange(_pallas.tile(pl.cdiv(starts, COARSE))) * COARSE
-    found = plt.load(starts_ref.at[b, h, coarse], mask=coarse < starts, other=2**31 - 1)
-    first = (jnp.sum((found <= place).astype(jnp.int32)) - 1) * COARSE
-    fine = first + jnp.arange(COARSE)
-    found = plt.load(starts_ref.at[b, h, fine], mask=fine < starts, other=2**31 - 1)
-    return first + jnp.sum((found <= place).astype(jnp.int32)) - 1
+from pallas_kernels.select_clusters.reference import GRANULE
 
 
 def find_members(
     clusters_ref: Any,
     starts_ref: Any,
+    granules_ref: Any,
     offsets_ref: Any,
     layer: Any,
     b: Any,
     h: Any,
     place: Any,
     valid: Any,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
     """The clusters and index positions of places in a row's list of candidates.
 
     Args:
-        clusters_ref, starts_ref: `Candidates`' fields.
+        clusters_ref, starts_ref, granules_ref: `Candidates`' fields.
         offsets_ref: `[layers, batch, kv_heads, clusters + 1]`.
-        place: `[n]` int32, rising.
-        valid: `[n]` bool, the places that are in the list; at least one.
+        place: `[n]` int32.
+        valid: `[n]` bool, the places that are in the list.
 
     Returns:
-        cluster, position: `[n]` int32; of no meaning where not valid.
+        number, cluster, position: `[n]` int32, the place in `clusters`, what stands there, and the
+            index position; of no meaning where not valid.
     """
-    low = _last_start(starts_ref, b, h, jnp.min(jnp.where(valid, place, 2**31 - 1)))
-    high = _last_start(starts_ref, b, h, jnp.max(jnp.where(valid, place, 0)))
+    granule = lax.shift_right_logical(place, jnp.full_like(place, GRANULE.bit_length() - 1))
+    first = plt.load(granules_ref.at[b, h, granule], mask=valid, other=0)
+    following = valid & (granule + 1 < granules_ref.shape[-1])
+    # Every cluster has a member, so a granule's last one is not further from its first.
+    last = plt.load(granules_ref.at[b, h, granule + 1], mask=following, other=2**30)
+    last = jnp.minimum(jnp.minimum(last, first + (GRANULE - 1)), clusters_ref.shape[-1] - 1)
 
-    def halve(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        span, first, last = state
+    def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+        first, last = bounds
         middle = (first + last + 1) >> 1
-        start = plt.load(starts_ref.at[b, h, middle], mask=valid, other=0)
-        right = start <= place
-        return span >> 1, jnp.where(right, middle, first), jnp.where(right, last, middle - 1)
+        right = plt.load(starts_ref.at[b, h, middle], mask=valid, other=0) <= place
+        # Past the last cluster starts hold the list's length, which no place reaches.
+        return jnp.where(right, middle, first), jnp.where(right, last, middle - 1)
 
-    bounds = jnp.full(place.shape, low, jnp.int32), jnp.full(place.shape, high, jnp.int32)
-    _, nth, _ = lax.while_loop(lambda state: state[0] > 0, halve, (high - low, *bounds))
-    cluster = plt.load(clusters_ref.at[b, h, nth], mask=valid, other=0)
-    member = place - plt.load(starts_ref.at[b, h, nth], mask=valid, other=0)
-    return cluster, plt.load(offsets_ref.at[layer, b, h, cluster], mask=valid, other=0) + member
+    number, _ = lax.fori_loop(0, GRANULE.bit_length() - 1, halve, (first, last))
+    cluster = plt.load(clusters_ref.at[b, h, number], mask=valid, other=0)
+    member = place - plt.load(starts_ref.at[b, h, number], mask=valid, other=0)
+    begins = plt.load(offsets_ref.at[layer, b, h, cluster], mask=valid, other=0)
+    return number, cluster, begins + member

@@ -77,6 +77,7 @@ def _kernel(
     logsumexp_ref: Any,
     clusters_ref: Any,
     starts_ref: Any,
+    granules_ref: Any,
     offsets_ref: Any,
     codes_ref: Any,
     scales_ref: Any,
@@ -105,8 +106,8 @@ def _kernel(
     @pl.when(part * config.block < count)
     def score() -> None:
         valid = place < count
-        cluster, position = find_members(
-            clusters_ref, starts_ref, offsets_ref, layer, b, h, place, valid
+        _, cluster, position = find_members(
+            clusters_ref, starts_ref, granules_ref, offsets_ref, layer, b, h, place, valid
         )
         if codes_ref is not None:
             a = plt.load(scales_ref.at[layer, b, h, position], mask=valid, other=0)
@@ -239,6 +240,7 @@ def score_tokens(
             logsumexp,
             candidates.clusters,
             candidates.starts,
+            candidates.granules,
             offsets,
             codes,
             scales,

@@ -15,6 +15,7 @@ def select_clusters(
     layer: Int[Array, ""] | int,
     budget: Int[Array, " batch"],
     *,
+    max_candidates: int,
     implementation: Implementation | None = None,
 ) -> Candidates:
     """Selects the clusters of most group mass per token, until they hold `budget` tokens.
@@ -29,6 +30,7 @@ def select_clusters(
         offsets: as there.
         layer: which layer of `offsets`.
         budget: tokens wanted, for each sequence.
+        max_candidates: room for candidates a row, which the ops that read them must have too.
     """
     return _dispatch.call(
         "select_clusters",
@@ -39,4 +41,5 @@ def select_clusters(
         offsets,
         layer,
         budget,
+        max_candidates=max_candidates,
     )

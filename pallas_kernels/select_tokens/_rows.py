@@ -10,6 +10,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import _pallas
 from pallas_kernels._bisect import threshold
 from pallas_kernels._numerics import NO_ID, ordered_bits
+from pallas_kernels.score_tokens._members import find_members
 
 
 class _Row:
@@ -61,75 +62,92 @@ class _Row:
         return lax.fori_loop(0, (size - 1).bit_length(), halve, bounds)[0]
 
 
-def _gather_contenders(
-    row: _Row,
-    lists: tuple[Any, Any, Any],
-    scratch: tuple[Any, Any, Any],
-    log_mass_ref: Any,
-    total: Any,
-    budget: Any,
-) -> Any:
-    """Lists all chunks' contenders one after another; returns how many there are."""
-    (keys_ref, places_ref, counts_ref), (prefix_ref, all_keys_ref, all_places_ref) = lists, scratch
+def _take_all(row: _Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: Any) -> None:
+    """Makes every candidate a contender: where too few are, the sample misled."""
+    keys_ref, places_ref, counts_ref = lists
     chunks, chunk = keys_ref.shape[-2:]
+
+    def copy(place: Any, exists: Any, _: Any) -> None:
+        part = lax.div(place, jnp.int32(chunk))
+        key = ordered_bits(row.load(log_mass_ref, place, mask=exists))
+        row.store(keys_ref, key, part, place - part * chunk, mask=exists)
+        row.store(places_ref, place, part, place - part * chunk, mask=exists)
+
+    row.each(total, copy)
+    nth = jnp.arange(_pallas.tile(chunks))
+    row.store(counts_ref, jnp.clip(total - nth * chunk, 0, chunk), nth, mask=nth < chunks)
+    row.barrier()
+
+
+def _pick(
+    row: _Row, lists: tuple[Any, Any, Any], prefix_ref: Any, budget: Any, out_ref: Any, tile: int
+) -> None:
+    """Writes the places of the contenders of the `budget` largest keys to out_ref, rising.
+
+    Args:
+        lists: keys, places and counts, by chunk.
+        prefix_ref: `[batch, kv_heads, chunks]` int32, scratch.
+        tile: so many contenders are held in registers; if there are more, each round of the
+            bisection reads them again.
+    """
+    keys_ref, places_ref, counts_ref = lists
+    chunks = keys_ref.shape[-2]
     nth = jnp.arange(_pallas.tile(chunks))
     counts = row.load(counts_ref, nth, mask=nth < chunks)
-    found = jnp.sum(counts)
-    short = found < budget
-
-    @pl.when(short)
-    def take_all() -> None:
-        # The sample misled: every candidate is a contender.
-        def copy(place: Any, exists: Any, _: Any) -> None:
-            part = lax.div(place, jnp.int32(chunk))
-            key = ordered_bits(row.load(log_mass_ref, place, mask=exists))
-            row.store(keys_ref, key, part, place - part * chunk, mask=exists)
-            row.store(places_ref, place, part, place - part * chunk, mask=exists)
-
-        row.each(total, copy)
-
-    everything = jnp.clip(total - nth * chunk, 0, chunk)
-    counts = jnp.where(short, jnp.where(nth < chunks, everything, 0), counts)
+    count = jnp.sum(counts)
     row.store(prefix_ref, jnp.cumsum(counts) - counts, nth, mask=nth < chunks)
     row.barrier()
-    found = jnp.where(short, total, found)
 
-    def move(i: Any, exists: Any, _: Any) -> None:
-        # Of chunks without contenders, whose prefix is the next one's, the search finds the last.
+    def find(i: Any) -> tuple[Any, Any, Any]:
+        """Whether there is an i-th contender of all chunks, its key and its place."""
+        exists = i < count
+        # Of chunks that share a prefix, all but the last are empty: the search finds that one.
         part = row.search(prefix_ref, chunks, i, exists)
         at = (part, i - row.load(prefix_ref, part, mask=exists))
-        row.store(all_keys_ref, row.load(keys_ref, *at, mask=exists), i, mask=exists)
-        row.store(all_places_ref, row.load(places_ref, *at, mask=exists), i, mask=exists)
+        return exists, row.load(keys_ref, *at, mask=exists), row.load(places_ref, *at, mask=exists)
 
-    row.each(found, move)
-    row.barrier()
-    return found
+    def pick(each: Any) -> None:
+        def widen(exists: Any, key: Any, _: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            low, high = state
+            least = jnp.min(jnp.where(exists, key, jnp.uint32(2**32 - 1)))
+            return jnp.minimum(low, least), jnp.maximum(high, jnp.max(key))
 
+        low, high = each(widen, (jnp.uint32(2**32 - 1), jnp.uint32(0)))
 
-def _pick(row: _Row, keys_ref: Any, places_ref: Any, count: Any, budget: Any, out_ref: Any) -> None:
-    """Writes the places of the `budget` largest keys to out_ref, in the order of the list."""
+        def held(bound: Any) -> Any:
+            def add(exists: Any, key: Any, _: Any, held: Any) -> Any:
+                return held + jnp.sum((exists & (key >= bound)).astype(jnp.int32))
 
-    def held(key: Any) -> Any:
-        def add(i: Any, exists: Any, held: Any) -> Any:
-            larger = exists & (row.load(keys_ref, i, mask=exists) >= key)
-            return held + larger.astype(jnp.int32)
+            return each(add, jnp.int32(0))
 
-        return jnp.sum(row.each(count, add, jnp.zeros(row.block, jnp.int32)))
+        bound, above = threshold(held, budget, low, high + jnp.uint32(1))
 
-    key, above = threshold(held, budget)
+        def write(exists: Any, key: Any, place: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            written, equal = state
+            tie = (exists & (key == bound)).astype(jnp.int32)
+            before = above + equal + jnp.cumsum(tie) - tie
+            picked = exists & ((key > bound) | ((tie > 0) & (before < budget)))
+            number = picked.astype(jnp.int32)
+            row.store(out_ref, place, written + jnp.cumsum(number) - 1, mask=picked)
+            return written + jnp.sum(number), equal + jnp.sum(tie)
 
-    def write(i: Any, exists: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-        written, equal = state
-        keys = row.load(keys_ref, i, mask=exists)
-        tie = (exists & (keys == key)).astype(jnp.int32)
-        before = above + equal + jnp.cumsum(tie) - tie
-        picked = exists & ((keys > key) | ((tie > 0) & (before < budget)))
-        number = picked.astype(jnp.int32)
-        place = row.load(places_ref, i, mask=picked)
-        row.store(out_ref, place, written + jnp.cumsum(number) - 1, mask=picked)
-        return written + jnp.sum(number), equal + jnp.sum(tie)
+        each(write, (jnp.int32(0), jnp.int32(0)))
 
-    row.each(count, write, (jnp.int32(0), jnp.int32(0)))
+    @pl.when(count <= tile)
+    def pick_in_registers() -> None:
+        contenders = find(jnp.arange(tile))
+        pick(lambda visit, state: visit(*contenders, state))
+
+    @pl.when(count > tile)
+    def pick_in_memory() -> None:
+        def each(visit: Any, state: Any) -> Any:
+            def of_block(i: Any, state: Any) -> Any:
+                return visit(*find(i * tile + jnp.arange(tile)), state)
+
+            return lax.fori_loop(0, lax.div(count + (tile - 1), jnp.int32(tile)), of_block, state)
+
+        pick(each)
+
     row.barrier()
 
 
@@ -190,7 +208,7 @@ def _admit(
 
         return jnp.sum(row.each(jnp.int32(slots), add, jnp.zeros(row.block, jnp.int32)))
 
-    key, above = threshold(held, wanted, highest_bit=31 - lax.clz(step + 1))
+    key, above = threshold(held, wanted, jnp.uint32(0), (step + 2).astype(jnp.uint32))
 
     def list_victims(slot: Any, exists: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
         written, equal = state
@@ -225,53 +243,48 @@ def _admit(
 
 
 def select_rows(
-    *refs: Any, segment_tokens: int, growth_tokens: int, block: int, interpret: bool
+    *refs: Any,
+    segment_tokens: int,
+    growth_tokens: int,
+    block: int,
+    tile: int,
+    interpret: bool,
 ) -> None:
     """One row's selection among its contenders; `select_tokens` says what the refs are."""
-    (
-        *_,  # the lists and the table are written in place: only the results' refs are used
-        log_mass_ref,
-        clusters_ref,
-        starts_ref,
-        budget_ref,
-        offsets_ref,
-        token_ids_ref,
-        prompt_tokens_ref,
-        layer_ref,
-        step_ref,
-    ) = refs[:15]
-    tokens_ref, slots_ref, hit_ref, remaining_ref, hits_ref, misses_ref = refs[15:21]
-    lists, table = refs[21:24], refs[24:27]
-    *gather_scratch, picked_ref, numbers_ref, firsts_ref, victims_ref = refs[27:]
+    # The first ones are written in place: only the results' refs are used.
+    log_mass_ref, clusters_ref, starts_ref, granules_ref, budget_ref, *operands = refs[7:16]
+    offsets_ref, token_ids_ref, prompt_tokens_ref, scalars_ref = operands
+    tokens_ref, slots_ref, hit_ref, hits_ref, misses_ref = refs[16:21]
+    lists, remaining_ref, table = refs[21:24], refs[24], refs[25:28]
+    prefix_ref, picked_ref, numbers_ref, firsts_ref, victims_ref = refs[28:]
     kv_heads = log_mass_ref.shape[1]
     program = pl.program_id(0)
-    row = _Row(program // kv_heads, program % kv_heads, layer_ref[...], block, interpret)
-    clusters, step = clusters_ref.shape[-1], step_ref[...]
-    total = jnp.minimum(row.load(starts_ref, jnp.int32(clusters)), log_mass_ref.shape[-1])
+    layer, step = plt.load(scalars_ref.at[jnp.int32(0)]), plt.load(scalars_ref.at[jnp.int32(1)])
+    row = _Row(program // kv_heads, program % kv_heads, layer, block, interpret)
+    total = row.load(starts_ref, jnp.int32(clusters_ref.shape[-1]))
+    total = jnp.minimum(total, log_mass_ref.shape[-1])
     room = tokens_ref.shape[-1]
     budget = jnp.minimum(jnp.minimum(plt.load(budget_ref.at[row.b]), total), room)
 
-    def fill_sizes(c: Any, exists: Any, _: Any) -> None:
-        begins = row.load(offsets_ref, c, mask=exists, stacked=True)
-        ends = row.load(offsets_ref, c + 1, mask=exists, stacked=True)
-        row.store(remaining_ref, ends - begins, c, mask=exists)
+    nth = jnp.arange(_pallas.tile(lists[2].shape[-1]))
+    found = jnp.sum(row.load(lists[2], nth, mask=nth < lists[2].shape[-1]))
 
-    row.each(jnp.int32(clusters), fill_sizes)
+    @pl.when(found < budget)
+    def take_all() -> None:
+        _take_all(row, lists, log_mass_ref, total)
 
     @pl.when(budget > 0)
     def pick() -> None:
-        count = _gather_contenders(row, lists, tuple(gather_scratch), log_mass_ref, total, budget)
-        _pick(row, gather_scratch[1], gather_scratch[2], count, budget, picked_ref)
+        _pick(row, lists, prefix_ref, budget, picked_ref, tile)
 
     prompt = plt.load(prompt_tokens_ref.at[row.b])
 
     def look_up(i: Any, exists: Any, hits: Any) -> Any:
         valid = i < budget
         place = row.load(picked_ref, i, mask=valid)
-        number = row.search(starts_ref, clusters, place, valid)
-        cluster = row.load(clusters_ref, number, mask=valid)
-        begins = row.load(offsets_ref, cluster, mask=valid, stacked=True)
-        position = begins + place - row.load(starts_ref, number, mask=valid)
+        number, _, position = find_members(
+            clusters_ref, starts_ref, granules_ref, offsets_ref, layer, row.b, row.h, place, valid
+        )
         in_prompt = lax.div(position, jnp.int32(segment_tokens)) * segment_tokens
         grown = lax.div(position - prompt, jnp.int32(growth_tokens)) * growth_tokens
         start = jnp.where(position < prompt, in_prompt, prompt + grown)

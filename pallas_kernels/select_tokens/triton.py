@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas, _tuning
 from pallas_kernels.select_clusters.reference import Candidates
-from pallas_kernels.select_tokens._contenders import list_contenders
+from pallas_kernels.select_tokens._contenders import expected, list_contenders
 from pallas_kernels.select_tokens._rows import select_rows
 from pallas_kernels.select_tokens.reference import Retrieved, RowTable
 
@@ -22,27 +23,35 @@ class Config:
     Attributes:
         chunk: candidates that one program of the first kernel looks through.
         sample: candidates whose masses set its threshold.
-        block: contenders, picked rows or slots that the second kernel looks at at once.
+        tile: contenders that the second kernel holds in registers.
+        block: picked rows, or slots, that it looks at at once.
         chunk_warps, row_warps: the two kernels' `num_warps`, see Triton.
     """
 
-    chunk: int = 4096
+    chunk: int = 2048
     sample: int = 2048
+    tile: int = 2048
     block: int = 2048
-    chunk_warps: int = 8
-    row_warps: int = 16
+    chunk_warps: int = 4
+    row_warps: int = 8
+
+
+# The most contenders whose keys and places fit in the registers of 32 warps.
+MOST_IN_REGISTERS = 16384
 
 
 def heuristic(candidates: int, max_tokens: int) -> Config:
     """A config for shapes that were not tuned."""
-    chunk = min(4096, _pallas.tile(candidates, 32))
-    block = max(64, min(2048, _pallas.tile(max_tokens + max_tokens // 2)))
+    chunk = min(2048, _pallas.tile(candidates, 32))
+    tile = _pallas.tile(expected(max_tokens, candidates, chunk), 32)
+    tile = min(tile, MOST_IN_REGISTERS)
     return Config(
         chunk,
-        sample=min(2048, _pallas.tile(candidates, 32)),
-        block=block,
-        chunk_warps=max(1, min(8, chunk // 256)),
-        row_warps=max(1, min(16, block // 128)),
+        sample=chunk,
+        tile=tile,
+        block=max(32, min(2048, _pallas.tile(max_tokens))),
+        chunk_warps=max(1, min(4, chunk // 256)),
+        row_warps=max(1, min(32, tile // 256)),
     )
 
 
@@ -71,13 +80,19 @@ def select_tokens(
     )
     row = (batch, kv_heads)
     chunks = pl.cdiv(room, config.chunk)
-    listed = _pallas.call(
+
+    def of_rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*row, *shape), dtype)
+
+    budget = budget.astype(jnp.int32)
+    *lists, sizes = _pallas.call(
         functools.partial(list_contenders, chunk=config.chunk, sample=config.sample),
-        (log_mass, candidates.starts, budget.astype(jnp.int32)),
+        (log_mass, candidates.starts, budget, offsets, _pallas.scalar(layer)),
         (
-            jax.ShapeDtypeStruct((*row, chunks, config.chunk), jnp.uint32),
-            jax.ShapeDtypeStruct((*row, chunks, config.chunk), jnp.int32),
-            jax.ShapeDtypeStruct((*row, chunks), jnp.int32),
+            of_rows(chunks, config.chunk, dtype=jnp.uint32),
+            of_rows(chunks, config.chunk),
+            of_rows(chunks),
+            of_rows(clusters),
         ),
         (chunks, batch * kv_heads),
         name="list_contenders",
@@ -85,44 +100,38 @@ def select_tokens(
         num_stages=1,
         interpret=interpret,
     )
-
-    def of_rows(*shape: int, dtype: type = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*row, *shape), dtype)
-
+    in_place = (*lists, sizes, *table)
     results = _pallas.call(
         functools.partial(
             select_rows,
             segment_tokens=segment_tokens,
             growth_tokens=growth_tokens,
             block=config.block,
+            tile=config.tile,
             interpret=interpret,
         ),
         (
-            *listed,
-            *table,
+            *in_place,
             log_mass,
             candidates.clusters,
             candidates.starts,
-            budget.astype(jnp.int32),
+            candidates.granules,
+            budget,
             offsets,
             token_ids,
             prompt_tokens,
-            _pallas.scalar(layer),
-            _pallas.scalar(step),
+            jnp.stack([_pallas.scalar(layer), _pallas.scalar(step)]),
         ),
         (
             of_rows(max_tokens),
             of_rows(max_tokens),
             of_rows(max_tokens, dtype=jnp.bool_),
-            of_rows(clusters),
             of_rows(),
             of_rows(),
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*listed, *table)),
-            # Scratch: prefix sums, contenders' keys and places, picked places, their clusters'
-            # numbers, each cluster's first pick, victims.
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in in_place),
+            # Scratch: the chunks' prefix sums, picked places, their clusters' numbers, each
+            # cluster's first pick, victims.
             of_rows(chunks),
-            of_rows(room, dtype=jnp.uint32),
-            of_rows(room),
             of_rows(max_tokens),
             of_rows(max_tokens),
             of_rows(clusters),
@@ -132,8 +141,9 @@ def select_tokens(
         name="select_rows",
         num_warps=config.row_warps,
         num_stages=1,
-        aliases={i: 6 + i for i in range(6)},
+        aliases={i: 5 + i for i in range(len(in_place))},
         interpret=interpret,
     )
-    tokens, row_slots, hit, remaining, hits, misses = results[:6]
-    return Retrieved(tokens, row_slots, hit, remaining, RowTable(*results[9:12]), hits, misses)
+    tokens, row_slots, hit, hits, misses = results[:5]
+    remaining, table = results[8], RowTable(*results[9:12])
+    return Retrieved(tokens, row_slots, hit, remaining, table, hits, misses)

@@ -78,7 +78,8 @@ def arguments(op: str, case: Case, x: StepInputs, made: dict[str, Any]) -> tuple
     if op == "score_clusters":
         return (x.query, x.centroids, x.offsets, layer), {"scale": s.scale}
     if op == "select_clusters":
-        return (*scores, x.offsets, layer, x.candidate_budget), {}
+        operands = (*scores, x.offsets, layer, x.candidate_budget)
+        return operands, {"max_candidates": s.max_candidates}
     if op == "score_tokens":
         operands = (x.rotated_query, *scores, chosen, x.offsets, x.codes, x.scales, layer)
         return operands, {"scale": s.scale, "max_candidates": s.max_candidates}

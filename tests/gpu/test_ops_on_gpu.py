@@ -53,7 +53,10 @@ class TestOps:
         logits, logsumexp = separated_logits(case.shape, np.asarray(x.offsets[LAYER]))
 
         def select(implementation):
-            return lambda *a: ops.select_clusters(*a, implementation=implementation)
+            most = case.shape.max_candidates
+            return lambda *a: ops.select_clusters(
+                *a, max_candidates=most, implementation=implementation
+            )
 
         operands = (logits, logsumexp, x.offsets, jnp.int32(LAYER), x.candidate_budget)
         found = run_twice(select(KERNEL), *operands)
@@ -121,8 +124,15 @@ def test_ties_go_to_the_lower_id(name):
     logits = jnp.where(used, logits.astype(jnp.float32), MASKED)
     zeros = jnp.zeros((s.batch, s.kv_heads, 1), jnp.float32)
     operands = (logits, zeros, x.offsets, jnp.int32(0), x.candidate_budget)
-    chosen = run_twice(lambda *a: ops.select_clusters(*a, implementation=KERNEL), *operands)
-    assert_same(chosen, ops.select_clusters(*operands, implementation="xla"))
+
+    def select(implementation):
+        most = s.max_candidates
+        return lambda *a: ops.select_clusters(
+            *a, max_candidates=most, implementation=implementation
+        )
+
+    chosen = run_twice(select(KERNEL), *operands)
+    assert_same(chosen, select("xla")(*operands))
 
     coarse = jax.random.randint(key, (s.batch, s.kv_heads, s.max_candidates), -4, 4) / 4
     listed = jnp.arange(s.max_candidates) < chosen.starts[..., -1:]

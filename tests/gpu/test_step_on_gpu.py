@@ -22,7 +22,11 @@ def step(x, table, cache_rows, layer, now, *, shape, implementation):
     """The ops as the engine chains them: output, what was retrieved, table and cache rows."""
     named = {"implementation": implementation}
     scores = ops.score_clusters(x.query, x.centroids, x.offsets, layer, scale=shape.scale, **named)
-    chosen = ops.select_clusters(*scores, x.offsets, layer, x.candidate_budget, **named)
+    chosen = ops.select_clusters(
+        *(*scores, x.offsets, layer, x.candidate_budget),
+        max_candidates=shape.max_candidates,
+        **named,
+    )
     matrix = jnp.asarray(rotation(shape.head_dim))
     log_mass = ops.score_tokens(
         jnp.einsum("bhgd,ed->bhge", x.query.astype(jnp.float32), matrix),

@@ -93,7 +93,7 @@ def test_score_tokens_lists_the_members_and_estimates_their_mass(group, with_cod
     logsumexp = rng.normal(size=(batch, heads, group)).astype(np.float32)
     selected = rng.random((batch, heads, clusters)) < 0.6
     selected[1, 2] = False  # a row without candidates
-    candidates = list_candidates(jnp.asarray(selected), jnp.asarray(sizes[1], jnp.int32))
+    candidates = list_candidates(jnp.asarray(selected), jnp.asarray(sizes[1], jnp.int32), room)
     log_mass = ops.score_tokens(
         jnp.asarray(query),
         jnp.asarray(logits),

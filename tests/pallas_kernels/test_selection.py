@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import pallas_kernels as ops
 from pallas_kernels._numerics import MASKED, NO_ID, heaviest, list_places, ordered_bits
-from pallas_kernels.select_clusters import Candidates
+from pallas_kernels.select_clusters import list_candidates
+from pallas_kernels.select_clusters.reference import GRANULE
 from pallas_kernels.select_tokens import RowTable, segment_start
 
 few_values = st.sampled_from([-3.0, -1.5, -0.0, 0.0, 0.25, 2.0, 2.0000002, 1e30, -1e30])
@@ -63,6 +64,7 @@ def test_select_clusters_takes_most_group_mass_per_token(group, seed):
         jnp.asarray(offsets, jnp.int32),
         0,
         jnp.asarray(budget),
+        max_candidates=64,
     )
     mass = jax.nn.logsumexp(jnp.asarray(logits), axis=2)
     for b in range(batch):
@@ -79,6 +81,9 @@ def test_select_clusters_takes_most_group_mass_per_token(group, seed):
             starts = np.cumsum([0, *sizes[0, b, h][listed]])
             assert chosen.starts[b, h, : len(starts)].tolist() == starts.tolist()
             assert (chosen.starts[b, h, len(starts) :] == held).all()
+            for i, first in enumerate(chosen.granules[b, h].tolist()):
+                place = min(i * GRANULE, held - 1)
+                assert starts[first] <= place < starts[first + 1]
             assert min(budget[b], sizes[0, b, h].sum()) <= held < budget[b] + 8
 
 
@@ -125,10 +130,8 @@ def test_row_table_follows_a_plain_model(seed, slots):
     order = np.stack([rng.permutation(tokens) for _ in range(batch * heads)])
     ids = np.broadcast_to(order.reshape(1, batch, heads, tokens), (layers, batch, heads, tokens))
     offsets = jnp.broadcast_to(jnp.arange(0, tokens + 1, 4), (layers, batch, heads, 7))
-    every = Candidates(
-        jnp.ones((batch, heads, 6), bool),
-        jnp.broadcast_to(jnp.arange(6), (batch, heads, 6)),
-        jnp.broadcast_to(jnp.arange(0, tokens + 1, 4), (batch, heads, 7)),
+    every = list_candidates(
+        jnp.ones((batch, heads, 6), bool), jnp.full((batch, heads, 6), 4), max_candidates=tokens
     )
     plain = [[PlainCache(slots) for _ in range(heads)] for _ in range(batch)]
     for now in range(6):
