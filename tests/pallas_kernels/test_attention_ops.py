@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
+from pallas_kernels import _dispatch
 from pallas_kernels._numerics import MASKED, NO_ID
 
 SPACES = {"device": jax.memory.Space.Device, "host": jax.memory.Space.Host}
@@ -180,7 +181,7 @@ def test_append_rows_writes_in_place(space):
 
 
 def test_a_named_implementation_that_is_not_there_fails_loudly():
-    with pytest.raises(NotImplementedError, match="merge_states: no implementation 'triton'"):
-        ops.merge_states(
-            jnp.zeros((1, 1, 1, 1, 8)), jnp.zeros((1, 1, 1, 1)), implementation="triton"
-        )
+    with pytest.raises(
+        NotImplementedError, match="an_op: no implementation 'triton'; there is: xla"
+    ):
+        _dispatch.call("an_op", "triton", {"xla": jnp.sum}, jnp.zeros(1))

@@ -1,0 +1,81 @@
+"""How the kernel of `attend_zones` cuts its work into programs."""
+
+import dataclasses
+import math
+
+from pallas_kernels import _pallas
+
+# An H200's 132 processors hold four programs each. While rows are missed, the programs that read
+# the store take half of the places, so that the others go on meanwhile.
+MISSED_PROGRAMS = 2 * 132
+# What the other programs take differs: twice as many as there are places even it out.
+PROGRAMS = 8 * 132
+# A program of fewer tiles would spend its time on starting.
+LEAST_TILES = 2
+# What a program reads at once: more takes more than 128 registers a thread, and fewer fit.
+TILE_BYTES = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut. Programs of a kind take its tiles in turn, so each has as many.
+
+    Attributes:
+        missed_splits, hit_splits, estimated_splits, steady_splits: programs a row (a sequence's kv
+            head). Those of the missed and of the hit rows walk the same list, each for its kind.
+        missed_tile, hit_tile, cluster_tile, steady_tile: rows of keys and values, or clusters, that
+            a program reads at once.
+        num_warps, num_stages: see Triton. The loops over tiles are pipelined, but for missed rows.
+    """
+
+    missed_splits: int
+    hit_splits: int
+    estimated_splits: int
+    steady_splits: int
+    missed_tile: int = 32
+    hit_tile: int = 32
+    cluster_tile: int = 64
+    steady_tile: int = 32
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @property
+    def splits(self) -> tuple[int, int, int, int]:
+        """In the order of the parts."""
+        return self.missed_splits, self.hit_splits, self.estimated_splits, self.steady_splits
+
+
+def heuristic(
+    rows: int, head_dim: int, itemsize: int, retrieved: int, clusters: int, window: int
+) -> Config:
+    """A config that gives each program about as many tiles, and each processor a few programs.
+
+    Args:
+        rows: sequences times kv heads.
+        head_dim, itemsize: of the stored rows and value sums.
+        retrieved, clusters, window: the capacities of a row's lists.
+    """
+    row_bytes = _pallas.tile(head_dim) * itemsize
+    row_tile = max(min(TILE_BYTES // (2 * row_bytes), 32), _pallas.DOT_TILE)
+    cluster_tile = max(min(TILE_BYTES // row_bytes, 64), _pallas.DOT_TILE)
+    tiles = (retrieved / row_tile, clusters / cluster_tile, window / row_tile)
+    # Hits come from all over the cache, and take longer.
+    work = (1.5 * tiles[0], tiles[1], tiles[2])
+
+    def fit(splits: float, tiles: float) -> int:
+        return max(1, min(round(splits), math.ceil(tiles / LEAST_TILES)))
+
+    hit, estimated, steady = (
+        fit(PROGRAMS / rows * own / sum(work), most) for own, most in zip(work, tiles, strict=True)
+    )
+    return Config(
+        fit(MISSED_PROGRAMS / rows, tiles[0]),
+        hit,
+        estimated,
+        steady,
+        missed_tile=row_tile,
+        hit_tile=row_tile,
+        cluster_tile=cluster_tile,
+        steady_tile=row_tile,
+        num_warps=4 if row_bytes <= 256 else 8,
+    )

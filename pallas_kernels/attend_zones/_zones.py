@@ -1,0 +1,279 @@
+"""What one program of the kernel of `attend_zones` does."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import _pallas
+from pallas_kernels._numerics import MASKED, NO_ID
+from pallas_kernels.attend_zones._config import Config
+
+LOG2_E = math.log2(math.e)
+
+# How many tiles' logits are read at once to find the greatest.
+LOGIT_TILES = 4
+
+# Output `[g, d]`, peak `[g]` and masses `[g, n]` of a running softmax, float32. The masses are
+# summed over n in the end only: each sum over the warps would stop all of them.
+State = tuple[Array, Array, Array]
+
+
+class Refs(NamedTuple):
+    """The kernel's operands and results, in order."""
+
+    query: Any
+    sink: Any
+    sink_tokens: Any
+    window: Any
+    window_tokens: Any
+    store: Any
+    cache_before: Any
+    tokens: Any
+    slots: Any
+    hit: Any
+    logits: Any
+    value_sums: Any
+    offsets: Any
+    remaining: Any
+    layer: Any
+    outputs: Any
+    logsumexps: Any
+    cache: Any
+
+
+class Program:
+    """One program: its part of one zone of one row."""
+
+    def __init__(self, refs: Refs, config: Config, with_sink: bool, scale: float) -> None:
+        self.refs, self.config, self.with_sink, self.scale = refs, config, with_sink, scale
+        batch, kv_heads, group, head_dim = refs.query.shape
+        self.part = pl.program_id(0) // (batch * kv_heads)
+        row = pl.program_id(0) % (batch * kv_heads)
+        self.b, self.h = row // kv_heads, row % kv_heads
+        self.row = (refs.layer[...], self.b, self.h)
+        self.d = jnp.arange(_pallas.tile(head_dim))[None, :]
+        self.g = jnp.arange(_pallas.MAX_GROUP)
+        self.head_dim = head_dim
+        self.in_group = self.g < group
+
+    def run(self) -> None:
+        # What is read from the store may take the longest, so these programs come first.
+        kinds = (self.missed, self.hits, self.estimated, self.steady)
+        first = 0
+        for kind, splits in zip(kinds, self.config.splits, strict=True):
+            split = self.part - first
+            pl.when((split >= 0) & (split < splits))(lambda kind=kind, split=split: kind(split))
+            first += splits
+
+    def missed(self, split: Array) -> None:
+        refs, size, splits = self.refs, self.config.missed_tile, self.config.missed_splits
+        steps, tokens = self.share_of_list(split, splits, size, refs.tokens, hits=False)
+
+        def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+            left, state = carry
+            i = steps - left
+            token = _row(tokens, i)
+            missed = token != NO_ID
+            at = (split + i * splits) * size + jnp.arange(size)
+            slot = plt.load(refs.slots.at[self.b, self.h, at], mask=missed, other=NO_ID)
+            rows = self.load_rows(refs.store, token, missed)
+            # What is admitted in a step is not read as a hit in it, so the order does not matter.
+            admitted = self.of_rows(slot != NO_ID)
+            for kv, vectors in enumerate(rows):
+                into = refs.cache.at[*self.row, slot[:, None], kv, self.d]
+                plt.store(into, vectors, mask=admitted)
+            # The query is read again for each tile: else it holds 32 registers of each thread.
+            return left - 1, self.attend(state, self.load_query(), rows, missed)
+
+        # No `fori_loop`: Triton would make its reads asynchronous copies, and those read a host's
+        # memory at half of the speed.
+        _, state = lax.while_loop(lambda carry: carry[0] > 0, step, (steps, self.start(size)))
+        self.finish(state)
+
+    def hits(self, split: Array) -> None:
+        refs, size, splits = self.refs, self.config.hit_tile, self.config.hit_splits
+        steps, slots = self.share_of_list(split, splits, size, refs.slots, hits=True)
+        query = self.load_query()
+
+        def step(i: Array, state: State) -> State:
+            slot = _row(slots, i)
+            rows = self.load_rows(refs.cache, slot, slot != NO_ID)
+            return self.attend(state, query, rows, slot != NO_ID)
+
+        self.finish(lax.fori_loop(0, steps, step, self.start(size)))
+
+    def estimated(self, split: Array) -> None:
+        refs, splits, size = self.refs, self.config.estimated_splits, self.config.cluster_tile
+        b, h, room = self.b, self.h, refs.remaining.shape[2]
+
+        def places(i: Array | int) -> Array:
+            return (split + i * splits) * size + jnp.arange(size)
+
+        def load(at: Array) -> tuple[Array, Array]:
+            count = plt.load(refs.remaining.at[b, h, at], mask=at < room, other=0)
+            logits = plt.load(
+                refs.logits.at[b, h, self.g[:, None], at[None, :]],
+                mask=self.in_group[:, None] & (at < room)[None, :],
+                other=0,
+            )
+            return count, jnp.where(count[None, :] > 0, LOG2_E * logits, MASKED)
+
+        # First the peak and the end of the clusters to estimate: with the peak known, the tiles
+        # need no reduction each; with the end known, the value sums' loads wait for no others.
+        def look(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            peaks, ends = carry
+            ats = [places(i * LOGIT_TILES + j) for j in range(LOGIT_TILES)]
+            for at, (count, exponents) in zip(ats, [load(at) for at in ats], strict=True):
+                peaks = jnp.maximum(peaks, exponents)
+                ends = jnp.maximum(ends, jnp.where(count > 0, at + 1, 0))
+            return peaks, ends
+
+        output, _, masses = self.start(size)
+        start = jnp.full(masses.shape, MASKED, jnp.float32), jnp.zeros((size,), jnp.int32)
+        most = pl.cdiv(pl.cdiv(room, size), splits)
+        peaks, ends = lax.fori_loop(0, pl.cdiv(most, LOGIT_TILES), look, start)
+        peak, end = jnp.max(peaks, axis=1), jnp.max(ends)
+
+        def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            output, masses = carry
+            at = places(i)
+            count, exponents = load(at)
+            low = plt.load(refs.offsets.at[*self.row, at], mask=at < room, other=0)
+            high = plt.load(refs.offsets.at[*self.row, at + 1], mask=at < room, other=0)
+            value_sums = plt.load(
+                refs.value_sums.at[*self.row, at[:, None], self.d],
+                mask=self.of_rows(at < end),
+                other=0,
+            )
+            weights = jnp.exp2(exponents - peak[:, None]) * count.astype(jnp.float32)[None, :]
+            members = high - low
+            share = 1 / jnp.maximum(members, 1).astype(jnp.float32)
+            means = (weights * share[None, :]).astype(value_sums.dtype)
+            return output + _dot(means, value_sums, (1, 0)), masses + weights
+
+        steps = _trips(split, splits, pl.cdiv(end, size))
+        output, masses = lax.fori_loop(0, steps, step, (output, masses))
+        self.finish((output, peak, masses))
+
+    def steady(self, split: Array) -> None:
+        refs, splits, size = self.refs, self.config.steady_splits, self.config.steady_tile
+        query, state = self.load_query(), self.start(size)
+        zones = [(refs.window, refs.window_tokens)]
+        if self.with_sink:
+            zones.append((refs.sink, refs.sink_tokens))
+        for rows, tokens in zones:
+            count = tokens[self.b]
+
+            def step(i: Array, state: State, rows: Any = rows, count: Array = count) -> State:
+                at = (split + i * splits) * size + jnp.arange(size)
+                tile = self.load_rows(rows, at, at < count)
+                return self.attend(state, query, tile, at < count)
+
+            state = lax.fori_loop(0, _trips(split, splits, pl.cdiv(count, size)), step, state)
+        self.finish(state)
+
+    def share_of_list(
+        self, split: Array, splits: int, size: int, ids: Any, hits: bool
+    ) -> tuple[Array, Array]:
+        """A program's share of the retrieved rows, read at once.
+
+        Read tile by tile, each tile's rows would wait for their places.
+
+        Args:
+            ids: the tokens or the slots.
+            hits: whether it is the rows that hit, or those missed.
+
+        Returns:
+            How many tiles to walk until the last row of the kind; and the ids `[tiles, size]`,
+            `NO_ID` for what is not of the kind.
+        """
+        refs = self.refs
+        room = refs.tokens.shape[2]
+        tile = jnp.arange(_pallas.tile(pl.cdiv(pl.cdiv(room, size), splits)))[:, None]
+        at = (split + tile * splits) * size + jnp.arange(size)[None, :]
+        where, inside = (self.b, self.h, at), at < room
+        hit = plt.load(refs.hit.at[*where], mask=inside, other=False)
+        ids = plt.load(ids.at[*where], mask=inside, other=NO_ID)
+        ids = jnp.where(hit == hits, ids, NO_ID)
+        return jnp.max(jnp.where(ids != NO_ID, tile + 1, 0)), ids
+
+    def start(self, size: int) -> State:
+        return (
+            jnp.zeros((_pallas.MAX_GROUP, self.d.size), jnp.float32),
+            jnp.full((_pallas.MAX_GROUP,), MASKED, jnp.float32),
+            jnp.zeros((_pallas.MAX_GROUP, size), jnp.float32),
+        )
+
+    def of_rows(self, valid: Array) -> Array:
+        """What of vectors `[n, d]` is to be read or written, if `[n]` of them are."""
+        if self.d.size == self.head_dim:
+            return jnp.broadcast_to(valid[:, None], (valid.size, self.d.size))
+        return valid[:, None] & (self.d < self.head_dim)
+
+    def load_query(self) -> Array:
+        """`[g, d]`, zero outside the group and the head."""
+        at = self.refs.query.at[self.b, self.h, self.g[:, None], self.d]
+        return plt.load(at, mask=self.of_rows(self.in_group), other=0)
+
+    def load_rows(self, rows: Any, places: Array, valid: Array) -> list[Array]:
+        """Keys and values `[n, d]` of the row's `[n]` places, zero where not valid."""
+        mask = self.of_rows(valid)
+        # The values first: what makes the keys ready for a product waits for them, so the values'
+        # loads must be on their way by then.
+        values, keys = (
+            plt.load(rows.at[*self.row, places[:, None], kv, self.d], mask=mask, other=0)
+            for kv in (1, 0)
+        )
+        return [keys, values]
+
+    def attend(self, state: State, query: Array, rows: list[Array], valid: Array) -> State:
+        """Attends to a tile of keys and values."""
+        output, peak, masses = state
+        keys, values = rows
+        exponents = (self.scale * LOG2_E) * _dot(query, keys, (1, 1))
+        exponents = jnp.where(valid[None, :], exponents, MASKED)
+        higher = jnp.maximum(peak, jnp.max(exponents, axis=1))
+        weights = jnp.where(valid[None, :], jnp.exp2(exponents - higher[:, None]), 0.0)
+        shrink = jnp.exp2(peak - higher)[:, None]
+        output = output * shrink + _dot(weights.astype(values.dtype), values, (1, 0))
+        return output, higher, masses * shrink + weights
+
+    def finish(self, state: State) -> None:
+        output, peak, masses = state
+        total = jnp.sum(masses, axis=1)
+        present = total > 0
+        total = jnp.where(present, total, 1.0)
+        logsumexp = jnp.where(present, (peak + jnp.log2(total)) / LOG2_E, MASKED)
+        at = (self.part, self.b, self.h)
+        plt.store(
+            self.refs.outputs.at[*at, self.g[:, None], self.d],
+            output / total[:, None],
+            mask=self.of_rows(self.in_group),
+        )
+        plt.store(self.refs.logsumexps.at[*at, self.g], logsumexp, mask=self.in_group)
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Matrix product in float32, of float32 without rounding to fewer bits."""
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=_pallas.precision(a.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _row(matrix: Array, i: Array) -> Array:
+    """Row i of an int32 matrix that lies in registers."""
+    rows = jnp.arange(matrix.shape[0])[:, None]
+    return jnp.sum(jnp.where(rows == i, matrix, 0), axis=0)
+
+
+def _trips(split: Array, splits: int, tiles: Array) -> Array:
+    """How many of so many tiles a program takes, if it takes every `splits`-th from `split` on."""
+    return jnp.maximum(tiles - split + splits - 1, 0) // splits
