@@ -11,7 +11,7 @@ MISSED_PROGRAMS = 2 * 132
 # What the other programs take differs: twice as many as there are places even it out.
 PROGRAMS = 8 * 132
 # A program of fewer tiles would spend its time on starting.
-LEAST_TILES = 2
+LEAST_TILES = 3
 # What a program reads at once: more takes more than 128 registers a thread, and fewer fit.
 TILE_BYTES = 16384
 

@@ -1,5 +1,6 @@
 """What one program of the kernel of `attend_zones` does."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ class Program:
         first = 0
         for kind, splits in zip(kinds, self.config.splits, strict=True):
             split = self.part - first
-            pl.when((split >= 0) & (split < splits))(lambda kind=kind, split=split: kind(split))
+            pl.when((split >= 0) & (split < splits))(functools.partial(kind, split))
             first += splits
 
     def missed(self, split: Array) -> None:
@@ -81,7 +82,7 @@ class Program:
             at = (split + i * splits) * size + jnp.arange(size)
             slot = plt.load(refs.slots.at[self.b, self.h, at], mask=missed, other=NO_ID)
             rows = self.load_rows(refs.store, token, missed)
-            # What is admitted in a step is not read as a hit in it, so the order does not matter.
+            # What is admitted in a step is no hit in it, so no order matters.
             admitted = self.of_rows(slot != NO_ID)
             for kv, vectors in enumerate(rows):
                 into = refs.cache.at[*self.row, slot[:, None], kv, self.d]
