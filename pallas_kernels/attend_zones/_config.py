@@ -12,6 +12,8 @@ MISSED_PROGRAMS = 2 * 132
 PROGRAMS = 8 * 132
 # A program of fewer tiles would spend its time on starting.
 LEAST_TILES = 3
+# A program holds its share of the list of retrieved rows in registers: 4 a thread for 16 tiles.
+MOST_LISTED_TILES = 16
 # What a program reads at once: more takes more than 128 registers a thread, and fewer fit.
 TILE_BYTES = 16384
 
@@ -68,9 +70,10 @@ def heuristic(
     hit, estimated, steady = (
         fit(PROGRAMS / rows * own / sum(work), most) for own, most in zip(work, tiles, strict=True)
     )
+    least = math.ceil(tiles[0] / MOST_LISTED_TILES)
     return Config(
-        fit(MISSED_PROGRAMS / rows, tiles[0]),
-        hit,
+        max(fit(MISSED_PROGRAMS / rows, tiles[0]), least),
+        max(hit, least),
         estimated,
         steady,
         missed_tile=row_tile,

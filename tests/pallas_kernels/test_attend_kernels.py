@@ -164,7 +164,7 @@ def test_heuristic_fills_the_gpu(rows):
     splits = sum(config.splits)
     # A few programs a processor, if there are tiles enough.
     assert rows * splits >= 3 * 132 or splits >= 50
-    assert splits == 4 or rows * splits <= 11 * 132
+    assert splits <= 8 or rows * splits <= 11 * 132
 
 
 @pytest.mark.parametrize(
