@@ -37,7 +37,9 @@ def heuristic(rows: int, clusters: int, head_dim: int, dtype: str) -> Config:
     if dtype == "float32":
         # Its products are made one by one, in registers.
         block //= 4
-    return Config(block=min(block, _pallas.tile(clusters, _pallas.DOT_TILE)))
+    block = min(block, _pallas.tile(clusters, _pallas.DOT_TILE))
+    # Where there are programs enough, each loads its next block while it works on one.
+    return Config(block, blocks=2 if rows * clusters >= 1024 * block else 1)
 
 
 def _kernel(
@@ -46,8 +48,7 @@ def _kernel(
     offsets_ref: Any,
     layer_ref: Any,
     logits_ref: Any,
-    peaks_ref: Any,
-    totals_ref: Any,
+    partial_ref: Any,
     *,
     scale: float,
     config: Config,
@@ -101,8 +102,17 @@ def _kernel(
     )
     peak, total = lax.fori_loop(0, config.blocks, visit, empty)
     row_g = jnp.arange(_pallas.DOT_TILE)
-    plt.store(peaks_ref.at[b, h, row_g, part], peak, mask=row_g < group)
-    plt.store(totals_ref.at[b, h, row_g, part], total, mask=row_g < group)
+    logsumexp = jnp.where(total > 0, peak + jnp.log(jnp.maximum(total, 1e-30)), MASKED)
+    plt.store(partial_ref.at[b, h, row_g, part], logsumexp, mask=row_g < group)
+
+
+def _combine(partial_ref: Any, logsumexp_ref: Any) -> None:
+    _, kv_heads, group, parts = partial_ref.shape
+    head = pl.program_id(0)
+    at = (head // (kv_heads * group), head // group % kv_heads, head % group)
+    part = jnp.arange(_pallas.tile(parts))
+    partial = plt.load(partial_ref.at[*at, part], mask=part < parts, other=MASKED)
+    plt.store(logsumexp_ref.at[at], log_sum_exp(partial, axis=0))
 
 
 def score_clusters(
@@ -134,18 +144,30 @@ def score_clusters(
         dtype=dtype,
     )
     parts = pl.cdiv(clusters, config.block * config.blocks)
-    partial = jax.ShapeDtypeStruct((batch, kv_heads, group, parts), jnp.float32)
-    logits, peaks, totals = _pallas.call(
+    heads = (batch, kv_heads, group)
+    logits, partial = _pallas.call(
         functools.partial(
             _kernel, scale=scale, config=config, dot_precision=_pallas.precision(centroids.dtype)
         ),
         (query.astype(centroids.dtype), centroids, offsets, _pallas.scalar(layer)),
-        (jax.ShapeDtypeStruct((batch, kv_heads, group, clusters), jnp.float32), partial, partial),
+        (
+            jax.ShapeDtypeStruct((*heads, clusters), jnp.float32),
+            jax.ShapeDtypeStruct((*heads, parts), jnp.float32),
+        ),
         (parts, rows),
         name="score_clusters",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
     )
-    parts_logsumexp = jnp.where(totals > 0, peaks + jnp.log(jnp.maximum(totals, 1e-30)), MASKED)
-    return ClusterScores(logits, log_sum_exp(parts_logsumexp, axis=-1))
+    # One kernel, where XLA would make three of it.
+    logsumexp = _pallas.call(
+        _combine,
+        (partial,),
+        jax.ShapeDtypeStruct(heads, jnp.float32),
+        (rows * group,),
+        name="combine_logsumexps",
+        num_warps=1,
+        interpret=interpret,
+    )
+    return ClusterScores(logits, logsumexp)

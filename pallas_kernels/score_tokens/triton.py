@@ -227,7 +227,7 @@ def score_tokens(
     if codes is None:
         query: tuple[Any, Any, Any] = (None, None, None)
     elif config.integers:
-        query = _query.pack(rotated_query)
+        query = _query.pack(rotated_query, interpret=interpret)
     else:
         query = (_query.split(rotated_query), None, None)
     return _pallas.call(

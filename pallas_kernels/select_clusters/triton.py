@@ -1,4 +1,4 @@
-"""`select_clusters` as a Triton kernel: one program a row, by bisection on the masses' bits."""
+"""`select_clusters` as two Triton kernels: one ranks clusters, the other selects a row's best."""
 
 import dataclasses
 import functools
@@ -21,12 +21,15 @@ class Config:
     """How the work is cut.
 
     Attributes:
-        block: clusters looked at at once. If that is all of them, their keys stay in registers;
-            if not, each round of the bisection reads them again.
-        num_warps: see Triton.
+        share: clusters that a program of the first kernel ranks.
+        block: clusters that the second one looks at at once. If that is all of them, they stay in
+            registers; if not, each round of the bisection reads them again.
+        share_warps, num_warps: the two kernels' warps, see Triton.
     """
 
+    share: int = 512
     block: int = 8192
+    share_warps: int = 4
     num_warps: int = 16
 
 
@@ -38,69 +41,69 @@ def heuristic(clusters: int) -> Config:
     """A config for shapes that were not tuned."""
     block = _pallas.tile(clusters, 32)
     if block > MOST_IN_REGISTERS:
-        return Config(block=8192, num_warps=32)
-    return Config(block, num_warps=max(1, min(block // 256, 16)))
+        return Config(block=4096)
+    warps = max(1, min(block // 256, 16))
+    return Config(min(512, block), block, share_warps=min(4, warps), num_warps=warps)
 
 
-def _kernel(*refs: Any, config: Config, interpret: bool) -> None:
-    logits_ref, logsumexp_ref, offsets_ref, budget_ref, layer_ref, *results = refs
-    selected_ref, clusters_ref, starts_ref, granules_ref, *scratch = results
+def _rank(*refs: Any, config: Config) -> None:
+    """Keys in the order of group mass, and sizes; both zero for a cluster without members."""
+    logits_ref, logsumexp_ref, offsets_ref, layer_ref, keys_ref, sizes_ref = refs
     _, kv_heads, group, clusters = logits_ref.shape
-    row = pl.program_id(0)
+    part, row = pl.program_id(0), pl.program_id(1)
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
+    c = part * config.share + jnp.arange(config.share)
+    exists = c < clusters
+    begins = plt.load(offsets_ref.at[layer, b, h, c], mask=exists, other=0)
+    sizes = plt.load(offsets_ref.at[layer, b, h, c + 1], mask=exists, other=0) - begins
+    peak = jnp.full(config.share, -jnp.inf, jnp.float32)
+    heads = []
+    for g in range(group):
+        at = (b, h, jnp.int32(g))
+        logits = plt.load(logits_ref.at[*at, c], mask=exists, other=0)
+        heads.append(logits - plt.load(logsumexp_ref.at[at]))
+        peak = jnp.maximum(peak, heads[-1])
+    mass = sum(jnp.exp(x - peak) for x in heads)
+    keys = ordered_bits(peak + jnp.log(mass))
+    # The arrays are padded to whole blocks, so that no load of theirs needs a mask.
+    plt.store(keys_ref.at[b, h, c], jnp.where(sizes > 0, keys, 0))
+    plt.store(sizes_ref.at[b, h, c], sizes)
+
+
+def _select(*refs: Any, clusters: int, config: Config) -> None:
+    keys_ref, sizes_ref, budget_ref, selected_ref, clusters_ref, starts_ref, granules_ref = refs
+    kv_heads = keys_ref.shape[1]
+    row = pl.program_id(0)
+    b, h = row // kv_heads, row % kv_heads
     lane = jnp.arange(config.block)
-    blocks = pl.cdiv(clusters, config.block)
+    blocks = keys_ref.shape[-1] // config.block
     in_registers = blocks == 1
 
-    def load(c: Any) -> tuple[Any, Any]:
-        """Keys and sizes of clusters; zero where there is none."""
-        exists = c < clusters
-        begins = plt.load(offsets_ref.at[layer, b, h, c], mask=exists, other=0)
-        sizes = plt.load(offsets_ref.at[layer, b, h, c + 1], mask=exists, other=0) - begins
-        peak = jnp.full(config.block, -jnp.inf, jnp.float32)
-        heads = []
-        for g in range(group):
-            at = (b, h, jnp.int32(g))
-            logits = plt.load(logits_ref.at[*at, c], mask=exists, other=0)
-            heads.append(logits - plt.load(logsumexp_ref.at[at]))
-            peak = jnp.maximum(peak, heads[-1])
-        mass = sum(jnp.exp(x - peak) for x in heads)
-        keys = ordered_bits(peak + jnp.log(mass))
-        return jnp.where(sizes > 0, keys, 0), sizes
+    def load(i: Any) -> tuple[Any, Any, Any]:
+        c = i * config.block + lane
+        return c, plt.load(keys_ref.at[b, h, c]), plt.load(sizes_ref.at[b, h, c])
 
+    def widen(i: Any, keys: Any, sizes: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        used, low, high = state
+        lowest = jnp.min(jnp.where(sizes > 0, keys, jnp.uint32(2**32 - 1)))
+        highest = jnp.max(keys)
+        used = jnp.where(highest > 0, i + 1, used)
+        return used, jnp.minimum(low, lowest), jnp.maximum(high, highest)
+
+    nothing = jnp.int32(0), jnp.uint32(2**32 - 1), jnp.uint32(0)
     if in_registers:
-        keys, sizes = load(lane)
-        used = 1
-        low, high = _range(keys, sizes)
+        whole = load(jnp.int32(0))
+        _, low, high = widen(jnp.int32(0), *whole[1:], nothing)
+        used = jnp.int32(1)
     else:
-        keys_ref, sizes_ref = scratch
-
-        def write(i: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-            used, low, high = state
-            c = i * config.block + lane
-            keys, sizes = load(c)
-            plt.store(keys_ref.at[b, h, c], keys)
-            plt.store(sizes_ref.at[b, h, c], sizes)
-            lowest, highest = _range(keys, sizes)
-            used = jnp.where(highest > 0, i + 1, used)
-            return used, jnp.minimum(low, lowest), jnp.maximum(high, highest)
-
-        empty = jnp.int32(0), jnp.uint32(2**32 - 1), jnp.uint32(0)
         # Blocks past the last cluster in use are not looked at again.
-        used, low, high = lax.fori_loop(0, blocks, write, empty)
-        _pallas.barrier(interpret)
+        used, low, high = lax.fori_loop(0, blocks, lambda i, s: widen(i, *load(i)[1:], s), nothing)
 
     def each(visit: Any, state: Any) -> Any:
         """visit(clusters, keys, sizes, state) over all clusters in use, block by block."""
         if in_registers:
-            return visit(lane, keys, sizes, state)
-
-        def of_block(i: Any, state: Any) -> Any:
-            c = i * config.block + lane
-            at = (b, h, c)
-            return visit(c, plt.load(keys_ref.at[at]), plt.load(sizes_ref.at[at]), state)
-
-        return lax.fori_loop(0, used, of_block, state)
+            return visit(*whole, state)
+        return lax.fori_loop(0, used, lambda i, state: visit(*load(i), state), state)
 
     def held(key: Any) -> Any:
         def add(_: Any, keys: Any, sizes: Any, held: Any) -> Any:
@@ -108,8 +111,16 @@ def _kernel(*refs: Any, config: Config, interpret: bool) -> None:
 
         return jnp.sum(each(add, jnp.zeros(config.block, jnp.int32)))
 
+    def largest_below(key: Any) -> Any:
+        def widen(_: Any, keys: Any, __: Any, largest: Any) -> Any:
+            return jnp.maximum(largest, jnp.where(keys < key, keys, 0))
+
+        return jnp.max(each(widen, jnp.zeros(config.block, jnp.uint32)))
+
     budget = plt.load(budget_ref.at[b])
-    key, above = threshold(held, jnp.maximum(budget, 1), low, high + jnp.uint32(1))
+    key, above = threshold(
+        held, jnp.maximum(budget, 1), low, high + jnp.uint32(1), largest_below=largest_below
+    )
 
     def mark(c: Any, keys: Any, sizes: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         count, tokens, equal = state
@@ -155,18 +166,12 @@ def _kernel(*refs: Any, config: Config, interpret: bool) -> None:
         granule = i * config.block + lane
         rest = (granule < granules_ref.shape[-1]) & (granule * GRANULE >= tokens)
         at = jnp.where(rest, granule, NO_ID)
-        plt.store(
-            granules_ref.at[b, h, at], jnp.full_like(granule, jnp.maximum(count - 1, 0)), mask=rest
-        )
+        last = jnp.full_like(granule, jnp.maximum(count - 1, 0))
+        plt.store(granules_ref.at[b, h, at], last, mask=rest)
 
     lax.fori_loop(0, blocks, fill, None)
     lax.fori_loop(0, pl.cdiv(granules_ref.shape[-1], config.block), fill_granules, None)
     plt.store(starts_ref.at[b, h, jnp.int32(clusters)], tokens)
-
-
-def _range(keys: Any, sizes: Any) -> tuple[Any, Any]:
-    """The least and the largest key of clusters with members."""
-    return jnp.min(jnp.where(sizes > 0, keys, jnp.uint32(2**32 - 1))), jnp.max(keys)
 
 
 def select_clusters(
@@ -192,18 +197,24 @@ def select_clusters(
     def of_rows(size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, kv_heads, size), dtype)
 
-    # Whole blocks, whose loads need no mask.
     padded = pl.cdiv(clusters, config.block) * config.block
-    scratch = (of_rows(padded, jnp.uint32), of_rows(padded)) if padded > config.block else ()
+    ranked = _pallas.call(
+        functools.partial(_rank, config=config),
+        (logits, logsumexp, offsets, _pallas.scalar(layer)),
+        (of_rows(padded, jnp.uint32), of_rows(padded)),
+        (padded // config.share, batch * kv_heads),
+        name="rank_clusters",
+        num_warps=config.share_warps,
+        interpret=interpret,
+    )
     results = _pallas.call(
-        functools.partial(_kernel, config=config, interpret=interpret),
-        (logits, logsumexp, offsets, budget.astype(jnp.int32), _pallas.scalar(layer)),
+        functools.partial(_select, clusters=clusters, config=config),
+        (*ranked, budget.astype(jnp.int32)),
         (
             of_rows(clusters, jnp.bool_),
             of_rows(clusters),
             of_rows(clusters + 1),
             of_rows(pl.cdiv(max_candidates, GRANULE)),
-            *scratch,
         ),
         (batch * kv_heads,),
         name="select_clusters",
@@ -211,4 +222,4 @@ def select_clusters(
         num_stages=1,
         interpret=interpret,
     )
-    return Candidates(*results[:4])
+    return Candidates(*results)

@@ -1,4 +1,4 @@
-"""The first kernel of `select_tokens`: drops the candidates that are surely not selected."""
+"""The first kernels of `select_tokens`: they drop candidates that are surely not selected."""
 
 import math
 from typing import Any
@@ -18,24 +18,57 @@ RESOLUTION = 2**16
 DEVIATIONS, SPARE = 4, 8
 
 
-def expected(budget: int, candidates: int, sample: int) -> int:
-    """How many contenders there are, about, of so many candidates."""
+def most_expected(budget: int, candidates: int, sample: int) -> int:
+    """How many contenders of so many candidates there are at most, but for rare samples."""
     share = budget * sample / candidates
     wanted = share + DEVIATIONS * math.sqrt(share) + SPARE
-    return min(candidates, math.ceil(wanted * candidates / sample))
+    return min(candidates, math.ceil((wanted + 3 * math.sqrt(wanted)) * candidates / sample))
 
 
-def list_contenders(*refs: Any, chunk: int, sample: int) -> None:
-    """Lists a chunk's candidates above a threshold that a sample of the row suggests.
+def estimate_threshold(*refs: Any, sample: int) -> None:
+    """A key that more candidates should reach than the budget, from a sample of the row.
 
-    The threshold is set so low that more than the budget should pass it, by four standard
-    deviations of the sample's count. Whether they do is for `select_rows` to check: it selects
-    among all candidates if not.
+    It is set so low that more than the budget should reach it, by four standard deviations of the
+    sample's count. Whether they do is for `select_rows` to check: it selects among all candidates
+    if not.
 
     Refs:
         log_mass: `[batch, kv_heads, candidates]` float32.
         starts: `Candidates.starts`.
         budget: `[batch]` int32.
+        lowest: `[batch, kv_heads]` uint32, out.
+    """
+    log_mass_ref, starts_ref, budget_ref, lowest_ref = refs
+    kv_heads, room = log_mass_ref.shape[1:]
+    row = pl.program_id(0)
+    b, h = row // kv_heads, row % kv_heads
+    count = plt.load(starts_ref.at[b, h, jnp.int32(starts_ref.shape[-1] - 1)])
+    count = jnp.maximum(jnp.minimum(count, room), 1)
+    budget = jnp.minimum(plt.load(budget_ref.at[b]), count)
+    stride = lax.div(count + (sample - 1), jnp.int32(sample))
+    at = stride * jnp.arange(sample)
+    sampled = plt.load(log_mass_ref.at[b, h, at], mask=at < count, other=0)
+    sampled = jnp.where(at < count, ordered_bits(sampled), 0)
+    rank = budget.astype(jnp.float32) / stride.astype(jnp.float32)
+    wanted = (rank + DEVIATIONS * jnp.sqrt(rank) + SPARE).astype(jnp.int32)
+
+    def held(key: Any) -> Any:
+        return jnp.sum((sampled >= key).astype(jnp.int32))
+
+    # From zero, which all hold: where the sample is too small, all pass.
+    least = jnp.min(jnp.where(at < count, sampled, jnp.uint32(2**32 - 1)))
+    low = jnp.where(wanted > lax.div(count, stride), jnp.uint32(0), least)
+    high = jnp.maximum(jnp.max(sampled), low) + jnp.uint32(1)
+    lowest, _ = threshold(held, wanted, low, high, resolution=RESOLUTION)
+    plt.store(lowest_ref.at[b, h], lowest)
+
+
+def list_contenders(*refs: Any, chunk: int) -> None:
+    """Lists a chunk's candidates of the lowest key or a larger one.
+
+    Refs:
+        log_mass, starts: as above.
+        lowest: `[batch, kv_heads]` uint32.
         offsets: `[layers, batch, kv_heads, clusters + 1]` int32.
         layer: int32 scalar.
         keys, places: `[batch, kv_heads, chunks, chunk]` uint32 and int32, out: the contenders of
@@ -43,7 +76,7 @@ def list_contenders(*refs: Any, chunk: int, sample: int) -> None:
         counts: `[batch, kv_heads, chunks]` int32, out: how many there are.
         sizes: `[batch, kv_heads, clusters]` int32, out: the clusters' sizes.
     """
-    log_mass_ref, starts_ref, budget_ref, offsets_ref, layer_ref, *results = refs
+    log_mass_ref, starts_ref, lowest_ref, offsets_ref, layer_ref, *results = refs
     keys_ref, places_ref, counts_ref, sizes_ref = results
     kv_heads, room = log_mass_ref.shape[1:]
     part, row = pl.program_id(0), pl.program_id(1)
@@ -60,7 +93,6 @@ def list_contenders(*refs: Any, chunk: int, sample: int) -> None:
 
     count = plt.load(starts_ref.at[b, h, jnp.int32(starts_ref.shape[-1] - 1)])
     count = jnp.minimum(count, room)
-    budget = jnp.minimum(plt.load(budget_ref.at[b]), count)
 
     @pl.when(part * chunk >= count)
     def list_none() -> None:
@@ -71,24 +103,7 @@ def list_contenders(*refs: Any, chunk: int, sample: int) -> None:
         place = part * chunk + jnp.arange(chunk)
         key = plt.load(log_mass_ref.at[b, h, place], mask=place < count, other=0)
         key = ordered_bits(key)
-
-        stride = lax.div(count + (sample - 1), jnp.int32(sample))
-        at = stride * jnp.arange(sample)
-        sampled = plt.load(log_mass_ref.at[b, h, at], mask=at < count, other=0)
-        sampled = jnp.where(at < count, ordered_bits(sampled), 0)
-        rank = budget.astype(jnp.float32) / stride.astype(jnp.float32)
-        wanted = (rank + DEVIATIONS * jnp.sqrt(rank) + SPARE).astype(jnp.int32)
-
-        def held(key: Any) -> Any:
-            return jnp.sum((sampled >= key).astype(jnp.int32))
-
-        # From zero, which all hold: where the sample is too small, all pass.
-        least = jnp.min(jnp.where(at < count, sampled, jnp.uint32(2**32 - 1)))
-        low = jnp.where(wanted > lax.div(count, stride), jnp.uint32(0), least)
-        high = jnp.maximum(jnp.max(sampled), low) + jnp.uint32(1)
-        lowest, _ = threshold(held, wanted, low, high, RESOLUTION)
-
-        passes = (place < count) & (key >= lowest)
+        passes = (place < count) & (key >= plt.load(lowest_ref.at[b, h]))
         number = passes.astype(jnp.int32)
         at = jnp.where(passes, jnp.cumsum(number) - 1, NO_ID)
         plt.store(keys_ref.at[b, h, part, at], key, mask=passes)

@@ -252,14 +252,14 @@ def select_rows(
 ) -> None:
     """One row's selection among its contenders; `select_tokens` says what the refs are."""
     # The first ones are written in place: only the results' refs are used.
-    log_mass_ref, clusters_ref, starts_ref, granules_ref, budget_ref, *operands = refs[7:16]
-    offsets_ref, token_ids_ref, prompt_tokens_ref, scalars_ref = operands
-    tokens_ref, slots_ref, hit_ref, hits_ref, misses_ref = refs[16:21]
-    lists, remaining_ref, table = refs[21:24], refs[24], refs[25:28]
-    prefix_ref, picked_ref, numbers_ref, firsts_ref, victims_ref = refs[28:]
+    log_mass_ref, clusters_ref, starts_ref, granules_ref, budget_ref, *operands = refs[7:17]
+    offsets_ref, token_ids_ref, prompt_tokens_ref, layer_ref, step_ref = operands
+    tokens_ref, slots_ref, hit_ref, hits_ref, misses_ref = refs[17:22]
+    lists, remaining_ref, table = refs[22:25], refs[25], refs[26:29]
+    prefix_ref, picked_ref, numbers_ref, firsts_ref, victims_ref = refs[29:]
     kv_heads = log_mass_ref.shape[1]
     program = pl.program_id(0)
-    layer, step = plt.load(scalars_ref.at[jnp.int32(0)]), plt.load(scalars_ref.at[jnp.int32(1)])
+    layer, step = layer_ref[...], step_ref[...]
     row = _Row(program // kv_heads, program % kv_heads, layer, block, interpret)
     total = row.load(starts_ref, jnp.int32(clusters_ref.shape[-1]))
     total = jnp.minimum(total, log_mass_ref.shape[-1])

@@ -1,4 +1,4 @@
-"""`select_tokens` as two Triton kernels: one lists contenders, the other selects among them."""
+"""`select_tokens` as three Triton kernels: a threshold, contenders above it, the best of them."""
 
 import dataclasses
 import functools
@@ -11,7 +11,11 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas, _tuning
 from pallas_kernels.select_clusters.reference import Candidates
-from pallas_kernels.select_tokens._contenders import expected, list_contenders
+from pallas_kernels.select_tokens._contenders import (
+    estimate_threshold,
+    list_contenders,
+    most_expected,
+)
 from pallas_kernels.select_tokens._rows import select_rows
 from pallas_kernels.select_tokens.reference import Retrieved, RowTable
 
@@ -21,17 +25,18 @@ class Config:
     """How the work is cut.
 
     Attributes:
-        chunk: candidates that one program of the first kernel looks through.
-        sample: candidates whose masses set its threshold.
-        tile: contenders that the second kernel holds in registers.
+        sample: candidates whose masses set the threshold.
+        chunk: candidates that one program of the second kernel looks through.
+        tile: contenders that the third kernel holds in registers.
         block: picked rows, or slots, that it looks at at once.
-        chunk_warps, row_warps: the two kernels' `num_warps`, see Triton.
+        sample_warps, chunk_warps, row_warps: the three kernels' `num_warps`, see Triton.
     """
 
+    sample: int = 4096
     chunk: int = 2048
-    sample: int = 2048
     tile: int = 2048
     block: int = 2048
+    sample_warps: int = 8
     chunk_warps: int = 4
     row_warps: int = 8
 
@@ -43,13 +48,15 @@ MOST_IN_REGISTERS = 16384
 def heuristic(candidates: int, max_tokens: int) -> Config:
     """A config for shapes that were not tuned."""
     chunk = min(2048, _pallas.tile(candidates, 32))
-    tile = _pallas.tile(expected(max_tokens, candidates, chunk), 32)
+    sample = min(_pallas.tile(candidates // 8, 32), 8192)
+    tile = _pallas.tile(most_expected(max_tokens, candidates, sample), 32)
     tile = min(tile, MOST_IN_REGISTERS)
     return Config(
+        sample,
         chunk,
-        sample=chunk,
         tile=tile,
         block=max(32, min(2048, _pallas.tile(max_tokens))),
+        sample_warps=max(1, min(16, sample // 256)),
         chunk_warps=max(1, min(4, chunk // 256)),
         row_warps=max(1, min(32, tile // 256)),
     )
@@ -85,9 +92,19 @@ def select_tokens(
         return jax.ShapeDtypeStruct((*row, *shape), dtype)
 
     budget = budget.astype(jnp.int32)
+    lowest = _pallas.call(
+        functools.partial(estimate_threshold, sample=config.sample),
+        (log_mass, candidates.starts, budget),
+        of_rows(dtype=jnp.uint32),
+        (batch * kv_heads,),
+        name="estimate_threshold",
+        num_warps=config.sample_warps,
+        num_stages=1,
+        interpret=interpret,
+    )
     *lists, sizes = _pallas.call(
-        functools.partial(list_contenders, chunk=config.chunk, sample=config.sample),
-        (log_mass, candidates.starts, budget, offsets, _pallas.scalar(layer)),
+        functools.partial(list_contenders, chunk=config.chunk),
+        (log_mass, candidates.starts, lowest, offsets, _pallas.scalar(layer)),
         (
             of_rows(chunks, config.chunk, dtype=jnp.uint32),
             of_rows(chunks, config.chunk),
@@ -120,7 +137,8 @@ def select_tokens(
             offsets,
             token_ids,
             prompt_tokens,
-            jnp.stack([_pallas.scalar(layer), _pallas.scalar(step)]),
+            _pallas.scalar(layer),
+            _pallas.scalar(step),
         ),
         (
             of_rows(max_tokens),
