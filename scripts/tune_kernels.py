@@ -163,9 +163,14 @@ def main() -> None:
     if kind is None:
         parser.error(f"there is no GPU to tune for: JAX runs on {jax.default_backend()}")
     deadline = time.monotonic() + arguments.budget_seconds
-    for name in arguments.shapes.split(","):
+    shapes, ops = arguments.shapes.split(","), arguments.ops.split(",")
+    left = len(shapes) * len(ops)
+    for name in shapes:
         bench = StepBench(SHAPES[name], by_api(None))
-        for op in arguments.ops.split(","):
+        for op in ops:
+            # What is left of the time is for all that is left to tune.
+            share = time.monotonic() + (deadline - time.monotonic()) / left
+            left -= 1
             if time.monotonic() > deadline:
                 print("out of time: run it again to go on")
                 return
@@ -174,7 +179,7 @@ def main() -> None:
                 table = json.loads(arguments.table.read_text()) if arguments.table.exists() else {}
                 if asked and asked[1] in table.get(kind, {}).get(op, {}) and not arguments.again:
                     continue
-                found = tune(op, bench, deadline)
+                found = tune(op, bench, share)
             except Exception as error:  # An op that fails must not keep the others untuned.
                 print(f"{name} {op}: {type(error).__name__}: {error}"[:300], flush=True)
                 continue

@@ -39,15 +39,19 @@ def find_members(
     last = plt.load(granules_ref.at[b, h, granule + 1], mask=following, other=2**30)
     last = jnp.minimum(jnp.minimum(last, first + (GRANULE - 1)), clusters_ref.shape[-1] - 1)
 
-    def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
-        first, last = bounds
+    def halve(_: Any, bounds: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        first, last, begins = bounds
         middle = (first + last + 1) >> 1
-        right = plt.load(starts_ref.at[b, h, middle], mask=valid, other=0) <= place
         # Past the last cluster starts hold the list's length, which no place reaches.
-        return jnp.where(right, middle, first), jnp.where(right, last, middle - 1)
+        start = plt.load(starts_ref.at[b, h, middle], mask=valid, other=0)
+        right = start <= place
+        first, last = jnp.where(right, middle, first), jnp.where(right, last, middle - 1)
+        return first, last, jnp.where(right, start, begins)
 
-    number, _ = lax.fori_loop(0, GRANULE.bit_length() - 1, halve, (first, last))
+    begins = plt.load(starts_ref.at[b, h, first], mask=valid, other=0)
+    bounds = (first, last, begins)
+    number, _, begins = lax.fori_loop(0, GRANULE.bit_length() - 1, halve, bounds)
     cluster = plt.load(clusters_ref.at[b, h, number], mask=valid, other=0)
-    member = place - plt.load(starts_ref.at[b, h, number], mask=valid, other=0)
+    member = place - begins
     begins = plt.load(offsets_ref.at[layer, b, h, cluster], mask=valid, other=0)
     return number, cluster, begins + member

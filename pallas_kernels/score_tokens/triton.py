@@ -23,8 +23,8 @@ class Config:
 
     Attributes:
         block: candidates scored at once.
-        integers: take the products of codes and an int8 query in CUDA's `dp4a`; otherwise unpack
-            the codes for the matrix units.
+        integers: multiply the codes with an int8 query, in CUDA's assembly; otherwise with
+            bfloat16 parts of the query, by Triton's `dot`.
         num_warps: see Triton.
     """
 
@@ -45,28 +45,32 @@ def heuristic(candidates: int, head_dim: int, dtype: str) -> Config:
 
 
 def _products_of_integers(
-    words: Any, query_ref: Any, b: Any, h: Any, g: int, *, emulate: bool
-) -> Any:
-    """Sums of the int8 query over each code's set bits: `[block]` int32.
+    query_ref: Any,
+    codes_ref: Any,
+    layer: Any,
+    b: Any,
+    h: Any,
+    position: Any,
+    valid: Any,
+    emulate: bool,
+) -> list[Any]:
+    """Sums of each head's int8 query over each code's set bits: `[block]` int32 a head.
 
     Args:
-        words: `[block, words]` uint32.
         query_ref: `[batch, kv_heads, group, 8, words]` int32, from `_query.pack`.
     """
-    w = jnp.arange(words.shape[1])
-    total = jnp.zeros(words.shape, jnp.int32)
-    for k in range(8):
-        bits = (lax.shift_right_logical(words, jnp.uint32(k)) & jnp.uint32(0x01010101)).astype(
-            jnp.int32
-        )
-        query = plt.load(
-            query_ref.at[b, h, jnp.int32(g), jnp.int32(k), w],
-            mask=w < query_ref.shape[-1],
-            other=0,
-        )
-        query = jnp.broadcast_to(query[None, :], words.shape)
-        total = _query.dot_of_bytes(bits, query, total, emulate=emulate)
-    return jnp.sum(total, axis=1)
+    _, _, group, lanes, words = query_ref.shape
+
+    def of_head(g: int, w: int) -> list[Any]:
+        at = (b, h, jnp.int32(g))
+        return [plt.load(query_ref.at[*at, jnp.int32(k), jnp.int32(w)]) for k in range(lanes)]
+
+    codes = [
+        plt.load(codes_ref.at[layer, b, h, position, jnp.int32(w)], mask=valid, other=0)
+        for w in range(words)
+    ]
+    query = [[of_head(g, w) for w in range(words)] for g in range(group)]
+    return _query.products(codes, query, emulate=emulate)
 
 
 def _kernel(
@@ -115,20 +119,16 @@ def _kernel(
         estimates = []
         if codes_ref is None or config.integers:
             if codes_ref is not None:
-                w = jnp.arange(_pallas.tile(codes_ref.shape[-1]))
-                words = plt.load(
-                    codes_ref.at[layer, b, h, position[:, None], w[None, :]],
-                    mask=valid[:, None] & (w < codes_ref.shape[-1])[None, :],
-                    other=0,
+                over_set = _products_of_integers(
+                    query_ref, codes_ref, layer, b, h, position, valid, emulate
                 )
             for g in range(group):
                 at = (b, h, jnp.int32(g))
                 estimate = plt.load(logits_ref.at[*at, cluster], mask=valid, other=0)
                 estimate -= plt.load(logsumexp_ref.at[at])
                 if codes_ref is not None:
-                    over_set = _products_of_integers(words, query_ref, b, h, g, emulate=emulate)
                     # The sum over all bits, set ones counting 1 and others -1.
-                    product = 2 * over_set - plt.load(sums_ref.at[at])
+                    product = 2 * over_set[g] - plt.load(sums_ref.at[at])
                     estimate += a * (plt.load(steps_ref.at[at]) * product.astype(jnp.float32))
                 estimates.append(estimate)
             peak = functools.reduce(jnp.maximum, estimates)
