@@ -12,7 +12,7 @@ from jax import Array
 
 import pallas_kernels as ops
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.encode_tokens import rotation
+from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.select_tokens import RowTable
 from pallas_kernels.specs import StepShape
 from pallas_kernels.testing import StepInputs, make_step
@@ -198,7 +198,6 @@ class StepBench:
         So from the second time round the layers every retrieved row is a hit.
         """
         x, shape, run = self.inputs, self.shape, self.run
-        matrix = jnp.asarray(rotation(shape.head_dim))
 
         def call(layer: Array, x: StepInputs, state: Any) -> tuple[Any, Any]:
             table, cache_rows = state
@@ -211,7 +210,7 @@ class StepBench:
             )
             log_mass = run(
                 "score_tokens",
-                jnp.einsum("bhgd,ed->bhge", x.query.astype(jnp.float32), matrix),
+                rotate(x.query),
                 *scores,
                 chosen,
                 *(x.offsets, x.codes, x.scales, layer),

@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 import pallas_kernels as ops
-from pallas_kernels.encode_tokens import rotation
+from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.score_clusters import ClusterScores
 from pallas_kernels.select_tokens import Retrieved, RowTable
 from wavejax.config import CANDIDATE_FLOOR, WaveConfig
@@ -44,9 +44,8 @@ def retrieve(
     chosen = ops.select_clusters(
         *scores, wave.offsets, layer, candidates, max_candidates=max_candidates
     )
-    matrix = jnp.asarray(rotation(query.shape[-1]))
     log_mass = ops.score_tokens(
-        jnp.einsum("bhgd,ed->bhge", query.astype(jnp.float32), matrix),
+        rotate(query),
         scores.logits,
         scores.logsumexp,
         chosen,

@@ -9,7 +9,7 @@ from pallas_kernels import _pallas
 # the store take half of the places, so that the others go on meanwhile.
 MISSED_PROGRAMS = 2 * 132
 # What the other programs take differs: twice as many as there are places even it out.
-PROGRAMS = 8 * 132
+PROGRAMS = 6 * 132
 # A program of fewer tiles would spend its time on starting.
 LEAST_TILES = 3
 # A program holds its share of the list of retrieved rows in registers: 4 a thread for 16 tiles.

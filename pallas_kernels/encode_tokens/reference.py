@@ -35,6 +35,15 @@ def rotation(head_dim: int) -> np.ndarray:
     return (q * np.sign(np.diag(r))).astype(np.float32)
 
 
+def rotate(query: Array) -> Array:
+    """R q in float32, for a few vectors `[..., head_dim]`.
+
+    As products and a sum: XLA makes one kernel of it, converts in it, and rounds nothing to TF32.
+    """
+    matrix = jnp.asarray(rotation(query.shape[-1]))
+    return jnp.sum(query.astype(jnp.float32)[..., None, :] * matrix, axis=-1)
+
+
 def pack_signs(x: Array) -> Array:
     """Packs `x >= 0` along the last axis into uint32 words; bits past its end are zero."""
     head_dim = x.shape[-1]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -132,7 +133,7 @@ def _kernel(
                     estimate += a * (plt.load(steps_ref.at[at]) * product.astype(jnp.float32))
                 estimates.append(estimate)
             peak = functools.reduce(jnp.maximum, estimates)
-            total = sum(jnp.exp(x - peak) for x in estimates)
+            total = sum(_exp(x - peak) for x in estimates)
         else:
             product = _products_of_floats(
                 query_ref, codes_ref, layer, b, h, position, valid, head_dim
@@ -148,9 +149,14 @@ def _kernel(
             estimate -= normaliser[None, :]
             estimate = jnp.where(in_group, estimate + a[:, None] * product, MASKED)
             peak = jnp.max(estimate, axis=1)
-            total = jnp.sum(jnp.exp(estimate - peak[:, None]), axis=1)
+            total = jnp.sum(_exp(estimate - peak[:, None]), axis=1)
         log_mass = jnp.where(valid, peak + jnp.log(total), MASKED)
         plt.store(log_mass_ref.at[b, h, place], log_mass, mask=inside)
+
+
+def _exp(x: Any) -> Any:
+    """exp in half of the instructions that the library's takes: the processor has a power of 2."""
+    return jnp.exp2(x * math.log2(math.e))
 
 
 def _products_of_floats(

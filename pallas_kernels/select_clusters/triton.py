@@ -30,7 +30,7 @@ class Config:
     share: int = 512
     block: int = 8192
     share_warps: int = 4
-    num_warps: int = 16
+    num_warps: int = 8
 
 
 # The most clusters whose keys and sizes fit in the registers of 16 warps.
@@ -41,9 +41,9 @@ def heuristic(clusters: int) -> Config:
     """A config for shapes that were not tuned."""
     block = _pallas.tile(clusters, 32)
     if block > MOST_IN_REGISTERS:
-        return Config(block=4096)
-    warps = max(1, min(block // 256, 16))
-    return Config(min(512, block), block, share_warps=min(4, warps), num_warps=warps)
+        return Config(block=4096, num_warps=16)
+    warps = max(1, min(block // 1024, 16))
+    return Config(min(512, block), block, share_warps=max(1, min(4, block // 256)), num_warps=warps)
 
 
 def _rank(*refs: Any, config: Config) -> None:

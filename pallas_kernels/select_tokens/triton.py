@@ -36,9 +36,9 @@ class Config:
     chunk: int = 2048
     tile: int = 2048
     block: int = 2048
-    sample_warps: int = 8
+    sample_warps: int = 16
     chunk_warps: int = 4
-    row_warps: int = 8
+    row_warps: int = 16
 
 
 # The most contenders whose keys and places fit in the registers of 32 warps.
@@ -48,7 +48,7 @@ MOST_IN_REGISTERS = 16384
 def heuristic(candidates: int, max_tokens: int) -> Config:
     """A config for shapes that were not tuned."""
     chunk = min(2048, _pallas.tile(candidates, 32))
-    sample = min(_pallas.tile(candidates // 8, 32), 8192)
+    sample = min(_pallas.tile(candidates // 16, 32), 8192)
     tile = _pallas.tile(most_expected(max_tokens, candidates, sample), 32)
     tile = min(tile, MOST_IN_REGISTERS)
     return Config(
@@ -58,7 +58,7 @@ def heuristic(candidates: int, max_tokens: int) -> Config:
         block=max(32, min(2048, _pallas.tile(max_tokens))),
         sample_warps=max(1, min(16, sample // 256)),
         chunk_warps=max(1, min(4, chunk // 256)),
-        row_warps=max(1, min(32, tile // 256)),
+        row_warps=max(1, min(32, tile // 128)),
     )
 
 
