@@ -44,10 +44,10 @@ def attend_zones(
         cache_rows: the rows in the row cache's slots.
         tokens, slots, hit: from `select_tokens`.
         logits: from `score_clusters`.
-        value_sums: sums of the members' values.
+        value_sums: sums of the members' values; finite for every cluster before the last in use.
         offsets: as in `score_clusters`: they give the clusters' sizes.
         remaining: the members of each cluster to estimate: what `select_tokens` leaves, or zero
-            for a cluster to leave out.
+            for a cluster to leave out; never more than its size.
         layer: which layer of the stacks.
         scale: as in `score_clusters`.
     """

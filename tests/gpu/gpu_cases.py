@@ -93,7 +93,9 @@ def arguments(op: str, case: Case, x: StepInputs, made: dict[str, Any]) -> tuple
     if op == "attend_zones":
         steady = (x.sink, x.sink_tokens, x.window, x.window_tokens)
         rows = (x.store, x.cache_rows, x.tokens, x.slots, x.hit)
-        estimate = (scores.logits, x.value_sums, x.offsets, x.remaining)
+        # The inputs' are the first layer's: this layer's clusters may have fewer members, or none.
+        remaining = jnp.minimum(x.remaining, jnp.diff(x.offsets[layer], axis=-1))
+        estimate = (scores.logits, x.value_sums, x.offsets, remaining)
         return (x.query, *steady, *rows, *estimate, layer), {"scale": s.scale}
     raise ValueError(op)
 

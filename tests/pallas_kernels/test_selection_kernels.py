@@ -1,0 +1,248 @@
+"""The kernels that score and select, interpreted against their references, and lowered for GPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels._numerics import MASKED
+from pallas_kernels.score_clusters import reference as score_clusters_reference
+from pallas_kernels.score_clusters import triton as score_clusters
+from pallas_kernels.score_tokens import reference as score_tokens_reference
+from pallas_kernels.score_tokens import triton as score_tokens
+from pallas_kernels.select_clusters import Candidates, list_candidates
+from pallas_kernels.select_clusters import reference as select_clusters_reference
+from pallas_kernels.select_clusters import triton as select_clusters
+from pallas_kernels.select_tokens import RowTable
+from pallas_kernels.select_tokens import reference as select_tokens_reference
+from pallas_kernels.select_tokens import triton as select_tokens
+from tests.pallas_kernels.lowering import lower_for
+
+LAYERS, BATCH, HEADS, LAYER = 2, 2, 3, 1
+
+
+def random_sizes(rng, clusters, most=8):
+    """Sizes of each row's clusters, some empty, a quarter of the capacity not in use."""
+    sizes = rng.integers(0, most + 1, (LAYERS, BATCH, HEADS, clusters))
+    sizes[..., clusters * 3 // 4 :] = 0
+    sizes[LAYER, 1, 1] = 0  # a row with nothing in it
+    edges = np.concatenate([np.zeros((LAYERS, BATCH, HEADS, 1), int), sizes.cumsum(-1)], -1)
+    return sizes, jnp.asarray(edges, jnp.int32)
+
+
+@pytest.mark.parametrize("group, head_dim, clusters, blocks", [(4, 64, 100, 2), (7, 96, 40, 1)])
+def test_score_clusters(group, head_dim, clusters, blocks):
+    rng = np.random.default_rng(group)
+    sizes, offsets = random_sizes(rng, clusters)
+    query = jnp.asarray(rng.normal(size=(BATCH, HEADS, group, head_dim)), jnp.float32)
+    centroids = rng.normal(size=(LAYERS, BATCH, HEADS, clusters, head_dim)).astype(np.float32)
+    poisoned = jnp.asarray(np.where(sizes[..., None] > 0, centroids, np.nan))
+    config = score_clusters.Config(32, blocks)
+    found = score_clusters.score_clusters(
+        query, poisoned, offsets, LAYER, scale=0.1, config=config, interpret=True
+    )
+    expected = score_clusters_reference.score_clusters(
+        query, jnp.asarray(centroids), offsets, LAYER, scale=0.1
+    )
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x > MASKED / 2, y > MASKED / 2)
+        np.testing.assert_allclose(x, y, atol=3e-6)
+
+
+# In registers, and by blocks; clusters larger than a granule of the list.
+@pytest.mark.parametrize("group, clusters, block, most", [(1, 100, 128, 70), (7, 90, 32, 5)])
+@pytest.mark.parametrize("budget", [[17, 200], [0, 10**6]])
+def test_select_clusters_exactly(group, clusters, block, most, budget):
+    rng = np.random.default_rng(clusters)
+    sizes, offsets = random_sizes(rng, clusters, most)
+    # Coarse values make ties, and heads that agree keep them in any arithmetic.
+    logits = np.round(rng.normal(size=(BATCH, HEADS, 1, clusters)) * 3) * np.ones((group, 1))
+    logits = np.where(sizes[LAYER][:, :, None] > 0, logits, MASKED).astype(np.float32)
+    operands = (
+        jnp.asarray(logits),
+        jnp.zeros((BATCH, HEADS, group)),
+        offsets,
+        LAYER,
+        jnp.asarray(budget, jnp.int32),
+    )
+    room = int(offsets.max()) // 2
+    config = select_clusters.Config(32, block, 1, 1)
+    found = select_clusters.select_clusters(
+        *operands, max_candidates=room, config=config, interpret=True
+    )
+    expected = select_clusters_reference.select_clusters(*operands, max_candidates=room)
+    for field, x, y in zip(Candidates._fields, found, expected, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=field)
+
+
+# The query in float32 parts by `dot`, in int8 by what stands in for the assembly, and no codes.
+@pytest.mark.parametrize(
+    "group, head_dim, dtype, coded",
+    [(4, 64, "float32", True), (7, 96, "bfloat16", True), (2, 128, "float32", False)],
+)
+def test_score_tokens(group, head_dim, dtype, coded):
+    rng = np.random.default_rng(head_dim)
+    clusters = 60
+    sizes, offsets = random_sizes(rng, clusters)
+    tokens = int(offsets.max())
+    selected = jnp.asarray(rng.random((BATCH, HEADS, clusters)) < 0.5)
+    room = 150
+    candidates = list_candidates(selected, jnp.asarray(sizes[LAYER], jnp.int32), room)
+    query = jnp.asarray(rng.normal(size=(BATCH, HEADS, group, head_dim)), jnp.float32)
+    words = -(-head_dim // 32)
+    codes = rng.integers(0, 2**32, (LAYERS, BATCH, HEADS, tokens, words), dtype=np.uint32)
+    scales = jnp.asarray(rng.uniform(size=(LAYERS, BATCH, HEADS, tokens)), dtype)
+    operands = (
+        query,
+        jnp.asarray(rng.normal(size=(BATCH, HEADS, group, clusters)), jnp.float32),
+        jnp.asarray(rng.normal(size=(BATCH, HEADS, group)), jnp.float32),
+        candidates,
+        offsets,
+        jnp.asarray(codes) if coded else None,
+        scales if coded else None,
+        LAYER,
+    )
+    config = score_tokens.Config(32, integers=dtype == "bfloat16", num_warps=1)
+    found = score_tokens.score_tokens(
+        *operands, scale=0.1, max_candidates=room, config=config, interpret=True
+    )
+    expected = score_tokens_reference.score_tokens(*operands, scale=0.1, max_candidates=room)
+    listed = expected > MASKED / 2
+    np.testing.assert_array_equal(found > MASKED / 2, listed)
+    error = jnp.linalg.norm(jnp.where(listed, found - expected, 0))
+    limit = 1e-2 if dtype == "bfloat16" else 1e-6
+    assert error < limit * jnp.linalg.norm(jnp.where(listed, expected, 0))
+
+
+SIZES = ("max_tokens", "segment_tokens", "growth_tokens")
+select = jax.jit(select_tokens.select_tokens, static_argnames=(*SIZES, "config", "interpret"))
+select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=SIZES)
+
+
+# More contenders than registers hold, a cache of few slots and of one, a budget past everything.
+@pytest.mark.parametrize(
+    "slots, most, config",
+    [
+        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1)),
+        (1, 10, select_tokens.Config(16, 32, 16, 64, 1, 1, 1)),
+        (300, 400, None),
+    ],
+)
+def test_select_tokens_exactly(slots, most, config):
+    rng = np.random.default_rng(slots)
+    clusters = 60
+    sizes, offsets = random_sizes(rng, clusters)
+    tokens = int(offsets.max()) + 3
+    row = (LAYERS, BATCH, HEADS)
+    ids = rng.permuted(np.broadcast_to(np.arange(tokens), (*row, tokens)), axis=-1)
+    table = RowTable(*(jnp.full((*row, size), -1, jnp.int32) for size in (tokens, slots, slots)))
+    room = 140
+    settings = {"max_tokens": most, "segment_tokens": 4096, "growth_tokens": 8}
+    for step in range(5):
+        selected = jnp.asarray(rng.random((BATCH, HEADS, clusters)) < 0.6)
+        candidates = list_candidates(selected, jnp.asarray(sizes[LAYER], jnp.int32), room)
+        log_mass = rng.normal(size=(BATCH, HEADS, room)).astype(np.float32)
+        if step == 3:
+            log_mass = np.round(log_mass)  # ties
+        if step == 4:
+            log_mass[:] = -2  # nothing but ties: no sample tells them apart
+        listed = jnp.arange(room) < candidates.starts[..., -1:]
+        operands = (
+            jnp.where(listed, log_mass, MASKED),
+            candidates,
+            jnp.asarray(rng.integers(0, most + 1, BATCH), jnp.int32),
+            offsets,
+            jnp.asarray(ids, jnp.uint16),
+            jnp.full(BATCH, tokens - 20, jnp.int32),
+            table,
+            LAYER,
+            jnp.int32(step),
+        )
+        found = select(*operands, **settings, config=config, interpret=True)
+        expected = select_plainly(*operands, **settings)
+        for path, x in jax.tree_util.tree_leaves_with_path(found):
+            y = functools.reduce(lambda tree, key: getattr(tree, key.name), path, expected)
+            np.testing.assert_array_equal(x, y, err_msg=f"{path}, step {step}")
+        table = expected.table
+
+
+def shapes(batch=2, kv_heads=2, group=4, head_dim=128, clusters=96, tokens=4096, dtype="bfloat16"):
+    """Operands of the four ops, by name, as shapes."""
+    row = (batch, kv_heads)
+    of = jax.ShapeDtypeStruct
+    i32, f32 = jnp.int32, jnp.float32
+    candidates = Candidates(
+        of((*row, clusters), jnp.bool_),
+        of((*row, clusters), i32),
+        of((*row, clusters + 1), i32),
+        of((*row, 32), i32),
+    )
+    logits, logsumexp = of((*row, group, clusters), f32), of((*row, group), f32)
+    offsets, number, numbers = of((3, *row, clusters + 1), i32), of((), i32), of((batch,), i32)
+    table = RowTable(*(of((3, *row, size), i32) for size in (tokens, 200, 200)))
+    words = -(-head_dim // 32)
+    return {
+        "score_clusters": (
+            of((*row, group, head_dim), dtype),
+            of((3, *row, clusters, head_dim), dtype),
+            offsets,
+            number,
+        ),
+        "select_clusters": (logits, logsumexp, offsets, number, numbers),
+        "score_tokens": (
+            of((*row, group, head_dim), f32),
+            *(logits, logsumexp, candidates, offsets),
+            of((3, *row, tokens, words), jnp.uint32),
+            of((3, *row, tokens), dtype),
+            number,
+        ),
+        "select_tokens": (
+            *(of((*row, 1024), f32), candidates, numbers, offsets),
+            *(of((3, *row, tokens), jnp.uint16), numbers, table, number, number),
+        ),
+    }
+
+
+KEYWORDS = {
+    "score_clusters": {"scale": 0.1},
+    "select_clusters": {"max_candidates": 1024},
+    "score_tokens": {"scale": 0.1, "max_candidates": 1024},
+    "select_tokens": {"max_tokens": 100, "segment_tokens": 2048, "growth_tokens": 256},
+}
+MODULES = {
+    "score_clusters": score_clusters,
+    "select_clusters": select_clusters,
+    "score_tokens": score_tokens,
+    "select_tokens": select_tokens,
+}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("op", MODULES)
+def test_lowers(op, platform):
+    keywords = dict(KEYWORDS[op])
+    if platform == "rocm" and op == "score_tokens":
+        # What it takes on a GPU that is not NVIDIA's.
+        keywords["config"] = score_tokens.Config(128, integers=False)
+    function = functools.partial(getattr(MODULES[op], op), **keywords)
+    for changes in ({}, {"group": 7, "head_dim": 96, "dtype": "float32"}):
+        text = lower_for(platform, function, *shapes(**changes)[op])
+        assert "triton" in text
+        # No slice of a stack is made for a kernel.
+        assert "dynamic_slice" not in text
+        assert "stablehlo.gather" not in text
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"head_dim": 80}, "head_dim is 80"), ({"group": 17}, "17 query heads")],
+)
+def test_what_a_kernel_does_not_know_is_said(changes, message):
+    with pytest.raises(NotImplementedError, match=message):
+        lower_for(
+            "cuda",
+            functools.partial(score_clusters.score_clusters, scale=1.0),
+            *shapes(**changes)["score_clusters"],
+        )
