@@ -52,8 +52,10 @@ def test_score_clusters(group, head_dim, clusters, blocks):
 
 
 # In registers, and by blocks; clusters larger than a granule of the list.
-@pytest.mark.parametrize("group, clusters, block, most", [(1, 100, 128, 70), (7, 90, 32, 5)])
-@pytest.mark.parametrize("budget", [[17, 200], [0, 10**6]])
+@pytest.mark.parametrize(
+    "group, clusters, block, most, budget",
+    [(1, 100, 128, 70, [17, 10**6]), (7, 90, 32, 5, [0, 90])],
+)
 def test_select_clusters_exactly(group, clusters, block, most, budget):
     rng = np.random.default_rng(clusters)
     sizes, offsets = random_sizes(rng, clusters, most)

@@ -12,6 +12,7 @@ from wavejax import generate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ONE_OP, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_runs(tmp_path, monkeypatch):
@@ -19,13 +20,17 @@ def test_the_example_runs(tmp_path, monkeypatch):
     write_folder(tmp_path, TINY, make_tensors(TINY))
     write_tokenizer(tmp_path, chat_template=TEMPLATE)
     monkeypatch.setattr(checkpoint, "find_default_model", lambda: tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(LIBRARY, "README.md", "exec"), {})
     lines = printed.getvalue().strip().splitlines()
     assert len(lines) >= 3  # two answers and the facts
     assert lines[-1].startswith("Facts(retrieved_share=")
+
+
+def test_the_example_of_one_op_runs(capsys):
+    exec(compile(ONE_OP, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "(1, 8, 4, 512) (1, 8, 4)\n"
 
 
 def test_links_lead_to_files():
