@@ -84,7 +84,7 @@ def split(query: Array) -> Array:
     rest = query.astype(jnp.float32)
     parts = []
     for _ in range({jnp.bfloat16: 1, jnp.float16: 2}.get(query.dtype.type, 3)):
-        # The barrier keeps XLA from simplifying the rounding away.
+        # Not a cast to bfloat16 and back, which XLA may simplify away.
         part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         rest = rest - part

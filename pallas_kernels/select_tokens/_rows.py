@@ -1,4 +1,4 @@
-"""The second kernel of `select_tokens`: exact selection, slots, and the row table's update."""
+"""The third kernel of `select_tokens`: exact selection, slots, and the row table's update."""
 
 from typing import Any
 

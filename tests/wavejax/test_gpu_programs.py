@@ -1,0 +1,49 @@
+"""A decode step and a prefill as programs for a CUDA GPU, lowered without one."""
+
+import re
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import _dispatch
+from tests.pallas_kernels.lowering import lower_for
+from tests.wavejax.attention_harness import model_of
+from wavejax import WaveAttention
+
+STEP = {
+    *("score_clusters", "rank_clusters", "select_clusters", "score_tokens", "estimate_threshold"),
+    *("list_contenders", "select_rows", "attend_zones", "merge_states"),
+}
+INDEX = {"assign_tokens", "move_centroids", "cut_clusters", "sum_pieces", "encode_tokens"}
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_all_the_work_is_kernels(store, monkeypatch):
+    """Both stores: the kernels take one in host memory as it is. Growth is part of the step."""
+
+    def by_kernels(op, implementation, implementations, *args, **kwargs):
+        return implementations.get("triton", implementations["xla"])(*args, **kwargs)
+
+    monkeypatch.setattr(_dispatch, "call", by_kernels)
+    attention = WaveAttention(store=store)
+    model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
+    state = attention.init_state(model, 2, 2500, 100, jnp.bfloat16)
+
+    def arrays(batch, tokens):
+        return [jnp.zeros((batch, tokens, heads, 64), jnp.bfloat16) for heads in (6, 2, 2)]
+
+    def step(query, key, value, state):
+        output, state = attention.decode(jnp.int32(1), query, key, value, state)
+        return output, attention.advance(state, jnp.ones(2, bool))
+
+    def prefill(query, key, value, state):
+        at = {"sequence": jnp.int32(0), "length": jnp.int32(2400)}
+        return attention.prefill(jnp.int32(1), query, key, value, state, **at)
+
+    assert kernels_of(lower_for("cuda", step, *arrays(2, 1), state)) >= STEP | INDEX
+    assert kernels_of(lower_for("cuda", prefill, *arrays(1, 2500), state)) >= INDEX
+
+
+def kernels_of(text):
+    assert "callback" not in text
+    return set(re.findall(r'name = "([a-z_]+)"', text))
