@@ -9,7 +9,6 @@ from jax import lax
 # Stands for "everything at the threshold is to be marked", as what lies above it.
 ALL = -(2**30)
 
-
 # Once the range is this small, few keys are left in it: they are tried one by one, largest first.
 SNAP_RANGE = 2**12
 

@@ -75,9 +75,36 @@ def scalar(x: Any) -> jax.Array:
     return jnp.asarray(x, jnp.int32)
 
 
-def precision(dtype: Any) -> Any:
-    """What `dot` is asked for: float32 operands are not to be rounded to TF32."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+def dot(a: Any, b: Any, contract: tuple[int, int] = (1, 0)) -> Any:
+    """Matrix product in float32; float32 operands are not rounded to TF32.
+
+    Args:
+        a, b: matrices of one dtype, each side a power of two and at least `DOT_TILE`.
+        contract: the axis of each that is summed over.
+    """
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def head_of(program: Any, kv_heads: int, group: int) -> tuple[Any, Any, Any]:
+    """Sequence, kv head and place in the group of a grid that runs over all query heads."""
+    return program // (kv_heads * group), program // group % kv_heads, program % group
+
+
+def split_bfloat16(x: Any, parts: int) -> list[Any]:
+    """The bfloat16 numbers whose sum is x to 8 bits a part: three hold all of a float32."""
+    found = []
+    for _ in range(parts):
+        # Not a cast to bfloat16 and back, which XLA may simplify away.
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        found.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return found
 
 
 def on_cuda() -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels._numerics import NO_ID
-from pallas_kernels.encode_tokens import rotation
+from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.select_tokens import RowTable, segment_start
 from pallas_kernels.specs import StepShape
 
@@ -125,10 +125,6 @@ def _make(
     query = (QUERY_SIZE * normal(shape.batch, shape.kv_heads, shape.group, shape.head_dim)).astype(
         dtype
     )
-    matrix = jnp.asarray(rotation(shape.head_dim))
-    rotated_query = jnp.einsum(
-        "bhgd,ed->bhge", query.astype(jnp.float32), matrix, precision=lax.Precision.HIGHEST
-    )
     share = (jnp.arange(shape.batch) + 1) % 4 / 4 if ragged else jnp.ones(shape.batch)
     sink_tokens = jnp.ceil(share * shape.sinks).astype(jnp.int32)
     # Half full, as it is on average.
@@ -163,7 +159,7 @@ def _make(
     words = -(-shape.head_dim // 32)
     return StepInputs(
         query=query,
-        rotated_query=rotated_query,
+        rotated_query=rotate(query),
         centroids=centroids,
         value_sums=value_sums.astype(dtype),
         offsets=offsets,

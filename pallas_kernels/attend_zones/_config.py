@@ -8,7 +8,7 @@ from pallas_kernels import _pallas
 # An H200's 132 processors hold four programs each. While rows are missed, the programs that read
 # the store take half of the places, so that the others go on meanwhile.
 MISSED_PROGRAMS = 2 * 132
-# What the other programs take differs: twice as many as there are places even it out.
+# What the other programs take differs: half as many again as there are places even it out.
 PROGRAMS = 6 * 132
 # A program of fewer tiles would spend its time on starting.
 LEAST_TILES = 3

@@ -154,7 +154,7 @@ class Program:
             members = high - low
             share = 1 / jnp.maximum(members, 1).astype(jnp.float32)
             means = (weights * share[None, :]).astype(value_sums.dtype)
-            return output + _dot(means, value_sums, (1, 0)), masses + weights
+            return output + _pallas.dot(means, value_sums, (1, 0)), masses + weights
 
         steps = _trips(split, splits, pl.cdiv(end, size))
         output, masses = lax.fori_loop(0, steps, step, (output, masses))
@@ -235,12 +235,12 @@ class Program:
         """Attends to a tile of keys and values."""
         output, peak, masses = state
         keys, values = rows
-        exponents = (self.scale * LOG2_E) * _dot(query, keys, (1, 1))
+        exponents = (self.scale * LOG2_E) * _pallas.dot(query, keys, (1, 1))
         exponents = jnp.where(valid[None, :], exponents, MASKED)
         higher = jnp.maximum(peak, jnp.max(exponents, axis=1))
         weights = jnp.where(valid[None, :], jnp.exp2(exponents - higher[:, None]), 0.0)
         shrink = jnp.exp2(peak - higher)[:, None]
-        output = output * shrink + _dot(weights.astype(values.dtype), values, (1, 0))
+        output = output * shrink + _pallas.dot(weights.astype(values.dtype), values, (1, 0))
         return output, higher, masses * shrink + weights
 
     def finish(self, state: State) -> None:
@@ -256,17 +256,6 @@ class Program:
             mask=self.of_rows(self.in_group),
         )
         plt.store(self.refs.logsumexps.at[*at, self.g], logsumexp, mask=self.in_group)
-
-
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Matrix product in float32, of float32 without rounding to fewer bits."""
-    return lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=_pallas.precision(a.dtype),
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _row(matrix: Array, i: Array) -> Array:

@@ -57,7 +57,7 @@ def encode_tokens(
         (
             keys.reshape(tokens, head_dim),
             centroids.reshape(tokens, head_dim),
-            *_halves(rotation),
+            *_pallas.split_bfloat16(rotation, 2),
         ),
         (
             jax.ShapeDtypeStruct((room, words), jnp.int32),
@@ -70,13 +70,6 @@ def encode_tokens(
     )
     codes = lax.bitcast_convert_type(codes[:tokens], jnp.uint32)
     return TokenCodes(codes.reshape(*lead, words), scales[:tokens].reshape(lead))
-
-
-def _halves(x: Any) -> tuple[Any, Any]:
-    """Two bfloat16 whose sum is x to 16 bits."""
-    # Not by a cast there and back alone, which XLA may drop as if it changed nothing.
-    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def _kernel(

@@ -57,8 +57,7 @@ def merge_states(
     tile = config.part_tile
 
     def kernel(outputs: Any, logsumexps: Any, output: Any, logsumexp: Any) -> None:
-        head = pl.program_id(0)
-        at = head // (kv_heads * group), head // group % kv_heads, head % group
+        at = _pallas.head_of(pl.program_id(0), kv_heads, group)
         d = jnp.arange(_pallas.tile(head_dim))
         part = jnp.arange(_pallas.tile(parts))
         lse = plt.load(logsumexps.at[part, *at], mask=part < parts, other=MASKED)

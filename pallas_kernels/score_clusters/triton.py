@@ -52,7 +52,6 @@ def _kernel(
     *,
     scale: float,
     config: Config,
-    dot_precision: Any,
 ) -> None:
     _, kv_heads, group, head_dim = query_ref.shape
     clusters = centroids_ref.shape[3]
@@ -82,13 +81,7 @@ def _kernel(
             mask=in_use[:, None] & in_dim[None, :],
             other=0,
         )
-        logits = scale * lax.dot_general(
-            query,
-            centroids,
-            (((1,), (1,)), ((), ())),
-            precision=dot_precision,
-            preferred_element_type=jnp.float32,
-        )
+        logits = scale * _pallas.dot(query, centroids, (1, 1))
         # A cluster without members may hold anything, NaN included.
         logits = jnp.where((sizes > 0)[None, :], logits, MASKED)
         plt.store(logits_ref.at[b, h, g, c[None, :]], logits, mask=(g < group) & exists[None, :])
@@ -108,8 +101,7 @@ def _kernel(
 
 def _combine(partial_ref: Any, logsumexp_ref: Any) -> None:
     _, kv_heads, group, parts = partial_ref.shape
-    head = pl.program_id(0)
-    at = (head // (kv_heads * group), head // group % kv_heads, head % group)
+    at = _pallas.head_of(pl.program_id(0), kv_heads, group)
     part = jnp.arange(_pallas.tile(parts))
     partial = plt.load(partial_ref.at[*at, part], mask=part < parts, other=MASKED)
     plt.store(logsumexp_ref.at[at], log_sum_exp(partial, axis=0))
@@ -146,9 +138,7 @@ def score_clusters(
     parts = pl.cdiv(clusters, config.block * config.blocks)
     heads = (batch, kv_heads, group)
     logits, partial = _pallas.call(
-        functools.partial(
-            _kernel, scale=scale, config=config, dot_precision=_pallas.precision(centroids.dtype)
-        ),
+        functools.partial(_kernel, scale=scale, config=config),
         (query.astype(centroids.dtype), centroids, offsets, _pallas.scalar(layer)),
         (
             jax.ShapeDtypeStruct((*heads, clusters), jnp.float32),

@@ -53,8 +53,7 @@ def pack(query: Array, *, interpret: bool = False) -> tuple[Array, Array, Array]
 def _pack(query_ref: Any, packed_ref: Any, steps_ref: Any, sums_ref: Any) -> None:
     _, kv_heads, group, head_dim = query_ref.shape
     words = packed_ref.shape[-1]
-    head = pl.program_id(0)
-    at = (head // (kv_heads * group), head // group % kv_heads, head % group)
+    at = _pallas.head_of(pl.program_id(0), kv_heads, group)
     k, w = jnp.arange(LANES)[:, None], jnp.arange(_pallas.tile(words))[None, :]
     parts = []
     for j in range(4):
@@ -81,14 +80,8 @@ def split(query: Array) -> Array:
 
     Three of them hold all bits of a float32, one those of a bfloat16.
     """
-    rest = query.astype(jnp.float32)
-    parts = []
-    for _ in range({jnp.bfloat16: 1, jnp.float16: 2}.get(query.dtype.type, 3)):
-        # Not a cast to bfloat16 and back, which XLA may simplify away.
-        part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
-        parts.append(part.astype(jnp.bfloat16))
-        rest = rest - part
-    return jnp.stack(parts, axis=2)
+    parts = {jnp.bfloat16: 1, jnp.float16: 2}.get(query.dtype.type, 3)
+    return jnp.stack(_pallas.split_bfloat16(query.astype(jnp.float32), parts), axis=2)
 
 
 def products(words: list[Any], query: list[list[list[Any]]], *, emulate: bool) -> list[Any]:

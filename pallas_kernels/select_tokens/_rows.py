@@ -11,58 +11,10 @@ from pallas_kernels import _pallas
 from pallas_kernels._bisect import threshold
 from pallas_kernels._numerics import NO_ID, ordered_bits
 from pallas_kernels.score_tokens._members import find_members
+from pallas_kernels.select_tokens._row import Row
 
 
-class _Row:
-    """One row's view of the kernel's refs, and the loops that all parts share."""
-
-    def __init__(self, b: Any, h: Any, layer: Any, block: int, interpret: bool) -> None:
-        self.b, self.h, self.layer, self.block, self.interpret = b, h, layer, block, interpret
-        self.lane = jnp.arange(block)
-
-    def load(self, ref: Any, *at: Any, mask: Any = None, stacked: bool = False) -> Any:
-        prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)
-        other = None if mask is None else jnp.zeros((), ref.dtype)
-        return plt.load(ref.at[*prefix, *at], mask=mask, other=other)
-
-    def store(
-        self, ref: Any, value: Any, *at: Any, mask: Any = None, stacked: bool = False
-    ) -> None:
-        prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)
-        if mask is not None:
-            # Interpreted, lanes that are masked still write if their place is one of the array.
-            at = (*at[:-1], jnp.where(mask, at[-1], NO_ID))
-        plt.store(ref.at[*prefix, *at], value, mask=mask)
-
-    def barrier(self) -> None:
-        _pallas.barrier(self.interpret)
-
-    def blocks(self, count: Any) -> Any:
-        return lax.div(count + (self.block - 1), jnp.int32(self.block))
-
-    def each(self, count: Any, visit: Any, state: Any = None) -> Any:
-        """visit(elements, which of them exist, state) over so many elements, block by block."""
-
-        def of_block(i: Any, state: Any) -> Any:
-            element = i * self.block + self.lane
-            return visit(element, element < count, state)
-
-        return lax.fori_loop(0, self.blocks(count), of_block, state)
-
-    def search(self, ref: Any, size: int, value: Any, mask: Any) -> Any:
-        """The last i with ref[i] <= value, for each lane, in a rising list of `size`."""
-
-        def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
-            first, last = bounds
-            middle = (first + last + 1) >> 1
-            right = self.load(ref, middle, mask=mask) <= value
-            return jnp.where(right, middle, first), jnp.where(right, last, middle - 1)
-
-        bounds = jnp.zeros_like(value), jnp.full_like(value, size - 1)
-        return lax.fori_loop(0, (size - 1).bit_length(), halve, bounds)[0]
-
-
-def _take_all(row: _Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: Any) -> None:
+def _take_all(row: Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: Any) -> None:
     """Makes every candidate a contender: where too few are, the sample misled."""
     keys_ref, places_ref, counts_ref = lists
     chunks, chunk = keys_ref.shape[-2:]
@@ -80,7 +32,7 @@ def _take_all(row: _Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: 
 
 
 def _pick(
-    row: _Row, lists: tuple[Any, Any, Any], prefix_ref: Any, budget: Any, out_ref: Any, tile: int
+    row: Row, lists: tuple[Any, Any, Any], prefix_ref: Any, budget: Any, out_ref: Any, tile: int
 ) -> None:
     """Writes the places of the contenders of the `budget` largest keys to out_ref, rising.
 
@@ -152,7 +104,7 @@ def _pick(
 
 
 def _count_remaining(
-    row: _Row, numbers_ref: Any, firsts_ref: Any, clusters_ref: Any, remaining_ref: Any, count: Any
+    row: Row, numbers_ref: Any, firsts_ref: Any, clusters_ref: Any, remaining_ref: Any, count: Any
 ) -> None:
     """Takes the picked tokens off their clusters' sizes, which `remaining_ref` holds.
 
@@ -182,7 +134,7 @@ def _count_remaining(
 
 
 def _admit(
-    row: _Row,
+    row: Row,
     table: tuple[Any, Any, Any],
     out: tuple[Any, Any, Any],
     victims_ref: Any,
@@ -260,7 +212,7 @@ def select_rows(
     kv_heads = log_mass_ref.shape[1]
     program = pl.program_id(0)
     layer, step = layer_ref[...], step_ref[...]
-    row = _Row(program // kv_heads, program % kv_heads, layer, block, interpret)
+    row = Row(program // kv_heads, program % kv_heads, layer, block, interpret)
     total = row.load(starts_ref, jnp.int32(clusters_ref.shape[-1]))
     total = jnp.minimum(total, log_mass_ref.shape[-1])
     room = tokens_ref.shape[-1]

@@ -1,0 +1,59 @@
+"""One row's view of a kernel's refs."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import _pallas
+from pallas_kernels._numerics import NO_ID
+
+
+class Row:
+    """One row's view of the kernel's refs, and the loops that all parts share."""
+
+    def __init__(self, b: Any, h: Any, layer: Any, block: int, interpret: bool) -> None:
+        self.b, self.h, self.layer, self.block, self.interpret = b, h, layer, block, interpret
+        self.lane = jnp.arange(block)
+
+    def load(self, ref: Any, *at: Any, mask: Any = None, stacked: bool = False) -> Any:
+        prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)
+        other = None if mask is None else jnp.zeros((), ref.dtype)
+        return plt.load(ref.at[*prefix, *at], mask=mask, other=other)
+
+    def store(
+        self, ref: Any, value: Any, *at: Any, mask: Any = None, stacked: bool = False
+    ) -> None:
+        prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)
+        if mask is not None:
+            # Interpreted, lanes that are masked still write if their place is one of the array.
+            at = (*at[:-1], jnp.where(mask, at[-1], NO_ID))
+        plt.store(ref.at[*prefix, *at], value, mask=mask)
+
+    def barrier(self) -> None:
+        _pallas.barrier(self.interpret)
+
+    def blocks(self, count: Any) -> Any:
+        return lax.div(count + (self.block - 1), jnp.int32(self.block))
+
+    def each(self, count: Any, visit: Any, state: Any = None) -> Any:
+        """visit(elements, which of them exist, state) over so many elements, block by block."""
+
+        def of_block(i: Any, state: Any) -> Any:
+            element = i * self.block + self.lane
+            return visit(element, element < count, state)
+
+        return lax.fori_loop(0, self.blocks(count), of_block, state)
+
+    def search(self, ref: Any, size: int, value: Any, mask: Any) -> Any:
+        """The last i with ref[i] <= value, for each lane, in a rising list of `size`."""
+
+        def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+            first, last = bounds
+            middle = (first + last + 1) >> 1
+            right = self.load(ref, middle, mask=mask) <= value
+            return jnp.where(right, middle, first), jnp.where(right, last, middle - 1)
+
+        bounds = jnp.zeros_like(value), jnp.full_like(value, size - 1)
+        return lax.fori_loop(0, (size - 1).bit_length(), halve, bounds)[0]
