@@ -9,6 +9,12 @@ from jax import lax
 # Stands for "everything at the threshold is to be marked", as what lies above it.
 ALL = -(2**30)
 
+# `cut`'s last place where everything at the key is marked: no place is larger.
+ANY_PLACE = 2**31 - 1
+
+# How fine a sample's bounds are set, in steps of the keys: 2^-6 of a mass's logarithm near 10.
+RESOLUTION = 2**14
+
 # Once the range is this small, few keys are left in it: they are tried one by one, largest first.
 SNAP_RANGE = 2**12
 
@@ -69,3 +75,113 @@ def threshold(
     if largest_below is not None:
         state = lax.while_loop(lambda s: s[1] - s[0] > jnp.uint32(resolution), snap, state)
     return state[0], state[2]
+
+
+# each(visit, state) -> state: calls visit(exists, key, weight, place, state) for blocks of a row's
+# elements, bool, uint32, int32 and int32 vectors; the elements that do not exist may be anything.
+Each = Callable[[Callable[..., Any], Any], Any]
+
+
+def cut(each: Each, budget: Any, *, weighted: bool) -> tuple[Any, Any]:
+    """Where a row's selection ends: the elements of largest key that together reach the budget.
+
+    Args:
+        each: over the row's elements; a weight of zero leaves an element out.
+        budget: int32, at least 1.
+        weighted: whether the elements differ in weight.
+
+    Returns:
+        key, last: uint32 and int32. Selected is what has a larger key, or this key and a place of
+            at most `last`; everything if all of it does not reach the budget.
+    """
+    zero, most = jnp.int32(0), jnp.uint32(2**32 - 1)
+
+    def range_of(value: Callable[..., Any]) -> tuple[Any, Any]:
+        def widen(exists: Any, key: Any, weight: Any, place: Any, state: Any) -> Any:
+            counts, x = value(exists & (weight > 0), key, place)
+            least = jnp.min(jnp.where(counts, x, most))
+            largest = jnp.max(jnp.where(counts, x, jnp.uint32(0)))
+            return jnp.minimum(state[0], least), jnp.maximum(state[1], largest)
+
+        low, high = each(widen, (most, jnp.uint32(0)))
+        return jnp.minimum(low, high), high + jnp.uint32(1)
+
+    def holders(value: Callable[..., Any]) -> Callable[[Any], Any]:
+        def held(bound: Any) -> Any:
+            def add(exists: Any, key: Any, weight: Any, place: Any, total: Any) -> Any:
+                counts, x = value(exists, key, place)
+                return total + jnp.sum(jnp.where(counts & (x >= bound), weight, 0))
+
+            return each(add, zero)
+
+        return held
+
+    def by_key(exists: Any, key: Any, place: Any) -> tuple[Any, Any]:
+        return exists, key
+
+    def largest_below(bound: Any) -> Any:
+        def widen(exists: Any, key: Any, weight: Any, place: Any, largest: Any) -> Any:
+            below = exists & (weight > 0) & (key < bound)
+            return jnp.maximum(largest, jnp.max(jnp.where(below, key, jnp.uint32(0))))
+
+        return each(widen, jnp.uint32(0))
+
+    low, high = range_of(by_key)
+    # Weights seldom add up to the budget exactly, which would end the search early.
+    snap = largest_below if weighted else None
+    key, above = threshold(holders(by_key), budget, low, high, largest_below=snap)
+
+    def by_place(exists: Any, keys: Any, place: Any) -> tuple[Any, Any]:
+        # Of what has the key, the lower places first.
+        return exists & (keys == key), ~place.astype(jnp.uint32)
+
+    def among_ties() -> Any:
+        low, high = range_of(by_place)
+        bound, _ = threshold(holders(by_place), budget - above, low, high)
+        return (~bound).astype(jnp.int32)
+
+    # Not the bare number: Triton's branches do not yield constants.
+    every = jnp.where(above == ALL, jnp.int32(ANY_PLACE), above)
+    return key, lax.cond(above == ALL, lambda: every, among_ties)
+
+
+def bracket(
+    held: Callable[[Any, Any], tuple[Any, Any]], least: Any, most: Any, low: Any, high: Any
+) -> tuple[Any, Any]:
+    """Two keys between which a threshold surely lies, from what a sample holds.
+
+    Args:
+        held: from two uint32 keys to what the sample's elements of each, or of larger keys, weigh:
+            int32 both.
+        least, most: float32, what the elements above the threshold weigh in the sample, at least
+            and at most.
+        low, high: uint32, the least key of the sample, and more than the largest.
+
+    Returns:
+        lower, upper: uint32: what has a key under `lower` is surely not selected, what has `upper`
+            or a larger one is. Where the sample tells nothing, 0 and 2^32 - 1.
+    """
+    State = tuple[Any, Any, Any, Any]
+
+    def halve(state: State) -> State:
+        low1, high1, low2, high2 = state
+        middle1 = low1 + lax.shift_right_logical(high1 - low1, jnp.uint32(1))
+        middle2 = low2 + lax.shift_right_logical(high2 - low2, jnp.uint32(1))
+        held1, held2 = (x.astype(jnp.float32) for x in held(middle1, middle2))
+        # The largest key that still holds `most`, and the least one that holds less than `least`.
+        return (
+            jnp.where(held1 >= most, middle1, low1),
+            jnp.where(held1 >= most, high1, middle1),
+            jnp.where(held2 >= least, middle2, low2),
+            jnp.where(held2 >= least, high2, middle2),
+        )
+
+    all_held, _ = held(low, low)
+    state = lax.while_loop(
+        lambda s: jnp.maximum(s[1] - s[0], s[3] - s[2]) > jnp.uint32(RESOLUTION),
+        halve,
+        (low, high, low, high),
+    )
+    lower = jnp.where(all_held.astype(jnp.float32) >= most, state[0], jnp.uint32(0))
+    upper = jnp.where(least > 0, state[3], jnp.uint32(2**32 - 1))
+    return lower, upper

@@ -1,4 +1,4 @@
-"""`select_clusters` as two Triton kernels: one ranks clusters, the other selects a row's best."""
+"""`select_clusters` as Triton kernels: rank the clusters, split off most of them, list the best."""
 
 import dataclasses
 import functools
@@ -11,8 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas, _tuning
-from pallas_kernels._bisect import threshold
+from pallas_kernels._end import end_of_all, find_end, read_end
 from pallas_kernels._numerics import NO_ID, ordered_bits
+from pallas_kernels._row import Row
+from pallas_kernels._split import Lists, find_bracket, list_shapes, split
 from pallas_kernels.select_clusters.reference import GRANULE, Candidates
 
 
@@ -22,28 +24,41 @@ class Config:
 
     Attributes:
         share: clusters that a program of the first kernel ranks.
-        block: clusters that the second one looks at at once. If that is all of them, they stay in
-            registers; if not, each round of the bisection reads them again.
-        share_warps, num_warps: the two kernels' warps, see Triton.
+        chunk: clusters that a program of the last one lists.
+        in_registers: every program of the last kernel finds the end of the selection for itself,
+            with the whole row in registers. If not, kernels before it do, see `_split`.
+        tile: clusters that are held in registers: all, or those that contend.
+        sample: clusters whose masses tell which contend.
+        share_warps, num_warps: `num_warps` of the first kernel and of the others, see Triton.
     """
 
     share: int = 512
-    block: int = 8192
+    chunk: int = 1024
+    in_registers: bool = True
+    tile: int = 8192
+    sample: int = 2048
     share_warps: int = 4
     num_warps: int = 8
 
 
-# The most clusters whose keys and sizes fit in the registers of 16 warps.
-MOST_IN_REGISTERS = 16384
+# The most clusters whose keys and sizes fit in the registers of 8 warps.
+MOST_IN_REGISTERS = 8192
 
 
-def heuristic(clusters: int) -> Config:
+def heuristic(rows: int, clusters: int) -> Config:
     """A config for shapes that were not tuned."""
-    block = _pallas.tile(clusters, 32)
-    if block > MOST_IN_REGISTERS:
-        return Config(block=4096, num_warps=16)
-    warps = max(1, min(block // 1024, 16))
-    return Config(min(512, block), block, share_warps=max(1, min(4, block // 256)), num_warps=warps)
+    whole = _pallas.tile(clusters, 32)
+    if whole > MOST_IN_REGISTERS:
+        return Config(chunk=2048, in_registers=False, tile=MOST_IN_REGISTERS)
+    # No more programs than processors of a large GPU: they would all do the same in turns.
+    parts = min(8, _pallas.tile(max(128 // rows, 1)))
+    return Config(
+        share=min(512, whole),
+        chunk=max(whole // parts, 32),
+        tile=whole,
+        share_warps=max(1, min(4, whole // 256)),
+        num_warps=max(1, min(8, whole // 512)),
+    )
 
 
 def _rank(*refs: Any, config: Config) -> None:
@@ -65,113 +80,100 @@ def _rank(*refs: Any, config: Config) -> None:
         peak = jnp.maximum(peak, heads[-1])
     mass = sum(jnp.exp(x - peak) for x in heads)
     keys = ordered_bits(peak + jnp.log(mass))
-    # The arrays are padded to whole blocks, so that no load of theirs needs a mask.
+    # The arrays are padded to whole programs, so that no store of theirs needs a mask.
     plt.store(keys_ref.at[b, h, c], jnp.where(sizes > 0, keys, 0))
     plt.store(sizes_ref.at[b, h, c], sizes)
 
 
-def _select(*refs: Any, clusters: int, config: Config) -> None:
-    keys_ref, sizes_ref, budget_ref, selected_ref, clusters_ref, starts_ref, granules_ref = refs
-    kv_heads = keys_ref.shape[1]
-    row = pl.program_id(0)
-    b, h = row // kv_heads, row % kv_heads
-    lane = jnp.arange(config.block)
-    blocks = keys_ref.shape[-1] // config.block
-    in_registers = blocks == 1
+class _Ranked:
+    """One row's ranked clusters, and how many tokens are to be taken of them."""
 
-    def load(i: Any) -> tuple[Any, Any, Any]:
-        c = i * config.block + lane
-        return c, plt.load(keys_ref.at[b, h, c]), plt.load(sizes_ref.at[b, h, c])
+    def __init__(self, row: Row, keys_ref: Any, sizes_ref: Any, offsets_ref: Any, budget_ref: Any):
+        self.row, self.keys, self.sizes = row, keys_ref, sizes_ref
+        self.clusters = jnp.int32(offsets_ref.shape[-1] - 1)
+        tokens = row.load(offsets_ref, self.clusters, stacked=True)
+        self.budget = jnp.minimum(plt.load(budget_ref.at[row.b]), tokens)
 
-    def widen(i: Any, keys: Any, sizes: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        used, low, high = state
-        lowest = jnp.min(jnp.where(sizes > 0, keys, jnp.uint32(2**32 - 1)))
-        highest = jnp.max(keys)
-        used = jnp.where(highest > 0, i + 1, used)
-        return used, jnp.minimum(low, lowest), jnp.maximum(high, highest)
+    def load(self, c: Any, exists: Any) -> tuple[Any, Any]:
+        exists = exists & (c < self.clusters)
+        return self.row.load(self.keys, c, mask=exists), self.row.load(self.sizes, c, mask=exists)
 
-    nothing = jnp.int32(0), jnp.uint32(2**32 - 1), jnp.uint32(0)
-    if in_registers:
-        whole = load(jnp.int32(0))
-        _, low, high = widen(jnp.int32(0), *whole[1:], nothing)
-        used = jnp.int32(1)
-    else:
-        # Blocks past the last cluster in use are not looked at again.
-        used, low, high = lax.fori_loop(0, blocks, lambda i, s: widen(i, *load(i)[1:], s), nothing)
 
-    def each(visit: Any, state: Any) -> Any:
-        """visit(clusters, keys, sizes, state) over all clusters in use, block by block."""
-        if in_registers:
-            return visit(*whole, state)
-        return lax.fori_loop(0, used, lambda i, state: visit(*load(i), state), state)
+def _row_of(refs: Any, interpret: bool) -> tuple[Row, _Ranked, Any]:
+    """The program's row, its clusters, and what is left of the refs."""
+    row = Row(pl.program_id(1), refs[0].shape[1], refs[4][...], interpret=interpret)
+    return row, _Ranked(row, *refs[:4]), refs[5:]
 
-    def held(key: Any) -> Any:
-        def add(_: Any, keys: Any, sizes: Any, held: Any) -> Any:
-            return held + jnp.where(keys >= key, sizes, 0)
 
-        return jnp.sum(each(add, jnp.zeros(config.block, jnp.int32)))
-
-    def largest_below(key: Any) -> Any:
-        def widen(_: Any, keys: Any, __: Any, largest: Any) -> Any:
-            return jnp.maximum(largest, jnp.where(keys < key, keys, 0))
-
-        return jnp.max(each(widen, jnp.zeros(config.block, jnp.uint32)))
-
-    budget = plt.load(budget_ref.at[b])
-    key, above = threshold(
-        held, jnp.maximum(budget, 1), low, high + jnp.uint32(1), largest_below=largest_below
+def _bracket(*refs: Any, config: Config, interpret: bool) -> None:
+    row, ranked, (bracket_ref, number_ref) = _row_of(refs, interpret)
+    find_bracket(
+        *(row, bracket_ref, number_ref, ranked.load, ranked.clusters, ranked.budget),
+        config.sample,
+        weighted=True,
     )
 
-    def mark(c: Any, keys: Any, sizes: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        count, tokens, equal = state
-        ties = jnp.where(keys == key, sizes, 0)
-        before = above + equal + jnp.cumsum(ties) - ties
-        marked = ((keys > key) & (sizes > 0)) | ((ties > 0) & (before < budget))
-        marked = marked & (budget > 0)
-        number = marked.astype(jnp.int32)
-        kept = jnp.where(marked, sizes, 0)
-        place = count + jnp.cumsum(number) - 1
-        start = tokens + jnp.cumsum(kept) - kept
-        at = jnp.where(marked, place, NO_ID)
-        plt.store(selected_ref.at[b, h, c], marked, mask=c < clusters)
-        plt.store(clusters_ref.at[b, h, at], c, mask=marked)
-        plt.store(starts_ref.at[b, h, at], start, mask=marked)
-        first = lax.div(start + (GRANULE - 1), jnp.int32(GRANULE))
 
-        def write_granule(j: Any, _: Any) -> None:
-            granule = first + j
-            begins = (
-                marked & (granule * GRANULE < start + kept) & (granule < granules_ref.shape[-1])
-            )
-            at = jnp.where(begins, granule, NO_ID)
-            plt.store(granules_ref.at[b, h, at], place, mask=begins)
+def _split(*refs: Any, config: Config, interpret: bool) -> None:
+    row, ranked, (bracket_ref, _, *lists) = _row_of(refs, interpret)
+    keys, places, weights, number, sure, held = lists
+    written = Lists(keys, places, weights, number, sure, held, None)
+    split(row, pl.program_id(0), written, bracket_ref, ranked.load, ranked.clusters, config.chunk)
 
-        lax.fori_loop(0, lax.div(jnp.max(kept), jnp.int32(GRANULE)) + 1, write_granule, None)
-        return count + jnp.sum(number), tokens + jnp.sum(kept), equal + jnp.sum(ties)
 
-    zero = jnp.int32(0)
-    count, tokens, _ = each(mark, (zero, zero, zero))
+def _end(*refs: Any, config: Config, interpret: bool) -> None:
+    row, ranked, lists = _row_of(refs, interpret)
+    budget = jnp.maximum(ranked.budget, 1)
+    find_end(row, Lists(*lists), ranked.load, ranked.clusters, budget, config.tile)
 
-    def fill(i: Any, _: Any) -> None:
-        c = i * config.block + lane
-        rest = (c < clusters) & (c >= count)
-        at = jnp.where(rest, c, NO_ID)
-        plt.store(clusters_ref.at[b, h, at], jnp.full_like(c, NO_ID), mask=rest)
-        plt.store(starts_ref.at[b, h, at], jnp.full_like(c, tokens), mask=rest)
-        unused = (c < clusters) & (c >= used * config.block)
-        at = jnp.where(unused, c, NO_ID)
-        plt.store(selected_ref.at[b, h, at], jnp.zeros(config.block, bool), mask=unused)
 
-    def fill_granules(i: Any, _: Any) -> None:
-        granule = i * config.block + lane
-        rest = (granule < granules_ref.shape[-1]) & (granule * GRANULE >= tokens)
-        at = jnp.where(rest, granule, NO_ID)
-        last = jnp.full_like(granule, jnp.maximum(count - 1, 0))
-        plt.store(granules_ref.at[b, h, at], last, mask=rest)
+def _list(*refs: Any, config: Config, interpret: bool) -> None:
+    """Lists a chunk's selected clusters, from where those of the chunks before it end."""
+    row, ranked, refs = _row_of(refs, interpret)
+    *found, selected_ref, clusters_ref, starts_ref, granules_ref = refs
+    part, budget, clusters = pl.program_id(0), ranked.budget, selected_ref.shape[-1]
+    if config.in_registers:
+        least = jnp.maximum(budget, 1)
+        end = end_of_all(
+            *(row, part, ranked.load, ranked.clusters, least),
+            *(config.chunk, config.tile),
+            weighted=True,
+        )
+    else:
+        end, _ = read_end(row, part, Lists(*found), ranked.load, ranked.clusters, config.chunk)
+    some = budget > 0
+    c = part * config.chunk + jnp.arange(config.chunk)
+    exists = c < clusters
+    keys, sizes = ranked.load(c, exists)
+    marked = some & (sizes > 0) & end.selects(keys, c)
+    number = marked.astype(jnp.int32)
+    kept = jnp.where(marked, sizes, 0)
+    place = end.before + jnp.cumsum(number) - 1
+    start = end.before_weight + jnp.cumsum(kept) - kept
+    row.store(selected_ref, marked, c, mask=exists)
+    row.store(clusters_ref, c, place, mask=marked)
+    row.store(starts_ref, start, place, mask=marked)
+    first = lax.div(start + (GRANULE - 1), jnp.int32(GRANULE))
+    granules = granules_ref.shape[-1]
 
-    lax.fori_loop(0, blocks, fill, None)
-    lax.fori_loop(0, pl.cdiv(granules_ref.shape[-1], config.block), fill_granules, None)
-    plt.store(starts_ref.at[b, h, jnp.int32(clusters)], tokens)
+    def write_granule(j: Any, _: Any) -> None:
+        granule = first + j
+        begins = marked & (granule * GRANULE < start + kept) & (granule < granules)
+        row.store(granules_ref, place, granule, mask=begins)
+
+    lax.fori_loop(0, lax.div(jnp.max(kept), jnp.int32(GRANULE)) + 1, write_granule, None)
+
+    # Past the lists' ends each program fills its share.
+    count, tokens = jnp.where(some, end.count, 0), jnp.where(some, end.weight, 0)
+    rest = exists & (c >= count)
+    row.store(clusters_ref, jnp.full_like(c, NO_ID), c, mask=rest)
+    row.store(starts_ref, jnp.full_like(c, tokens), c, mask=rest)
+    row.store(starts_ref, tokens, jnp.int32(clusters))
+    share = pl.cdiv(granules, pl.cdiv(clusters, config.chunk))
+    lane = jnp.arange(_pallas.tile(share))
+    granule = part * share + lane
+    rest = (lane < share) & (granule < granules) & (granule * GRANULE >= tokens)
+    row.store(granules_ref, jnp.full_like(granule, jnp.maximum(count - 1, 0)), granule, mask=rest)
 
 
 def select_clusters(
@@ -192,34 +194,68 @@ def select_clusters(
     """
     batch, kv_heads, group, clusters = logits.shape
     _pallas.check_heads("select_clusters", group, _pallas.HEAD_DIMS[0])
-    config = config or _tuning.config("select_clusters", heuristic(clusters), clusters=clusters)
+    config = config or _tuning.config(
+        "select_clusters",
+        heuristic(batch * kv_heads, clusters),
+        rows=batch * kv_heads,
+        clusters=clusters,
+    )
 
-    def of_rows(size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, kv_heads, size), dtype)
+    def of_rows(*size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, kv_heads, *size), dtype)
 
-    padded = pl.cdiv(clusters, config.block) * config.block
-    ranked = _pallas.call(
+    def call(kernel: Any, operands: Any, out_shape: Any, parts: int, **how: Any) -> Any:
+        how = {"num_warps": config.num_warps, "num_stages": 1, "interpret": interpret} | how
+        return _pallas.call(kernel, operands, out_shape, (parts, batch * kv_heads), **how)
+
+    padded = pl.cdiv(clusters, config.share) * config.share
+    keys, sizes = call(
         functools.partial(_rank, config=config),
         (logits, logsumexp, offsets, _pallas.scalar(layer)),
-        (of_rows(padded, jnp.uint32), of_rows(padded)),
-        (padded // config.share, batch * kv_heads),
+        (of_rows(padded, dtype=jnp.uint32), of_rows(padded)),
+        padded // config.share,
         name="rank_clusters",
         num_warps=config.share_warps,
-        interpret=interpret,
     )
-    results = _pallas.call(
-        functools.partial(_select, clusters=clusters, config=config),
-        (*ranked, budget.astype(jnp.int32)),
+    operands = (keys, sizes, offsets, budget.astype(jnp.int32), _pallas.scalar(layer))
+    chunks = pl.cdiv(clusters, config.chunk)
+    found: tuple[Any, ...] = ()
+    if not config.in_registers:
+        rows = (batch, kv_heads)
+        shapes = list_shapes(rows, clusters, chunks, weighted=True)
+        bracket, number = call(
+            functools.partial(_bracket, config=config, interpret=interpret),
+            operands,
+            (of_rows(2, dtype=jnp.uint32), shapes.number),
+            1,
+            name="bracket_clusters",
+        )
+        lists = call(
+            functools.partial(_split, config=config, interpret=interpret),
+            (*operands, bracket, number),
+            shapes[:-1],
+            chunks,
+            name="split_clusters",
+            aliases={6: 3},
+        )
+        end = call(
+            functools.partial(_end, config=config, interpret=interpret),
+            (*operands, *lists),
+            shapes.end,
+            1,
+            name="find_last_cluster",
+        )
+        found = (*lists, end)
+    results = call(
+        functools.partial(_list, config=config, interpret=interpret),
+        (*operands, *found),
         (
-            of_rows(clusters, jnp.bool_),
+            of_rows(clusters, dtype=jnp.bool_),
             of_rows(clusters),
             of_rows(clusters + 1),
             of_rows(pl.cdiv(max_candidates, GRANULE)),
         ),
-        (batch * kv_heads,),
-        name="select_clusters",
-        num_warps=config.num_warps,
-        num_stages=1,
-        interpret=interpret,
+        chunks,
+        name="list_clusters",
     )
     return Candidates(*results)

@@ -1,4 +1,4 @@
-"""The first kernels of `select_tokens`: they drop candidates that are surely not selected."""
+"""Before one program a row selects: candidates that are surely not selected are dropped."""
 
 import math
 from typing import Any

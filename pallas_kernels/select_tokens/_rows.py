@@ -1,4 +1,4 @@
-"""The third kernel of `select_tokens`: exact selection, slots, and the row table's update."""
+"""One program a row: exact selection among contenders, slots, and the row table's update."""
 
 from typing import Any
 
@@ -10,8 +10,9 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import _pallas
 from pallas_kernels._bisect import threshold
 from pallas_kernels._numerics import NO_ID, ordered_bits
+from pallas_kernels._row import Row
 from pallas_kernels.score_tokens._members import find_members
-from pallas_kernels.select_tokens._row import Row
+from pallas_kernels.select_tokens._admit import admit
 
 
 def _take_all(row: Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: Any) -> None:
@@ -133,67 +134,6 @@ def _count_remaining(
     row.each(count, subtract)
 
 
-def _admit(
-    row: Row,
-    table: tuple[Any, Any, Any],
-    out: tuple[Any, Any, Any],
-    victims_ref: Any,
-    count: Any,
-    wanted: Any,
-    step: Any,
-) -> None:
-    """Gives the first `wanted` missed rows the least recently used slots, by rising slot."""
-    (slot_of_token_ref, token_of_slot_ref, last_used_ref), (tokens_ref, slots_ref, hit_ref) = (
-        table,
-        out,
-    )
-    slots = token_of_slot_ref.shape[-1]
-
-    def age(slot: Any, exists: Any) -> Any:
-        # Zero for a slot used in this step; the largest one is an empty slot's, step + 1.
-        used = row.load(last_used_ref, slot, mask=exists, stacked=True)
-        return jnp.where(exists, step - used, 0).astype(jnp.uint32)
-
-    def held(key: Any) -> Any:
-        def add(slot: Any, exists: Any, held: Any) -> Any:
-            return held + (age(slot, exists) >= key).astype(jnp.int32)
-
-        return jnp.sum(row.each(jnp.int32(slots), add, jnp.zeros(row.block, jnp.int32)))
-
-    key, above = threshold(held, wanted, jnp.uint32(0), (step + 2).astype(jnp.uint32))
-
-    def list_victims(slot: Any, exists: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-        written, equal = state
-        ages = age(slot, exists)
-        tie = (ages == key).astype(jnp.int32)
-        given = (ages > key) | ((tie > 0) & (above + equal + jnp.cumsum(tie) - tie < wanted))
-        number = given.astype(jnp.int32)
-        row.store(victims_ref, slot, written + jnp.cumsum(number) - 1, mask=given)
-        return written + jnp.sum(number), equal + jnp.sum(tie)
-
-    row.each(jnp.int32(slots), list_victims, (jnp.int32(0), jnp.int32(0)))
-    row.barrier()
-
-    def admit(i: Any, exists: Any, missed: Any) -> Any:
-        miss = (exists & ~row.load(hit_ref, i, mask=exists)).astype(jnp.int32)
-        nth = missed + jnp.cumsum(miss) - 1
-        enters = (miss > 0) & (nth < wanted)
-        victim = row.load(victims_ref, nth, mask=enters)
-        evicted = row.load(token_of_slot_ref, victim, mask=enters, stacked=True)
-        gone = enters & (evicted >= 0)
-        row.store(slot_of_token_ref, jnp.full_like(i, -1), evicted, mask=gone, stacked=True)
-        token = row.load(tokens_ref, i, mask=enters)
-        row.store(slot_of_token_ref, victim, token, mask=enters, stacked=True)
-        row.store(slots_ref, victim, i, mask=enters)
-        # A slot's old owner was read by the lane that now writes its new one.
-        row.barrier()
-        row.store(token_of_slot_ref, token, victim, mask=enters, stacked=True)
-        row.store(last_used_ref, jnp.full_like(i, step), victim, mask=enters, stacked=True)
-        return missed + jnp.sum(miss)
-
-    row.each(count, admit, jnp.int32(0))
-
-
 def select_rows(
     *refs: Any,
     segment_tokens: int,
@@ -212,7 +152,7 @@ def select_rows(
     kv_heads = log_mass_ref.shape[1]
     program = pl.program_id(0)
     layer, step = layer_ref[...], step_ref[...]
-    row = Row(program // kv_heads, program % kv_heads, layer, block, interpret)
+    row = Row(program, kv_heads, layer, interpret=interpret, block=block)
     total = row.load(starts_ref, jnp.int32(clusters_ref.shape[-1]))
     total = jnp.minimum(total, log_mass_ref.shape[-1])
     room = tokens_ref.shape[-1]
@@ -259,8 +199,8 @@ def select_rows(
     wanted = jnp.minimum(budget - hits, slots - hits)
 
     @pl.when(wanted > 0)
-    def admit() -> None:
-        _admit(row, table, (tokens_ref, slots_ref, hit_ref), victims_ref, budget, wanted, step)
+    def find_slots() -> None:
+        admit(row, table, (tokens_ref, slots_ref, hit_ref), victims_ref, budget, wanted, step)
 
     plt.store(hits_ref.at[row.b, row.h], hits)
     plt.store(misses_ref.at[row.b, row.h], budget - hits)

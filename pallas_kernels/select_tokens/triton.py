@@ -1,65 +1,27 @@
-"""`select_tokens` as three Triton kernels: a threshold, contenders above it, the best of them."""
+"""`select_tokens` as Triton kernels: by one program a row, or by several."""
 
-import dataclasses
-import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 
-from pallas_kernels import _pallas, _tuning
+from pallas_kernels import _tuning
 from pallas_kernels.select_clusters.reference import Candidates
-from pallas_kernels.select_tokens._contenders import (
-    estimate_threshold,
-    list_contenders,
-    most_expected,
-)
-from pallas_kernels.select_tokens._rows import select_rows
+from pallas_kernels.select_tokens._split_rows import SplitRows, select_in_split_rows, split_rows
+from pallas_kernels.select_tokens._whole_rows import WholeRows, select_in_whole_rows, whole_rows
 from pallas_kernels.select_tokens.reference import Retrieved, RowTable
 
+Config = WholeRows | SplitRows
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the work is cut.
-
-    Attributes:
-        sample: candidates whose masses set the threshold.
-        chunk: candidates that one program of the second kernel looks through.
-        tile: contenders that the third kernel holds in registers.
-        block: picked rows, or slots, that it looks at at once.
-        sample_warps, chunk_warps, row_warps: the three kernels' `num_warps`, see Triton.
-    """
-
-    sample: int = 4096
-    chunk: int = 2048
-    tile: int = 2048
-    block: int = 2048
-    sample_warps: int = 16
-    chunk_warps: int = 4
-    row_warps: int = 16
+# Up to so many candidates one program a row is faster, even where rows are few: 33,000 take it
+# 20 us in 8 rows and 30 in 64, several programs 24 and 43; 262,000 in 8 rows 116 (an H100).
+MOST_FOR_ONE_PROGRAM = 2**16
 
 
-# The most contenders whose keys and places fit in the registers of 32 warps.
-MOST_IN_REGISTERS = 16384
-
-
-def heuristic(candidates: int, max_tokens: int) -> Config:
+def heuristic(rows: int, candidates: int, max_tokens: int) -> Config:
     """A config for shapes that were not tuned."""
-    chunk = min(2048, _pallas.tile(candidates, 32))
-    sample = min(_pallas.tile(candidates // 16, 32), 8192)
-    tile = _pallas.tile(most_expected(max_tokens, candidates, sample), 32)
-    tile = min(tile, MOST_IN_REGISTERS)
-    return Config(
-        sample,
-        chunk,
-        tile=tile,
-        block=max(32, min(2048, _pallas.tile(max_tokens))),
-        sample_warps=max(1, min(16, sample // 256)),
-        chunk_warps=max(1, min(4, chunk // 256)),
-        row_warps=max(1, min(32, tile // 128)),
-    )
+    if candidates <= MOST_FOR_ONE_PROGRAM:
+        return whole_rows(candidates, max_tokens)
+    return split_rows(rows, candidates, max_tokens)
 
 
 def select_tokens(
@@ -81,87 +43,20 @@ def select_tokens(
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`."""
     batch, kv_heads, room = log_mass.shape
-    clusters, slots = candidates.clusters.shape[-1], table.token_of_slot.shape[-1]
     config = config or _tuning.config(
-        "select_tokens", heuristic(room, max_tokens), candidates=room, max_tokens=max_tokens
+        "select_tokens",
+        heuristic(batch * kv_heads, room, max_tokens),
+        rows=batch * kv_heads,
+        candidates=room,
+        max_tokens=max_tokens,
     )
-    row = (batch, kv_heads)
-    chunks = pl.cdiv(room, config.chunk)
-
-    def of_rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*row, *shape), dtype)
-
-    budget = budget.astype(jnp.int32)
-    lowest = _pallas.call(
-        functools.partial(estimate_threshold, sample=config.sample),
-        (log_mass, candidates.starts, budget),
-        of_rows(dtype=jnp.uint32),
-        (batch * kv_heads,),
-        name="estimate_threshold",
-        num_warps=config.sample_warps,
-        num_stages=1,
-        interpret=interpret,
-    )
-    *lists, sizes = _pallas.call(
-        functools.partial(list_contenders, chunk=config.chunk),
-        (log_mass, candidates.starts, lowest, offsets, _pallas.scalar(layer)),
-        (
-            of_rows(chunks, config.chunk, dtype=jnp.uint32),
-            of_rows(chunks, config.chunk),
-            of_rows(chunks),
-            of_rows(clusters),
-        ),
-        (chunks, batch * kv_heads),
-        name="list_contenders",
-        num_warps=config.chunk_warps,
-        num_stages=1,
-        interpret=interpret,
-    )
-    in_place = (*lists, sizes, *table)
-    results = _pallas.call(
-        functools.partial(
-            select_rows,
-            segment_tokens=segment_tokens,
-            growth_tokens=growth_tokens,
-            block=config.block,
-            tile=config.tile,
-            interpret=interpret,
-        ),
-        (
-            *in_place,
-            log_mass,
-            candidates.clusters,
-            candidates.starts,
-            candidates.granules,
-            budget,
-            offsets,
-            token_ids,
-            prompt_tokens,
-            _pallas.scalar(layer),
-            _pallas.scalar(step),
-        ),
-        (
-            of_rows(max_tokens),
-            of_rows(max_tokens),
-            of_rows(max_tokens, dtype=jnp.bool_),
-            of_rows(),
-            of_rows(),
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in in_place),
-            # Scratch: the chunks' prefix sums, picked places, their clusters' numbers, each
-            # cluster's first pick, victims.
-            of_rows(chunks),
-            of_rows(max_tokens),
-            of_rows(max_tokens),
-            of_rows(clusters),
-            of_rows(slots),
-        ),
-        (batch * kv_heads,),
-        name="select_rows",
-        num_warps=config.row_warps,
-        num_stages=1,
-        aliases={i: 5 + i for i in range(len(in_place))},
-        interpret=interpret,
-    )
-    tokens, row_slots, hit, hits, misses = results[:5]
-    remaining, table = results[8], RowTable(*results[9:12])
-    return Retrieved(tokens, row_slots, hit, remaining, table, hits, misses)
+    operands = (log_mass, candidates, budget, offsets, token_ids, prompt_tokens, table, layer, step)
+    how: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "segment_tokens": segment_tokens,
+        "growth_tokens": growth_tokens,
+        "interpret": interpret,
+    }
+    if isinstance(config, SplitRows):
+        return select_in_split_rows(*operands, **how, config=config)
+    return select_in_whole_rows(*operands, **how, config=config)

@@ -51,16 +51,23 @@ def test_score_clusters(group, head_dim, clusters, blocks):
         np.testing.assert_allclose(x, y, atol=3e-6)
 
 
-# In registers, and by blocks; clusters larger than a granule of the list.
+# In registers, by several programs; by a sample that splits some off, and by one that tells
+# nothing; more contenders than registers hold; clusters larger than a granule of the list.
 @pytest.mark.parametrize(
-    "group, clusters, block, most, budget",
-    [(1, 100, 128, 70, [17, 10**6]), (7, 90, 32, 5, [0, 90])],
+    "group, clusters, most, budget, config",
+    [
+        (1, 100, 70, [17, 10**6], select_clusters.Config(32, 32, True, 128)),
+        (7, 90, 5, [0, 90], select_clusters.Config(32, 128, True, 128)),
+        (1, 1000, 5, [900, 90], select_clusters.Config(128, 256, False, 512, 512)),
+        (2, 400, 40, [3000, 10**6], select_clusters.Config(128, 128, False, 64, 512)),
+        (1, 200, 40, [300, 0], select_clusters.Config(128, 64, False, 32, 16)),
+    ],
 )
-def test_select_clusters_exactly(group, clusters, block, most, budget):
+def test_select_clusters_exactly(group, clusters, most, budget, config):
     rng = np.random.default_rng(clusters)
     sizes, offsets = random_sizes(rng, clusters, most)
     # Coarse values make ties, and heads that agree keep them in any arithmetic.
-    logits = np.round(rng.normal(size=(BATCH, HEADS, 1, clusters)) * 3) * np.ones((group, 1))
+    logits = np.round(rng.normal(size=(BATCH, HEADS, 1, clusters)) * 3) * np.ones((group, 1)) - 9
     logits = np.where(sizes[LAYER][:, :, None] > 0, logits, MASKED).astype(np.float32)
     operands = (
         jnp.asarray(logits),
@@ -70,7 +77,6 @@ def test_select_clusters_exactly(group, clusters, block, most, budget):
         jnp.asarray(budget, jnp.int32),
     )
     room = int(offsets.max()) // 2
-    config = select_clusters.Config(32, block, 1, 1)
     found = select_clusters.select_clusters(
         *operands, max_candidates=room, config=config, interpret=True
     )
@@ -127,8 +133,10 @@ select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=
 @pytest.mark.parametrize(
     "slots, most, config",
     [
-        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1)),
-        (1, 10, select_tokens.Config(16, 32, 16, 64, 1, 1, 1)),
+        (7, 24, select_tokens.WholeRows(32, 64, 32, 32, 1, 1, 1)),
+        (1, 10, select_tokens.WholeRows(16, 32, 16, 64, 1, 1, 1)),
+        (7, 24, select_tokens.SplitRows(128, 16, 32, 32, 1, 1, 1)),
+        (1, 10, select_tokens.SplitRows(32, 32, 256, 64, 1, 1, 1)),
         (300, 400, None),
     ],
 )
@@ -145,11 +153,11 @@ def test_select_tokens_exactly(slots, most, config):
     for step in range(5):
         selected = jnp.asarray(rng.random((BATCH, HEADS, clusters)) < 0.6)
         candidates = list_candidates(selected, jnp.asarray(sizes[LAYER], jnp.int32), room)
-        log_mass = rng.normal(size=(BATCH, HEADS, room)).astype(np.float32)
+        log_mass = (rng.normal(size=(BATCH, HEADS, room)) * 2 - 9).astype(np.float32)
         if step == 3:
             log_mass = np.round(log_mass)  # ties
         if step == 4:
-            log_mass[:] = -2  # nothing but ties: no sample tells them apart
+            log_mass[:] = -2  # nothing but ties, and all in the last bin
         listed = jnp.arange(room) < candidates.starts[..., -1:]
         operands = (
             jnp.where(listed, log_mass, MASKED),

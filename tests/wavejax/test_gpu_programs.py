@@ -11,7 +11,7 @@ from tests.wavejax.attention_harness import model_of
 from wavejax import WaveAttention
 
 STEP = {
-    *("score_clusters", "rank_clusters", "select_clusters", "score_tokens", "estimate_threshold"),
+    *("score_clusters", "rank_clusters", "list_clusters", "score_tokens", "estimate_threshold"),
     *("list_contenders", "select_rows", "attend_zones", "merge_states"),
 }
 INDEX = {"assign_tokens", "move_centroids", "cut_clusters", "sum_pieces", "encode_tokens"}

@@ -1,4 +1,4 @@
-"""One row's view of a kernel's refs."""
+"""One row's view of a kernel's refs: a row is a sequence and a kv head."""
 
 from typing import Any
 
@@ -13,8 +13,18 @@ from pallas_kernels._numerics import NO_ID
 class Row:
     """One row's view of the kernel's refs, and the loops that all parts share."""
 
-    def __init__(self, b: Any, h: Any, layer: Any, block: int, interpret: bool) -> None:
-        self.b, self.h, self.layer, self.block, self.interpret = b, h, layer, block, interpret
+    def __init__(self, row: Any, kv_heads: int, layer: Any, *, interpret: bool, block: int = 1):
+        """Of a row by its number.
+
+        Args:
+            row: number among all sequences' kv heads.
+            kv_heads: of the arrays.
+            layer: which layer of stacks.
+            interpret: whether the kernel is interpreted.
+            block: how many elements `each` visits at once.
+        """
+        self.b, self.h, self.layer = row // kv_heads, row % kv_heads, layer
+        self.block, self.interpret = block, interpret
         self.lane = jnp.arange(block)
 
     def load(self, ref: Any, *at: Any, mask: Any = None, stacked: bool = False) -> Any:
@@ -30,6 +40,11 @@ class Row:
             # Interpreted, lanes that are masked still write if their place is one of the array.
             at = (*at[:-1], jnp.where(mask, at[-1], NO_ID))
         plt.store(ref.at[*prefix, *at], value, mask=mask)
+
+    def add(self, ref: Any, value: Any, *at: Any) -> Any:
+        """Adds to one int32 atomically; returns what was there before."""
+        value = jnp.asarray(value, jnp.int32)
+        return _pallas.add_atomically(ref, (self.b, self.h, *at), value, self.interpret)
 
     def barrier(self) -> None:
         _pallas.barrier(self.interpret)

@@ -1,0 +1,214 @@
+"""Where a row's selection ends, exactly: the last steps of what `_split` begins."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _pallas
+from pallas_kernels._bisect import Each, cut
+from pallas_kernels._row import Row
+from pallas_kernels._split import Lists, Load, sum_pair
+
+# Contenders that `read_end` reads at once.
+READ_TILE = 1024
+
+
+class End(NamedTuple):
+    """Where a row's selection ends.
+
+    Attributes:
+        key, last: uint32 and int32: selected is what has a larger key, or this key and a place of
+            at most `last`.
+        count, weight: int32, how many elements are selected, and their weights' sum.
+        before, before_weight: int32, the same of the elements before the program's chunk.
+    """
+
+    key: Any
+    last: Any
+    count: Any
+    weight: Any
+    before: Any
+    before_weight: Any
+
+    def selects(self, keys: Any, places: Any) -> Any:
+        """Which elements are selected."""
+        return _selects(self.key, self.last, keys, places)
+
+
+def _selects(key: Any, last: Any, keys: Any, places: Any) -> Any:
+    return (keys > key) | ((keys == key) & (places <= last))
+
+
+def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: int) -> None:
+    """Finds the end of a row's selection; one program a row.
+
+    Args:
+        row: whose elements.
+        lists: from `split`; the end is written.
+        load: reads elements.
+        total: int32, the row's elements.
+        budget: int32, at least 1: what the selected elements should weigh, and at most what all
+            weigh together.
+        tile: so many contenders are held in registers. Where there are more, each round of the
+            search reads them again.
+    """
+    weighted, chunks = lists.weights is not None, lists.sure.shape[-1]
+    nth, lane = jnp.arange(_pallas.tile(chunks)), jnp.arange(tile)
+    of_chunks = lists.held if weighted else lists.sure
+    held = jnp.sum(row.load(of_chunks, nth, mask=nth < chunks))
+    listed = row.load(lists.number)
+
+    def finish(each: Each, budget: Any, right: int) -> None:
+        key, last = cut(each, budget, weighted=weighted)
+        key = lax.bitcast_convert_type(key, jnp.int32)
+        for i, x in enumerate((key, last, jnp.int32(right))):
+            row.store(lists.end, x, jnp.int32(i))
+
+    def add(exists: Any, keys: Any, weights: Any, places: Any, total: Any) -> Any:
+        return total + jnp.sum(jnp.where(exists, weights, 0))
+
+    contended = listed
+    if weighted:
+        contended = _by_blocks(_contenders(row, lists, listed), listed, tile)(add, jnp.int32(0))
+    right = (held < budget) & (budget <= held + contended)
+
+    @pl.when(right & (listed <= tile))
+    def among_contenders() -> None:
+        elements = _contenders(row, lists, listed)(lane)
+        finish(lambda visit, state: visit(*elements, state), budget - held, 1)
+
+    @pl.when(right & (listed > tile))
+    def among_many() -> None:
+        finish(_by_blocks(_contenders(row, lists, listed), listed, tile), budget - held, 1)
+
+    @pl.when(~right)
+    def among_all() -> None:
+        finish(_by_blocks(_everything(load, total), total, tile), budget, 0)
+
+
+def read_end(
+    row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: int
+) -> tuple[End, Any]:
+    """The end that `find_end` found, with what is selected before this program's chunk.
+
+    Args:
+        row: whose.
+        part: which chunk is the program's.
+        lists: from `split` and `find_end`.
+        load, total: as for `find_end`.
+        chunk: elements that are a program's, as for `split`.
+
+    Returns:
+        the end, and whether all that is selected is among the survivors of `split`: bool.
+    """
+    weighted, chunks, start = lists.weights is not None, lists.sure.shape[-1], part * chunk
+    nth = jnp.arange(_pallas.tile(chunks))
+    key, last, right = (row.load(lists.end, jnp.int32(i)) for i in range(3))
+    key, right, listed = (
+        lax.bitcast_convert_type(key, jnp.uint32),
+        right > 0,
+        row.load(lists.number),
+    )
+
+    def add(exists: Any, keys: Any, weights: Any, places: Any, state: Any) -> Any:
+        weights = jnp.where(exists & _selects(key, last, keys, places), weights, 0)
+        pair = weights, jnp.where(places < start, weights, 0)
+        numbers = sum_pair(*((x > 0).astype(jnp.int32) for x in pair))
+        sums = (*map(jnp.sum, pair), *numbers) if weighted else numbers
+        return tuple(x + y for x, y in zip(state, sums, strict=True))
+
+    def among_contenders() -> Any:
+        def of_sure(ref: Any) -> list[Any]:
+            sure = row.load(ref, nth, mask=nth < chunks)
+            return [jnp.sum(sure), jnp.sum(jnp.where(nth < part, sure, 0))]
+
+        start = of_sure(lists.sure)
+        if weighted:
+            start = of_sure(lists.held) + start
+        return _by_blocks(_contenders(row, lists, listed), listed, READ_TILE)(add, tuple(start))
+
+    def among_all() -> Any:
+        zeros = (jnp.int32(0),) * (4 if weighted else 2)
+        return _by_blocks(_everything(load, total), total, READ_TILE)(add, zeros)
+
+    sums = lax.cond(right, among_contenders, among_all)
+    weight, before_weight, *numbers = sums
+    count, before = numbers if weighted else (weight, before_weight)
+    return End(key, last, count, weight, before, before_weight), right
+
+
+def _contenders(row: Row, lists: Lists, listed: Any) -> Callable[..., Any]:
+    def contenders(i: Any) -> tuple[Any, Any, Any, Any]:
+        exists = i < listed
+        weights = exists.astype(jnp.int32)
+        if lists.weights is not None:
+            weights = row.load(lists.weights, i, mask=exists)
+        keys, places = (row.load(ref, i, mask=exists) for ref in (lists.keys, lists.places))
+        return exists, keys, weights, places
+
+    return contenders
+
+
+def _everything(load: Load, total: Any) -> Callable[..., Any]:
+    def everything(i: Any) -> tuple[Any, Any, Any, Any]:
+        return i < total, *load(i, i < total), i
+
+    return everything
+
+
+def _by_blocks(elements: Callable[..., Any], count: Any, tile: int) -> Each:
+    """Visits elements so many at once: those of which `elements(i)` gives what `Each` hands on."""
+
+    def each(visit: Any, state: Any) -> Any:
+        def of_block(i: Any, state: Any) -> Any:
+            return visit(*elements(i * tile + jnp.arange(tile)), state)
+
+        return lax.fori_loop(0, lax.div(count + (tile - 1), jnp.int32(tile)), of_block, state)
+
+    return each
+
+
+def end_of_all(
+    row: Row,
+    part: Any,
+    load: Load,
+    total: Any,
+    budget: Any,
+    chunk: int,
+    tile: int,
+    *,
+    weighted: bool,
+) -> End:
+    """The end of a row's selection, found in registers and by every program for itself.
+
+    Args:
+        row: whose elements.
+        part: which chunk is the program's.
+        load: reads elements.
+        total: int32, the row's elements, at most `tile`.
+        budget: int32, as for `find_end`.
+        chunk: elements that are a program's.
+        tile: elements that are held in registers.
+        weighted: whether they differ in weight.
+    """
+    place = jnp.arange(tile)
+    exists = place < total
+    keys, weights = load(place, exists)
+    key, last = cut(
+        lambda visit, state: visit(exists, keys, weights, place, state), budget, weighted=weighted
+    )
+    zero = jnp.int32(0)
+    selected = exists & End(key, last, zero, zero, zero, zero).selects(keys, place)
+    weights = jnp.where(selected, weights, 0)
+    number, earlier = (weights > 0).astype(jnp.int32), place < part * chunk
+    return End(
+        key,
+        last,
+        count=jnp.sum(number),
+        weight=jnp.sum(weights),
+        before=jnp.sum(jnp.where(earlier, number, 0)),
+        before_weight=jnp.sum(jnp.where(earlier, weights, 0)),
+    )

@@ -1,0 +1,79 @@
+"""Finding slots for missed rows: least recently used ones, and the row table's update."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels._bisect import threshold
+from pallas_kernels._row import Row
+
+
+def admit(
+    row: Row,
+    table: tuple[Any, Any, Any],
+    out: tuple[Any, Any, Any],
+    victims_ref: Any,
+    count: Any,
+    wanted: Any,
+    step: Any,
+) -> None:
+    """Gives the first `wanted` missed rows the least recently used slots, by rising slot.
+
+    Args:
+        row: whose rows.
+        table: `RowTable`'s fields.
+        out: `Retrieved`'s tokens, slots and hit, of which the slots of misses are written.
+        victims_ref: `[batch, kv_heads, slots]` int32, scratch.
+        count: int32, rows retrieved.
+        wanted: int32, at least 1, rows to admit.
+        step: int32.
+    """
+    (slot_of_token_ref, token_of_slot_ref, last_used_ref), (tokens_ref, slots_ref, hit_ref) = (
+        table,
+        out,
+    )
+    slots = token_of_slot_ref.shape[-1]
+
+    def age(slot: Any, exists: Any) -> Any:
+        # Zero for a slot used in this step; the largest one is an empty slot's, step + 1.
+        used = row.load(last_used_ref, slot, mask=exists, stacked=True)
+        return jnp.where(exists, step - used, 0).astype(jnp.uint32)
+
+    def held(key: Any) -> Any:
+        def add(slot: Any, exists: Any, held: Any) -> Any:
+            return held + (age(slot, exists) >= key).astype(jnp.int32)
+
+        return jnp.sum(row.each(jnp.int32(slots), add, jnp.zeros(row.block, jnp.int32)))
+
+    key, above = threshold(held, wanted, jnp.uint32(0), (step + 2).astype(jnp.uint32))
+
+    def list_victims(slot: Any, exists: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        written, equal = state
+        ages = age(slot, exists)
+        tie = (ages == key).astype(jnp.int32)
+        given = (ages > key) | ((tie > 0) & (above + equal + jnp.cumsum(tie) - tie < wanted))
+        number = given.astype(jnp.int32)
+        row.store(victims_ref, slot, written + jnp.cumsum(number) - 1, mask=given)
+        return written + jnp.sum(number), equal + jnp.sum(tie)
+
+    row.each(jnp.int32(slots), list_victims, (jnp.int32(0), jnp.int32(0)))
+    row.barrier()
+
+    def enter(i: Any, exists: Any, missed: Any) -> Any:
+        miss = (exists & ~row.load(hit_ref, i, mask=exists)).astype(jnp.int32)
+        nth = missed + jnp.cumsum(miss) - 1
+        enters = (miss > 0) & (nth < wanted)
+        victim = row.load(victims_ref, nth, mask=enters)
+        evicted = row.load(token_of_slot_ref, victim, mask=enters, stacked=True)
+        gone = enters & (evicted >= 0)
+        row.store(slot_of_token_ref, jnp.full_like(i, -1), evicted, mask=gone, stacked=True)
+        token = row.load(tokens_ref, i, mask=enters)
+        row.store(slot_of_token_ref, victim, token, mask=enters, stacked=True)
+        row.store(slots_ref, victim, i, mask=enters)
+        # A slot's old owner was read by the lane that now writes its new one.
+        row.barrier()
+        row.store(token_of_slot_ref, token, victim, mask=enters, stacked=True)
+        row.store(last_used_ref, jnp.full_like(i, step), victim, mask=enters, stacked=True)
+        return missed + jnp.sum(miss)
+
+    row.each(count, enter, jnp.int32(0))
