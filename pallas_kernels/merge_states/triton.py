@@ -15,16 +15,24 @@ from pallas_kernels._numerics import MASKED, log_sum_exp
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A program merges one query head's parts, so many of them at once. No loop is pipelined."""
+    """How the work is cut. No loop is pipelined.
+
+    Attributes:
+        part_tile: parts that a program merges at once.
+        dim_tile: so many dimensions of one query head are one program's.
+        num_warps: see Triton.
+    """
 
     part_tile: int = 32
+    dim_tile: int = 128
     num_warps: int = 4
 
 
 def heuristic(parts: int, head_dim: int) -> Config:
-    """All parts at once while they fit the registers: 8192 numbers, 64 a thread."""
-    most = 8192 // _pallas.tile(head_dim)
-    return Config(part_tile=min(_pallas.tile(parts), most))
+    """All parts at once, up to 256, and as many dimensions as keep them in 64 registers."""
+    part_tile = min(_pallas.tile(parts), 256)
+    dim_tile = min(max(4096 // part_tile, 32), _pallas.tile(head_dim))
+    return Config(part_tile, dim_tile)
 
 
 def merge_states(
@@ -54,30 +62,37 @@ def merge_states(
             heads=batch * kv_heads * group,
             head_dim=head_dim,
         )
-    tile = config.part_tile
+    tile, dims = config.part_tile, config.dim_tile
 
     def kernel(outputs: Any, logsumexps: Any, output: Any, logsumexp: Any) -> None:
-        at = _pallas.head_of(pl.program_id(0), kv_heads, group)
-        d = jnp.arange(_pallas.tile(head_dim))
+        at = _pallas.head_of(pl.program_id(1), kv_heads, group)
+        d = pl.program_id(0) * dims + jnp.arange(dims)
         part = jnp.arange(_pallas.tile(parts))
         lse = plt.load(logsumexps.at[part, *at], mask=part < parts, other=MASKED)
         total = log_sum_exp(lse, axis=0)
 
         def step(i: Any, merged: Array) -> Array:
             part = i * tile + jnp.arange(tile)
-            lse = plt.load(logsumexps.at[part, *at], mask=part < parts, other=MASKED)
-            present = lse > MASKED / 2
-            # A part with nothing in it may hold anything, NaN included: it is not read.
+            exists = part < parts
+            # Not for the parts alone that have something in them: then the one load would wait
+            # for the other.
             values = plt.load(
                 outputs.at[part[:, None], *at, d[None, :]],
-                mask=present[:, None] & (d < head_dim)[None, :],
+                mask=exists[:, None] & (d < head_dim)[None, :],
                 other=0.0,
             )
+            lse = plt.load(logsumexps.at[part, *at], mask=exists, other=MASKED)
+            present = lse > MASKED / 2
             weights = jnp.where(present, jnp.exp(lse - total), 0.0)
+            # A part with nothing in it may hold anything, NaN included.
+            values = jnp.where(present[:, None], values, 0.0)
             return merged + jnp.sum(weights[:, None] * values, axis=0)
 
         start = jnp.zeros(d.shape, jnp.float32)
-        merged = lax.fori_loop(0, pl.cdiv(parts, tile), step, start)
+        if parts <= tile:
+            merged = step(jnp.int32(0), start)
+        else:
+            merged = lax.fori_loop(0, pl.cdiv(parts, tile), step, start)
         plt.store(output.at[*at, d], merged, mask=d < head_dim)
         logsumexp[*at] = total
 
@@ -88,7 +103,7 @@ def merge_states(
             jax.ShapeDtypeStruct(outputs.shape[1:], jnp.float32),
             jax.ShapeDtypeStruct(logsumexps.shape[1:], jnp.float32),
         ),
-        (batch * kv_heads * group,),
+        (pl.cdiv(head_dim, dims), batch * kv_heads * group),
         name="merge_states",
         num_warps=config.num_warps,
         interpret=interpret,

@@ -193,7 +193,8 @@ def test_merge_states(parts, head_dim):
     merge = functools.partial(merge_kernel.merge_states, interpret=True)
     found = jax.jit(merge, **QUICKLY)(*args)
     np.testing.assert_array_equal(found[0][0, 0, :2], 0)
-    assert_close(found, merge_reference.merge_states(*args), 1e-6)
+    # The parts are summed one after the other here, in float32.
+    assert_close(found, merge_reference.merge_states(*args), 3e-6)
 
 
 def shapes(head_dim, dtype, group=4):
