@@ -5,15 +5,17 @@ import math
 
 from pallas_kernels import _pallas
 
-# An H200's 132 processors hold four programs each. While rows are missed, the programs that read
-# the store take half of the places, so that the others go on meanwhile.
-MISSED_PROGRAMS = 2 * 132
-# What the other programs take differs: half as many again as there are places even it out.
+# So many programs that read the store fill the bus. More would only read from more pages at a time,
+# and what translates their addresses remembers few.
+MISSED_PROGRAMS = 64
+# A large GPU's 132 processors hold four programs each. What the programs take differs: half as many
+# again as there are places even it out.
 PROGRAMS = 6 * 132
 # A program of fewer tiles would spend its time on starting.
 LEAST_TILES = 3
-# A program holds its share of the list of retrieved rows in registers: 4 a thread for 16 tiles.
-MOST_LISTED_TILES = 16
+# A program holds its share of the list of retrieved rows in registers: 4 a thread for 16 tiles of
+# hits, and for a moment 32 for 64 tiles of missed rows.
+MOST_HIT_TILES, MOST_MISSED_TILES = 16, 64
 # What a program reads at once: more takes more than 128 registers a thread, and fewer fit.
 TILE_BYTES = 16384
 
@@ -70,10 +72,9 @@ def heuristic(
     hit, estimated, steady = (
         fit(PROGRAMS / rows * own / sum(work), most) for own, most in zip(work, tiles, strict=True)
     )
-    least = math.ceil(tiles[0] / MOST_LISTED_TILES)
     return Config(
-        max(fit(MISSED_PROGRAMS / rows, tiles[0]), least),
-        max(hit, least),
+        max(fit(MISSED_PROGRAMS / rows, tiles[0]), math.ceil(tiles[0] / MOST_MISSED_TILES)),
+        max(hit, math.ceil(tiles[0] / MOST_HIT_TILES)),
         estimated,
         steady,
         missed_tile=row_tile,

@@ -44,13 +44,18 @@ class Refs(NamedTuple):
     outputs: Any
     logsumexps: Any
     cache: Any
+    missed_tokens: Any
+    missed_slots: Any
 
 
 class Program:
     """One program: its part of one zone of one row."""
 
-    def __init__(self, refs: Refs, config: Config, with_sink: bool, scale: float) -> None:
+    def __init__(
+        self, refs: Refs, config: Config, with_sink: bool, scale: float, interpret: bool
+    ) -> None:
         self.refs, self.config, self.with_sink, self.scale = refs, config, with_sink, scale
+        self.interpret = interpret
         batch, kv_heads, group, head_dim = refs.query.shape
         self.part = pl.program_id(0) // (batch * kv_heads)
         row = pl.program_id(0) % (batch * kv_heads)
@@ -72,32 +77,63 @@ class Program:
 
     def missed(self, split: Array) -> None:
         refs, size, splits = self.refs, self.config.missed_tile, self.config.missed_splits
-        steps, tokens = self.share_of_list(split, splits, size, refs.tokens, hits=False)
+        room = refs.tokens.shape[2]
+        share = pl.cdiv(room, splits)
+        lane = jnp.arange(_pallas.tile(share))
+        first = split * share
+        inside = (lane < share) & (first + lane < room)
+        where = (self.b, self.h, first + lane)
+        hit = plt.load(refs.hit.at[*where], mask=inside, other=True)
+        token = plt.load(refs.tokens.at[*where], mask=inside, other=NO_ID)
+        slot = plt.load(refs.slots.at[*where], mask=inside, other=NO_ID)
+        missed = ~hit & (token != NO_ID)
+        number = missed.astype(jnp.int32)
+        count = jnp.sum(number)
 
-        def step(carry: tuple[Array, State]) -> tuple[Array, State]:
-            left, state = carry
-            i = steps - left
-            token = _row(tokens, i)
-            missed = token != NO_ID
-            at = (split + i * splits) * size + jnp.arange(size)
-            slot = plt.load(refs.slots.at[self.b, self.h, at], mask=missed, other=NO_ID)
-            rows = self.load_rows(refs.store, token, missed)
+        # One after the other, so that every tile is full; and in their order, by which programs
+        # that run at a time read from few pages: each row's lie in rising segments.
+        @pl.when(count > 0)
+        def list_missed() -> None:
+            at = jnp.where(missed, first + jnp.cumsum(number) - 1, NO_ID)
+            plt.store(refs.missed_tokens.at[self.b, self.h, at], token, mask=missed)
+            plt.store(refs.missed_slots.at[self.b, self.h, at], slot, mask=missed)
+            _pallas.barrier(self.interpret)
+
+        def read(ids: Any, i: Array) -> Array:
+            at = i * size + jnp.arange(size)
+            return plt.load(ids.at[self.b, self.h, first + at], mask=at < count, other=NO_ID)
+
+        steps = pl.cdiv(count, size)
+
+        def step(carry: tuple[Array, Array, Array, State]) -> tuple[Array, Array, Array, State]:
+            i, token, slot, state = carry
+            # The next ones' places are on their way while these ones' rows are.
+            following = read(refs.missed_tokens, i + 1), read(refs.missed_slots, i + 1)
+            valid = token != NO_ID
+            rows = self.load_rows(refs.store, token, valid)
             # What is admitted in a step is no hit in it, so no order matters.
             admitted = self.of_rows(slot != NO_ID)
             for kv, vectors in enumerate(rows):
                 into = refs.cache.at[*self.row, slot[:, None], kv, self.d]
                 plt.store(into, vectors, mask=admitted)
             # The query is read again for each tile: else it holds 32 registers of each thread.
-            return left - 1, self.attend(state, self.load_query(), rows, missed)
+            return i + 1, *following, self.attend(state, self.load_query(), rows, valid)
 
         # No `fori_loop`: Triton would make its reads asynchronous copies, and those read a host's
         # memory at half of the speed.
-        _, state = lax.while_loop(lambda carry: carry[0] > 0, step, (steps, self.start(size)))
+        zero = jnp.int32(0)
+        start = (
+            zero,
+            read(refs.missed_tokens, zero),
+            read(refs.missed_slots, zero),
+            self.start(size),
+        )
+        *_, state = lax.while_loop(lambda carry: carry[0] < steps, step, start)
         self.finish(state)
 
     def hits(self, split: Array) -> None:
         refs, size, splits = self.refs, self.config.hit_tile, self.config.hit_splits
-        steps, slots = self.share_of_list(split, splits, size, refs.slots, hits=True)
+        steps, slots = self.hits_of_share(split, splits, size)
         query = self.load_query()
 
         def step(i: Array, state: State) -> State:
@@ -177,20 +213,14 @@ class Program:
             state = lax.fori_loop(0, _trips(split, splits, pl.cdiv(count, size)), step, state)
         self.finish(state)
 
-    def share_of_list(
-        self, split: Array, splits: int, size: int, ids: Any, hits: bool
-    ) -> tuple[Array, Array]:
-        """A program's share of the retrieved rows, read at once.
+    def hits_of_share(self, split: Array, splits: int, size: int) -> tuple[Array, Array]:
+        """The slots of a program's share of the rows that hit, read at once.
 
         Read tile by tile, each tile's rows would wait for their places.
 
-        Args:
-            ids: the tokens or the slots.
-            hits: whether it is the rows that hit, or those missed.
-
         Returns:
-            How many tiles to walk until the last row of the kind; and the ids `[tiles, size]`,
-            `NO_ID` for what is not of the kind.
+            How many tiles to walk until the last one; and the slots `[tiles, size]`, `NO_ID` for
+            what is no hit.
         """
         refs = self.refs
         room = refs.tokens.shape[2]
@@ -198,9 +228,9 @@ class Program:
         at = (split + tile * splits) * size + jnp.arange(size)[None, :]
         where, inside = (self.b, self.h, at), at < room
         hit = plt.load(refs.hit.at[*where], mask=inside, other=False)
-        ids = plt.load(ids.at[*where], mask=inside, other=NO_ID)
-        ids = jnp.where(hit == hits, ids, NO_ID)
-        return jnp.max(jnp.where(ids != NO_ID, tile + 1, 0)), ids
+        slots = plt.load(refs.slots.at[*where], mask=inside, other=NO_ID)
+        slots = jnp.where(hit, slots, NO_ID)
+        return jnp.max(jnp.where(slots != NO_ID, tile + 1, 0)), slots
 
     def start(self, size: int) -> State:
         return (

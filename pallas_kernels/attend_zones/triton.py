@@ -91,15 +91,19 @@ def attend_zones(
     ]
 
     def kernel(*refs: Any) -> None:
-        Program(Refs(*refs), config, with_sink, scale).run()
+        Program(Refs(*refs), config, with_sink, scale, interpret).run()
 
-    outputs, logsumexps, cache_rows = _pallas.call(
+    # The missed rows' tokens and slots, without the hits between them.
+    scratch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+    outputs, logsumexps, cache_rows, *_ = _pallas.call(
         kernel,
         operands,
         (
             jax.ShapeDtypeStruct((parts, *query.shape), jnp.float32),
             jax.ShapeDtypeStruct((parts, *query.shape[:3]), jnp.float32),
             jax.ShapeDtypeStruct(cache_rows.shape, cache_rows.dtype),
+            scratch,
+            scratch,
         ),
         (parts * batch * kv_heads,),
         name="attend_zones",
