@@ -313,9 +313,10 @@ def _rows_to_read(
     valid = nth < count
     tokens = jnp.where(valid, tokens, NO_ID)
     slots_read = jnp.where(valid, listed, NO_ID)
-    # Hits and misses in random order, as a list by position has them. What is past the last one
-    # stays there.
-    mixed = _shuffle(key, jnp.broadcast_to(~valid, hit.shape).astype(jnp.int32))
+    # By segments and in random order in each, as a list by position has them; past the last one
+    # there is nothing.
+    segment = jnp.where(valid, tokens // shape.segment_tokens, NO_ID)
+    mixed = _shuffle(key, segment)
     mixed_reads = (
         jnp.take_along_axis(x, mixed, axis=-1) for x in (tokens, slots_read, hit & valid)
     )
