@@ -2,13 +2,16 @@
 
     python scripts/bench_host_reads.py
 
-What limits such reads is not bytes alone: it matters over how much memory the rows are scattered
-and how many of them lie side by side.
+What limits such reads is not bytes alone. It matters over how much memory the rows are scattered,
+how many of them lie side by side, in which order they are read, and how many are asked for at once:
+host addresses are translated, and what remembers translations covers only so much memory.
 """
 
 import argparse
-import functools
+import itertools
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,65 +24,124 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import _pallas
 
 ROW = 256  # bfloat16 numbers: a token's key and value at head dim 128
-PROGRAMS, TILES, TILE = 264, 16, 32
+READS = 8  # in one program, each of other rows
+LISTS, SEGMENT = 64, 8192  # heads of all sequences, and rows of a segment of the index
 
 
 def _kernel(rows_ref: Any, numbers_ref: Any, sums_ref: Any) -> None:
-    program = pl.program_id(0)
+    program, tiles, tile = pl.program_id(0), numbers_ref.shape[0], numbers_ref.shape[2]
     column = jnp.arange(ROW)[None, :]
 
     # A while loop: Triton would read ahead in a for loop by cp.async, which host memory dislikes.
     def add(state: tuple[Any, Any]) -> tuple[Any, Any]:
-        left, total = state
-        at = plt.load(numbers_ref.at[program, left - 1, jnp.arange(TILE)])
+        i, total = state
+        at = plt.load(numbers_ref.at[i, program, jnp.arange(tile)])
         rows = plt.load(rows_ref.at[at[:, None], column])
-        return left - 1, total + jnp.sum(rows.astype(jnp.float32))
+        return i + 1, total + jnp.sum(rows.astype(jnp.float32))
 
-    start = jnp.int32(TILES), jnp.float32(0)
-    _, total = lax.while_loop(lambda state: state[0] > 0, add, start)
+    _, total = lax.while_loop(lambda state: state[0] < tiles, add, (jnp.int32(0), jnp.float32(0)))
     plt.store(sums_ref.at[program], total)
 
 
-def read(rows: Array, numbers: Array) -> Array:
-    """Sums of the rows of these numbers, `[programs]`; rows may lie in host memory."""
-    return _pallas.call(
-        _kernel,
-        (rows, numbers),
-        jax.ShapeDtypeStruct((PROGRAMS,), jnp.float32),
-        (PROGRAMS,),
-        name="read_rows",
-        num_warps=4,
-        num_stages=1,
-    )
+@jax.jit
+def read(rows: Array, numbers: list[Array]) -> list[Array]:
+    """Sums of the rows of these numbers, a kernel for each array of them.
+
+    Args:
+        rows: `[rows, ROW]`, maybe in host memory.
+        numbers: `[tiles, programs, tile]` int32 each: a program reads `tile` rows at a time, and
+            all programs take the tiles in turn.
+    """
+    return [
+        _pallas.call(
+            _kernel,
+            (rows, each),
+            jax.ShapeDtypeStruct(each.shape[1:2], jnp.float32),
+            each.shape[1:2],
+            name="read_rows",
+            num_warps=4 if each.shape[2] >= 16 else 1,
+            num_stages=1,
+        )
+        for each in numbers
+    ]
+
+
+def draw(
+    rng: np.random.Generator,
+    count: int,
+    shape: tuple[int, int, int],
+    together: int,
+    order: str,
+) -> np.ndarray:
+    """Numbers of rows out of so many, some side by side: `[tiles, programs, tile]`.
+
+    Args:
+        rng: draws them.
+        count: rows that there are.
+        shape: the result's.
+        together: rows side by side.
+        order: "random"; "rising", so that all programs read close together at any time; or "lists",
+            by rising segments in each of `LISTS` regions that all are read at once, as a decode
+            step reads what its heads miss.
+    """
+    tiles, programs, tile = shape
+    wanted = tiles * programs * tile // together
+    if order == "lists":
+        region, each = count // LISTS // together, wanted // LISTS
+        first = np.stack([rng.permutation(region)[:each] + i * region for i in range(LISTS)])
+        by_segment = np.argsort(first // (SEGMENT // together), axis=1, kind="stable")
+        first = np.take_along_axis(first, by_segment, axis=1) * together
+        numbers = (first[:, :, None] + np.arange(together)).reshape(LISTS, tiles, -1, tile)
+        return numbers.transpose(1, 2, 0, 3).reshape(shape)
+    first = rng.permutation(count // together)[:wanted] * together
+    if order == "rising":
+        first.sort()
+    return (first[:, None] + np.arange(together)).reshape(shape)
 
 
 def main() -> None:
-    """Prints the rate at several sizes of memory and numbers of neighbouring rows."""
+    """Prints the rate for every combination of what the options list."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", default="0.5,1,2,4")
-    parser.add_argument("--neighbours", default="1,2,4,8")
+    parser.add_argument("--gigabytes", default="0.5,1,2,4.3")
+    parser.add_argument("--together", default="1,2,4,8", help="rows side by side")
+    parser.add_argument("--orders", default="random,rising,lists")
+    parser.add_argument("--programs", default="256", help="that read at once")
+    parser.add_argument("--tiles", default="32", help="rows that a program asks for at once")
+    parser.add_argument("--rows", type=int, default=19_000, help="read in a kernel")
+    parser.add_argument("--out", type=Path, help="write the rates here, as JSON lines")
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error(f"there is no GPU to read with: JAX runs on {jax.default_backend()}")
-    wanted = PROGRAMS * TILES * TILE
     rng = np.random.default_rng(0)
-    program = jax.jit(read)
+    numbers = (arguments.together, arguments.programs, arguments.tiles)
+    kinds = list(
+        itertools.product(
+            *([int(n) for n in each.split(",")] for each in numbers), arguments.orders.split(",")
+        )
+    )
     for gigabytes in map(float, arguments.gigabytes.split(",")):
         count = int(gigabytes * 1e9) // (2 * ROW)
-        make = functools.partial(jnp.ones, (count, ROW), jnp.bfloat16)
-        rows = jax.block_until_ready(jax.device_put(jax.jit(make)(), jax.memory.Space.Host))
-        for together in map(int, arguments.neighbours.split(",")):
+        rows = jnp.ones((count, ROW), jnp.bfloat16)
+        rows = jax.block_until_ready(jax.device_put(rows, jax.memory.Space.Host))
+        for together, programs, tile, order in kinds:
+            tiles = -(-arguments.rows // (programs * tile))
+            wanted = tiles * programs * tile
             seconds = []
-            for _ in range(6):
-                # Other rows each time: the GPU keeps some of what it has read.
-                first = rng.permutation(count // together)[: wanted // together, None] * together
-                numbers = jnp.asarray((first + np.arange(together)).reshape(-1), jnp.int32)
-                numbers = jax.block_until_ready(numbers.reshape(PROGRAMS, TILES, TILE))
+            for _ in range(4):
+                shape = tiles, programs, tile
+                drawn = [draw(rng, count, shape, together, order) for _ in range(READS)]
+                drawn = jax.block_until_ready([jnp.asarray(x, jnp.int32) for x in drawn])
                 start = time.perf_counter()
-                jax.block_until_ready(program(rows, numbers))
+                jax.block_until_ready(read(rows, drawn))
                 seconds.append(time.perf_counter() - start)
-            rate = wanted * 2 * ROW / min(seconds[2:]) / 1e9
-            print(f"{gigabytes:4} GB, {together} rows side by side: {rate:.1f} GB/s", flush=True)
+            rate = READS * wanted * 2 * ROW / min(seconds[1:]) / 1e9
+            kind = {"gigabytes": gigabytes, "together": together, "programs": programs}
+            kind |= {"tile": tile, "order": order, "gb_per_s": round(rate, 1)}
+            print(kind, flush=True)
+            if arguments.out:
+                with arguments.out.open("a") as out:
+                    out.write(json.dumps(kind) + "\n")
+        del rows
 
 
 if __name__ == "__main__":
