@@ -34,7 +34,7 @@ class Config:
     num_warps: int = 4
 
 
-def heuristic(candidates: int, head_dim: int, dtype: str) -> Config:
+def heuristic(candidates: int, dtype: str) -> Config:
     """A config for shapes that were not tuned.
 
     An int8 query errs about as much as a bfloat16 one. Where the scales are float32, as in a
@@ -224,7 +224,7 @@ def score_tokens(
     dtype = jnp.dtype(jnp.float32 if scales is None else scales.dtype).name
     config = config or _tuning.config(
         "score_tokens",
-        heuristic(max_candidates, head_dim, dtype),
+        heuristic(max_candidates, dtype),
         candidates=max_candidates,
         head_dim=head_dim,
         group=group,
