@@ -110,18 +110,7 @@ class Bench:
             each method's name and its figures, a sample each, as soon as it is done.
         """
         steps = samples[0].new_tokens
-        room, new_tokens = bucket(length), -(-steps // CHUNK) * CHUNK
-        prompts = [sample.tokens for sample in samples]
-        spare = room - max(bucket(len(prompt)) for prompt in prompts)
-        state = self.full.start(self.params, prompts, spare + new_tokens, seed)
-        shared = SharedPrefill(state, room, new_tokens)
-
-        forced = None
-        if samples[0].continuation:
-            forced = np.array([sample.continuation for sample in samples], np.int32).T
-        sampler = Sampler(temperature=1.0) if sampled else Sampler()
-        drawing = dataclasses.replace(self.full, sampler=sampler)
-        answers = answer(drawing, self.params, shared.state(drawing), steps, forced)
+        shared, answers = self.answer(samples, length, sampled=sampled, seed=seed)
         full = _judge_full(answers)
         scored = self.answers and bool(samples[0].references)
         for name in methods:
@@ -143,6 +132,23 @@ class Bench:
                     for i, sample in enumerate(samples)
                 ],
             )
+
+    def answer(
+        self, samples: Sequence[Sample], length: int, *, sampled: bool = False, seed: int = 0
+    ) -> tuple[SharedPrefill, list[Answer]]:
+        """Full attention's prefill and answer; see `run`."""
+        steps = samples[0].new_tokens
+        room, new_tokens = bucket(length), -(-steps // CHUNK) * CHUNK
+        prompts = [sample.tokens for sample in samples]
+        spare = room - max(bucket(len(prompt)) for prompt in prompts)
+        state = self.full.start(self.params, prompts, spare + new_tokens, seed)
+        shared = SharedPrefill(state, room, new_tokens)
+        forced = None
+        if samples[0].continuation:
+            forced = np.array([sample.continuation for sample in samples], np.int32).T
+        sampler = Sampler(temperature=1.0) if sampled else Sampler()
+        drawing = dataclasses.replace(self.full, sampler=sampler)
+        return shared, answer(drawing, self.params, shared.state(drawing), steps, forced)
 
     def _figures(
         self,

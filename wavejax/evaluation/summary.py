@@ -62,8 +62,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> str:
         of_length = [record for record in records if record["length"] == length]
         parts.append(f"## {length} tokens")
         if any(record["score"] is not None for record in of_length):
-            parts.append(score_table(of_length, length))
-        parts.append(agreement_table(of_length, length))
+            parts.append(scoretable(of_length, length))
+        parts.append(agreementtable(of_length, length))
     parts.append(
         "±: half the width of the 95 % interval, by bootstrap over the samples of each task. "
         "Against full: mean over samples of the difference to full attention's score."
@@ -71,7 +71,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def score_table(records: Sequence[dict[str, Any]], length: int) -> str:
+def scoretable(records: Sequence[dict[str, Any]], length: int) -> str:
     """Scores of 100 by task (rows) and method; their average over the tasks that full can do."""
     scores = values_of(records, "score", length)
     methods = _in_order(scores)
@@ -91,7 +91,7 @@ def score_table(records: Sequence[dict[str, Any]], length: int) -> str:
             complete = method != FULL and len(pairs) == len(able)
             differences.append(_points(pairs, signed=True) if complete else "")
         rows += [["average", *averages], ["against full", *differences]]
-    text = _table(["score (samples)", *methods], rows)
+    text = table(["score (samples)", *methods], rows)
     if unable:
         text += (
             f"\n\nNot in the average, since full attention scores below {LEAST_FULL_SCORE:.0f}: "
@@ -100,7 +100,7 @@ def score_table(records: Sequence[dict[str, Any]], length: int) -> str:
     return text
 
 
-def agreement_table(records: Sequence[dict[str, Any]], length: int) -> str:
+def agreementtable(records: Sequence[dict[str, Any]], length: int) -> str:
     """Agreement with full attention on its own answers, by method: means over the tasks."""
     fields = {
         "KL, nats": ("kl", 1, 4),
@@ -120,7 +120,7 @@ def agreement_table(records: Sequence[dict[str, Any]], length: int) -> str:
         text = nll.get(method, {}).get("perplexity")
         row.append(f"{np.exp(np.mean(list(text.values()))):.3f}" if text else "")
         rows.append(row)
-    return _table(["forced to say full attention's answer", *fields, "perplexity"], rows)
+    return table(["forced to say full attention's answer", *fields, "perplexity"], rows)
 
 
 def _against_full(scores: dict[str, Values], method: str, tasks: list[str]) -> list[list[float]]:
@@ -151,7 +151,8 @@ def _in_order(by_method: dict[str, Any]) -> list[str]:
     return sorted(by_method, key=lambda method: method != FULL)
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> str:
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     try:
         from tabulate import tabulate
     except ImportError as error:
