@@ -178,7 +178,6 @@ def command(
                     if index < samples and (name, length, index, method) not in records.done
                 )
                 bar.update(len(inside))
-    records.close()
     report(records, out, chosen, sizes, plotted)
 
 

@@ -138,7 +138,6 @@ def command(
                         record = {"method": method, **facts[method]} | dataclasses.asdict(figures)
                         records.append([key | record])
                         bar.update()
-    records.close()
     text = attention_report.summarise(records.records)
     print(text, end="")
     (out / "summary.md").write_text(text, encoding="utf-8")

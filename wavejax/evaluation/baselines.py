@@ -91,8 +91,12 @@ class SparseAttention(DenseAttention):
         state: DenseState,
     ) -> tuple[Float[Array, "batch 1 heads head_dim"], SparseState]:
         """See `DenseAttention`."""
-        new = _with_prompts(self.append(layer, key, value, state), _prompts(state))
+        new = self.append(layer, key, value, state)
         return self.attend(layer, query, new, self.read(layer, query, new)), new
+
+    def append(self, layer: Array, key: Array, value: Array, state: DenseState) -> SparseState:
+        """See `DenseAttention`."""
+        return _with_prompts(super().append(layer, key, value, state), _prompts(state))
 
     def read(
         self,

@@ -31,22 +31,18 @@ class Records:
             folder.mkdir(parents=True, exist_ok=True)
             self._check(settings, run)
             self.records = list(self._read())
-            self._file = (folder / RECORDS).open("a", encoding="utf-8")
+            (folder / RECORDS).touch()
         except OSError as error:
             raise InputError(f"cannot use the folder {folder}: {error.strerror}") from error
         self.done = {key_of(record) for record in self.records}
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Writes records of which none is there yet."""
-        for record in records:
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self.records.append(record)
-            self.done.add(key_of(record))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        with (self.folder / RECORDS).open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self.records.append(record)
+                self.done.add(key_of(record))
 
     def _check(self, settings: dict[str, Any], run: dict[str, Any]) -> None:
         path = self.folder / SETTINGS

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import random
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from models.errors import InputError
 from models.tokenizer import Tokenizer
@@ -79,6 +79,7 @@ class Material:
         return tokenizer.encode_chat_text(text)
 
 
+@runtime_checkable
 class Task(Protocol):
     """A kind of sample. Hashable.
 
