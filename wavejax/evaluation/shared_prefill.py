@@ -26,7 +26,8 @@ _DECODING = (
 class SharedPrefill:
     """States for every method from what full attention's prefill left.
 
-    Indices are built once for all the methods that can share them.
+    An index is built once for methods that can share it and follow one another: only the last one
+    built is kept.
 
     Args:
         dense: the state that a generator with `DenseAttention` started; never donated.
@@ -37,7 +38,8 @@ class SharedPrefill:
 
     def __init__(self, dense: DecodeState, prompt_tokens: int, new_tokens: int):
         self.dense, self.prompt_tokens, self.new_tokens = dense, prompt_tokens, new_tokens
-        self._built: dict[WaveAttention, Any] = {}
+        self._builder: WaveAttention | None = None
+        self._built: Any = None
 
     def state(self, generator: Generator) -> DecodeState:
         """A state of the generator's own, after the prompts; may be donated."""
@@ -58,11 +60,12 @@ class SharedPrefill:
         builder = dataclasses.replace(
             attention, config=dataclasses.replace(attention.config, **plain)
         )
-        if builder not in self._built:
-            self._built[builder] = build_index(
+        if builder != self._builder:
+            self._builder, self._built = builder, None  # Let go before there are two.
+            self._built = build_index(
                 builder, generator, self.dense.cache, self.prompt_tokens, self.new_tokens
             )
-        return self._built[builder]
+        return self._built
 
 
 def build_index(

@@ -11,6 +11,7 @@ from models.errors import InputError
 from tests.wavejax.attention_harness import decode, model_of, prefill, random_stream
 from tests.wavejax.tiny_generator import CONFIG, MODEL, make_params, make_prompts
 from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
+from wavejax.evaluation import shared_prefill
 from wavejax.evaluation.baselines import PAGE_TOKENS, SparseAttention, page_bounds
 from wavejax.evaluation.methods import METHODS, parse_methods
 from wavejax.evaluation.probe import ProbeAttention, ProbeState, wave_reads
@@ -180,14 +181,31 @@ def test_a_shared_prefill_is_the_methods_own(name):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_an_index_is_built_once_for_methods_that_can_share_it():
-    shared = SharedPrefill(
-        Generator(MODEL, DenseAttention()).start(make_params(), make_prompts([200]), 8), 256, 8
+def test_an_index_is_built_once_for_methods_that_can_share_it(monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        shared_prefill, "build_index", lambda builder, *_: built.append(builder) or jnp.zeros(1)
     )
-    for changes in ({}, {"retrieval_fraction": 0.5}, {"estimation_fraction": 0.0}):
-        config = dataclasses.replace(CONFIG, **changes)
+    full = Generator(MODEL, DenseAttention())
+    shared = SharedPrefill(full.start(make_params(), make_prompts([200]), 8), 256, 8)
+    changes = (
+        {},
+        {"retrieval_fraction": 0.5},
+        {"estimation_fraction": 0.0, "min_retrieved_tokens": 0, "candidate_fraction": 0.5},
+        {"cluster_size": 4},
+        {"cluster_size": 4, "retrieval_fraction": 0.5},
+        {"token_codes": False},
+    )
+    for changed in changes:
+        config = dataclasses.replace(CONFIG, **changed)
         shared.state(Generator(MODEL, WaveAttention(config, "device")))
-    assert len(shared._built) == 1
+    assert [(one.config.cluster_size, one.config.token_codes) for one in built] == [
+        (8, True),
+        (4, True),
+        (8, False),
+    ]
+
+
 def probed(method, model, stream):
     """Recall and error `[batch, heads]` of the first step after the prompts."""
     probe = ProbeAttention(method=method)

@@ -11,9 +11,9 @@ from wavejax.evaluation.methods import parse_methods
 from wavejax.evaluation.samples import Material
 from wavejax.evaluation.tasks import TASKS
 
-# 1.8 % of 1,500 tokens are 26, with no floor under it.
+# Of 1,400 indexed tokens every method reads 256: the default budget.
 LENGTH = 1600
-BUDGET = {"retrieval_fraction": 0.018, "min_retrieved_tokens": 0}
+BUDGET = {"retrieval_fraction": 0.009, "min_retrieved_tokens": 256}
 METHODS = "full,streaming_llm,quest,paper,wave"
 
 
@@ -41,8 +41,8 @@ def test_scores_by_method(record_property):
     print(means, divergence)
     assert means["full"] >= 0.75, "full attention finds too little to compare"
     assert means["wave"] >= means["full"] - 0.25
-    assert means["streaming_llm"] <= 0.5
-    assert means["wave"] > means["streaming_llm"]
+    # The needles lie before its window.
+    assert means["streaming_llm"] <= means["wave"] - 0.5
     assert divergence["full"] == 0
-    assert divergence["wave"] < divergence["paper"] / 3
-    assert divergence["wave"] < divergence["quest"] / 3
+    assert divergence["wave"] < divergence["paper"] / 2
+    assert divergence["wave"] < divergence["quest"] / 2
