@@ -44,7 +44,16 @@ def run(script, *arguments):
 def evaluate(model, out, *more):
     return run(
         "evaluate",
-        *("--model", model, "--tasks", "niah_single_1,niah_multikey_2", "--lengths", LENGTH, "--samples", 3),
+        *(
+            "--model",
+            model,
+            "--tasks",
+            "niah_single_1,niah_multikey_2",
+            "--lengths",
+            LENGTH,
+            "--samples",
+            3,
+        ),
         *("--batch", 2, "--methods", METHODS, "--out", out, "--no-plots", *more),
     )
 
@@ -131,7 +140,9 @@ def test_attention_is_reported_by_budget(model, tmp_path):
     )
     result = run("report_attention", *arguments)
     assert result.status == 0, result.err
-    found = {(record["name"].split("[")[0], record["fraction"]): record for record in lines(tmp_path)}
+    found = {
+        (record["name"].split("[")[0], record["fraction"]): record for record in lines(tmp_path)
+    }
     assert len(found) == 4
     for (name, fraction), record in found.items():
         assert len(record["recall"]) == TINY["num_hidden_layers"]

@@ -84,4 +84,3 @@ def test_codes_error_on_real_keys_is_as_theory_says(smollm2):
     # A mean over 33 rotations of errors that share them: its own deviation is about 1 / sqrt(33).
     assert abs(normalised.mean()) < 0.2
     assert normalised.std() == pytest.approx(1.0, abs=0.1)
-

@@ -76,9 +76,7 @@ def test_one_needle_in_noise(material):
     )
     needle = f"One of the special magic numbers for {key} is: {value}."
     assert sorted(lines) == sorted([NOISE] * 3 + [needle])
-    assert (
-        last == f"What is the special magic number for {key} mentioned in the provided text?"
-    )
+    assert last == f"What is the special magic number for {key} mentioned in the provided text?"
     assert prefix == f" The special magic number for {key} mentioned in the provided text is"
 
 
@@ -118,9 +116,7 @@ def test_how_many_needles(material, name, needles, kinds):
     found = re.findall(rf"One of the special magic {kinds} for (\S+) is: (\S+)\.", message)
     assert len(found) == needles
     query = re.search(r"\nWhat .* for (\S+) mentioned", message)[1]
-    assert tuple(sorted(value for key, value in found if key == query)) == tuple(
-        sorted(references)
-    )
+    assert tuple(sorted(value for key, value in found if key == query)) == tuple(sorted(references))
 
 
 def test_variables_lead_back_to_the_value(material):

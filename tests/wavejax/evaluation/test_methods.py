@@ -90,8 +90,10 @@ def test_as_many_tokens_are_read_as_by_wave_attention(model, stream, steps):
 
 def exact(query, keys, values, tokens):
     """Attention of one query head to these tokens, in float64."""
-    logits = np.asarray(keys, np.float64)[tokens] @ np.asarray(query, np.float64) / np.sqrt(
-        keys.shape[-1]
+    logits = (
+        np.asarray(keys, np.float64)[tokens]
+        @ np.asarray(query, np.float64)
+        / np.sqrt(keys.shape[-1])
     )
     weights = np.exp(logits - logits.max())
     return weights / weights.sum() @ np.asarray(values, np.float64)[tokens]
