@@ -10,7 +10,7 @@ from models.checkpoint import find_default_model, open_checkpoint
 from models.tokenizer import load_tokenizer
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.encode_tokens.reference import unpack_signs
-from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
+from wavejax import DenseAttention, Generator, WaveAttention
 from wavejax.evaluation.haystack import load_haystack
 from wavejax.evaluation.samples import Material, score
 from wavejax.evaluation.shared_prefill import SharedPrefill
