@@ -68,11 +68,18 @@ class Tokenizer:
         messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
         Raises InputError if the model has no chat template, or the template refuses the messages.
         """
+        return self.encode_chat_text(self.chat_text(messages))
+
+    def chat_text(self, messages: Sequence[dict[str, str]]) -> str:
+        """The conversation as text, special tokens written out; see `encode_chat`."""
         if self.chat_template is None:
             raise InputError("the model has no chat template: pass the prompt as it is (--raw)")
-        text = apply_chat(
+        return apply_chat(
             self.chat_template, messages, bos_token=self.bos_token, eos_token=self.eos_token
         )
+
+    def encode_chat_text(self, text: str) -> list[int]:
+        """Token ids of what `chat_text` gave, whatever was appended to it."""
         # Most templates write the beginning-of-text token themselves; it must not come twice.
         written = self.bos_token is not None and text.startswith(self.bos_token)
         return self.encode(text, add_special=not written)

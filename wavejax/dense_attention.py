@@ -88,23 +88,52 @@ class DenseAttention:
         state: DenseState,
     ) -> tuple[Float[Array, "batch 1 heads head_dim"], DenseState]:
         """One decode step of every sequence, in one layer. `advance` must follow the last one."""
-        batch, _, heads, head_dim = query.shape
-        kv_heads = key.shape[2]
+        state = self.append(layer, key, value, state)
+        seen = jnp.arange(state.keys.shape[3]) <= state.tokens[:, None]
+        return self.attend(layer, query, state, seen[:, None, :]), state
+
+    def append(
+        self,
+        layer: Int[Array, ""],
+        key: Float[Array, "batch 1 kv_heads head_dim"],
+        value: Float[Array, "batch 1 kv_heads head_dim"],
+        state: DenseState,
+    ) -> DenseState:
+        """Writes a step's keys and values in one layer. Does not move `tokens`."""
+        batch, _, kv_heads, _ = key.shape
         b, h = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
         at = (layer, b, h, state.tokens[:, None])
         keys = state.keys.at[at].set(key[:, 0].astype(state.keys.dtype))
         values = state.values.at[at].set(value[:, 0].astype(state.values.dtype))
-        grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-        logits = jnp.einsum(
-            "bhgd,bhsd->bhgs", grouped, keys[layer], preferred_element_type=jnp.float32
-        ) / math.sqrt(head_dim)
-        seen = jnp.arange(keys.shape[3]) <= state.tokens[:, None]
-        logits = jnp.where(seen[:, None, None, :], logits, MASKED)
+        return DenseState(keys, values, state.tokens)
+
+    def attend(
+        self,
+        layer: Int[Array, ""],
+        query: Float[Array, "batch 1 heads head_dim"],
+        state: DenseState,
+        seen: Bool[Array, "batch kv_heads_or_1 tokens"],
+    ) -> Float[Array, "batch 1 heads head_dim"]:
+        """Attention to the tokens seen, in one layer; softmax in float32."""
+        logits = jnp.where(seen[:, :, None, :], self.logits(layer, query, state), MASKED)
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        output = jnp.einsum("bhgs,bhsd->bhgd", weights, values[layer].astype(jnp.float32))
-        output = output.astype(query.dtype).reshape(batch, 1, heads, head_dim)
-        return output, DenseState(keys, values, state.tokens)
+        values = state.values[layer].astype(jnp.float32)
+        output = jnp.einsum("bhgs,bhsd->bhgd", weights, values)
+        return output.astype(query.dtype).reshape(query.shape)
+
+    def logits(
+        self,
+        layer: Int[Array, ""],
+        query: Float[Array, "batch 1 heads head_dim"],
+        state: DenseState,
+    ) -> Float[Array, "batch kv_heads group tokens"]:
+        """Scaled products of query and keys in one layer, float32, for all the room there is."""
+        batch, _, heads, head_dim = query.shape
+        keys = state.keys[layer]
+        grouped = query.reshape(batch, keys.shape[1], heads // keys.shape[1], head_dim)
+        products = jnp.einsum("bhgd,bhsd->bhgs", grouped, keys, preferred_element_type=jnp.float32)
+        return products / math.sqrt(head_dim)
 
     def advance(self, state: DenseState, active: Bool[Array, " batch"]) -> DenseState:
         """Counts the step's tokens in; a sequence that is not active forgets its token."""

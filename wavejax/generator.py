@@ -195,6 +195,13 @@ class Generator:
         """
         return _force(self, params, state, jnp.asarray(tokens, jnp.int32))
 
+    def feed(self, params: Params, state: DecodeState, tokens: Int[Array, " batch"]) -> DecodeState:
+        """Runs one given token of each sequence: a decode step, to be compiled by the caller.
+
+        A sequence whose `finished` is set forgets its token.
+        """
+        return _feed(self, params, state, tokens)
+
     def facts(self, state: DecodeState) -> Facts:
         """What the attention retrieved, found cached, and occupies."""
         return facts_of(state.cache)

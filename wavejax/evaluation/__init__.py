@@ -1,1 +1,1 @@
-"""Comparisons of attentions by answers: tasks, and teacher forcing against full attention."""
+"""Comparisons of ways to decode: tasks, methods at one budget, judgements, tables and plots."""

@@ -1,114 +1,214 @@
-"""Compares attentions on full attention's own answer, from one shared prefill."""
+"""Judges methods on full attention's own answer, token by token, and by answers of their own.
+
+A method that is forced to say what full attention said can be compared at every token, whatever it
+would have said before; its own greedy answer shows what comes of its mistakes.
+"""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jaxtyping import Float, Int
 
 from models.parameters import Params
-from wavejax.dense_attention import DenseState
 from wavejax.generator import NO_TOKEN, DecodeState, Generator
-from wavejax.wave_attention import WaveAttention
+from wavejax.sampling import step_key
+
+# Steps in one call: one compiled program serves answers of every length.
+CHUNK = 128
+
+
+class Answer(NamedTuple):
+    """Full attention's answer, as far as one call goes.
+
+    Attributes:
+        tokens: `[CHUNK, batch]` int32; NO_TOKEN where a sequence had stopped.
+        logits: `[CHUNK, batch, vocab]` float32, from which each token was drawn.
+        steps: how many of the CHUNK were made.
+    """
+
+    tokens: Array
+    logits: Array
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
-    """How a method does on the tokens that full attention generated greedily.
+class Judgement:
+    """A method on an answer, token by token.
 
     Attributes:
-        kl: mean over the answer's tokens of KL(full || method), in nats.
-        match: share of the answer's tokens that are the method's most probable ones too.
-        kept: of the reference strings that full attention gives, the share whose tokens are all
-            the method's most probable ones; NaN where full attention gives none.
+        kl: `[steps, batch]` float32, KL(full || method) in nats.
+        nll: `[steps, batch]` float32, -log of the method's probability of the answer's token.
+        best: `[steps, batch]` int32, the method's most probable tokens.
     """
 
-    kl: float
-    match: float
-    kept: float
+    kl: Float[np.ndarray, "steps batch"]
+    nll: Float[np.ndarray, "steps batch"]
+    best: Int[np.ndarray, "steps batch"]
 
 
-def greedy(generator: Generator, params: Params, state: DecodeState, tokens: int) -> np.ndarray:
-    """Generates with a copy of the state: int32 `[steps, batch]`."""
-    _, answer = generator.decode_n(params, jax.tree.map(jnp.copy, state), tokens)
-    return np.asarray(answer)
-
-
-def share_prefill(
-    generator: Generator, dense: DecodeState, prompt_tokens: int, new_tokens: int
-) -> DecodeState:
-    """Builds a wave generator's state from a full one's cache, without running the model.
-
-    Prefill is exact whatever the attention, so the methods of a sample can share it.
+def answer(
+    generator: Generator,
+    params: Params,
+    state: DecodeState,
+    steps: int,
+    forced: np.ndarray | None = None,
+) -> list[Answer]:
+    """Answers with full attention, keeping all logits.
 
     Args:
-        generator: one with `WaveAttention`.
-        dense: the state that a generator with `DenseAttention` started; not donated.
-        prompt_tokens: the padded length of its longest prompt.
-        new_tokens: room for so many tokens.
+        generator: one with `DenseAttention`; its sampler draws the tokens.
+        params: the model's.
+        state: donated.
+        steps: most tokens.
+        forced: `[steps, batch]`, tokens that are said instead; None lets the generator draw.
+
+    Returns:
+        the answer in calls of at most CHUNK steps; ends early once all sequences have stopped.
     """
-    attention, full = generator.attention, dense.cache
-    assert isinstance(attention, WaveAttention)
-    assert isinstance(full, DenseState)
-    batch = full.tokens.shape[0]
-    cache = attention.init_state(generator.model, batch, prompt_tokens, new_tokens, full.keys.dtype)
-    for sequence in range(batch):
-        where = jnp.int32(sequence), full.tokens[sequence]
-        for layer in range(generator.model.num_layers):
-            cache = _write(
-                attention, jnp.int32(layer), *where, full.keys, full.values, cache, prompt_tokens
-            )
-        cache = attention.finish_prefill(cache, *where)
-    return DecodeState(
-        cache, jnp.copy(dense.logits), jnp.copy(dense.finished), dense.seed + 0, dense.step + 0
-    )
+    found = []
+    for start in range(0, steps, CHUNK):
+        count = min(CHUNK, steps - start)
+        given = np.zeros((CHUNK, state.finished.shape[0]), np.int32)
+        if forced is not None:
+            given[:count] = forced[start : start + count]
+        state, tokens, logits, made = _answer(
+            generator, params, state, jnp.asarray(given), jnp.bool_(forced is not None), count
+        )
+        found.append(Answer(tokens, logits, int(made)))
+        if int(made) < count:
+            break
+    return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnames="cache")
-def _write(
-    attention: WaveAttention,
-    layer: Array,
-    sequence: Array,
-    length: Array,
-    keys: Array,
-    values: Array,
-    cache: Any,
-    room: int,
-) -> Any:
-    key, value = (jnp.swapaxes(x[layer, sequence, :, :room], 0, 1) for x in (keys, values))
-    return attention.write_prompt(layer, key, value, cache, sequence=sequence, length=length)
+def judge(
+    generator: Generator, params: Params, state: DecodeState, answers: list[Answer]
+) -> Judgement:
+    """Forces a method to say the answer; donates `state`."""
+    parts = []
+    for part in answers:
+        state, *figures = _follow(
+            generator, params, state, part.tokens, part.logits, jnp.bool_(True), part.steps
+        )
+        parts.append([np.asarray(figure)[: part.steps] for figure in figures])
+    best, kl, nll = (np.concatenate(figure) for figure in zip(*parts, strict=True))
+    return Judgement(kl, nll, best)
 
 
-def compare(
-    answer: np.ndarray, full_logits: Array, logits: Array, references: list[np.ndarray]
-) -> Agreement:
-    """Compares a method's logits with full attention's over one answer.
+def greedy(
+    generator: Generator, params: Params, state: DecodeState, answers: list[Answer], steps: int
+) -> Int[np.ndarray, "steps batch"]:
+    """A method's own greedy answer, NO_TOKEN after its end; donates `state`.
 
     Args:
-        answer: `[steps]`, the tokens forced.
-        full_logits, logits: `[steps, vocab]`, from which each token would have been drawn.
-        references: for each reference string that the answer gives, the steps of its tokens.
+        generator: the method's; its sampler has no effect.
+        params: the model's.
+        state: after the prompts.
+        answers: full attention's, whose shapes alone matter: both then are one compiled program.
+        steps: most tokens.
     """
-    steps = answer != NO_TOKEN
-    full = jax.nn.log_softmax(jnp.asarray(full_logits, jnp.float32))
-    other = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
-    kl = np.asarray(jnp.sum(jnp.exp(full) * (full - other), axis=-1))[steps]
-    same = np.asarray(jnp.argmax(other, axis=-1)) == answer
-    kept = [same[places].all() for places in references]
-    return Agreement(
-        float(kl.mean()), float(same[steps].mean()), float(np.mean(kept)) if kept else float("nan")
-    )
+    parts = []
+    first = answers[0]
+    for start in range(0, steps, CHUNK):
+        count = min(CHUNK, steps - start)
+        state, tokens, _, _ = _follow(
+            generator, params, state, first.tokens, first.logits, jnp.bool_(False), count
+        )
+        parts.append(np.asarray(tokens)[:count])
+    return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def _answer(
+    generator: Generator,
+    params: Params,
+    state: DecodeState,
+    given: Array,
+    forced: Array,
+    steps: Array,
+) -> tuple[DecodeState, Array, Array, Array]:
+    stop = jnp.asarray(generator.stop_tokens, jnp.int32)
+    carry_type = tuple[DecodeState, Array, Array, Array]
+
+    def one_step(carry: carry_type) -> carry_type:
+        state, tokens, logits, i = carry
+        drawn = generator.sampler.sample(state.logits, step_key(state.seed, state.step))
+        drawn = jnp.where(forced, given[i], drawn)
+        tokens = tokens.at[i].set(jnp.where(state.finished, NO_TOKEN, drawn))
+        logits = logits.at[i].set(state.logits)
+        finished = state.finished | (~forced & jnp.isin(drawn, stop))
+        state = dataclasses.replace(state, finished=finished)
+        return generator.feed(params, state, drawn), tokens, logits, i + 1
+
+    def more(carry: carry_type) -> Array:
+        return (carry[3] < steps) & ~jnp.all(carry[0].finished)
+
+    tokens = jnp.full_like(given, NO_TOKEN)
+    logits = jnp.zeros((CHUNK, *state.logits.shape), jnp.float32)
+    return lax.while_loop(more, one_step, (state, tokens, logits, jnp.int32(0)))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def _follow(
+    generator: Generator,
+    params: Params,
+    state: DecodeState,
+    answer: Array,
+    expected: Array,
+    forced: Array,
+    steps: Array,
+) -> tuple[DecodeState, Array, Array, Array]:
+    """Decodes `steps` tokens: the answer's if forced, else the most probable ones.
+
+    Returns the state and, `[CHUNK, batch]` each, the most probable tokens (NO_TOKEN after the end
+    of an answer of its own), KL from the expected logits and -log p of the answer's tokens.
+    """
+    stop = jnp.asarray(generator.stop_tokens, jnp.int32)
+    carry_type = tuple[DecodeState, Array, Array, Array, Array]
+
+    def one_step(carry: carry_type) -> carry_type:
+        state, best, kl, nll, i = carry
+        own, full = jax.nn.log_softmax(state.logits), jax.nn.log_softmax(expected[i])
+        top = jnp.argmax(own, axis=-1).astype(jnp.int32)
+        # Once a sequence of the batch has ended, what it is forced to say does not count.
+        given = jnp.maximum(answer[i], 0)
+        best = best.at[i].set(jnp.where(state.finished, NO_TOKEN, top))
+        kl = kl.at[i].set(jnp.sum(jnp.exp(full) * (full - own), axis=-1))
+        nll = nll.at[i].set(-jnp.take_along_axis(own, given[:, None], axis=-1)[:, 0])
+        said = jnp.where(forced, given, top)
+        finished = state.finished | (~forced & jnp.isin(top, stop))
+        state = dataclasses.replace(state, finished=finished)
+        return generator.feed(params, state, said), best, kl, nll, i + 1
+
+    def more(carry: carry_type) -> Array:
+        return (carry[4] < steps) & ~jnp.all(carry[0].finished)
+
+    zeros = jnp.zeros(answer.shape, jnp.float32)
+    start = (state, jnp.full_like(answer, NO_TOKEN), zeros, zeros, jnp.int32(0))
+    state, best, kl, nll, _ = lax.while_loop(more, one_step, start)
+    return state, best, kl, nll
 
 
 def places_of(reference: str, pieces: list[str]) -> np.ndarray | None:
-    """The steps whose texts spell the reference in the answer; None if it is not there."""
+    """The steps whose texts spell the reference in the answer; None if it is not there.
+
+    As in the score, case does not matter.
+    """
     ends = np.cumsum([len(piece) for piece in pieces])
-    start = "".join(pieces).find(reference)
+    start = "".join(pieces).lower().find(reference.lower())
     if start < 0:
         return None
     first = int(np.searchsorted(ends, start, side="right"))
     last = int(np.searchsorted(ends, start + len(reference) - 1, side="right"))
     return np.arange(first, last + 1)
+
+
+def bins(values: np.ndarray, size: int) -> Iterator[float]:
+    """Means of each `size` values in turn, the last ones of fewer."""
+    for start in range(0, len(values), size):
+        yield float(values[start : start + size].mean())

@@ -1,0 +1,293 @@
+"""The methods: what each reads, and that they share budget, steady zone and prefill."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.errors import InputError
+from tests.wavejax.attention_harness import decode, model_of, prefill, random_stream
+from tests.wavejax.tiny_generator import CONFIG, MODEL, make_params, make_prompts
+from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
+from wavejax.evaluation import shared_prefill
+from wavejax.evaluation.baselines import PAGE_TOKENS, SparseAttention, page_bounds
+from wavejax.evaluation.methods import METHODS, parse_methods
+from wavejax.evaluation.probe import ProbeAttention, ProbeState, wave_reads
+from wavejax.evaluation.shared_prefill import SharedPrefill
+from wavejax.generator import bucket
+from wavejax.retrieval import budgets
+
+RANKS = ("mass", "recency", "page_bound")
+# 16 local tokens, growth after 64 more.
+LENGTHS = [150, 61]
+STEPS = 70
+
+
+def started(attention, model, stream, new_tokens=STEPS, layers=1):
+    room = max(LENGTHS)
+    state = attention.init_state(model, len(LENGTHS), room, new_tokens, jnp.float32)
+    return prefill(attention, state, stream, LENGTHS, room=room)[1]
+
+
+def run(attention, model, stream, steps=STEPS):
+    state = started(attention, model, stream)
+    return np.asarray(decode(attention, state, stream, jnp.asarray(LENGTHS), steps)[0])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+@pytest.fixture(scope="module")
+def stream(model):
+    return random_stream(model, np.random.default_rng(0), max(LENGTHS) + STEPS, len(LENGTHS))
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_the_full_budget_is_full_attention(model, stream, rank):
+    config = dataclasses.replace(CONFIG, retrieval_fraction=1.0)
+    found = run(SparseAttention(config, rank), model, stream)
+    np.testing.assert_allclose(found, run(DenseAttention(), model, stream), atol=1e-6)
+
+
+def reads_of(attention, state, query):
+    return np.asarray(attention.read(jnp.int32(0), query, state))
+
+
+@pytest.mark.parametrize("steps", [1, 64])
+def test_as_many_tokens_are_read_as_by_wave_attention(model, stream, steps):
+    """Before and after the index of one sequence has grown; steady zones are the same tokens."""
+    start = jnp.asarray(LENGTHS)
+    query = stream[0][:, -1:]
+    wave = WaveAttention(CONFIG, "device")
+    state = decode(wave, started(wave, model, stream), stream, start, steps)[1]
+    room = max(LENGTHS) + STEPS
+    expected = np.asarray(wave_reads(wave, jnp.int32(0), query, state, room))
+    indexed = np.asarray(state.index.tokens)
+    assert indexed.tolist() == [130 + 64 * (steps >= 64), 64 * (steps >= 38)]
+    retrieved = np.asarray(budgets(CONFIG, state.index.tokens)[0])
+    found = {"wave": expected}
+    for rank in RANKS:
+        sparse = SparseAttention(CONFIG, rank)
+        own = decode(sparse, started(sparse, model, stream), stream, start, steps)[1]
+        found[rank] = reads_of(sparse, own, query)
+    for name, reads in found.items():
+        for b, length in enumerate(LENGTHS):
+            end = 4 + indexed[b]
+            place = np.arange(room)
+            middle = (place >= 4) & (place < end)
+            steady = ~middle & (place <= length + steps)
+            assert (reads[b][:, steady]).all()
+            assert not reads[b][:, ~steady & ~middle].any()
+            count = retrieved[b]
+            if name == "page_bound":
+                count = min(-(-count // PAGE_TOKENS) * PAGE_TOKENS, indexed[b])
+            assert (reads[b][:, middle].sum(-1) == count).all()
+
+
+def exact(query, keys, values, tokens):
+    """Attention of one query head to these tokens, in float64."""
+    logits = (
+        np.asarray(keys, np.float64)[tokens]
+        @ np.asarray(query, np.float64)
+        / np.sqrt(keys.shape[-1])
+    )
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum() @ np.asarray(values, np.float64)[tokens]
+
+
+def test_streaming_llm_is_sinks_and_a_window(model, stream):
+    config = dataclasses.replace(CONFIG, retrieval_fraction=0.1)  # 13 of 130 indexed tokens
+    found = run(SparseAttention(config, "recency"), model, stream, steps=3)
+    step, b, head = 2, 0, 3
+    newest = LENGTHS[b] + step
+    # The 16 local tokens, the 13 before them, and what was generated.
+    tokens = [*range(4), *range(LENGTHS[b] - 16 - 13, newest + 1)]
+    query, key, value = (x[b] for x in stream)
+    expected = exact(query[newest, head], key[:, head // 2], value[:, head // 2], tokens)
+    np.testing.assert_allclose(found[step, b, head], expected, atol=1e-6)
+
+
+def test_the_oracle_reads_the_tokens_of_most_mass(model, stream):
+    config = dataclasses.replace(CONFIG, retrieval_fraction=0.1)
+    oracle = SparseAttention(config, "mass")
+    state = decode(oracle, started(oracle, model, stream), stream, jnp.asarray(LENGTHS), 1)[1]
+    b, head, newest = 0, 1, LENGTHS[0] + 1
+    query = stream[0][:, newest][:, None]
+    keys = np.asarray(state.keys[0, b, head], np.float64)
+    logits = np.asarray(query[b, 0, 2 * head : 2 * head + 2], np.float64) @ keys.T / 4
+    masses = np.exp(logits[:, : newest + 1])
+    mass = (masses / masses.sum(axis=1, keepdims=True)).sum(axis=0)
+    middle = np.arange(4, 134)
+    best = set(middle[np.argsort(mass[middle])[-13:]].tolist())
+    read = set(np.nonzero(reads_of(oracle, state, query)[b, head])[0].tolist())
+    assert read & set(middle.tolist()) == best
+
+
+def test_page_bounds_are_above_every_logit_of_the_page():
+    rng = np.random.default_rng(1)
+    query = jnp.asarray(rng.normal(size=(2, 1, 4, 16)), jnp.float32)
+    keys = jnp.asarray(rng.normal(size=(2, 2, 70, 16)), jnp.float32)
+    valid = jnp.asarray((np.arange(70) >= 3) & (np.arange(70) < [[60], [35]]))
+    bounds = np.asarray(page_bounds(query, keys, valid, 3))
+    grouped = np.asarray(query).reshape(2, 2, 2, 16)
+    logits = np.einsum("bhgd,bhsd->bhgs", grouped, np.asarray(keys)) / 4
+    gaps = []
+    for b, end in enumerate((60, 35)):
+        for page in range(bounds.shape[-1]):
+            tokens = np.arange(3 + 16 * page, min(3 + 16 * (page + 1), end))
+            if len(tokens) == 0:
+                assert (bounds[b, :, :, page] < -1e29).all()
+                continue
+            gaps.append(bounds[b, :, :, page] - logits[b][:, :, tokens].max(-1))
+    assert np.min(gaps) >= -1e-5
+    # Where all keys of a page are one, the bound is that key's logit.
+    same = jnp.broadcast_to(keys[:, :, 5:6], keys.shape)
+    bounds = np.asarray(page_bounds(query, same, valid, 3))
+    np.testing.assert_allclose(bounds[..., 0], logits[..., 5], atol=1e-5)
+
+
+def test_quest_reads_whole_pages_of_the_greatest_bounds(model, stream):
+    config = dataclasses.replace(CONFIG, retrieval_fraction=0.2)  # 26 of 130: two pages
+    quest = SparseAttention(config, "page_bound")
+    state = started(quest, model, stream)
+    query = stream[0][:, LENGTHS[0]][:, None]
+    read = reads_of(quest, state, query)[0, 1, 4:132].reshape(8, PAGE_TOKENS)
+    assert read.all(axis=1).sum() == read.any(axis=1).sum() == 2
+    keys = state.keys[0]
+    place = jnp.arange(keys.shape[2])
+    valid = jnp.broadcast_to((place >= 4) & (place < 134), (2, len(place)))
+    bounds = page_bounds(query, keys, valid, 4)[0, 1]
+    mass = np.asarray(jax.nn.softmax(bounds, axis=-1).sum(axis=0))
+    assert set(np.nonzero(read.all(axis=1))[0]) == set(np.argsort(mass)[-2:])
+
+
+@pytest.mark.parametrize("name", ["full", "quest", "wave_no_estimation"])
+def test_a_shared_prefill_is_the_methods_own(name):
+    budget = {"retrieval_fraction": 0.1, "min_retrieved_tokens": 4} | {
+        field: getattr(CONFIG, field)
+        for field in ("local_tokens", "growth_tokens", "segment_tokens", "cluster_size")
+    }
+    attention = parse_methods(name, budget)[name]
+    params, prompts = make_params(), make_prompts([200, 90])
+    generator = Generator(MODEL, attention)
+    steps, room = 24, bucket(200)
+    expected = generator.decode_n(params, generator.start(params, prompts, steps), steps)[1]
+    full = Generator(MODEL, DenseAttention())
+    shared = SharedPrefill(full.start(params, prompts, steps), room, steps)
+    for _ in range(2):  # A state may be donated: the next one is another's.
+        found = generator.decode_n(params, shared.state(generator), steps)[1]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_an_index_is_built_once_for_methods_that_can_share_it(monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        shared_prefill, "build_index", lambda builder, *_: built.append(builder) or jnp.zeros(1)
+    )
+    full = Generator(MODEL, DenseAttention())
+    shared = SharedPrefill(full.start(make_params(), make_prompts([200]), 8), 256, 8)
+    changes = (
+        {},
+        {"retrieval_fraction": 0.5},
+        {"estimation_fraction": 0.0, "min_retrieved_tokens": 0, "candidate_fraction": 0.5},
+        {"cluster_size": 4},
+        {"cluster_size": 4, "retrieval_fraction": 0.5},
+        {"token_codes": False},
+    )
+    for changed in changes:
+        config = dataclasses.replace(CONFIG, **changed)
+        shared.state(Generator(MODEL, WaveAttention(config, "device")))
+    assert [(one.config.cluster_size, one.config.token_codes) for one in built] == [
+        (8, True),
+        (4, True),
+        (8, False),
+    ]
+
+
+def probed(method, model, stream):
+    """Recall and error `[batch, heads]` of the first step after the prompts."""
+    probe = ProbeAttention(method=method)
+    dense, own = started(DenseAttention(), model, stream), started(method, model, stream)
+    zeros = jnp.zeros((1, len(LENGTHS), model.num_heads))
+    state = ProbeState(dense.keys, dense.values, dense.tokens, own, zeros, zeros)
+    batch = jnp.arange(len(LENGTHS))
+    query, key, value = (x[batch, jnp.asarray(LENGTHS)][:, None] for x in stream)
+    output, state = probe.decode(jnp.int32(0), query, key, value, state)
+    return np.asarray(output[:, 0]), np.asarray(state.recall[0]), np.asarray(state.error[0])
+
+
+@pytest.mark.parametrize("method", [SparseAttention(), WaveAttention(store="device")])
+def test_a_probe_finds_nothing_amiss_at_full_budget(model, stream, method):
+    method = dataclasses.replace(
+        method, config=dataclasses.replace(CONFIG, retrieval_fraction=1.0, candidate_fraction=1.0)
+    )
+    output, recall, error = probed(method, model, stream)
+    np.testing.assert_allclose(output, run(DenseAttention(), model, stream, 1)[0], atol=1e-6)
+    np.testing.assert_allclose(recall, 1, atol=1e-5)
+    np.testing.assert_allclose(error, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [SparseAttention(), WaveAttention(store="device")])
+def test_a_probes_recall_and_error_are_those_of_what_is_read(model, stream, method):
+    config = dataclasses.replace(CONFIG, retrieval_fraction=0.1, estimation_fraction=0.0)
+    method = dataclasses.replace(method, config=config)
+    output, recall, error = probed(method, model, stream)
+    b, head = 0, 2
+    newest = LENGTHS[b]
+    query, key, value = (np.asarray(x[b], np.float64) for x in stream)
+    state = started(method, model, stream)
+    at = jnp.asarray(LENGTHS)
+    step = stream[0][jnp.arange(2), at][:, None]
+    if isinstance(method, WaveAttention):
+        read = wave_reads(method, jnp.int32(0), step, state, newest + 1)
+    else:
+        keys, values = (x[jnp.arange(2), at][:, None] for x in stream[1:])
+        read = method.read(jnp.int32(0), step, method.append(jnp.int32(0), keys, values, state))
+    tokens = np.nonzero(np.asarray(read)[b, head // 2])[0]
+    mass = np.exp(key[: newest + 1, head // 2] @ query[newest, head] / 4)
+    assert recall[b, head] == pytest.approx(mass[tokens].sum() / mass.sum(), abs=1e-5)
+    assert 0.05 < recall[b, head] < 0.95
+    own = exact(query[newest, head], key[:, head // 2], value[:, head // 2], tokens)
+    full = exact(query[newest, head], key[:, head // 2], value[:, head // 2], range(newest + 1))
+    expected = np.linalg.norm(own - full) / np.linalg.norm(full)
+    assert error[b, head] == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(output[b, head], full, atol=1e-6)
+
+
+def test_methods_by_name():
+    budget = {"retrieval_fraction": 0.02, "min_retrieved_tokens": 7}
+    found = parse_methods("full, wave[ cluster_size = 16 ,token_codes=false],paper,quest", budget)
+    assert list(found) == ["full", "wave[cluster_size=16,token_codes=false]", "paper", "quest"]
+    assert found["full"] == DenseAttention()
+    assert found["wave[cluster_size=16,token_codes=false]"] == WaveAttention(
+        WaveConfig(cluster_size=16, token_codes=False, **budget), "device"
+    )
+    assert found["paper"] == WaveAttention(WaveConfig.paper(**budget), "device")
+    assert found["quest"] == SparseAttention(WaveConfig(**budget), "page_bound")
+    own = parse_methods("oracle[min_retrieved_tokens=9],wave_no_estimation", budget)
+    assert own["oracle[min_retrieved_tokens=9]"].config.min_retrieved_tokens == 9
+    assert own["wave_no_estimation"].config.estimation_fraction == 0
+    assert len(parse_methods(",".join(METHODS), budget)) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("best", "no method 'best'; there are: full, oracle"),
+        ("", "no method ''"),
+        ("wave[", "no method 'wave['"),
+        ("wave[size=3]", "no setting 'size' in 'size=3'; there are: sink_tokens"),
+        ("wave[cluster_size=two]", "cluster_size is 'two'; it must be of type int"),
+        ("wave[token_codes=2]", "token_codes is '2'; it must be of type bool"),
+        ("wave[retrieval_fraction=2]", "retrieval_fraction is 2.0; it must be from 0 to 1"),
+        ("full[cluster_size=2]", "full has no settings"),
+    ],
+)
+def test_bad_methods_are_refused(text, said):
+    with pytest.raises(InputError) as caught:
+        parse_methods(text, {})
+    assert said in str(caught.value)

@@ -1,0 +1,90 @@
+"""The methods by name, all at one budget of tokens: attentions that differ in decoding only."""
+
+import dataclasses
+import re
+from typing import Any
+
+from models.errors import InputError
+from wavejax.config import WaveConfig
+from wavejax.dense_attention import DenseAttention
+from wavejax.evaluation.baselines import Rank, SparseAttention
+from wavejax.wave_attention import WaveAttention
+
+FULL = "full"
+METHODS = {
+    FULL: "full attention",
+    "oracle": "the tokens of most true mass; nothing is estimated",
+    "streaming_llm": "sinks and a window extended to the budget",
+    "quest": "pages of 16 tokens by the upper bound of their logits",
+    "paper": "RetroInfer's settings: whole clusters of 16, 23.2 % estimated",
+    "wave": "wave attention: clusters of 32 and token codes, all others estimated",
+    "wave_no_estimation": "the same, nothing estimated",
+    "wave_no_codes": "the same, whole clusters of 32 retrieved",
+}
+_RANKS: dict[str, Rank] = {
+    "oracle": "mass",
+    "streaming_llm": "recency",
+    "quest": "page_bound",
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "wave_no_estimation": {"estimation_fraction": 0.0},
+    "wave_no_codes": {"token_codes": False},
+}
+
+
+def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention | WaveAttention]:
+    """Attentions by the name that each was given.
+
+    Args:
+        text: names separated by commas; a name may be followed by settings of its own, fields of
+            `WaveConfig`: `wave[candidate_fraction=0.1,cluster_size=16]`.
+        budget: settings of all of them.
+
+    Raises:
+        InputError: a name or a field is not known, or a value does not fit its field.
+    """
+    found = {}
+    for spec in re.split(r",(?![^\[]*\])", text):
+        match = re.fullmatch(r"\s*(\w+)\s*(?:\[(.*)\])?\s*", spec)
+        if match is None or match[1] not in METHODS:
+            raise InputError(
+                f"no method {spec.strip()!r}; there are: {', '.join(METHODS)}, each with settings "
+                "if wanted, as in wave[candidate_fraction=0.1,cluster_size=16]"
+            )
+        found[re.sub(r"\s", "", spec)] = _attention(match[1], budget, _settings(match[2] or ""))
+    return found
+
+
+def _attention(
+    name: str, budget: dict[str, Any], settings: dict[str, Any]
+) -> DenseAttention | WaveAttention:
+    if name == FULL:
+        if settings:
+            raise InputError(f"{FULL} has no settings, but {settings} were given")
+        return DenseAttention()
+    own = {**_OWN.get(name, {}), **budget, **settings}
+    if name in _RANKS:
+        return SparseAttention(WaveConfig(**own), _RANKS[name])
+    # On the device: it is answers that are compared, not memory.
+    make = WaveConfig.paper if name == "paper" else WaveConfig
+    return WaveAttention(make(**own), "device")
+
+
+def _settings(text: str) -> dict[str, Any]:
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(WaveConfig)}
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in kinds:
+            raise InputError(f"no setting {name!r} in {part!r}; there are: {', '.join(kinds)}")
+        found[name] = _value(name, value, kinds[name])
+    return found
+
+
+def _value(name: str, text: str, kind: type) -> Any:
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return {int: int, float: float}[kind](text)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{name} is {text!r}; it must be of type {kind.__name__}") from error

@@ -1,0 +1,87 @@
+"""An evaluation's folder: what it is of, and one JSON line for each sample and method."""
+
+import datetime
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.errors import InputError
+
+Key = tuple[str, int, int, str]
+RECORDS = "records.jsonl"
+SETTINGS = "settings.json"
+
+
+class Records:
+    """The records in a folder, from which a stopped evaluation goes on.
+
+    Args:
+        folder: made if it is not there.
+        settings: what decides the figures; an evaluation goes on only under the same.
+        run: facts of this run, for the reader: versions, the device.
+
+    Raises:
+        InputError: the folder cannot be used, or holds an evaluation with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], run: dict[str, Any]):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._check(settings, run)
+            self.records = list(self._read())
+            (folder / RECORDS).touch()
+        except OSError as error:
+            raise InputError(f"cannot use the folder {folder}: {error.strerror}") from error
+        self.done = {key_of(record) for record in self.records}
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Writes records of which none is there yet."""
+        with (self.folder / RECORDS).open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self.records.append(record)
+                self.done.add(key_of(record))
+
+    def _check(self, settings: dict[str, Any], run: dict[str, Any]) -> None:
+        path = self.folder / SETTINGS
+        runs = []
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            for name in sorted(settings.keys() | known["settings"].keys()):
+                there, here = known["settings"].get(name), settings.get(name)
+                if there != here:
+                    raise InputError(
+                        f"{self.folder} holds an evaluation whose {name} is {there!r}, not "
+                        f"{here!r}: give another --out, or the same settings to go on with it"
+                    )
+            runs = known["runs"]
+        stamp = datetime.datetime.now(datetime.UTC).date().isoformat()
+        runs.append(run | {"date": stamp})
+        text = json.dumps({"settings": settings, "runs": runs}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        path = self.folder / RECORDS
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        # What follows the last line's end was being written when the run was stopped.
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            path.write_bytes(whole)
+        for line in whole.splitlines():
+            yield json.loads(line)
+
+
+def key_of(record: dict[str, Any]) -> Key:
+    """What a record is of: task, length, index of the sample, method."""
+    return record["task"], record["length"], record["index"], record["method"]
+
+
+def blocks(samples: int, batch: int) -> Sequence[range]:
+    """The samples' indices in batches of one size; the last one may reach past `samples`."""
+    count = -(-samples // batch)
+    size = -(-samples // count)
+    return [range(i * size, (i + 1) * size) for i in range(count)]

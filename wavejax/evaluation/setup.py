@@ -1,0 +1,78 @@
+"""What the evaluation scripts share: the model, lists of numbers, facts of the run."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+
+from models.checkpoint import Checkpoint, find_default_model, open_checkpoint
+from models.errors import InputError
+from models.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model that is evaluated, its weights not yet read.
+
+    Attributes:
+        checkpoint: where the weights are.
+        tokenizer: the model's.
+        dtype: of weights and caches.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's file or folder name."""
+        return self.checkpoint.path.name
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """An answer ends after any of these."""
+        stops = self.tokenizer.stop_ids | set(self.checkpoint.config.stop_token_ids)
+        return tuple(sorted(stops))
+
+    def check_length(self, length: int) -> None:
+        """Raises InputError for a length that the model was not made for."""
+        context = self.checkpoint.config.max_context
+        if length > context:
+            raise InputError(f"length {length} is above the model's context, {context} tokens")
+
+
+def open_subject(model: str | None, dtype: str) -> Subject:
+    """Opens a model: the installed SmolLM2 if none is named; raises InputError.
+
+    Args:
+        model: a path, as for `python -m wavejax.generate`.
+        dtype: "auto" is float32 on a CPU, bfloat16 elsewhere.
+    """
+    checkpoint = open_checkpoint(model if model is not None else find_default_model())
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Subject(checkpoint, load_tokenizer(checkpoint.path), dtype)
+
+
+def parse_numbers(text: str, kind: type, what: str) -> list[Any]:
+    """Numbers above zero, separated by commas; raises InputError."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{what} are {text!r}; give numbers separated by commas") from error
+    if min(numbers) <= 0:
+        raise InputError(f"{what} are {text!r}; each must be above 0")
+    return sorted(set(numbers))
+
+
+def run_facts() -> dict[str, str]:
+    """Versions and the device, for the record."""
+    return {
+        "wavejax": importlib.metadata.version("wavejax"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }

@@ -1,0 +1,108 @@
+"""One dense prefill for all methods: it is exact whatever the attention, so they can share it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from wavejax.config import WaveConfig
+from wavejax.dense_attention import DenseState
+from wavejax.evaluation.baselines import SparseAttention, SparseState
+from wavejax.generator import DecodeState, Generator
+from wavejax.wave_attention import WaveAttention
+
+# What only a decode step asks for: methods that differ in nothing else share their index.
+_DECODING = (
+    "candidate_fraction",
+    "retrieval_fraction",
+    "min_retrieved_tokens",
+    "estimation_fraction",
+)
+
+
+class SharedPrefill:
+    """States for every method from what full attention's prefill left.
+
+    An index is built once for methods that can share it and follow one another: only the last one
+    built is kept.
+
+    Args:
+        dense: the state that a generator with `DenseAttention` started; never donated.
+        prompt_tokens: room for prompts in the methods' states, at least the longest one, and at
+            most what the dense cache has; the same for all batches that should share programs.
+        new_tokens: room for so many tokens more; the dense cache must have it too.
+    """
+
+    def __init__(self, dense: DecodeState, prompt_tokens: int, new_tokens: int):
+        self.dense, self.prompt_tokens, self.new_tokens = dense, prompt_tokens, new_tokens
+        self._builder: WaveAttention | None = None
+        self._built: Any = None
+
+    def state(self, generator: Generator) -> DecodeState:
+        """A state of the generator's own, after the prompts; may be donated."""
+        dense, attention = self.dense, generator.attention
+        full = dense.cache
+        assert isinstance(full, DenseState)
+        if isinstance(attention, WaveAttention):
+            cache = self._index(generator, attention)
+        elif isinstance(attention, SparseAttention):
+            cache = SparseState(full.keys, full.values, full.tokens, full.tokens)
+        else:
+            cache = full
+        return jax.tree.map(jnp.copy, dataclasses.replace(dense, cache=cache))
+
+    def _index(self, generator: Generator, attention: WaveAttention) -> Any:
+        plain = {name: getattr(WaveConfig(), name) for name in _DECODING}
+        # The room for an index does not depend on what decoding asks for.
+        builder = dataclasses.replace(
+            attention, config=dataclasses.replace(attention.config, **plain)
+        )
+        if builder != self._builder:
+            self._builder, self._built = builder, None  # Let go before there are two.
+            self._built = build_index(
+                builder, generator, self.dense.cache, self.prompt_tokens, self.new_tokens
+            )
+        return self._built
+
+
+def build_index(
+    attention: WaveAttention,
+    generator: Generator,
+    full: DenseState,
+    prompt_tokens: int,
+    new_tokens: int,
+) -> Any:
+    """A wave state from a dense cache, without running the model; see `SharedPrefill`."""
+    batch = full.tokens.shape[0]
+    cache = attention.init_state(generator.model, batch, prompt_tokens, new_tokens, full.keys.dtype)
+    for sequence in range(batch):
+        where = jnp.int32(sequence), full.tokens[sequence]
+        for layer in range(generator.model.num_layers):
+            cache = _write(
+                attention, jnp.int32(layer), *where, full.keys, full.values, cache, prompt_tokens
+            )
+        cache = _finish(attention, cache, *where)
+    return cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnames="cache")
+def _write(
+    attention: WaveAttention,
+    layer: Array,
+    sequence: Array,
+    length: Array,
+    keys: Array,
+    values: Array,
+    cache: Any,
+    room: int,
+) -> Any:
+    key, value = (jnp.swapaxes(x[layer, sequence, :, :room], 0, 1) for x in (keys, values))
+    return attention.write_prompt(layer, key, value, cache, sequence=sequence, length=length)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def _finish(attention: WaveAttention, cache: Any, sequence: Array, length: Array) -> Any:
+    return attention.finish_prefill(cache, sequence, length)
