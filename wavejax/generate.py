@@ -11,7 +11,14 @@ import jax
 from models.checkpoint import Checkpoint, find_default_model, open_checkpoint
 from models.errors import InputError
 from models.tokenizer import Tokenizer, load_tokenizer
-from wavejax.cli_support import fields_of, main_guard, options_from, progress_bar, read_prompts
+from wavejax.cli_support import (
+    exit_process,
+    fields_of,
+    main_guard,
+    options_from,
+    progress_bar,
+    read_prompts,
+)
 from wavejax.config import WaveConfig
 from wavejax.dense_attention import DenseAttention
 from wavejax.generator import Generator
@@ -217,7 +224,11 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, as_json: bool) -> None:
     plan.check()
 
 
-main = main_guard(command)
+main = main_guard(
+    command,
+    advice="use a shorter prompt, fewer prompts or a smaller --cache-fraction; "
+    "--plan shows what a run takes",
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())
