@@ -124,10 +124,8 @@ def main() -> int:
         path = arguments.model or find_default_model()
         checkpoint = open_checkpoint(path)
         text = load_tokenizer(path).encode("\n\n".join(paragraphs()), add_special=True)
-        lengths = [
-            max(1, arguments.context * (i + 1) // arguments.batch) for i in range(arguments.batch)
-        ]
-        prompts = [text[:length] for length in lengths]
+        longest, batch = arguments.context, arguments.batch
+        prompts = [text[: max(1, longest * (i + 1) // batch)] for i in range(batch)]
         plan = make_plan(
             checkpoint.config, WaveConfig(), batch, max(map(len, prompts)),
             arguments.steps, arguments.dtype, store=arguments.store,
