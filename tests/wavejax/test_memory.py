@@ -52,10 +52,10 @@ WIDE = ModelConfig("llama", 1000, 2, 256, 512, 8, 2, 64, 10**6)
 DEEP_MLP = ModelConfig("llama", 1000, 2, 128, 1024, 4, 1, 32, 10**6)
 
 
-def compiled_workspace(model, attention, batch, room, new):
+def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32):
     """Bytes of temporaries of the two programs, compiled for this machine."""
 
-    def of(shape, dtype=jnp.float32):
+    def of(shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     shapes = parameter_shapes(model)
@@ -63,7 +63,7 @@ def compiled_workspace(model, attention, batch, room, new):
     number = of((), jnp.int32)
 
     def state():
-        cache = attention.init_state(model, batch, room, new, jnp.float32)
+        cache = attention.init_state(model, batch, room, new, dtype)
         logits = jnp.zeros((batch, model.vocab_size))
         return DecodeState(cache, logits, jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0))
 

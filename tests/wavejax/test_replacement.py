@@ -239,5 +239,5 @@ def test_the_study_prints_every_case(monkeypatch, tmp_path):
     assert len(units.splitlines()) == 4 + len(study.UNITS)
     assert len(study.as_json(results)) == len(cases)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match="pip install matplotlib"):
+    with pytest.raises(InputError, match="pip install 'matplotlib"):
         study.plot(results, tmp_path / "plot.svg")

@@ -140,7 +140,7 @@ def plot(results: dict[Case, Reads], file: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("a plot needs matplotlib; run: pip install matplotlib") from None
+        raise InputError("a plot needs matplotlib; run: pip install 'matplotlib>=3.8'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
