@@ -27,6 +27,10 @@ kv head ``h // (num_heads // num_kv_heads)``. The 1/sqrt(head_dim) is the attent
 """
 
 
+MLP_BLOCK = 8192
+"""Tokens of a prompt that go through an MLP at a time."""
+
+
 class Decoder(nn.Module):
     """All layers of a decoder-only language model, as a Flax linen module.
 
@@ -133,9 +137,13 @@ def apply_layer(
     attended, state = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
     attended = attended.astype(hidden.dtype).reshape(*hidden.shape[:2], -1)
     hidden = hidden + _linear(attended, weights["output"])
-    normed = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
-    gated = nn.silu(_linear(normed, weights["gate"])) * _linear(normed, weights["up"])
-    return hidden + _linear(gated, weights["down"]), state
+
+    def mlp(hidden: Array) -> Array:
+        normed = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
+        gated = nn.silu(_linear(normed, weights["gate"])) * _linear(normed, weights["up"])
+        return hidden + _linear(gated, weights["down"])
+
+    return _by_blocks(mlp, hidden), state
 
 
 def final_norm(
@@ -151,6 +159,19 @@ def unembed(
     """Logits, float32, of hidden states that `final_norm` has normalised."""
     table = params["params"]["embedding" if config.tie_embeddings else "unembedding"]
     return _linear(hidden, table, jnp.float32)
+
+
+def _by_blocks(function: Callable[[Array], Array], hidden: Array) -> Array:
+    """Applies what treats each token alone, to blocks of a long prompt's tokens one after another.
+
+    The MLP's inner width is several times the model's: of a whole long prompt at once it would be
+    the largest array of all.
+    """
+    batch, tokens, size = hidden.shape
+    if tokens <= MLP_BLOCK or tokens % MLP_BLOCK:
+        return function(hidden)
+    blocks = hidden.reshape(batch, tokens // MLP_BLOCK, MLP_BLOCK, size).swapaxes(0, 1)
+    return jax.lax.map(function, blocks).swapaxes(0, 1).reshape(batch, tokens, size)
 
 
 def _pick_layer(stacked: dict[str, Array], layer: Array | int) -> dict[str, Array]:

@@ -9,6 +9,8 @@ from wavejax.dense_attention import DenseAttention as DenseAttention
 from wavejax.generator import DecodeState as DecodeState
 from wavejax.generator import Generator as Generator
 from wavejax.index import WaveIndex as WaveIndex
+from wavejax.plan import Plan as Plan
+from wavejax.plan import make_plan as make_plan
 from wavejax.sampling import Sampler as Sampler
 from wavejax.wave_attention import WaveAttention as WaveAttention
 from wavejax.wave_attention import WaveState as WaveState

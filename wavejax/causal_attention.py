@@ -8,6 +8,16 @@ from pallas_kernels._numerics import MASKED
 
 SECTIONS = 8  # Each is compiled on its own, with no more keys than it can see.
 QUERY_BLOCK = 128
+LOGITS = 2**28  # Of one block at most: 1 GiB in float32.
+SMALLEST_BLOCK = 16
+
+
+def query_block(tokens: int, heads: int) -> int:
+    """Queries attended to at a time: fewer for prompts so long that their logits take much room."""
+    block = QUERY_BLOCK
+    while block > SMALLEST_BLOCK and block * heads * tokens > LOGITS:
+        block //= 2
+    return min(block, tokens)
 
 
 def causal_attention(
@@ -26,7 +36,7 @@ def causal_attention(
     tokens, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    block = min(QUERY_BLOCK, tokens)
+    block = query_block(tokens, heads)
     blocks = -(-tokens // block)
     section = -(-blocks // min(SECTIONS, blocks)) * block
     # Heads first and the group's queries side by side: plain batched matrix products, which run
@@ -58,11 +68,12 @@ def causal_attention(
                 value,
                 preferred_element_type=jnp.float32,
             )
-            return output / jnp.sum(weights, axis=-1, keepdims=True)
+            output = output / jnp.sum(weights, axis=-1, keepdims=True)
+            return output.astype(query.dtype)
 
         these = slice(start // block, -(-end // block))
         first = jnp.arange(blocks)[these] * block
         outputs.append(lax.map(attend, (query[these], first)))
     output = jnp.concatenate(outputs).reshape(blocks, kv_heads, group, block, head_dim)
     output = output.transpose(0, 3, 1, 2, 4).reshape(blocks * block, heads, head_dim)
-    return output[:tokens].astype(query.dtype)
+    return output[:tokens]

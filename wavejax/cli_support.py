@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import jax
@@ -21,12 +23,18 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
-def main_guard(command: click.Command) -> Callable[..., int]:
+def main_guard(
+    command: click.Command, advice: str = "free some and try again"
+) -> Callable[..., int]:
     """Wraps a command into `main(arguments=None) -> exit status`.
 
-    Bad input becomes one line on stderr, `error: ...`, and status 2; Ctrl-C status 130; a reader
-    that went away, as `head` does, status 141 and no word. A mistake in the program keeps its
-    traceback.
+    Bad input, or memory that runs out, becomes one line on stderr, `error: ...`, and status 2;
+    Ctrl-C status 130; a reader that went away, as `head` does, status 141 and no word. A mistake in
+    the program keeps its traceback.
+
+    Args:
+        command: what to run.
+        advice: what to do where memory runs out.
     """
 
     def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,18 +42,20 @@ def main_guard(command: click.Command) -> Callable[..., int]:
             # A terminal that cannot show a character should not end a generation.
             sys.stdout.reconfigure(errors="replace")
         try:
-            status = command.main(
-                args=None if arguments is None else list(arguments), standalone_mode=False
-            )
+            with _insistent_interrupts():
+                status = command.main(
+                    args=None if arguments is None else list(arguments), standalone_mode=False
+                )
             sys.stdout.flush()
         except click.ClickException as error:
             return _fail(error.format_message())
         except InputError as error:
             return _fail(str(error))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            what = out_of_memory(error)
+            if what is None:
                 raise
-            return _fail(f"out of memory: {str(error).splitlines()[0]}")
+            return _fail(f"{what}; {advice}")
         except (KeyboardInterrupt, click.Abort):
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
@@ -57,6 +67,58 @@ def main_guard(command: click.Command) -> Callable[..., int]:
         return status if isinstance(status, int) else 0
 
     return main
+
+
+def exit_process(status: int) -> NoReturn:
+    """Ends the process. Of a run that failed, without waiting for what the device still does.
+
+    Python's own way out would free arrays that queued work still uses, and crash.
+    """
+    if status == 0:
+        sys.exit(0)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+@contextlib.contextmanager
+def _insistent_interrupts() -> Iterator[None]:
+    """Makes Ctrl-C raise KeyboardInterrupt once a second until it ends what it should end.
+
+    Raised once, it is lost where Python runs on behalf of C++ or of the garbage collector, which
+    report it and go on.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # only the main thread receives signals; and who ignores them has a reason
+        return
+
+    def interrupt(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise KeyboardInterrupt
+
+    alarm = signal.signal(signal.SIGALRM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGALRM, alarm)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line that says which memory ran out and what was asked of it; None for other errors."""
+    text = str(error)
+    if isinstance(error, MemoryError):  # Python's own, and NumPy's
+        return f"out of host memory ({text})" if text else "out of host memory"
+    if "RESOURCE_EXHAUSTED" not in text and "CUDA_ERROR_OUT_OF_MEMORY" not in text:
+        return None
+    # XLA's allocator of pinned memory is xla_gpu_host_bfc.
+    pinned = "host memory" in text or "gpu_host" in text
+    reason = text.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(". ")
+    return f"out of {'pinned host' if pinned else 'device'} memory ({reason})"
 
 
 def _fail(message: str) -> int:

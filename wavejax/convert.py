@@ -4,7 +4,6 @@ The new folder holds Orbax parameters in the dtype asked for, the model's config
 """
 
 import shutil
-import sys
 from pathlib import Path
 
 import click
@@ -15,7 +14,7 @@ from models.checkpoint import open_checkpoint, write_orbax
 from models.errors import InputError
 from models.orbax_folder import refuse_existing
 from models.tokenizer import load_tokenizer
-from wavejax.cli_support import main_guard
+from wavejax.cli_support import exit_process, main_guard
 
 
 @click.command()
@@ -66,4 +65,4 @@ def _existing_parent(path: Path) -> Path:
 main = main_guard(convert)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

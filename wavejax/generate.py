@@ -3,23 +3,30 @@
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import click
 import jax
-import jax.numpy as jnp
 
 from models.checkpoint import Checkpoint, find_default_model, open_checkpoint
 from models.errors import InputError
 from models.tokenizer import Tokenizer, load_tokenizer
-from wavejax.cli_support import fields_of, main_guard, options_from, progress_bar, read_prompts
+from wavejax.cli_support import (
+    exit_process,
+    fields_of,
+    main_guard,
+    options_from,
+    progress_bar,
+    read_prompts,
+)
 from wavejax.config import WaveConfig
 from wavejax.dense_attention import DenseAttention
 from wavejax.generator import Generator
-from wavejax.memory import check_memory
+from wavejax.memory import set_memory_limits
+from wavejax.plan import Plan, StoreChoice, make_plan, pinned_need
+from wavejax.plan_table import plan_json, plan_text
 from wavejax.run import Run
 from wavejax.sampling import Sampler
-from wavejax.wave_attention import WaveAttention
 
 
 @click.command(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
@@ -45,10 +52,10 @@ from wavejax.wave_attention import WaveAttention
 @click.option("--attention", type=click.Choice(["wave", "full"]), default="wave", show_default=True)
 @click.option(
     "--store",
-    type=click.Choice(["host", "device"]),
-    default="host",
+    type=click.Choice(["auto", "host", "device"]),
+    default="auto",
     show_default=True,
-    help="Where wave attention keeps the keys and values.",
+    help="Where wave attention keeps the keys and values; auto: on the device while they fit.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option(
@@ -76,6 +83,18 @@ from wavejax.wave_attention import WaveAttention
     "--json", "as_json", is_flag=True, help="Print one JSON object at the end, and no text before."
 )
 @click.option(
+    "--plan",
+    "only_plan",
+    is_flag=True,
+    help="Say what the run would take of memory and what there is; read no weights.",
+)
+@click.option(
+    "--context", type=click.IntRange(min=1), help="With --plan, in place of a prompt: its tokens."
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), help="With --context: how many prompts.  [default: 1]"
+)
+@click.option(
     "--progress/--no-progress", default=None, help="Bars on stderr.  [default: if it is a terminal]"
 )
 def command(
@@ -84,45 +103,52 @@ def command(
     prompt_files: tuple[str, ...],
     chat: bool | None,
     attention: str,
-    store: Literal["host", "device"],
+    store: StoreChoice,
     max_new_tokens: int,
     max_context: int | None,
     dtype: str,
     seed: int,
     as_json: bool,
+    only_plan: bool,
+    context: int | None,
+    batch: int | None,
     progress: bool | None,
     **settings: Any,
 ) -> None:
     """Generate text with full or with wave attention, and print it as it comes."""
     # All that can be wrong with the input is found before the weights are read.
     sampler, config = fields_of(Sampler, settings), fields_of(WaveConfig, settings)
+    wave_or_full = config if attention == "wave" else DenseAttention()
+    path = model if model is not None else find_default_model()
+    if context is not None or batch is not None:
+        check_context(only_plan, context, [*prompts, *prompt_files])
+        checkpoint = open_checkpoint(path)
+        lengths = [context or 1] * (batch or 1)
+        plan = plan_run(checkpoint, wave_or_full, lengths, max_new_tokens, dtype, store)
+        print_plan(plan, checkpoint, as_json)
+        return
     texts = read_prompts(prompts, prompt_files)
-    checkpoint = open_checkpoint(model if model is not None else find_default_model())
+    checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.path)
     ids = encode_prompts(tokenizer, texts, chat)
     check_lengths(checkpoint, ids, max_new_tokens, max_context)
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    wave_or_full = WaveAttention(config, store) if attention == "wave" else DenseAttention()
-    check_memory(
-        checkpoint.config,
-        wave_or_full,
-        len(ids),
-        max(map(len, ids)),
-        max_new_tokens,
-        jnp.dtype(dtype),
-        checkpoint.parameter_bytes(dtype),
-    )
+    plan = plan_run(checkpoint, wave_or_full, [*map(len, ids)], max_new_tokens, dtype, store)
+    if only_plan:
+        print_plan(plan, checkpoint, as_json)
+        return
+    plan.check()
+    if plan.shrunk is not None:
+        print(f"note: store: {plan.need.rows_on}: {plan.reason}", file=sys.stderr)
     generator = Generator(
         checkpoint.config,
-        wave_or_full,
+        plan.attention,
         sampler,
         tuple(sorted(tokenizer.stop_ids | set(checkpoint.config.stop_token_ids))),
     )
 
     shown = sys.stderr.isatty() if progress is None else progress
     with progress_bar("loading the model", shown) as report:
-        params = checkpoint.load_params(dtype, report)
+        params = checkpoint.load_params(plan.dtype, report)
     run = Run(generator, tokenizer, len(ids), quiet=as_json)
     run.generate(params, ids, max_new_tokens, seed, shown)
     if as_json:
@@ -164,7 +190,45 @@ def check_lengths(
             )
 
 
-main = main_guard(command)
+def check_context(only_plan: bool, context: int | None, prompts: Sequence[str]) -> None:
+    """Raises InputError where --context and --batch make no sense."""
+    if not only_plan:
+        raise InputError("--context and --batch are for --plan; give a prompt to generate from")
+    if context is None:
+        raise InputError("--batch needs --context; a batch of prompts has its own size")
+    if prompts:
+        raise InputError("give --context or a prompt, not both: the prompt has a length")
+
+
+def plan_run(
+    checkpoint: Checkpoint,
+    attention: WaveConfig | DenseAttention,
+    lengths: Sequence[int],
+    new_tokens: int,
+    dtype: str,
+    store: StoreChoice,
+) -> Plan:
+    """Plans the run, and sets XLA's limits before anything starts JAX's device."""
+    shape = checkpoint.config, attention, len(lengths), max(lengths), new_tokens
+    # Where there is memory to pin, auto is bfloat16.
+    set_memory_limits(pinned_need(*shape, "bfloat16" if dtype == "auto" else dtype))
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return make_plan(*shape, dtype, store=store)
+
+
+def print_plan(plan: Plan, checkpoint: Checkpoint, as_json: bool) -> None:
+    """Prints the plan; raises InputError if it does not fit."""
+    name = str(checkpoint.path)
+    print(json.dumps(plan_json(plan, name)) if as_json else plan_text(plan, checkpoint.path.name))
+    plan.check()
+
+
+main = main_guard(
+    command,
+    advice="use a shorter prompt, fewer prompts or a smaller --cache-fraction; "
+    "--plan shows what a run takes",
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

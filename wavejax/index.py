@@ -1,5 +1,6 @@
 """The wave index: clusters of each sequence's tokens, and one-bit codes of the tokens."""
 
+import collections
 import dataclasses
 
 import jax
@@ -58,8 +59,12 @@ def segment_sizes(config: WaveConfig, indexed: int) -> list[int]:
 
 def cluster_capacity(config: WaveConfig, segments: list[int], growths: int) -> int:
     """Room for the clusters of these prompt segments and of so many growth segments."""
-    sizes = [*segments, *[config.growth_tokens] * growths]
-    rooms = [capacity(size, config.cluster_size, config.max_cluster_size) for size in sizes]
+    counts = collections.Counter(segments)
+    counts[config.growth_tokens] += growths
+    rooms = [
+        count * capacity(size, config.cluster_size, config.max_cluster_size)
+        for size, count in counts.items()
+    ]
     return max(1, sum(rooms))
 
 

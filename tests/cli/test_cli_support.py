@@ -2,10 +2,14 @@
 
 import dataclasses
 import io
+import os
+import signal
 import sys
+import time
 
 import click
 import pytest
+from jax.errors import JaxRuntimeError
 
 from models.errors import InputError
 from wavejax.cli_support import bytes_text, fields_of, main_guard, options_from
@@ -47,14 +51,43 @@ def test_mistakes_in_the_program_keep_their_traceback() -> None:
         main_guard(failing(ZeroDivisionError()))([])
 
 
-def test_running_out_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    import jax
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.\nx"
+            ),
+            "out of device memory (Out of memory while trying to allocate 5 bytes)",
+        ),
+        (
+            JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 5 bytes with "
+                "allocator xla_gpu_host_bfc on device 0."
+            ),
+            "out of pinned host memory (Out of host memory while trying",
+        ),
+        (
+            JaxRuntimeError("INTERNAL: Failed to load: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+            "out of device memory (INTERNAL: Failed to load: CUDA_ERROR_OUT_OF_MEMORY",
+        ),
+        (MemoryError("Unable to allocate 5 TiB"), "out of host memory (Unable to allocate 5 TiB)"),
+        (MemoryError(), "out of host memory;"),
+    ],
+)
+def test_running_out_of_memory_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    assert main_guard(failing(error), advice="ask for less")([]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {said}")
+    assert printed.endswith("; ask for less\n")
+    assert printed.count("\n") == 1
 
-    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmore")
-    assert main_guard(failing(error))([]) == 2
-    assert capsys.readouterr().err.startswith("error: out of memory: RESOURCE_EXHAUSTED")
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        main_guard(failing(jax.errors.JaxRuntimeError("INTERNAL: bug")))([])
+
+def test_other_errors_of_the_device_keep_their_traceback() -> None:
+    with pytest.raises(JaxRuntimeError):
+        main_guard(failing(JaxRuntimeError("INTERNAL: bug")))([])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +117,24 @@ def test_options_from_a_dataclass(capsys: pytest.CaptureFixture[str]) -> None:
 )  # fmt: skip
 def test_bytes_for_reading(count: int, text: str) -> None:
     assert bytes_text(count) == text
+
+
+def test_an_interrupt_that_is_lost_comes_again(capfd: pytest.CaptureFixture[str]) -> None:
+    lost = []
+
+    @click.command()
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:  # as C++ that calls Python does
+            lost.append(1)
+        time.sleep(10)
+
+    started = time.monotonic()
+    assert main_guard(command)([]) == 130
+    assert lost
+    assert 0.5 < time.monotonic() - started < 5
+    # And then no more.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -91,3 +91,15 @@ def test_positions_matter_only_relatively() -> None:
     np.testing.assert_allclose(shifted, base, atol=1e-4)
     moved, _ = apply(params, tokens, positions.at[:, 0].add(5), state)
     assert np.abs(moved - base).max() > 1e-2
+
+
+def test_a_long_prompts_mlp_goes_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, params, (tokens, positions, state) = make("llama")
+    whole, _ = jax.jit(decoder.apply)(params, tokens, positions, state)
+    inner = decoder.config.intermediate_size
+    for block, at_once in [(4, 4), (6, 6), (5, TOKENS)]:  # 5 does not divide 12
+        monkeypatch.setattr("models.decoder.MLP_BLOCK", block)
+        apply = jax.jit(lambda *inputs: decoder.apply(*inputs))  # compiled anew
+        text = apply.lower(params, tokens, positions, state).as_text()
+        assert f"tensor<2x{at_once}x{inner}xf32>" in text
+        np.testing.assert_allclose(apply(params, tokens, positions, state)[0], whole, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What a run needs of memory: the bytes of the state really made, and a refusal in one line."""
+"""What a run needs of memory: the bytes really made and really compiled; what there is."""
 
 import types
 
@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.wavejax.tiny_generator import CONFIG, MODEL
-from wavejax import DenseAttention, InputError, WaveAttention, WaveConfig, memory
+from models.config import ModelConfig
+from models.parameters import nest, parameter_shapes
+from tests.wavejax.attention_harness import model_of
+from tests.wavejax.tiny_generator import CONFIG, MODEL, make_params
+from wavejax import DecodeState, DenseAttention, Generator, WaveAttention, WaveConfig, memory
+from wavejax import generator as programs
 from wavejax.facts import facts_of
 from wavejax.generator import bucket
-from wavejax.memory import check_memory, memory_need
+from wavejax.memory import free_memory, host_available, memory_need, set_memory_limits
 
 ATTENTIONS = {
     "dense": DenseAttention(),
@@ -24,74 +28,145 @@ ATTENTIONS = {
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("prompt, new", [(5, 1), (318, 90), (1300, 200)])
 def test_the_need_is_the_state_that_is_made(attention, dtype, prompt, new):
-    need = memory_need(MODEL, attention, 3, prompt, new, jnp.dtype(dtype), weights=1000)
-    facts = facts_of(attention.init_state(MODEL, 3, bucket(prompt), new, dtype))
-    assert (need.device_state, need.host_state) == (facts.device_bytes, facts.host_bytes)
-    assert need.weights == 1000
-    assert need.device == 1000 + need.device_state + need.workspace
+    need = memory_need(MODEL, attention, 3, prompt, new, jnp.dtype(dtype))
+    state = attention.init_state(MODEL, 3, bucket(prompt), new, dtype)
+    facts = facts_of(state)
+    assert (need.state, need.host) == (facts.device_bytes, facts.host_bytes)
+    assert need.device == need.weights + need.state + need.workspace
+    if isinstance(attention, WaveAttention):
+        parts = state.index, state.cache, state.steady, state.store
+        sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for part in parts]
+        # The step's number and the tokens attended to are counted with the steady zone.
+        sizes[2] += state.step.nbytes + state.attended.nbytes
+        assert [need.index, need.cache, need.steady, need.rows] == sizes
+        assert need.slots == state.cache.rows.shape[3]
 
 
-def test_the_workspace_holds_a_layers_activations_and_a_block_of_logits():
-    need = memory_need(MODEL, DenseAttention(), 1, 1000, 1, jnp.dtype(jnp.float32), 0)
-    room = bucket(1000)
-    assert need.workspace > room * (MODEL.hidden_size + 2 * MODEL.intermediate_size) * 4
-    assert need.workspace > 4 * MODEL.num_heads * 128 * room
+def test_the_weights_are_those_of_the_model():
+    need = memory_need(MODEL, DenseAttention(), 1, 100, 1, jnp.float32)
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(make_params())]
+    assert (need.weights, need.loading) == (sum(sizes), max(sizes))
 
 
-def available(monkeypatch, count):
-    monkeypatch.setattr(
-        memory.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=count)
+WIDE = ModelConfig("llama", 1000, 2, 256, 512, 8, 2, 64, 10**6)
+DEEP_MLP = ModelConfig("llama", 1000, 2, 128, 1024, 4, 1, 32, 10**6)
+
+
+def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32):
+    """Bytes of temporaries of the two programs, compiled for this machine."""
+
+    def of(shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    shapes = parameter_shapes(model)
+    params = {"params": nest({path: of(shape) for path, shape in shapes.items()})}
+    number = of((), jnp.int32)
+
+    def state():
+        cache = attention.init_state(model, batch, room, new, dtype)
+        logits = jnp.zeros((batch, model.vocab_size))
+        return DecodeState(cache, logits, jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0))
+
+    state = jax.eval_shape(state)
+    hidden = of((1, room, model.hidden_size))
+    arguments = params, hidden, number, number, number, state.cache
+    prefill = programs._prefill_layer.lower(model, attention, *arguments).compile()
+    generator = Generator(model, attention)
+    decode = programs._decode_n.lower(generator, params, state, number, 8).compile()
+    return [program.memory_analysis().temp_size_in_bytes for program in (prefill, decode)]
+
+
+CASES = [("dense", WIDE, 16384), ("dense", DEEP_MLP, 2048), ("wave", WIDE, 16384)]
+
+
+@pytest.mark.parametrize("attention, model, room", CASES)
+def test_the_workspace_is_enough_and_not_twice_too_much(attention, model, room):
+    config = WaveConfig(growth_tokens=64, segment_tokens=1024, min_retrieved_tokens=8)
+    one = WaveAttention(config, "device") if attention == "wave" else DenseAttention()
+    need = memory_need(model, one, 4, room, 64, jnp.float32)
+    prefill, decode = compiled_workspace(model, one, 4, room, 64)
+    # The residual stream goes in and out of the program: no temporary of its own.
+    stream = 3 * room * model.hidden_size * 4
+    assert max(prefill + stream, decode) <= need.workspace
+    assert need.workspace <= 2 * max(prefill + stream, decode)
+
+
+def test_a_long_batch_of_full_attention_decodes_with_more_than_it_reads_a_prompt_with():
+    model = model_of(kv_heads=8, group=1, head_dim=64)
+    one, many = (
+        memory_need(model, DenseAttention(), batch, 4096, 1, jnp.float32) for batch in (1, 64)
     )
+    assert many.workspace > 4 * one.workspace
 
 
-def device_with(monkeypatch, limit, used):
-    stats = {"bytes_limit": limit, "bytes_in_use": used}
-    device = types.SimpleNamespace(memory_stats=lambda: stats)
+def test_nothing_starts_the_device():
+    """In a process of its own: planning must leave the limits to be set."""
+    import subprocess
+    import sys
+
+    code = (
+        "import jax.numpy as jnp\n"
+        "from jax._src import xla_bridge\n"
+        "from models.config import ModelConfig\n"
+        "import wavejax.generate\n"
+        "from wavejax.plan import pinned_need\n"
+        "model = ModelConfig('llama', 50, 2, 32, 48, 4, 2, 16, 1000)\n"
+        "pinned_need(model, wavejax.WaveConfig(), 2, 500, 10, 'bfloat16')\n"
+        "print(xla_bridge.backends_are_initialized())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
+def device_with(monkeypatch, stats):
+    device = types.SimpleNamespace(memory_stats=lambda: stats, device_kind="a GPU")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
 
 
-def check(attention, **changes):
-    arguments = {"batch": 2, "prompt_tokens": 4000, "new_tokens": 10, "weights": 2**30} | changes
-    return check_memory(MODEL, attention, dtype=jnp.dtype(jnp.float32), **arguments)
+def test_what_is_free_is_what_xla_set_aside_less_what_is_in_use(monkeypatch):
+    monkeypatch.delenv(memory.PINNED_LIMIT, raising=False)
+    device_with(monkeypatch, {"bytes_limit": 1000, "bytes_in_use": 100})
+    free = free_memory()
+    assert (free.device, free.name, free.pinned) == (900, "a GPU", 64 * 2**30)
+    monkeypatch.setenv(memory.PINNED_LIMIT, "100")
+    assert free_memory().pinned == 100 * 2**30
+    for stats in (None, {}):
+        device_with(monkeypatch, stats)
+        assert free_memory().device is None
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
-def test_on_a_cpu_all_of_it_must_fit_in_one_memory(monkeypatch, attention):
-    available(monkeypatch, 2**40)
-    need = check(attention)
-    available(monkeypatch, need.device + need.host_state)
-    assert check(attention) == need
-    available(monkeypatch, need.device + need.host_state - 1)
-    with pytest.raises(InputError, match=r"^not enough memory: "):
-        check(attention)
+def test_a_containers_limit_counts(monkeypatch, tmp_path):
+    available = types.SimpleNamespace(available=10_000)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert host_available() == 10_000
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\ninactive_file 700\n")
+    assert host_available() == 5000 - 3000 + 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_available() == 10_000
+    old = tmp_path / "memory"
+    old.mkdir()
+    (old / "memory.limit_in_bytes").write_text("4000")
+    (old / "memory.usage_in_bytes").write_text("4100")
+    (old / "memory.stat").write_text("total_inactive_file 50")
+    assert host_available() == 0
 
 
-def test_the_refusal_is_one_line_with_needed_and_free(monkeypatch):
-    available(monkeypatch, 2**29)
-    with pytest.raises(InputError) as error:
-        check(ATTENTIONS["wave, host"], weights=3 * 2**30)
-    message = str(error.value)
-    assert "\n" not in message
-    need = memory_need(
-        MODEL, ATTENTIONS["wave, host"], 2, 4000, 10, jnp.dtype(jnp.float32), 3 * 2**30
-    )
-    total = (need.device + need.host_state) / 2**30
-    assert message.startswith(f"not enough memory: {total:.2f} GiB needed (weights 3.00 GiB, ")
-    assert "rows in host memory" in message
-    assert "0.50 GiB free" in message
-    assert "--dtype bfloat16" in message  # what to do about it
-
-
-def test_with_a_devices_own_memory_each_is_compared(monkeypatch):
-    attention = ATTENTIONS["wave, host"]
-    available(monkeypatch, 2**40)
-    need = check(attention)
-    device_with(monkeypatch, need.device + 100, 100)
-    available(monkeypatch, need.host_state)
-    assert check(attention) == need
-    available(monkeypatch, need.host_state - 1)
-    with pytest.raises(InputError, match=r"^not enough host memory: "):
-        check(attention)
-    device_with(monkeypatch, need.device + 99, 100)
-    with pytest.raises(InputError, match=r"^not enough device memory: "):
-        check(attention)
+def test_limits_are_set_unless_the_user_has(monkeypatch):
+    names = (memory.PINNED_LIMIT, memory.DEVICE_FRACTION, memory._OLD_DEVICE_FRACTION)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    environment = dict(memory.os.environ)
+    monkeypatch.setattr(memory.os, "environ", environment)
+    set_memory_limits(33 * 2**30 + 1)
+    assert environment[memory.PINNED_LIMIT] == "34"
+    assert environment[memory.DEVICE_FRACTION] == "0.9"
+    set_memory_limits(2**40)
+    assert environment[memory.PINNED_LIMIT] == "34"
+    # Both names together are an error to JAX.
+    del environment[memory.DEVICE_FRACTION]
+    environment[memory._OLD_DEVICE_FRACTION] = "0.5"
+    set_memory_limits(2**40)
+    assert memory.DEVICE_FRACTION not in environment

@@ -1,0 +1,99 @@
+"""Compares replacement policies of the row cache on traces that `record_traces.py` wrote.
+
+    python scripts/compare_replacement.py build/traces --json results.json --plot replacement.svg
+
+Prints, for each method recorded, the rows that each policy misses by the cache's size, and what
+single rows and groups of neighbouring rows miss and read. Means over the traces of a method.
+"""
+
+import argparse
+import collections
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from models.errors import InputError
+from wavejax.replacement import study
+from wavejax.replacement.trace import Trace
+
+
+def main() -> int:
+    """Runs the simulations; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("traces", type=Path, nargs="+", help="files, or folders of them")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.2],
+        help="slots, as shares of the rows",
+    )  # fmt: skip
+    parser.add_argument("--warm-up", type=int, default=64, help="steps not counted")
+    parser.add_argument("--row-bytes", type=int, default=512, help="to count pages: head dim 128")
+    parser.add_argument(
+        "--unit-policies", nargs="+", default=["LRU", study.OPTIMUM], help="to run on groups too"
+    )
+    parser.add_argument(
+        "--unit-shares", type=float, nargs="+", default=[0.05], help="of the cache, for groups"
+    )
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--plot", type=Path, help="draw the policies here (.svg, .png)")
+    arguments = parser.parse_args()
+    try:
+        return compare(arguments)
+    except InputError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Simulates, prints and writes."""
+    files = [
+        file
+        for given in arguments.traces
+        for file in (sorted(given.glob("*.npz")) if given.is_dir() else [given])
+    ]
+    if not files:
+        raise InputError("no traces there; record some with scripts/record_traces.py")
+    traces = [Trace.load(file) for file in files]
+    by_method = collections.defaultdict(list)
+    cases = {
+        trace.about["method"]: study.cases_of(
+            trace.about["method"],
+            arguments.shares,
+            arguments.unit_policies,
+            arguments.unit_shares,
+        )
+        for trace in traces
+    }
+    total = sum(len(cases[trace.about["method"]]) for trace in traces)
+    with tqdm(total=total, disable=None) as bar:
+        for trace in traces:
+            method = trace.about["method"]
+            reads = study.run(
+                trace, cases[method], arguments.row_bytes, arguments.warm_up, bar.update
+            )
+            by_method[method].append(reads)
+    results = {
+        case: reads for several in by_method.values() for case, reads in study.mean(several).items()
+    }
+    for method, several in by_method.items():
+        own = [trace.about for trace in traces if trace.about["method"] == method]
+        kl = sum(about["kl"] for about in own) / len(own)
+        steps = sum(len(trace.rows) for trace in traces if trace.about["method"] == method)
+        print(f"## {method}: {len(several)} traces, {steps} steps, KL {kl:.4f}\n")
+        print(study.policy_table(results, method), end="\n\n")
+        for policy in arguments.unit_policies:
+            for share in arguments.unit_shares:
+                print(study.unit_table(results, method, policy, share), end="\n\n")
+    if arguments.json:
+        text = json.dumps(
+            {"traces": [trace.about for trace in traces], "reads": study.as_json(results)}, indent=1
+        )
+        arguments.json.write_text(text, encoding="utf-8")
+    if arguments.plot:
+        study.plot(results, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

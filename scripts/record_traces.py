@@ -1,0 +1,140 @@
+"""Records which rows decoding retrieves: the traces that `compare_replacement.py` simulates on.
+
+    python scripts/record_traces.py --out build/traces --context 8192 --new-tokens 256 --samples 2
+
+Full attention reads a long real text with a question and answers it, sampled, so that it does not
+repeat itself. Each method then runs the answer's tokens through decode steps of its own, from the
+same prefill, and its trace is written to a file, with its KL divergence from full attention.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from models.checkpoint import find_default_model, open_checkpoint
+from models.errors import InputError
+from models.tokenizer import Tokenizer, load_tokenizer
+from wavejax import DenseAttention, Generator, Sampler, WaveConfig
+from wavejax.evaluation.haystack import paragraphs
+from wavejax.evaluation.teacher_forcing import compare, share_prefill
+from wavejax.generator import NO_TOKEN, bucket
+from wavejax.replacement.trace import record, tracing
+
+QUESTIONS = (
+    "Write a detailed guide for beginners about what this text explains, with examples.",
+    "What are the ten most important rules in this text? Explain each of them and why it matters.",
+    "Retell this text as a long conversation between a teacher and a curious student.",
+)
+SAMPLER = Sampler(temperature=1.0, top_p=0.95)
+
+
+def methods() -> dict[str, WaveConfig]:
+    """The settings recorded. Floors are left out: they would be most of a short text's budget."""
+    wave = WaveConfig(min_retrieved_tokens=0)
+    return {
+        "paper, 1.8 %": WaveConfig.paper(),
+        "wave, 0.9 %": wave,
+        "wave, 0.45 %": dataclasses.replace(wave, retrieval_fraction=0.0045),
+        "wave, 1.8 %": dataclasses.replace(wave, retrieval_fraction=0.018),
+    }
+
+
+def make_prompt(tokenizer: Tokenizer, tokens: int, sample: int) -> list[int]:
+    """A prompt of at most so many tokens: prose, another part for each sample, and a question."""
+    prose = paragraphs()
+    first = sample * len(prose) // 5 % len(prose)
+    prose = prose[first:] + prose[:first]
+    question = QUESTIONS[sample % len(QUESTIONS)]
+
+    def encode(count: int) -> list[int]:
+        content = "\n\n".join([*prose[:count], question])
+        return tokenizer.encode_chat([{"role": "user", "content": content}])
+
+    low, high = 0, len(prose)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if len(encode(middle)) <= tokens else (low, middle)
+    return encode(low)
+
+
+def distinct(answer: np.ndarray, size: int = 4) -> float:
+    """The share of an answer's runs of `size` tokens that are different ones: 1 repeats nothing."""
+    runs = [tuple(answer[i : i + size].tolist()) for i in range(len(answer) - size + 1)]
+    return len(set(runs)) / max(len(runs), 1)
+
+
+def main() -> int:
+    """Records every sample; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the traces")
+    parser.add_argument("--model", type=Path, help="GGUF file or folder (default: SmolLM2)")
+    parser.add_argument("--context", type=int, default=8192, help="tokens, prompt and answer")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of the answer")
+    parser.add_argument("--samples", type=int, default=2, help="texts and answers")
+    parser.add_argument("--dtype", default="float32", help="of weights and cache")
+    arguments = parser.parse_args()
+    try:
+        path = arguments.model or find_default_model()
+        checkpoint = open_checkpoint(path)
+        tokenizer = load_tokenizer(path)
+        params = checkpoint.load_params(arguments.dtype)
+    except InputError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    # Without a stop token: every answer has the same length.
+    full = Generator(checkpoint.config, DenseAttention(), SAMPLER)
+    for sample in range(arguments.samples):
+        prompt = make_prompt(tokenizer, arguments.context - arguments.new_tokens, sample)
+        state = full.start(params, [prompt], arguments.new_tokens, seed=sample)
+        copy = jax.tree.map(jnp.copy, state)
+        copy, drawn = full.decode_n(params, copy, arguments.new_tokens)
+        del copy
+        answer = np.asarray(drawn)[:, 0]
+        answer = answer[answer != NO_TOKEN]
+        copy = jax.tree.map(jnp.copy, state)
+        copy, full_logits = full.force(params, copy, jnp.asarray(answer)[:, None])
+        del copy
+        for name, config in methods().items():
+            generator = Generator(checkpoint.config, tracing(config))
+            shared = share_prefill(generator, state, bucket(len(prompt)), arguments.new_tokens)
+            with tqdm(total=len(answer), desc=f"sample {sample}: {name}") as bar:
+                trace, logits = record(
+                    generator, params, shared, answer, lambda *_, bar=bar: bar.update()
+                )
+            agreement = compare(answer, full_logits[:, 0], jnp.asarray(logits), [])
+            about: dict[str, Any] = {
+                "model": path.name,
+                "method": name,
+                "sample": sample,
+                "context": len(prompt),
+                "answer": tokenizer.decode(answer.tolist()),
+                "distinct": distinct(answer),
+                "head_dim": checkpoint.config.head_dim,
+                "kl": agreement.kl,
+                "match": agreement.match,
+                "jax": jax.__version__,
+                "device": jax.devices()[0].device_kind,
+                "dtype": arguments.dtype,
+            }
+            file = arguments.out / f"{path.stem}-{len(prompt)}-{sample}-{_slug(name)}.npz"
+            dataclasses.replace(trace, about=about).save(file)
+            print(f"{file}: KL {agreement.kl:.4f}, distinct {about['distinct']:.2f}", flush=True)
+    return 0
+
+
+def _slug(name: str) -> str:
+    return (
+        "".join(c if c.isalnum() or c == "." else "-" for c in name).replace("--", "-").strip("-")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

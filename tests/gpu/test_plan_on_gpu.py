@@ -1,0 +1,33 @@
+"""The planner's workspace against what XLA compiles for this GPU, and its limits against JAX's."""
+
+import jax.numpy as jnp
+import pytest
+
+from models.config import ModelConfig
+from tests.wavejax.test_memory import compiled_workspace
+from wavejax import DenseAttention, WaveAttention, WaveConfig
+from wavejax.memory import free_memory, memory_need
+
+pytestmark = pytest.mark.gpu
+
+# Llama-3-8B's shape, but for its depth: the workspace is one layer's.
+LLAMA = ModelConfig("llama", 128256, 2, 4096, 14336, 32, 8, 128, 131072)
+
+
+@pytest.mark.parametrize("attention", [DenseAttention(), WaveAttention(WaveConfig(), "device")])
+@pytest.mark.parametrize("room", [8192, 65536])
+def test_the_workspace_is_enough_and_not_twice_too_much(attention, room):
+    need = memory_need(LLAMA, attention, 1, room, 1024, jnp.bfloat16)
+    prefill, decode = compiled_workspace(LLAMA, attention, 1, room, 1024, jnp.bfloat16)
+    stream = 3 * room * LLAMA.hidden_size * 2
+    print(
+        f"{room}: prefill {prefill:,} + {stream:,}, decode {decode:,}; planned {need.workspace:,}"
+    )
+    assert max(prefill + stream, decode) <= need.workspace
+    assert need.workspace <= 2 * max(prefill + stream, decode)
+
+
+def test_the_device_has_memory_of_its_own():
+    free = free_memory()
+    assert free.device is not None
+    assert free.device > 2**30

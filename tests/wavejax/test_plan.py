@@ -1,0 +1,160 @@
+"""The memory planner: where the rows go, how large the cache is, what is refused, what is said."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.wavejax.tiny_generator import CONFIG, MODEL
+from wavejax import DenseAttention, InputError, WaveAttention
+from wavejax.generator import bucket
+from wavejax.memory import FreeMemory, memory_need
+from wavejax.plan import make_plan, pinned_need, shortage
+from wavejax.plan_table import plan_json, plan_text
+
+PLENTY = 2**50
+RUN = {"batch": 2, "prompt_tokens": 4000, "new_tokens": 100, "dtype": jnp.float32}
+
+
+def free(device, host=PLENTY, pinned=PLENTY):
+    return FreeMemory(device, host, pinned, "a GPU")
+
+
+def plan(memory, attention=CONFIG, store="auto", **changes):
+    return make_plan(MODEL, attention, store=store, free=memory, **(RUN | changes))
+
+
+def need(store, cache_fraction=CONFIG.cache_fraction, **changes):
+    config = dataclasses.replace(CONFIG, cache_fraction=cache_fraction)
+    return memory_need(MODEL, WaveAttention(config, store), **(RUN | changes))
+
+
+def choice(memory, store="auto"):
+    """Where the rows go, and what is left of the cache that was asked for."""
+    made = plan(memory, store=store)
+    made.check()
+    return made.attention.store, made.attention.config.cache_fraction / CONFIG.cache_fraction
+
+
+def test_the_device_while_it_fits_then_without_a_cache_then_the_host():
+    assert choice(free(PLENTY)) == ("device", 1.0)
+    assert choice(free(need("device").device)) == ("device", 1.0)
+    assert choice(free(need("device").device - 1)) == ("device", 0.0)
+    assert choice(free(need("device", 0.0).device)) == ("device", 0.0)
+    assert choice(free(need("device", 0.0).device - 1)) == ("host", 1.0)
+    assert choice(free(need("host").device)) == ("host", 1.0)
+    where, left = choice(free(need("host").device - 1))
+    assert where == "host"
+    assert 0.9 < left < 1
+    assert choice(free(need("host", 0.0).device)) == ("host", 0.0)
+    with pytest.raises(InputError, match=r"^not enough device memory: "):
+        choice(free(need("host", 0.0).device - 1))
+
+
+def test_where_it_is_asked_for_it_goes():
+    assert choice(free(PLENTY), "host") == ("host", 1.0)
+    assert choice(free(PLENTY), "device") == ("device", 1.0)
+    with pytest.raises(InputError, match="--store host"):
+        choice(free(need("device", 0.0).device - 1), "device")
+
+
+def test_on_a_cpu_all_of_it_must_fit_in_one_memory():
+    for store, where in [("auto", "device"), ("device", "device"), ("host", "host")]:
+        least = need(where, 0.0)
+        total = least.device + least.host
+        assert choice(free(None, total), store) == (where, 0.0)
+        with pytest.raises(InputError, match=r"^not enough memory: "):
+            choice(free(None, total - 1), store)
+
+
+def test_host_and_pinned_memory_are_compared_too():
+    rows = need("host").host
+    assert choice(free(PLENTY, rows), "host")[0] == "host"
+    with pytest.raises(InputError, match=r"^not enough host memory: "):
+        choice(free(PLENTY, rows - 1), "host")
+    with pytest.raises(InputError, match=r"^not enough pinned memory: .*set XLA_PJRT_GPU_HOST"):
+        choice(free(PLENTY, pinned=rows - 1), "host")
+    # Nobody pins what stays on the device, but the weights pass through the host's memory.
+    assert choice(free(PLENTY, need("device").loading, pinned=0)) == ("device", 1.0)
+    with pytest.raises(InputError, match=r"^not enough host memory: "):
+        choice(free(PLENTY, need("device").loading - 1, pinned=0))
+
+
+def test_full_attention_fits_or_not():
+    one = memory_need(MODEL, DenseAttention(), **RUN)
+    made = plan(free(one.device), DenseAttention())
+    made.check()
+    assert made.attention == DenseAttention()
+    with pytest.raises(InputError, match=r"^not enough device memory: ") as error:
+        plan(free(one.device - 1), DenseAttention()).check()
+    assert "--store" not in str(error.value)
+
+
+def test_the_refusal_is_one_line_with_needed_and_free():
+    made = plan(free(None, 2**20))
+    with pytest.raises(InputError) as error:
+        made.check()
+    message = str(error.value)
+    assert "\n" not in message
+    total = (made.need.device + made.need.host) / 2**30
+    assert message.startswith(f"not enough memory: {total:.2f} GiB needed (weights ")
+    assert "0.00 GiB free" in message
+    assert "--dtype bfloat16" in message  # what to do about it
+    with pytest.raises(InputError) as error:
+        plan(free(None, 2**20), dtype=jnp.bfloat16).check()
+    assert "--dtype" not in str(error.value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    memory=st.integers(2**20, 2**34),
+    host=st.integers(2**20, 2**34),
+    batch=st.integers(1, 8),
+    store=st.sampled_from(["auto", "host", "device"]),
+    unified=st.booleans(),
+)
+def test_the_longest_prompt_fits_and_the_next_does_not(memory, host, batch, store, unified):
+    there_is = free(None if unified else memory, host)
+    longest = plan(there_is, store=store, batch=batch).longest
+    if longest:
+        plan(there_is, store=store, batch=batch, prompt_tokens=longest).check()
+    longer = plan(there_is, store=store, batch=batch, prompt_tokens=bucket(longest + 1))
+    with pytest.raises(InputError):
+        longer.check()
+
+
+def test_the_pinned_limit_holds_the_store_and_what_is_staged():
+    shape = tuple(RUN.values())
+    rows = need("host").host
+    assert pinned_need(MODEL, CONFIG, *shape) > rows
+    assert pinned_need(MODEL, CONFIG, *shape) - pinned_need(MODEL, DenseAttention(), *shape) == rows
+
+
+def test_the_table_adds_up_and_says_why():
+    made = plan(free(need("host").device - 1), store="host")
+    text = plan_text(made, "tiny")
+    lines = text.splitlines()
+    assert lines[0] == "Memory for tiny: 2 prompts, 4,000 + 100 tokens, float32"
+    assert max(map(len, lines)) <= 100
+    for name in ("weights", "wave index", "steady zone", "row store", "workspace", "needed"):
+        assert name in text
+    assert f"row cache, {made.need.slots:,} slots a head" in text
+    assert "store: host; asked for, with a smaller row cache" in text
+    assert f"longest prompt that would fit: {made.longest:,} tokens" in text
+    assert lines[-1] == "it fits"
+    short = plan(free(10))
+    assert "it does not fit: " in plan_text(short, "tiny").splitlines()[-1]
+    assert "longest" not in plan_text(short, "tiny")
+    assert "keys and values" in plan_text(plan(free(None), DenseAttention()), "tiny")
+
+
+def test_the_json_has_the_tables_numbers():
+    made = plan(free(PLENTY))
+    printed = plan_json(made, "tiny")
+    assert printed["fits"]
+    assert (printed["store"], printed["prompt_tokens"], printed["prompts"]) == ("device", 4000, 2)
+    parts = ("weights", "index", "cache", "steady", "rows", "workspace")
+    assert sum(printed["need"][part] for part in parts) == printed["need"]["device"]
+    assert shortage(made.need, made.free) is None
