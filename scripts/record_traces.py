@@ -23,7 +23,7 @@ from models.errors import InputError
 from models.tokenizer import Tokenizer, load_tokenizer
 from wavejax import DenseAttention, Generator, Sampler, WaveConfig
 from wavejax.evaluation.haystack import paragraphs
-from wavejax.evaluation.teacher_forcing import compare, share_prefill
+from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.generator import NO_TOKEN, bucket
 from wavejax.replacement.trace import record, tracing
 
@@ -70,6 +70,18 @@ def distinct(answer: np.ndarray, size: int = 4) -> float:
     return len(set(runs)) / max(len(runs), 1)
 
 
+def agreement(full_logits: jax.Array, logits: jax.Array) -> tuple[float, float]:
+    """Mean KL(full || method) in nats, and the share of steps with the same most probable token.
+
+    Args:
+        full_logits, logits: `[steps, vocab]`, from which each token would have been drawn.
+    """
+    full, other = jax.nn.log_softmax(full_logits), jax.nn.log_softmax(logits)
+    kl = jnp.sum(jnp.exp(full) * (full - other), axis=-1)
+    same = jnp.argmax(full, axis=-1) == jnp.argmax(other, axis=-1)
+    return float(jnp.mean(kl)), float(jnp.mean(same))
+
+
 def main() -> int:
     """Records every sample; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -102,14 +114,15 @@ def main() -> int:
         copy = jax.tree.map(jnp.copy, state)
         copy, full_logits = full.force(params, copy, jnp.asarray(answer)[:, None])
         del copy
+        shared = SharedPrefill(state, bucket(len(prompt)), arguments.new_tokens)
         for name, config in methods().items():
             generator = Generator(checkpoint.config, tracing(config))
-            shared = share_prefill(generator, state, bucket(len(prompt)), arguments.new_tokens)
             with tqdm(total=len(answer), desc=f"sample {sample}: {name}") as bar:
                 trace, logits = record(
-                    generator, params, shared, answer, lambda *_, bar=bar: bar.update()
+                    *(generator, params, shared.state(generator), answer),
+                    lambda *_, bar=bar: bar.update(),
                 )
-            agreement = compare(answer, full_logits[:, 0], jnp.asarray(logits), [])
+            kl, match = agreement(full_logits[:, 0], jnp.asarray(logits))
             about: dict[str, Any] = {
                 "model": path.name,
                 "method": name,
@@ -118,15 +131,15 @@ def main() -> int:
                 "answer": tokenizer.decode(answer.tolist()),
                 "distinct": distinct(answer),
                 "head_dim": checkpoint.config.head_dim,
-                "kl": agreement.kl,
-                "match": agreement.match,
+                "kl": kl,
+                "match": match,
                 "jax": jax.__version__,
                 "device": jax.devices()[0].device_kind,
                 "dtype": arguments.dtype,
             }
             file = arguments.out / f"{path.stem}-{len(prompt)}-{sample}-{_slug(name)}.npz"
             dataclasses.replace(trace, about=about).save(file)
-            print(f"{file}: KL {agreement.kl:.4f}, distinct {about['distinct']:.2f}", flush=True)
+            print(f"{file}: KL {kl:.4f}, distinct {about['distinct']:.2f}", flush=True)
     return 0
 
 
