@@ -9,6 +9,8 @@ import pallas_kernels as ops
 from pallas_kernels._numerics import MASKED, NO_ID
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.encode_tokens.reference import unpack_signs
+from pallas_kernels.select_clusters import triton as select_clusters
+from pallas_kernels.select_tokens import triton as select_tokens
 from pallas_kernels.testing import make_step
 from tests.gpu.gpu_cases import (
     CASES,
@@ -47,20 +49,21 @@ class TestOps:
         assert_close(found.logits, expected.logits, case.shape.dtype, "logits")
         assert_close(found.logsumexp, expected.logsumexp, case.shape.dtype, "logsumexp")
 
-    def test_select_clusters(self, case):
-        """Exactly, on logits whose group masses are far apart."""
+    @pytest.mark.parametrize("split", [False, True])
+    def test_select_clusters(self, case, split):
+        """Exactly, on logits whose group masses are far apart; rows whole and split by a sample."""
         x = inputs_of(case)
         logits, logsumexp = separated_logits(case.shape, np.asarray(x.offsets[LAYER]))
-
-        def select(implementation):
-            most = case.shape.max_candidates
-            return lambda *a: ops.select_clusters(
-                *a, max_candidates=most, implementation=implementation
-            )
-
+        most = {"max_candidates": case.shape.max_candidates}
+        config = None
+        if split:
+            config = select_clusters.Config(chunk=128, in_registers=False, tile=256, sample=128)
         operands = (logits, logsumexp, x.offsets, jnp.int32(LAYER), x.candidate_budget)
-        found = run_twice(select(KERNEL), *operands)
-        assert_same(found, jax.jit(select("xla"))(*operands))
+        found = run_twice(
+            lambda *a: select_clusters.select_clusters(*a, **most, config=config), *operands
+        )
+        plain = jax.jit(lambda *a: ops.select_clusters(*a, **most, implementation="xla"))
+        assert_same(found, plain(*operands))
         held = found.starts[..., -1]
         budget = np.asarray(x.candidate_budget)[:, None]
         assert ((held >= budget) & (held < budget + case.shape.max_cluster_size)).all()
@@ -69,8 +72,19 @@ class TestOps:
         found, expected = run_kernel("score_tokens", case), references_of(case)["score_tokens"]
         assert_close(found, expected, case.shape.dtype, "log_mass")
 
-    def test_select_tokens(self, case):
-        found, expected = run_kernel("select_tokens", case), references_of(case)["select_tokens"]
+    @pytest.mark.parametrize("split", [False, True])
+    def test_select_tokens(self, case, split):
+        """By one program a row in the end, and by several."""
+        operands, keywords = arguments("select_tokens", case, inputs_of(case), references_of(case))
+        batch, kv_heads, room = operands[0].shape
+        most = keywords["max_tokens"]
+        config = select_tokens.whole_rows(room, most)
+        if split:
+            config = select_tokens.split_rows(batch * kv_heads, room, most)
+        found = run_twice(
+            lambda *a: select_tokens.select_tokens(*a, **keywords, config=config), *operands
+        )
+        expected = references_of(case)["select_tokens"]
         assert_same(found, expected)
         assert_table_is_inverse(found.table)
         for after, before in zip(found.table, inputs_of(case).table, strict=True):
