@@ -18,10 +18,16 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first; those marked `gpu` skipped where JAX has no CUDA GPU (asked if any are)."""
-    # The longest files first: started last, one of them would keep one worker busy alone.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # The longest first: started last, one of them would keep one worker busy alone.
+    items.sort(key=_seconds, reverse=True)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and jax.default_backend() != "gpu":
         skip = pytest.mark.skip(reason=f"needs a CUDA GPU; JAX runs on {jax.default_backend()}")
         for item in marked:
             item.add_marker(skip)
+
+
+def _seconds(item: pytest.Item) -> float:
+    """What a slow test says it takes, `slow(170)`: 20 if it does not say, 0 for other tests."""
+    marker = item.get_closest_marker("slow")
+    return 0 if marker is None else marker.args[0] if marker.args else 20

@@ -215,7 +215,7 @@ def run(attention, stream, lengths, chunks):
         yield outputs, state
 
 
-@pytest.mark.slow
+@pytest.mark.slow(50)
 @settings(max_examples=12, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=2, max_size=2),

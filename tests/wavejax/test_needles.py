@@ -31,7 +31,7 @@ def smollm2():
     return checkpoint.config, checkpoint.load_params("float32"), load_tokenizer(path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(170)
 def test_twenty_needles_at_1k_to_4k_tokens(smollm2, record_property):
     config, params, tokenizer = smollm2
     stops = tuple(sorted(tokenizer.stop_ids))

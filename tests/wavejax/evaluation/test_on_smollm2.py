@@ -17,7 +17,7 @@ BUDGET = {"retrieval_fraction": 0.009, "min_retrieved_tokens": 256}
 METHODS = "full,streaming_llm,quest,paper,wave"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(65)
 def test_scores_by_method(record_property):
     path = find_default_model()
     checkpoint, tokenizer = open_checkpoint(path), load_tokenizer(path)
