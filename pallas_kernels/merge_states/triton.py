@@ -48,7 +48,7 @@ def merge_states(
         NotImplementedError: see `_pallas.check_heads`; or the arrays are not float32.
     """
     parts, batch, kv_heads, group, head_dim = outputs.shape
-    if (outputs.dtype, logsumexps.dtype) != (jnp.float32, jnp.float32):
+    if {outputs.dtype.name, logsumexps.dtype.name} != {"float32"}:
         raise NotImplementedError(
             f"merge_states: outputs are {outputs.dtype}, logsumexps {logsumexps.dtype}; the "
             "kernel knows float32"

@@ -80,7 +80,7 @@ def split(query: Array) -> Array:
 
     Three of them hold all bits of a float32, one those of a bfloat16.
     """
-    parts = {jnp.bfloat16: 1, jnp.float16: 2}.get(query.dtype.type, 3)
+    parts = {"bfloat16": 1, "float16": 2}.get(query.dtype.name, 3)
     return jnp.stack(_pallas.split_bfloat16(query.astype(jnp.float32), parts), axis=2)
 
 
