@@ -100,7 +100,7 @@ class Survivors(NamedTuple):
     Attributes:
         places, keys: `[chunk]`, of all of its elements.
         left: `[chunk]` bool, which of them are left.
-        rank: `[chunk]` int32, the how manieth of these each one is.
+        rank: `[chunk]` int32, how many of these come before each place.
         count: int32, how many these are.
     """
 

@@ -191,6 +191,7 @@ def select_clusters(
 
     Raises:
         NotImplementedError: for groups that the kernel is not made for.
+        ValueError: the config's tile does not hold the clusters that it is to hold.
     """
     batch, kv_heads, group, clusters = logits.shape
     _pallas.check_heads("select_clusters", group, _pallas.HEAD_DIMS[0])
@@ -200,6 +201,12 @@ def select_clusters(
         rows=batch * kv_heads,
         clusters=clusters,
     )
+
+    if config.in_registers and config.tile < clusters:
+        raise ValueError(
+            f"select_clusters: a tile of {config.tile} does not hold {clusters} clusters; give a "
+            "larger one, or in_registers=False"
+        )
 
     def of_rows(*size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, kv_heads, *size), dtype)

@@ -157,7 +157,7 @@ def test_select_tokens_exactly(slots, most, config):
         if step == 3:
             log_mass = np.round(log_mass)  # ties
         if step == 4:
-            log_mass[:] = -2  # nothing but ties, and all in the last bin
+            log_mass[:] = -2  # nothing but ties: no sample tells them apart
         listed = jnp.arange(room) < candidates.starts[..., -1:]
         operands = (
             jnp.where(listed, log_mass, MASKED),
@@ -243,6 +243,15 @@ def test_lowers(op, platform):
         # No slice of a stack is made for a kernel.
         assert "dynamic_slice" not in text
         assert "stablehlo.gather" not in text
+
+
+def test_a_tile_that_is_too_small_is_said():
+    config = select_clusters.Config(chunk=32, in_registers=True, tile=64)
+    function = functools.partial(
+        select_clusters.select_clusters, max_candidates=1024, config=config
+    )
+    with pytest.raises(ValueError, match="a tile of 64 does not hold 96 clusters"):
+        jax.eval_shape(function, *shapes()["select_clusters"])
 
 
 @pytest.mark.parametrize(
