@@ -135,6 +135,10 @@ class DenseAttention:
         products = jnp.einsum("bhgd,bhsd->bhgs", grouped, keys, preferred_element_type=jnp.float32)
         return products / math.sqrt(head_dim)
 
+    def grow(self, state: DenseState) -> DenseState:
+        """Nothing to do: see `WaveAttention.grow`."""
+        return state
+
     def advance(self, state: DenseState, active: Bool[Array, " batch"]) -> DenseState:
         """Counts the step's tokens in; a sequence that is not active forgets its token."""
         return dataclasses.replace(state, tokens=state.tokens + active.astype(jnp.int32))

@@ -279,8 +279,9 @@ def _feed(generator: Generator, params: Params, state: DecodeState, tokens: Arra
         attention.decode,
         unroll=jax.default_backend() == "gpu" if unroll is None else unroll,
     )
-    positions = attention.lengths(state.cache)[:, None]
-    hidden, cache = model.apply(params, tokens[:, None], positions, state.cache)
+    cache = attention.grow(state.cache)
+    positions = attention.lengths(cache)[:, None]
+    hidden, cache = model.apply(params, tokens[:, None], positions, cache)
     cache = attention.advance(cache, ~state.finished)
     logits = decoder.unembed(generator.model, params, hidden[:, 0])
     return DecodeState(cache, logits, state.finished, state.seed, state.step + 1)

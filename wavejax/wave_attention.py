@@ -93,10 +93,13 @@ class WaveAttention:
         return steady.sink_tokens + state.index.tokens + steady.window_tokens
 
     def is_full(self, state: WaveState) -> Bool[Array, " batch"]:
-        """Sequences whose next token would make the index grow past the room that it has."""
-        room = state.index.token_ids.shape[-1]
-        grows = state.steady.window_tokens + 1 == self.config.window_tokens
-        return grows & (state.index.tokens + self.config.growth_tokens > room)
+        """Sequences that have no room for another token: neither in the window nor to grow."""
+        window_full = state.steady.window_tokens >= self.config.window_tokens
+        return window_full & ~self._has_room(state)
+
+    def _has_room(self, state: WaveState) -> Bool[Array, " batch"]:
+        """Sequences whose index has room to grow."""
+        return state.index.tokens + self.config.growth_tokens <= state.index.token_ids.shape[-1]
 
     def prefill(
         self,
@@ -193,7 +196,8 @@ class WaveAttention:
         value: Float[Array, "batch 1 kv_heads head_dim"],
         state: WaveState,
     ) -> tuple[Float[Array, "batch 1 heads head_dim"], WaveState]:
-        """One decode step of every sequence, in one layer. `advance` must follow the last one."""
+        """One decode step of every sequence, in one layer; `grow` comes before the first one and
+        `advance` after the last one."""
         batch, _, heads, head_dim = query.shape
         kv_heads, scale = key.shape[2], _scale(query)
         grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
@@ -234,7 +238,7 @@ class WaveAttention:
         return output, dataclasses.replace(state, cache=cache, steady=steady)
 
     def advance(self, state: WaveState, active: Bool[Array, " batch"]) -> WaveState:
-        """Counts the step's tokens in, and grows the index of each sequence whose window is full.
+        """Counts the step's tokens in.
 
         Args:
             active: bool; a sequence that is not keeps its length, and its token is forgotten.
@@ -243,22 +247,32 @@ class WaveAttention:
         # A sequence that is not active has retrieved rows too, which the cache has counted.
         attended = state.attended + self.lengths(state) + 1
         window = steady.window_tokens + active.astype(jnp.int32)
-        state = dataclasses.replace(
+        return dataclasses.replace(
             state,
             steady=dataclasses.replace(steady, window_tokens=window),
             step=state.step + 1,
             attended=attended,
         )
-        due = window == self.config.window_tokens
-        return lax.cond(jnp.any(due), lambda s: self._grow(s, due), lambda s: s, state)
 
-    def _grow(self, state: WaveState, due: Array) -> WaveState:
-        """Moves the oldest `growth_tokens` of each due sequence's window into its index."""
+    def grow(self, state: WaveState) -> WaveState:
+        """Moves the oldest `growth_tokens` of each full window into its index, if there is room.
+
+        Must precede a step's first layer. At the end of a step it would write to arrays that XLA
+        does not see to have been read by then, and it would copy them all, every step. It would
+        copy them for a `lax.cond`, too: so this is a loop that goes round for the sequences that
+        are due, mostly not once.
+        """
         growth, local = self.config.growth_tokens, self.config.local_tokens
-        layers, batch = state.steady.window.shape[:2]
+        layers = state.steady.window.shape[0]
+        due = (state.steady.window_tokens >= self.config.window_tokens) & self._has_room(state)
+        sequences = jnp.argsort(~due)  # those that are due come first
+        count = jnp.sum(due, dtype=jnp.int32)
 
-        def grow_one(state: WaveState, layer: Array, sequence: Array) -> WaveState:
-            window = state.steady.window[layer, sequence]
+        def grow_one(i: Array, state: WaveState) -> WaveState:
+            layer, sequence = i // count, sequences[i % count]
+            # Read once, before anything is written: else XLA reads it again and again out of the
+            # stack, and copies the stack in order to still have it when it has been written to.
+            window = lax.optimization_barrier(state.steady.window[layer, sequence])
             start = state.index.tokens[sequence]
             keys, values = window[:, :growth, 0], window[:, :growth, 1]
             new_index = index.append_segment(
@@ -273,13 +287,7 @@ class WaveAttention:
                 steady=dataclasses.replace(state.steady, window=kept),
             )
 
-        def visit(i: Array, state: WaveState) -> WaveState:
-            layer, sequence = i // batch, i % batch
-            return lax.cond(
-                due[sequence], lambda s: grow_one(s, layer, sequence), lambda s: s, state
-            )
-
-        state = lax.fori_loop(0, layers * batch, visit, state)
+        state = lax.fori_loop(0, layers * count, grow_one, state)
         tokens = state.index.tokens + jnp.where(due, growth, 0)
         window = state.steady.window_tokens - jnp.where(due, growth, 0)
         return dataclasses.replace(

@@ -74,6 +74,7 @@ def decode(attention, state, stream, start, steps):
 
     def step(state, i):
         query, key, value = (x[batch, start + i][:, None] for x in stream)
+        state = attention.grow(state)
         output, state = attention.decode(jnp.int32(0), query, key, value, state)
         state = attention.advance(state, jnp.ones(start.shape[0], bool))
         return state, output[:, 0]

@@ -87,6 +87,11 @@ class ProbeAttention(DenseAttention):
         recall = jnp.sum(jnp.where(read[:, :, None], mass, 0), axis=-1)
         return recall.reshape(query.shape[0], query.shape[2])
 
+    def grow(self, state: DenseState) -> DenseState:
+        """See `DenseAttention`."""
+        assert isinstance(state, ProbeState)
+        return dataclasses.replace(state, method=self.method.grow(state.method))
+
     def advance(self, state: DenseState, active: Bool[Array, " batch"]) -> DenseState:
         """See `DenseAttention`."""
         assert isinstance(state, ProbeState)
