@@ -11,7 +11,7 @@ from wavejax.evaluation.plots import pyplot
 
 COLUMNS = (
     *("tokens", "batch", "attention", "ms/step", "floor", "tokens/s", "to full", "hits"),
-    *("host GB/s", "prefill s", "growth ms", "kernels ms"),
+    *("host MB", "GB/s", "prefill s", "growth ms", "kernels ms"),
 )
 
 
@@ -57,6 +57,7 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             f"{one['tokens_per_s']:.1f}",
             _number(one.get("full_ratio"), ".2f", "x"),
             _number(one.get("hit_ratio"), ".1%"),
+            _number(one["bytes_per_step"]["host"] / 1e6 or None, ".1f"),
             _number(one.get("host_gb_per_s") or None, ".1f"),
             _number(one["prefill"].get("seconds"), ".2f"),
             _number(growth.get("amortised_ms_per_step"), ".3f"),

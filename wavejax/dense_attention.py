@@ -113,9 +113,11 @@ class DenseAttention:
         batch, _, kv_heads, _ = key.shape
         b, h = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
         at = (layer, b, h, state.tokens[:, None])
-        keys = state.keys.at[at].set(key[:, 0].astype(state.keys.dtype))
-        values = state.values.at[at].set(value[:, 0].astype(state.values.dtype))
-        return DenseState(keys, values, state.tokens)
+
+        def write(cache: Array, new: Array) -> Array:
+            return cache.at[at].set(new[:, 0].astype(cache.dtype), unique_indices=True)
+
+        return DenseState(write(state.keys, key), write(state.values, value), state.tokens)
 
     def attend(
         self,
