@@ -80,6 +80,11 @@ IDENTITY = ("context", "batch", "attention", "store")
     show_default=True,
     help="synthetic: random keys and values, indexed; real: random prompts, read by the model.",
 )
+@click.option(
+    "--unroll/--no-unroll",
+    default=None,
+    help="Write all layers out: compiles longer, runs faster.  [default: on a GPU]",
+)
 @click.option("--growth", is_flag=True, help="Also time a step in which the index grows.")
 @click.option("--profile", "traces", type=click.Path(path_type=Path), help="Folder for traces.")
 @click.option(
@@ -103,6 +108,7 @@ def command(
     steps: int,
     hit_ratio: float,
     prefill: str,
+    unroll: bool | None,
     growth: bool,
     traces: Path | None,
     dtype: str,
@@ -140,6 +146,7 @@ def command(
         "dtype": dtype,
         "steps": steps,
         "calls": CALLS,
+        "unroll": unroll,
         "wave": dataclasses.asdict(config),
         "copy": copy_ceiling(2.0 if gpu else 0.01),
     }
@@ -157,6 +164,7 @@ def command(
         steps=steps,
         hit_ratio=hit_ratio,
         real_prefill=prefill == "real",
+        unroll=unroll,
         growth=growth,
         profile=traces,
         ceiling=report["copy"]["best"],

@@ -26,7 +26,20 @@ USABLE = 0.97
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all configurations share."""
+    """What all configurations share.
+
+    Attributes:
+        model, params, dtype: the model, its weights, and the dtype of these and of the caches.
+        new_tokens: room for so many, in every state.
+        steps: decode steps in a call.
+        hit_ratio: wanted of wave attention's row cache.
+        real_prefill: read random prompts, instead of writing random keys and values.
+        unroll: see `Generator`.
+        growth: also time the index's growth.
+        profile: folder for traces, if any are wanted.
+        ceiling: bytes a second that a copy reads and writes.
+        free: memory, with the weights loaded.
+    """
 
     model: ModelConfig
     params: Params
@@ -35,12 +48,13 @@ class Bench:
     steps: int
     hit_ratio: float
     real_prefill: bool
+    unroll: bool | None
     growth: bool
     profile: Path | None
     ceiling: float
     free: FreeMemory
 
-    def need(self, attention: Attention, batch: int, context: int) -> Any:
+    def need(self, attention: Attention, batch: int, context: int) -> MemoryNeed:
         """See `memory_need`."""
         return memory_need(self.model, attention, batch, context, self.new_tokens, self.dtype)
 
@@ -50,7 +64,7 @@ class Bench:
 
     def measure(self, attention: Attention, batch: int, context: int, name: str) -> dict[str, Any]:
         """Fills a state, decodes, and returns all figures."""
-        generator = Generator(self.model, attention)
+        generator = Generator(self.model, attention, unroll=self.unroll)
         start = time.perf_counter()
         filled = fill(
             generator,
