@@ -1,4 +1,4 @@
-"""The ops of a decode step over a clustered KV cache, on arrays.
+"""The ops of a decode step over a clustered KV cache, and of the plain one it is compared with.
 
 Each op is a folder: `api.py` (the public function), `reference.py` (its semantics, in plain JAX)
 and, but for `append_rows`, `triton.py` (its kernels for GPUs). `specs.py` names the real shapes
@@ -6,6 +6,7 @@ that tests and benchmarks share; `testing.py` makes inputs of them.
 """
 
 from pallas_kernels.append_rows import append_rows as append_rows
+from pallas_kernels.attend_dense import attend_dense as attend_dense
 from pallas_kernels.attend_zones import attend_zones as attend_zones
 from pallas_kernels.build_clusters import build_clusters as build_clusters
 from pallas_kernels.encode_tokens import encode_tokens as encode_tokens

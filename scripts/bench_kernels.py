@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from full_attention import time_full_attention
 from gpu_timing import copy_ceiling, device_facts, empty_chain, time_calls, time_program
 from jax import Array
-from op_cases import STEP_OPS, OpCase, Run, StepBench, by_api
+from op_cases import OTHER_OPS, STEP_OPS, OpCase, Run, StepBench, by_api
 
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.specs import SHAPES, StepShape
@@ -159,7 +159,7 @@ def bench_shape(
     results: dict[str, Any] = {}
     if "full_attention" in sections:
         attempt(results, "full_attention", lambda: bench_full_attention(shape))
-    picked = [op for op in STEP_OPS if op in sections]
+    picked = [op for op in (*STEP_OPS, *OTHER_OPS) if op in sections]
     if picked or "step" in sections:
         bench = StepBench(shape, run)
         for op in picked:
@@ -226,8 +226,9 @@ def main() -> None:
     arguments = parser.parse_args()
     sections = arguments.ops.split(",")
     for name in sections:
-        if name not in SECTIONS:
-            parser.error(f"--ops: {name!r} is none of {', '.join(SECTIONS)}")
+        if name not in (*SECTIONS, *OTHER_OPS):
+            known = ", ".join((*SECTIONS, *OTHER_OPS))
+            parser.error(f"--ops: {name!r} is none of {known}")
     unknown = [name for name in arguments.shapes.split(",") if name not in SHAPES]
     if unknown:
         parser.error(f"--shapes: {unknown[0]!r} is none of {', '.join(SHAPES)}")

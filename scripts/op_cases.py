@@ -1,5 +1,6 @@
 """The ops of a decode step as `gpu_timing` times them, and the bytes that each must move."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ STEP_OPS = (
     "attend_zones",
     "merge_states",
 )
+
+# What the step is compared with; asked for by name only, as it needs a second copy of the rows.
+OTHER_OPS = ("attend_dense",)
 
 # More than an H200's 60 MB of cache: a layer's data must be gone before its turn comes again.
 COLD_BYTES = 120e6
@@ -182,6 +186,23 @@ class StepBench:
 
         moved = outputs.nbytes + logsumexps.nbytes + outputs[0].nbytes
         return OpCase(call, outputs, (logsumexps,), moved)
+
+    @functools.cached_property
+    def _caches(self) -> tuple[Array, Array]:
+        """Keys and values of two layers, as full attention keeps them."""
+        keys, values = (jnp.copy(self.inputs.store[:2, ..., i, :]) for i in (0, 1))
+        return keys, values
+
+    def _attend_dense(self, run: Run) -> OpCase:
+        x, shape = self.inputs, self.shape
+        keys, values = self._caches
+
+        def call(layer: Array, operands: Any, state: Any) -> tuple[Any, Any]:
+            return run("attend_dense", *operands, layer, scale=shape.scale), state
+
+        lengths = jnp.full(shape.batch, shape.tokens, jnp.int32)
+        moved = (keys.nbytes + values.nbytes) / len(keys)
+        return OpCase(call, (x.query, keys, values, lengths), self.links[: len(keys)], moved)
 
     def zone_bytes(self) -> float:
         """What `attend_zones` must read: value sums of clusters in use, and rows."""

@@ -154,7 +154,7 @@ def main() -> None:
     """Tunes op by op and shape by shape, until all are done or the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="A,A1,1M", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--ops", default=",".join(STEP_OPS))
+    parser.add_argument("--ops", default=",".join(STEP_OPS), help="or attend_dense")
     parser.add_argument("--budget-seconds", type=float, default=400)
     parser.add_argument("--table", type=Path, default=_tuning.TABLE)
     parser.add_argument("--again", action="store_true", help="tune what the table has, too")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SECTIONS = ("full_attention", "score_clusters", "select_clusters")
+SECTIONS = ("full_attention", "score_clusters", "select_clusters", "attend_dense")
 
 
 def test_the_benchmark_reports_every_section(tmp_path):

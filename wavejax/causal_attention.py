@@ -1,15 +1,22 @@
-"""Exact causal attention over a whole prompt, in blocks."""
+"""Exact causal attention over a whole prompt: by cuDNN where it can, else in blocks."""
 
+from typing import Literal
+
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels import _pallas
 from pallas_kernels._numerics import MASKED
 
 SECTIONS = 8  # Each is compiled on its own, with no more keys than it can see.
 QUERY_BLOCK = 128
 LOGITS = 2**28  # Of one block at most: 1 GiB in float32.
 SMALLEST_BLOCK = 16
+OLDEST_GPU = (8, 0)  # The least compute capability that cuDNN's fused attention takes.
+LARGEST_HEAD = 128  # On every such GPU.
 
 
 def query_block(tokens: int, heads: int) -> int:
@@ -20,6 +27,21 @@ def query_block(tokens: int, heads: int) -> int:
     return min(block, tokens)
 
 
+def implementation_for(dtype: DTypeLike, head_dim: int) -> Literal["cudnn", "blocks"]:
+    """How `causal_attention` works on JAX's default device; what is traced has no say in it.
+
+    Args:
+        dtype: of query, key and value.
+        head_dim: of the heads.
+    """
+    if jax.default_backend() != "gpu" or not _pallas.on_cuda():
+        return "blocks"
+    # Asked of an NVIDIA GPU only: of others JAX gives other strings.
+    capability = tuple(int(x) for x in jax.local_devices()[0].compute_capability.split("."))
+    fits = jnp.dtype(dtype).name in ("bfloat16", "float16") and capability >= OLDEST_GPU
+    return "cudnn" if fits and head_dim <= LARGEST_HEAD and head_dim % 8 == 0 else "blocks"
+
+
 def causal_attention(
     query: Float[Array, "tokens heads head_dim"],
     key: Float[Array, "tokens kv_heads head_dim"],
@@ -28,6 +50,38 @@ def causal_attention(
     scale: float,
 ) -> Float[Array, "tokens heads head_dim"]:
     """Attention of each token to itself and all before it; softmax in float32.
+
+    On a CUDA GPU by cuDNN's fused kernel, for the dtypes and heads that it takes (see
+    `implementation_for`); it needs no memory for logits. Else in plain JAX, by blocks.
+    """
+    if implementation_for(query.dtype, query.shape[-1]) == "cudnn":
+        return by_cudnn(query, key, value, scale=scale)
+    return by_blocks(query, key, value, scale=scale)
+
+
+def by_cudnn(
+    query: Float[Array, "tokens heads head_dim"],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads head_dim"],
+    *,
+    scale: float,
+) -> Float[Array, "tokens heads head_dim"]:
+    """`causal_attention` by cuDNN; raises NotImplementedError or RuntimeError where it is not."""
+    # cuDNN wants one dtype; a cache's may be another than the model's.
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    return jax.nn.dot_product_attention(
+        query, key, value, scale=scale, is_causal=True, implementation="cudnn"
+    )
+
+
+def by_blocks(
+    query: Float[Array, "tokens heads head_dim"],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads head_dim"],
+    *,
+    scale: float,
+) -> Float[Array, "tokens heads head_dim"]:
+    """`causal_attention` in plain JAX.
 
     The queries are cut into sections that see only the keys up to their own end, which saves
     nearly half of the products, and the sections into blocks, which bounds the memory that the

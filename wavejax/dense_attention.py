@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+import pallas_kernels as ops
 from models.config import ModelConfig
 from pallas_kernels._numerics import MASKED
 from wavejax._pytree import state as pytree
@@ -89,8 +90,17 @@ class DenseAttention:
     ) -> tuple[Float[Array, "batch 1 heads head_dim"], DenseState]:
         """One decode step of every sequence, in one layer. `advance` must follow the last one."""
         state = self.append(layer, key, value, state)
-        seen = jnp.arange(state.keys.shape[3]) <= state.tokens[:, None]
-        return self.attend(layer, query, state, seen[:, None, :]), state
+        batch, _, heads, head_dim = query.shape
+        kv_heads = key.shape[2]
+        output, _ = ops.attend_dense(
+            query.reshape(batch, kv_heads, heads // kv_heads, head_dim),
+            state.keys,
+            state.values,
+            state.tokens + 1,
+            layer,
+            scale=1.0 / math.sqrt(head_dim),
+        )
+        return output.astype(query.dtype).reshape(query.shape), state
 
     def append(
         self,
@@ -103,9 +113,11 @@ class DenseAttention:
         batch, _, kv_heads, _ = key.shape
         b, h = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
         at = (layer, b, h, state.tokens[:, None])
-        keys = state.keys.at[at].set(key[:, 0].astype(state.keys.dtype))
-        values = state.values.at[at].set(value[:, 0].astype(state.values.dtype))
-        return DenseState(keys, values, state.tokens)
+
+        def write(cache: Array, new: Array) -> Array:
+            return cache.at[at].set(new[:, 0].astype(cache.dtype), unique_indices=True)
+
+        return DenseState(write(state.keys, key), write(state.values, value), state.tokens)
 
     def attend(
         self,

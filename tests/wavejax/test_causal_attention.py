@@ -1,10 +1,11 @@
-"""Causal attention in blocks and sections against the plain formula."""
+"""Causal attention in blocks and sections against the plain formula; when it is cuDNN's."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.pallas_kernels.lowering import lower_for
 from wavejax import causal_attention as module
 from wavejax.causal_attention import QUERY_BLOCK, SMALLEST_BLOCK, causal_attention, query_block
 
@@ -40,3 +41,55 @@ def test_a_block_of_logits_stays_below_a_gibibyte():
     for tokens in (2**16, 100_000, 2**19):
         assert SMALLEST_BLOCK <= query_block(tokens, 32) <= QUERY_BLOCK
         assert 4 * query_block(tokens, 32) * 32 * tokens <= 2**30
+
+
+class Gpu:
+    def __init__(self, device_kind="NVIDIA H100", compute_capability="9.0"):
+        self.device_kind, self.compute_capability = device_kind, compute_capability
+
+
+def pretend(monkeypatch, backend="gpu", **gpu):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu(**gpu)])
+    monkeypatch.setattr(jax, "local_devices", lambda: [Gpu(**gpu)])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_cudnn_is_taken_where_it_can(monkeypatch, dtype, head_dim):
+    pretend(monkeypatch)
+    assert module.implementation_for(dtype, head_dim) == "cudnn"
+    assert module.implementation_for(jnp.float32, head_dim) == "blocks"
+    assert module.implementation_for(dtype, head_dim + 4) == "blocks"
+    assert module.implementation_for(dtype, 256) == "blocks"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"backend": "cpu"},
+        {"backend": "tpu"},
+        {"device_kind": "AMD Instinct MI300X", "compute_capability": "gfx942"},
+        {"compute_capability": "7.5"},
+    ],
+)
+def test_cudnn_is_not_taken_elsewhere(monkeypatch, where):
+    pretend(monkeypatch, **where)
+    assert module.implementation_for(jnp.bfloat16, 128) == "blocks"
+
+
+@pytest.mark.parametrize("choice", ["cudnn", "blocks"])
+def test_the_choice_is_what_is_lowered(monkeypatch, choice):
+    """For CUDA without a GPU: JAX only wants a number for the version of cuDNN that is not there.
+
+    Whether cuDNN takes the program shows on a GPU: `tests/gpu/test_dense_on_gpu.py`.
+    """
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(cudnn, lambda: 91000)
+    monkeypatch.setattr(module, "implementation_for", lambda dtype, head_dim: choice)
+    query, key, value = (
+        jax.ShapeDtypeStruct((1000, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)
+    )
+    text = lower_for("cuda", lambda *x: causal_attention(*x, scale=0.1), query, key, value)
+    assert ("cudnn$fmha" in text) == (choice == "cudnn")
+    assert ("CAUSAL" in text) == (choice == "cudnn")

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels import _dispatch
 from tests.pallas_kernels.lowering import lower_for
 from tests.wavejax.attention_harness import model_of
-from wavejax import WaveAttention
+from wavejax import DenseAttention, WaveAttention
 
 STEP = {
     *("score_clusters", "rank_clusters", "list_clusters", "score_tokens", "estimate_threshold"),
@@ -20,10 +20,6 @@ INDEX = {"assign_tokens", "move_centroids", "cut_clusters", "sum_pieces", "encod
 @pytest.mark.parametrize("store", ["device", "host"])
 def test_all_the_work_is_kernels(store, monkeypatch):
     """Both stores: the kernels take one in host memory as it is. Growth is part of the step."""
-
-    def by_kernels(op, implementation, implementations, *args, **kwargs):
-        return implementations.get("triton", implementations["xla"])(*args, **kwargs)
-
     monkeypatch.setattr(_dispatch, "call", by_kernels)
     attention = WaveAttention(store=store)
     model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
@@ -43,6 +39,23 @@ def test_all_the_work_is_kernels(store, monkeypatch):
 
     assert kernels_of(lower_for("cuda", step, *arrays(2, 1), state)) >= STEP | INDEX
     assert kernels_of(lower_for("cuda", prefill, *arrays(1, 2500), state)) >= INDEX
+
+
+def test_full_attention_reads_its_cache_in_kernels_only(monkeypatch):
+    monkeypatch.setattr(_dispatch, "call", by_kernels)
+    attention = DenseAttention()
+    model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
+    state = attention.init_state(model, 2, 2500, 100, jnp.bfloat16)
+    query, key, value = (jnp.zeros((2, 1, heads, 64), jnp.bfloat16) for heads in (6, 2, 2))
+    text = lower_for("cuda", attention.decode, jnp.int32(1), query, key, value, state)
+    assert kernels_of(text) == {"attend_dense", "merge_states"}
+    # A custom call's operand that is a slice would be a copy.
+    assert "slice" not in text
+    assert "gather" not in text
+
+
+def by_kernels(op, implementation, implementations, *args, **kwargs):
+    return implementations.get("triton", implementations["xla"])(*args, **kwargs)
 
 
 def kernels_of(text):

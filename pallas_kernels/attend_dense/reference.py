@@ -1,0 +1,32 @@
+"""The semantics of `attend_dense`, in plain JAX."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels._numerics import MASKED
+
+
+def attend_dense(
+    query: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    layer: Array | int,
+    *,
+    scale: float,
+) -> tuple[Array, Array]:
+    """See `pallas_kernels.attend_dense`."""
+    seen = jnp.arange(keys.shape[3]) < lengths[:, None]
+    logits = scale * jnp.einsum(
+        "bhgd,bhtd->bhgt", query, keys[layer], preferred_element_type=jnp.float32
+    )
+    logits = jnp.where(seen[:, None, None, :], logits, MASKED)
+    peak = jnp.max(logits, axis=-1)
+    mass = jnp.where(seen[:, None, None, :], jnp.exp(logits - peak[..., None]), 0.0)
+    total = jnp.sum(mass, axis=-1)
+    # What is not seen may be NaN, which a weight of zero would not keep out.
+    of_seen = jnp.where(seen[:, None, :, None], values[layer].astype(jnp.float32), 0.0)
+    weights = mass / jnp.where(total > 0, total, 1.0)[..., None]
+    output = jnp.einsum("bhgt,bhtd->bhgd", weights, of_seen)
+    logsumexp = peak + jnp.log(jnp.where(total > 0, total, 1.0))
+    return output, jnp.where(total > 0, logsumexp, MASKED)

@@ -1,0 +1,152 @@
+"""`attend_dense` as a Triton kernel: flash decoding, a program for each split of a row's tokens."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import _pallas, _tuning
+from pallas_kernels._numerics import MASKED
+from pallas_kernels.merge_states import triton as merging
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+        splits: parts that a row's tokens are cut into, each a program's; merged afterwards.
+        block: tokens that a program attends to at once.
+        num_warps, num_stages: see Triton.
+    """
+
+    splits: int
+    block: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def heuristic(rows: int, tokens: int, head_dim: int, itemsize: int) -> Config:
+    """Four programs for each of an H200's processors, if each then has four blocks to attend to."""
+    # 16 KiB of keys and of values at once: three stages of both are 96 KiB of shared memory.
+    block = 16384 // (_pallas.tile(head_dim) * itemsize)
+    block = min(max(block, _pallas.DOT_TILE), 64, _pallas.tile(tokens, _pallas.DOT_TILE))
+    splits = min(-(-4 * 132 // rows), tokens // (4 * block))
+    return Config(max(1, splits), block)
+
+
+def _kernel(
+    query: Any,
+    keys: Any,
+    values: Any,
+    lengths: Any,
+    layer_ref: Any,
+    outputs: Any,
+    logsumexps: Any,
+    *,
+    scale: float,
+    config: Config,
+) -> None:
+    """One split of one row: online softmax over its tokens."""
+    part, head, sequence = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    group, head_dim = query.shape[2:]
+    layer = layer_ref[...]
+    # Each sequence's own tokens are cut evenly, so that none of its programs is left without.
+    length = jnp.minimum(plt.load(lengths.at[sequence]), keys.shape[3])
+    blocks = pl.cdiv(pl.cdiv(length, config.block), config.splits)
+    heads = jnp.arange(_pallas.tile(group, _pallas.DOT_TILE))
+    dims = jnp.arange(_pallas.tile(head_dim))
+    in_group, in_dims = heads < group, dims < head_dim
+    q = plt.load(
+        query.at[sequence, head, heads[:, None], dims[None, :]],
+        mask=in_group[:, None] & in_dims[None, :],
+        other=0.0,
+    )
+
+    def visit(i: Any, carry: Any) -> Any:
+        total, weight, peak = carry
+        token = (part * blocks + i) * config.block + jnp.arange(config.block)
+        here = (layer, sequence, head, token[:, None], dims[None, :])
+        seen = token < length
+        mask = seen[:, None] & in_dims[None, :]
+        k = plt.load(keys.at[here], mask=mask, other=0.0)
+        logits = jnp.where(seen[None, :], scale * _pallas.dot(q, k, (1, 1)), MASKED)
+        higher = jnp.maximum(peak, jnp.max(logits, axis=1))
+        mass = jnp.where(seen[None, :], jnp.exp(logits - higher[:, None]), 0.0)
+        fade = jnp.exp(peak - higher)
+        v = plt.load(values.at[here], mask=mask, other=0.0)
+        total = total * fade[:, None] + _pallas.dot(mass.astype(v.dtype), v)
+        return total, weight * fade + jnp.sum(mass, axis=1), higher
+
+    start = (
+        jnp.zeros((heads.shape[0], dims.shape[0]), jnp.float32),
+        jnp.zeros(heads.shape[0], jnp.float32),
+        jnp.full(heads.shape[0], MASKED, jnp.float32),
+    )
+    total, weight, peak = lax.fori_loop(0, blocks, visit, start)
+    found = weight > 0
+    divisor = jnp.where(found, weight, 1.0)
+    plt.store(
+        outputs.at[part, sequence, head, heads[:, None], dims[None, :]],
+        total / divisor[:, None],
+        mask=in_group[:, None] & in_dims[None, :],
+    )
+    logsumexp = jnp.where(found, peak + jnp.log(divisor), MASKED)
+    plt.store(logsumexps.at[part, sequence, head, heads], logsumexp, mask=in_group)
+
+
+def attend_dense(
+    query: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    layer: Array | int,
+    *,
+    scale: float,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """See `pallas_kernels.attend_dense`.
+
+    Raises:
+        NotImplementedError: see `_pallas.check_heads`; or query, keys and values differ in dtype.
+    """
+    batch, kv_heads, group, head_dim = query.shape
+    tokens = keys.shape[3]
+    _pallas.check_heads("attend_dense", group, head_dim, query.dtype)
+    if not query.dtype == keys.dtype == values.dtype:
+        raise NotImplementedError(
+            f"attend_dense: query is {query.dtype}, keys are {keys.dtype}, values {values.dtype}; "
+            "the kernel knows one dtype for all"
+        )
+    if config is None:
+        config = _tuning.config(
+            "attend_dense",
+            heuristic(batch * kv_heads, tokens, head_dim, keys.dtype.itemsize),
+            rows=batch * kv_heads,
+            tokens=tokens,
+            head_dim=head_dim,
+            dtype=keys.dtype.name,
+        )
+    heads = (config.splits, batch, kv_heads, group)
+    outputs, logsumexps = _pallas.call(
+        functools.partial(_kernel, scale=scale, config=config),
+        (query, keys, values, lengths.astype(jnp.int32), _pallas.scalar(layer)),
+        (
+            jax.ShapeDtypeStruct((*heads, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(heads, jnp.float32),
+        ),
+        (config.splits, kv_heads, batch),
+        name="attend_dense",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+    )
+    if config.splits == 1:
+        return outputs[0], logsumexps[0]
+    return merging.merge_states(outputs, logsumexps, interpret=interpret)

@@ -1,0 +1,210 @@
+"""Decodes with full and with wave attention: the same weights, in the same run.
+
+    python scripts/bench_decode.py --contexts 30720,61440,122880 --batches 1,max --out results.json
+
+By itself it takes random weights of Llama-3-8B's shape, and caches of random keys and values, whose
+index is built as a prompt's is. `--prefill real` reads random prompts instead and times that.
+Wave attention's row cache is made to hit as often as `--hit-ratio` says, by feeding tokens that are
+as much alike as it takes. Whatever fails is recorded, and the rest goes on; the results are written
+after each configuration.
+"""
+
+import dataclasses
+import json
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+from decode_configurations import CALLS, Bench, pinned_bytes
+from decode_model import SHAPES, memory_of, random_params, with_smooth_embedding
+from decode_report import add_ratios, plot, print_table
+from decode_state import Attention
+from decode_timing import steps_needed
+from gpu_timing import copy_ceiling, device_facts
+
+from models.checkpoint import open_checkpoint
+from models.errors import InputError
+from wavejax import DenseAttention, WaveAttention, WaveConfig
+from wavejax.cli_support import exit_process, fields_of, main_guard, options_from
+from wavejax.memory import free_memory, set_memory_limits
+
+
+def parse_numbers(option: str, text: str, words: tuple[str, ...] = ()) -> list[int | str]:
+    """Numbers of at least 1, or any of the words, between commas; raises InputError."""
+    found: list[int | str] = []
+    for part in text.split(","):
+        if part in words:
+            found.append(part)
+        elif part.isdigit() and int(part) > 0:
+            found.append(int(part))
+        else:
+            also = f" or any of {', '.join(words)}" if words else ""
+            raise InputError(f"{option}: {part!r} is no number from 1 up{also}")
+    return found
+
+
+def parse_words(option: str, text: str, words: tuple[str, ...]) -> list[str]:
+    """Some of the words, between commas; raises InputError."""
+    found = text.split(",")
+    for part in found:
+        if part not in words:
+            raise InputError(f"{option}: {part!r} is none of {', '.join(words)}")
+    return found
+
+
+# What makes two results those of one configuration.
+IDENTITY = ("context", "batch", "attention", "store")
+
+
+@click.command(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.option("--shape", type=click.Choice([*SHAPES]), default="llama-3-8b", show_default=True)
+@click.option("--model", help="A checkpoint in place of random weights; its embedding is replaced.")
+@click.option("--model-layers", type=click.IntRange(min=1), help="To make the shape smaller.")
+@click.option("--contexts", default="30720,61440,122880", show_default=True)
+@click.option(
+    "--batches",
+    default="1,max",
+    show_default=True,
+    help="Numbers; max: the most that each attention has room for; common: that all have room for.",
+)
+@click.option("--attention", "attentions", default="full,wave", show_default=True)
+@click.option("--store", "stores", default="device,host", show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="A call.")
+@click.option("--hit-ratio", type=click.FloatRange(0, 1), default=0.8, show_default=True)
+@click.option(
+    "--prefill",
+    type=click.Choice(["synthetic", "real"]),
+    default="synthetic",
+    show_default=True,
+    help="synthetic: random keys and values, indexed; real: random prompts, read by the model.",
+)
+@click.option(
+    "--unroll/--no-unroll",
+    default=None,
+    help="Write all layers out: compiles longer, runs faster.  [default: on a GPU]",
+)
+@click.option("--growth", is_flag=True, help="Also time a step in which the index grows.")
+@click.option("--profile", "traces", type=click.Path(path_type=Path), help="Folder for traces.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="auto: float32 on a CPU, bfloat16 on a GPU.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Write all figures here, as JSON.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Tokens/s by context.")
+@options_from(WaveConfig)
+def command(
+    shape: str,
+    model: str | None,
+    model_layers: int | None,
+    contexts: str,
+    batches: str,
+    attentions: str,
+    stores: str,
+    steps: int,
+    hit_ratio: float,
+    prefill: str,
+    unroll: bool | None,
+    growth: bool,
+    traces: Path | None,
+    dtype: str,
+    out: Path | None,
+    plot_path: Path | None,
+    **settings: Any,
+) -> None:
+    """Time whole decode steps of full and of wave attention."""
+    config: WaveConfig = fields_of(WaveConfig, settings)
+    lengths = [int(x) for x in parse_numbers("--contexts", contexts)]
+    sizes = parse_numbers("--batches", batches, ("max", "common"))
+    kinds = parse_words("--attention", attentions, ("full", "wave"))
+    places = parse_words("--store", stores, ("device", "host"))
+    checkpoint = None if model is None else open_checkpoint(model)
+    if checkpoint is not None and model_layers is not None:
+        raise InputError("--model-layers makes a shape smaller, not a checkpoint: leave out one")
+    sizes_of = SHAPES[shape] if checkpoint is None else checkpoint.config
+    if model_layers is not None:
+        sizes_of = dataclasses.replace(sizes_of, num_layers=model_layers)
+    choices: list[tuple[str, str | None, Attention]] = []
+    if "full" in kinds:
+        choices.append(("full", None, DenseAttention()))
+    if "wave" in kinds:
+        choices += [("wave", place, WaveAttention(config, place)) for place in places]  # type: ignore[arg-type]
+    new_tokens = steps_needed(steps, CALLS) + (4 * config.growth_tokens if growth else 0)
+
+    # Before anything starts JAX's device.
+    all_kinds = [attention for _, _, attention in choices]
+    set_memory_limits(pinned_bytes(sizes_of, all_kinds, max(lengths), sizes, new_tokens))
+    gpu = jax.default_backend() == "gpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if gpu else "float32"
+    report: dict[str, Any] = device_facts() | {
+        "model": sizes_of.to_json() | {"name": model or shape},
+        "dtype": dtype,
+        "steps": steps,
+        "calls": CALLS,
+        "unroll": unroll,
+        "wave": dataclasses.asdict(config),
+        "copy": copy_ceiling(2.0 if gpu else 0.01),
+    }
+    print({name: report[name] for name in ("device", "jax", "date", "copy")}, flush=True)
+    if checkpoint is None:
+        params = random_params(sizes_of, dtype)
+    else:
+        params = with_smooth_embedding(sizes_of, checkpoint.load_params(dtype))
+    jax.block_until_ready(params)
+    bench = Bench(
+        model=sizes_of,
+        params=params,
+        dtype=dtype,
+        new_tokens=new_tokens,
+        steps=steps,
+        hit_ratio=hit_ratio,
+        real_prefill=prefill == "real",
+        unroll=unroll,
+        growth=growth,
+        profile=traces,
+        ceiling=report["copy"]["best"],
+        free=free_memory(),
+    )
+    report |= {"weight_bytes": memory_of(params), "free": dataclasses.asdict(bench.free)}
+    results: list[dict[str, Any]] = []
+    report["results"] = results
+    # What is large comes first: of memory that is freed, only a part may be pinned again.
+    for context in sorted(lengths, reverse=True):
+        largest = [bench.largest(attention, context) for attention in all_kinds]
+        for asked in sorted(sizes, key=lambda b: -b if isinstance(b, int) else -inf):
+            for (kind, store, attention), most in zip(choices, largest, strict=True):
+                batch = most if asked == "max" else min(largest)
+                if isinstance(asked, int):
+                    batch = asked
+                name = "-".join(filter(None, (kind, store, str(context), str(batch))))
+                head = {
+                    "context": context,
+                    "batch_asked": asked,
+                    "batch": batch,
+                    "attention": kind,
+                    "store": store,
+                }
+                # The largest batch may be one that was also asked for by its number.
+                done = (one for one in results if all(one[k] == head[k] for k in IDENTITY))
+                result = next(done, None) or bench.attempt(attention, batch, context, name)
+                results.append(result | head)
+                add_ratios(results)
+                shown = {k: v for k, v in results[-1].items() if not isinstance(v, (dict, list))}
+                print(json.dumps(shown), flush=True)
+                if out is not None:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    out.write_text(json.dumps(report, indent=1))
+    print_table(results)
+    if plot_path is not None:
+        plot(results, plot_path)
+
+
+main = main_guard(command, advice="use a smaller shape, fewer layers or a shorter context")
+
+if __name__ == "__main__":
+    exit_process(main())

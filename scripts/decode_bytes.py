@@ -1,0 +1,116 @@
+"""What decode steps had to move: by shapes, and by what the row caches counted."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from decode_model import memory_of
+
+from models.parameters import Params
+from wavejax import DenseAttention, WaveAttention
+from wavejax.dense_attention import DenseState
+from wavejax.wave_attention import WaveState
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What the row caches have counted so far; zeros for full attention.
+
+    Attributes:
+        hits, misses: rows, over all layers and sequences.
+        attended: rows that full attention would have read.
+        indexed: tokens in the index, over all sequences.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    attended: float = 0.0
+    indexed: int = 0
+
+    @classmethod
+    def of(cls, cache: Any) -> "Counts":
+        """Reads them off a state; waits for it."""
+        if not isinstance(cache, WaveState):
+            return cls()
+        layers, _, kv_heads = cache.store.rows.shape[:3]
+        hits, misses = (
+            int(np.asarray(x, np.int64).sum()) for x in (cache.cache.hits, cache.cache.misses)
+        )
+        attended = float(np.asarray(cache.attended, np.float64).sum()) * layers * kv_heads
+        return cls(hits, misses, attended, int(np.asarray(cache.index.tokens).sum()))
+
+    def since(self, before: "Counts") -> "Counts":
+        """What was counted between the two."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)
+        return Counts(*(after - then for after, then in pairs))
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """Share of the rows retrieved that the cache held; None where nothing was."""
+        retrieved = self.hits + self.misses
+        return self.hits / retrieved if retrieved else None
+
+
+def bytes_of_step(
+    params: Params,
+    attention: WaveAttention | DenseAttention,
+    cache: Any,
+    counts: Counts,
+    steps: int,
+) -> dict[str, float]:
+    """Bytes that one step must move.
+
+    Args:
+        params: the model's; of an embedding only the tokens' rows are read.
+        attention: whose state it is.
+        cache: the attention's state after the steps.
+        counts: what its row caches counted in them.
+        steps: how many they were.
+
+    Returns:
+        `weights`, `attention` (all else that is read of the device's memory), `missed` (rows that
+        were not in the row cache: written to it), `host` (as many, where they come from the host)
+        and `device`, the sum of what the device's memory has to do.
+    """
+    tree = params["params"]
+    weights = memory_of(tree) - (tree["embedding"].nbytes if "unembedding" in tree else 0)
+    missed, host = 0.0, 0.0
+    if isinstance(cache, DenseState):
+        layers, _, kv_heads, _, head_dim = cache.keys.shape
+        row = 2 * head_dim * cache.keys.dtype.itemsize
+        # Of the steps' middle.
+        tokens = int(np.asarray(cache.tokens).sum()) - len(cache.tokens) * (steps - 1) / 2
+        read = layers * kv_heads * row * tokens
+    else:
+        row = 2 * cache.store.rows.shape[-1] * cache.store.rows.dtype.itemsize
+        read = _wave_bytes(attention, cache) + row * counts.hits / steps
+        missed = row * counts.misses / steps
+        if cache.store.rows.sharding.memory_kind == "pinned_host":
+            host = missed
+        else:
+            read += missed
+    return {
+        "weights": float(weights),
+        "attention": float(read),
+        "missed": missed,
+        "host": host,
+        "device": float(weights + read + missed),
+    }
+
+
+def _wave_bytes(attention: Any, cache: WaveState) -> float:
+    """Bytes that a step of wave attention reads besides the retrieved rows."""
+    index, steady = cache.index, cache.steady
+    layers, _, kv_heads, _, _, head_dim = cache.store.rows.shape
+    row = 2 * head_dim * cache.store.rows.dtype.itemsize
+    windows = int(np.asarray(steady.sink_tokens + steady.window_tokens).sum())
+    clusters = int(np.asarray(index.num_clusters, np.int64).sum())
+    # A centroid, a sum of values and an edge of each cluster.
+    found = layers * kv_heads * row * windows + clusters * (row + 4)
+    if index.codes is not None and index.scales is not None:
+        candidates = sum(
+            attention.config.most_candidates(int(tokens)) for tokens in np.asarray(index.tokens)
+        )
+        each = 4 * index.codes.shape[-1] + index.scales.dtype.itemsize
+        found += layers * kv_heads * each * candidates
+    return float(found)

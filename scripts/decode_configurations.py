@@ -1,0 +1,151 @@
+"""One configuration of a decode benchmark: what fits, and all of its figures or how it failed."""
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from decode_state import Attention, fill
+from decode_timing import Decoder, profile, time_decoding, time_growth
+
+from models.config import ModelConfig
+from models.parameters import Params
+from wavejax import Generator, WaveAttention
+from wavejax.memory import FreeMemory, MemoryNeed, host_available, memory_need
+from wavejax.plan import STAGING_BYTES
+
+LARGEST_BATCH = 1024
+CALLS = 5  # that are timed
+# Of the host's memory, what may be pinned where the batch is still to be found.
+PINNED_SHARE = 0.75
+# Of the device's memory that is free, what a run may plan with: allocators leave gaps.
+USABLE = 0.97
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all configurations share.
+
+    Attributes:
+        model, params, dtype: the model, its weights, and the dtype of these and of the caches.
+        new_tokens: room for so many, in every state.
+        steps: decode steps in a call.
+        hit_ratio: wanted of wave attention's row cache.
+        real_prefill: read random prompts, instead of writing random keys and values.
+        unroll: see `Generator`.
+        growth: also time the index's growth.
+        profile: folder for traces, if any are wanted.
+        ceiling: bytes a second that a copy reads and writes.
+        free: memory, with the weights loaded.
+    """
+
+    model: ModelConfig
+    params: Params
+    dtype: str
+    new_tokens: int
+    steps: int
+    hit_ratio: float
+    real_prefill: bool
+    unroll: bool | None
+    growth: bool
+    profile: Path | None
+    ceiling: float
+    free: FreeMemory
+
+    def need(self, attention: Attention, batch: int, context: int) -> MemoryNeed:
+        """See `memory_need`."""
+        return memory_need(self.model, attention, batch, context, self.new_tokens, self.dtype)
+
+    def largest(self, attention: Attention, context: int) -> int:
+        """The most sequences that fit; 0 if one does not."""
+        return largest_batch(lambda batch: fits(self.need(attention, batch, context), self.free))
+
+    def measure(self, attention: Attention, batch: int, context: int, name: str) -> dict[str, Any]:
+        """Fills a state, decodes, and returns all figures."""
+        generator = Generator(self.model, attention, unroll=self.unroll)
+        start = time.perf_counter()
+        filled = fill(
+            generator,
+            self.params,
+            batch,
+            context,
+            self.new_tokens,
+            self.dtype,
+            real=self.real_prefill,
+        )
+        seconds = sorted(filled.seconds)
+        found: dict[str, Any] = {
+            "prefill": {
+                "kind": "real" if self.real_prefill else "synthetic",
+                "seconds": seconds[len(seconds) // 2],
+                "each": filled.seconds,
+                "all_with_compiling": time.perf_counter() - start,
+            }
+        }
+        facts = generator.facts(filled.state)
+        found["state_bytes"] = {"device": facts.device_bytes, "host": facts.host_bytes}
+        decoder = Decoder(generator, self.params, filled.state)
+        del filled
+        found |= time_decoding(decoder, self.steps, CALLS, self.hit_ratio, self.ceiling)
+        if self.profile is not None:
+            found["profile"] = profile(decoder, self.profile, name)
+        if self.growth and isinstance(attention, WaveAttention):
+            found["growth"] = time_growth(decoder, self.dtype)
+        return found
+
+    def attempt(self, attention: Attention, batch: int, context: int, name: str) -> dict[str, Any]:
+        """What `measure` finds, or `error`: how it failed."""
+        start = time.perf_counter()
+        try:
+            if batch == 0:
+                raise MemoryError("not even one sequence fits")
+            need = self.need(attention, batch, context)
+            # Without the workspace, of which the planner only knows a bound.
+            if not fits(dataclasses.replace(need, workspace=0), self.free):
+                raise MemoryError(
+                    f"needs {need.state} bytes on the device and {need.host} of pinned memory "
+                    f"beside the weights; there is: {self.free}"
+                )
+            found = self.measure(attention, batch, context, name)
+        except Exception as error:  # The other configurations are still worth measuring.
+            found = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        # Whatever failed may still hold its state.
+        gc.collect()
+        return found | {"took_s": time.perf_counter() - start}
+
+
+def fits(need: MemoryNeed, free: FreeMemory) -> bool:
+    """Whether a run fits beside weights that are loaded already."""
+    device, host = need.state + need.workspace, need.host
+    if free.device is None:
+        return device + host <= free.host
+    return device <= USABLE * free.device and host <= min(free.host, free.pinned)
+
+
+def largest_batch(fits: Callable[[int], bool], most: int = LARGEST_BATCH) -> int:
+    """The largest batch that fits, by bisection; 0 if one sequence does not."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def pinned_bytes(
+    model: ModelConfig,
+    attentions: Sequence[Attention],
+    context: int,
+    batches: Sequence[int | str],
+    new_tokens: int,
+) -> int:
+    """Host memory that XLA should be allowed to pin, at a longest context and these batches."""
+    on_host = [one for one in attentions if isinstance(one, WaveAttention) and one.store == "host"]
+    if not on_host:
+        return STAGING_BYTES
+    numbers = [batch for batch in batches if isinstance(batch, int)]
+    if len(numbers) < len(batches):
+        return int(PINNED_SHARE * host_available())
+    need = memory_need(model, on_host[0], max(numbers), context, new_tokens, "bfloat16")
+    return need.host + STAGING_BYTES

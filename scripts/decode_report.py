@@ -1,0 +1,97 @@
+"""The table and the plot of a decode benchmark's results."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from wavejax.evaluation.plots import pyplot
+
+COLUMNS = (
+    *("tokens", "batch", "attention", "ms/step", "floor", "tokens/s", "to full", "hits"),
+    *("host MB", "GB/s", "prefill s", "growth ms", "kernels ms"),
+)
+
+
+def label(result: dict[str, Any]) -> str:
+    """The attention's name, and where wave attention's rows are."""
+    store = result["store"]
+    return result["attention"] + (f", {store}" if store else "")
+
+
+def add_ratios(results: Sequence[dict[str, Any]]) -> None:
+    """Adds to each result its tokens a second over full attention's.
+
+    `full_ratio` at the same context and batch, and `best_ratio` over full attention's best batch
+    at that context.
+    """
+    speeds: dict[int, dict[int, float]] = {}
+    for one in results:
+        if one["attention"] == "full" and "tokens_per_s" in one:
+            speeds.setdefault(one["context"], {})[one["batch"]] = one["tokens_per_s"]
+    for one in results:
+        full = speeds.get(one["context"], {})
+        if "tokens_per_s" in one and full:
+            if one["batch"] in full:
+                one["full_ratio"] = one["tokens_per_s"] / full[one["batch"]]
+            one["best_ratio"] = one["tokens_per_s"] / max(full.values())
+
+
+def print_table(results: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Prints a line for each result, failures with what they failed of."""
+    table = Table(*COLUMNS, box=None, pad_edge=False)
+    failures = []
+    for one in sorted(results, key=lambda one: (one["context"], one["batch"])):
+        head = [str(one["context"]), str(one["batch"]), label(one)]
+        if "ms_per_step" not in one:
+            table.add_row(*head, "failed")
+            failures.append(f"{' x '.join(head)}: {one['error']}")
+            continue
+        growth, kernels = one.get("growth", {}), one.get("profile", {})
+        table.add_row(
+            *head,
+            f"{one['ms_per_step']:.2f}",
+            f"{one['floor_ms']:.2f}",
+            f"{one['tokens_per_s']:.1f}",
+            _number(one.get("full_ratio"), ".2f", "x"),
+            _number(one.get("hit_ratio"), ".1%"),
+            _number(one["bytes_per_step"]["host"] / 1e6 or None, ".1f"),
+            _number(one.get("host_gb_per_s") or None, ".1f"),
+            _number(one["prefill"].get("seconds"), ".2f"),
+            _number(growth.get("amortised_ms_per_step"), ".3f"),
+            _number(kernels.get("kernels_ms_per_step"), ".2f"),
+        )
+    # Wide, so that a table in a file is not folded.
+    (console or Console(width=160)).print(table)
+    for failure in failures:
+        print(failure)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else format(value, form) + unit
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Tokens a second by context, a line for each attention, store and batch asked for."""
+    lines: dict[str, list[tuple[int, float, int]]] = {}
+    for one in results:
+        if "tokens_per_s" in one:
+            name = f"{label(one)}, batch {one['batch_asked']}"
+            lines.setdefault(name, []).append((one["context"], one["tokens_per_s"], one["batch"]))
+    figure, axes = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in lines.items():
+        x, y, batches = zip(*sorted(points), strict=True)
+        style = "--" if name.startswith("full") else "-"
+        axes.plot(x, y, style, marker="o", label=name)
+        if name.endswith(("max", "common")):
+            for at, speed, batch in zip(x, y, batches, strict=True):
+                axes.annotate(str(batch), (at, speed), xytext=(0, 5), textcoords="offset points")
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel("tokens/s, all sequences")
+    axes.set_ylim(bottom=0)
+    if lines:
+        axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

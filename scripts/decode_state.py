@@ -1,0 +1,162 @@
+"""States of full and wave attention to decode from: filled with random rows, or by real prompts."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decode_model import clustered_rows, new_key
+from jax import Array, lax
+
+from models.config import ModelConfig
+from models.parameters import Params
+from wavejax import DenseAttention, Generator, WaveAttention
+from wavejax.buffer import SteadyZone
+from wavejax.dense_attention import DenseState
+from wavejax.generator import DecodeState, bucket
+
+Attention = WaveAttention | DenseAttention
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A state, and what filling it took.
+
+    Attributes:
+        state: of `batch` sequences of `context` tokens each.
+        seconds: for each sequence, what filling it took once compiled. Of a real prefill all of
+            it, from tokens to cache; else the caches alone, random numbers included.
+    """
+
+    state: DecodeState
+    seconds: list[float]
+
+
+def fill(
+    generator: Generator,
+    params: Params,
+    batch: int,
+    context: int,
+    new_tokens: int,
+    dtype: str,
+    *,
+    real: bool,
+) -> Filled:
+    """Makes a state with room for so many new tokens.
+
+    Args:
+        generator: gives model and attention.
+        params: read by a real prefill only.
+        batch, context: sequences, and tokens of each.
+        new_tokens: room for so many more.
+        dtype: of the caches.
+        real: read random prompts, instead of writing random keys and values.
+    """
+    if real:
+        return _read_prompts(generator, params, batch, context, new_tokens)
+    return _write_rows(generator, batch, context, new_tokens, dtype)
+
+
+def _read_prompts(
+    generator: Generator, params: Params, batch: int, context: int, new_tokens: int
+) -> Filled:
+    vocab = generator.model.vocab_size
+    prompts = np.random.default_rng(0).integers(0, vocab, (batch, context)).tolist()
+    # Of a batch the first prompt compiles; a single prompt is read twice.
+    for _ in range(1 if batch > 1 else 2):
+        ends = [time.perf_counter()]
+
+        def note(done: int, total: int, ends: list[float] = ends) -> None:
+            if done % (total // batch) == 0:
+                ends.append(time.perf_counter())
+
+        state = None  # frees the first one's
+        state = generator.start(params, prompts, new_tokens, progress=note)
+    seconds = np.diff(ends).tolist()
+    assert state is not None
+    return Filled(state, seconds[1:] if batch > 1 else seconds)
+
+
+def _write_rows(
+    generator: Generator, batch: int, context: int, new_tokens: int, dtype: str
+) -> Filled:
+    model, attention = generator.model, generator.attention
+    # As large as a real prompt's would be.
+    room = bucket(context)
+    cache = attention.init_state(model, batch, room, new_tokens, dtype)
+    logits = jnp.zeros((batch, model.vocab_size), jnp.float32)
+    rest = jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0)
+    cache, logits, rest = jax.tree.map(
+        lambda x: jax.device_put(x, x.sharding), (cache, logits, rest)
+    )
+    length = jnp.int32(context)
+
+    def write(cache: Any, layer: int, sequence: int) -> Any:
+        at = jnp.int32(layer), jnp.int32(sequence)
+        return _write_layer(model, attention, room, dtype, cache, *at, length)
+
+    # Compiles, before the clock runs.
+    cache = write(cache, 0, 0)
+    seconds = []
+    for sequence in range(batch):
+        jax.block_until_ready(cache)
+        start = time.perf_counter()
+        for layer in range(model.num_layers):
+            cache = write(cache, layer, sequence)
+        jax.block_until_ready(cache)
+        seconds.append(time.perf_counter() - start)
+        cache = _finish(attention, cache, jnp.int32(sequence), length)
+    return Filled(DecodeState(cache, logits, *rest), seconds)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="cache")
+def _write_layer(
+    model: ModelConfig,
+    attention: Attention,
+    room: int,
+    dtype: str,
+    cache: Any,
+    layer: Array,
+    sequence: Array,
+    length: Array,
+) -> Any:
+    key = jax.random.fold_in(jax.random.fold_in(new_key(1), layer), sequence)
+    keys, values = clustered_rows(model, room, dtype, key)
+    if isinstance(attention, WaveAttention):
+        return attention.write_prompt(layer, keys, values, cache, sequence=sequence, length=length)
+    at = (layer, sequence, 0, 0, 0)
+    return DenseState(
+        lax.dynamic_update_slice(cache.keys, jnp.swapaxes(keys, 0, 1)[None, None], at),
+        lax.dynamic_update_slice(cache.values, jnp.swapaxes(values, 0, 1)[None, None], at),
+        cache.tokens,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def _finish(attention: Attention, cache: Any, sequence: Array, length: Array) -> Any:
+    return attention.finish_prefill(cache, sequence, length)
+
+
+def about_to_grow(generator: Generator, state: DecodeState, dtype: str) -> DecodeState:
+    """Fills every sequence's window but for one place: the next step makes the index grow."""
+    steady = _fill_window(generator.model, dtype, state.cache.steady)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, steady=steady))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="steady")
+def _fill_window(model: ModelConfig, dtype: str, steady: SteadyZone) -> SteadyZone:
+    layers, batch, _, window, _, _ = steady.window.shape
+
+    def rows(key: Array) -> Array:
+        keys, values = clustered_rows(model, window, dtype, key)
+        return jnp.swapaxes(jnp.stack([keys, values], axis=2), 0, 1)
+
+    made = lax.map(rows, jax.random.split(new_key(2), layers * batch))
+    return dataclasses.replace(
+        steady,
+        window=made.reshape(steady.window.shape).astype(steady.window.dtype),
+        window_tokens=jnp.full_like(steady.window_tokens, window - 1),
+    )
