@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from pallas_kernels.build_clusters import capacity
 from pallas_kernels.encode_tokens import rotation
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
+
+# Segments times kv heads in one call of `build_clusters`: 131,072 tokens of a model with 8 kv heads.
+ROWS_AT_ONCE = 128
 
 
 @state
@@ -104,72 +108,138 @@ def clear(index: WaveIndex, layer: Int[Array, ""], sequence: Int[Array, ""]) -> 
     )
 
 
-def append_segment(
+def append_prompt(
+    index: WaveIndex,
+    config: WaveConfig,
+    layer: Int[Array, ""],
+    sequence: Int[Array, ""],
+    rows: Float[Array, "kv_heads tokens 2 head_dim"],
+    count: Int[Array, ""],
+) -> WaveIndex:
+    """Clusters and encodes a prompt and appends it to a sequence's index, in one layer.
+
+    As many segments at once as make `ROWS_AT_ONCE` rows: kernels are fast where all their programs
+    have work, and temporaries stay bounded whatever the prompt's length.
+
+    Args:
+        rows: the prompt's indexed tokens', padded to `segment_sizes`; anything past `count`.
+        count: tokens to index.
+    """
+    kv_heads, room = rows.shape[:2]
+    size = min(room, config.segment_tokens)
+    segments = room // size if size else 0
+    at_once = segments_at_once(segments, kv_heads)
+
+    def append(index: WaveIndex, first: Array | int, segments: int) -> WaveIndex:
+        tokens = segments * size
+        part = lax.dynamic_slice_in_dim(rows, first * size, tokens, axis=1)
+        part = part.reshape(kv_heads, segments, size, *part.shape[2:]).swapaxes(0, 1)
+        counts = jnp.clip(count - (first + jnp.arange(segments)) * size, 0, size)
+        return append_segments(
+            index,
+            config,
+            layer,
+            sequence,
+            first * size,
+            part[..., 0, :],
+            part[..., 1, :],
+            counts.astype(jnp.int32),
+        )
+
+    calls, rest = divmod(segments, at_once)
+    if calls > 1:
+        index = lax.fori_loop(0, calls, lambda i, x: append(x, i * at_once, at_once), index)
+    elif calls:
+        index = append(index, 0, at_once)
+    return append(index, calls * at_once, rest) if rest else index
+
+
+def segments_at_once(segments: int, kv_heads: int) -> int:
+    """How many of a prompt's segments are clustered in one call: in even parts, at least one."""
+    most = max(1, ROWS_AT_ONCE // kv_heads)
+    calls = max(1, -(-segments // most))
+    return max(1, -(-segments // calls))
+
+
+def append_segments(
     index: WaveIndex,
     config: WaveConfig,
     layer: Int[Array, ""],
     sequence: Int[Array, ""],
     start: Int[Array, ""] | int,
-    keys: Float[Array, "kv_heads new head_dim"],
-    values: Float[Array, "kv_heads new head_dim"],
-    count: Int[Array, ""] | int,
+    keys: Float[Array, "segments kv_heads new head_dim"],
+    values: Float[Array, "segments kv_heads new head_dim"],
+    counts: Int[Array, " segments"],
 ) -> WaveIndex:
-    """Clusters and encodes one segment and appends it to a sequence's index, in one layer.
+    """Clusters and encodes segments and appends them to a sequence's index, in one layer.
 
-    Does not move `tokens`: the caller does, once for all layers.
+    The same as appending them one after another. Does not move `tokens`: the caller does, once for
+    all layers.
 
     Args:
-        start: the segment's first position: what the index holds of the sequence already.
-        keys, values: of the segment's tokens; anything past `count`.
-        count: how many tokens the segment has.
+        start: the first segment's first position: what the index holds of the sequence already.
+        keys, values: of the segments' tokens; anything past a segment's count.
+        counts: int32, how many tokens each segment has: all `new` of them before one that has
+            fewer, and none after it.
     """
     clusters = ops.build_clusters(
         keys,
         values,
-        count,
+        counts[:, None],
         cluster_size=config.cluster_size,
         max_cluster_size=config.max_cluster_size,
         iterations=config.kmeans_iterations,
     )
-    kv_heads, room = clusters.centroids.shape[:2]
+    segments, kv_heads, room = clusters.centroids.shape[:3]
     dtype = index.centroids.dtype
-    centroids = clusters.centroids.astype(dtype)
-    new = jnp.sum(jnp.diff(clusters.offsets, axis=-1) > 0, axis=-1, dtype=jnp.int32)
+    sizes = jnp.diff(clusters.offsets, axis=-1)
+    new = jnp.sum(sizes > 0, axis=-1, dtype=jnp.int32)
     base = index.num_clusters[layer, sequence]
+    ends = base + jnp.cumsum(new, axis=0)
 
     head = jnp.arange(kv_heads)[:, None]
+    first = (ends - new)[..., None]
     nth = jnp.arange(room, dtype=jnp.int32)
-    place = jnp.where(nth < new[:, None], base[:, None] + nth, NO_ID)
+    place = jnp.where(nth < new[..., None], first + nth, NO_ID)
     at = (layer, sequence, head, place)
+    centroids = index.centroids.at[at].set(clusters.centroids.astype(dtype), mode="drop")
 
     # Edges past the new clusters all stand at the end, so clusters not in use are empty. The end
     # so far, not `start`: an empty segment of a padded prompt adds nothing and moves nothing.
     old = index.offsets[layer, sequence]
     end = jnp.take_along_axis(old, base[:, None], axis=-1)
-    edge = jnp.arange(old.shape[-1], dtype=jnp.int32) - base[:, None]
-    new_edges = end + jnp.take_along_axis(clusters.offsets, jnp.clip(edge, 0, room), axis=-1)
-    offsets = jnp.where(edge <= 0, old, new_edges)
+    added = jnp.zeros((kv_heads, old.shape[-1] - 1), jnp.int32)
+    added = added.at[head, place].set(sizes, mode="drop")
+    edges = end + jnp.pad(jnp.cumsum(added, axis=-1), ((0, 0), (1, 0)))
+    offsets = jnp.where(jnp.arange(old.shape[-1]) <= base[:, None], old, edges)
+
+    def write(stack: Array, blocks: Array) -> Array:
+        whole = jnp.swapaxes(blocks, 0, 1).reshape(kv_heads, -1, *blocks.shape[3:])
+        return _write(stack, whole, layer, sequence, start)
 
     codes, scales = index.codes, index.scales
     if codes is not None and scales is not None:
-        position = jnp.arange(keys.shape[1])
-        cluster = jax.vmap(lambda o: jnp.searchsorted(o, position, side="right") - 1)(
-            clusters.offsets
+        position = jnp.arange(keys.shape[2])
+        # Unrolled: on a GPU a loop's rounds cost more than the search.
+        search = functools.partial(
+            jnp.searchsorted, v=position, side="right", method="scan_unrolled"
         )
-        own = jnp.take_along_axis(centroids, jnp.minimum(cluster, room - 1)[..., None], axis=1)
-        ordered = jnp.take_along_axis(keys, clusters.order[..., None], axis=1)
+        cluster = jax.vmap(jax.vmap(search))(clusters.offsets) - 1
+        # Read back, or XLA might compute them anew, rounded otherwise than those that are stored.
+        near = first + jnp.minimum(cluster, jnp.maximum(new[..., None] - 1, 0))
+        own = centroids.at[layer, sequence, head, near].get(mode="clip")
+        ordered = jnp.take_along_axis(keys, clusters.order[..., None], axis=2)
         coded = ops.encode_tokens(ordered, own, jnp.asarray(rotation(keys.shape[-1])))
-        codes = _write(codes, coded.codes, layer, sequence, start)
-        scales = _write(scales, coded.scales, layer, sequence, start)
+        codes, scales = write(codes, coded.codes), write(scales, coded.scales)
     return dataclasses.replace(
         index,
-        centroids=index.centroids.at[at].set(centroids, mode="drop"),
+        centroids=centroids,
         value_sums=index.value_sums.at[at].set(clusters.value_sums.astype(dtype), mode="drop"),
         offsets=index.offsets.at[layer, sequence].set(offsets),
-        num_clusters=index.num_clusters.at[layer, sequence].set(base + new),
+        num_clusters=index.num_clusters.at[layer, sequence].set(ends[-1]),
         codes=codes,
         scales=scales,
-        token_ids=_write(index.token_ids, clusters.order, layer, sequence, start),
+        token_ids=write(index.token_ids, clusters.order),
     )
 
 

@@ -17,6 +17,7 @@ from wavejax.buffer import StoreKind
 from wavejax.causal_attention import query_block
 from wavejax.dense_attention import DenseAttention
 from wavejax.generator import bucket
+from wavejax.index import segment_sizes, segments_at_once
 from wavejax.wave_attention import WaveAttention, WaveState
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
@@ -149,18 +150,26 @@ def _prefill_workspace(
         # The rows side by side, padded for the window, and cut for the store; attention is over.
         written = room * (4 * rows + query) * itemsize
         attended = max(attended, written)
-        clusters = _cluster_workspace(model, attention, room)
+        clusters = _cluster_workspace(model, attention, room, itemsize)
     return _layer_weights(model, itemsize) + residual + max(mlp, attended) + clusters
 
 
-def _cluster_workspace(model: ModelConfig, attention: WaveAttention, room: int) -> int:
-    """Bytes of `build_clusters`' temporaries for a segment, in plain JAX; its kernels take less."""
-    config = attention.config
-    tokens = min(config.segment_tokens, config.indexed_tokens(room))
-    clusters = -(-tokens // config.cluster_size)
-    # Keys and values in float32, centred keys, and what encoding makes of them; the scores of all
-    # clusters and the matrix that sums members.
-    return 4 * model.num_kv_heads * tokens * (6 * model.head_dim + 3 * clusters)
+def _cluster_workspace(
+    model: ModelConfig, attention: WaveAttention, room: int, itemsize: int
+) -> int:
+    """Bytes of temporaries of the calls that build a prompt's index, in plain JAX or by kernels."""
+    config, kv_heads, head_dim = attention.config, model.num_kv_heads, model.head_dim
+    sizes = segment_sizes(config, config.indexed_tokens(room))
+    if not sizes:
+        return 0
+    clusters = -(-sizes[0] // config.cluster_size)
+    # Plain JAX, segment by segment: keys and values in float32, centred keys, and what encoding
+    # makes of them; the scores of all clusters and the matrix that sums members.
+    plain = 4 * kv_heads * sizes[0] * (6 * head_dim + 3 * clusters)
+    # Of all the call's segments: keys, values, centred keys, the same in cluster order, their
+    # centroids; sums of the pieces; numbers.
+    tokens = sizes[0] * segments_at_once(len(sizes), kv_heads)
+    return plain + kv_heads * tokens * (head_dim * (5 * itemsize + 1) + 32)
 
 
 def _decode_workspace(model: ModelConfig, state: object, batch: int, itemsize: int) -> int:

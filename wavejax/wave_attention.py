@@ -149,19 +149,10 @@ class WaveAttention:
         padding = max(0, self.config.sink_tokens + sum(segments) - rows.shape[1])
         rows = jnp.pad(rows, ((0, 0), (0, padding), (0, 0), (0, 0)))[:, self.config.sink_tokens :]
 
-        def append(i: Array, wave: WaveIndex) -> WaveIndex:
-            size = segments[0]
-            segment = lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
-            keys, values = segment[:, :, 0], segment[:, :, 1]
-            count = jnp.clip(indexed - i * size, 0, size)
-            return index.append_segment(
-                wave, self.config, layer, sequence, i * size, keys, values, count
-            )
-
         wave, store = index.clear(state.index, layer, sequence), state.store
         if segments:
-            wave = lax.fori_loop(0, len(segments), append, wave)
             kept = rows[:, : sum(segments)]
+            wave = index.append_prompt(wave, self.config, layer, sequence, kept, indexed)
             store = RowStore(ops.append_rows(store.rows, kept, layer, sequence, 0))
         return dataclasses.replace(state, index=wave, store=store, steady=steady)
 
@@ -274,9 +265,16 @@ class WaveAttention:
             # stack, and copies the stack in order to still have it when it has been written to.
             window = lax.optimization_barrier(state.steady.window[layer, sequence])
             start = state.index.tokens[sequence]
-            keys, values = window[:, :growth, 0], window[:, :growth, 1]
-            new_index = index.append_segment(
-                state.index, self.config, layer, sequence, start, keys, values, growth
+            keys, values = window[None, :, :growth, 0], window[None, :, :growth, 1]
+            new_index = index.append_segments(
+                state.index,
+                self.config,
+                layer,
+                sequence,
+                start,
+                keys,
+                values,
+                jnp.full(1, growth, jnp.int32),
             )
             rows = ops.append_rows(state.store.rows, window[:, :growth], layer, sequence, start)
             kept = state.steady.window.at[layer, sequence, :, :local].set(window[:, growth:])

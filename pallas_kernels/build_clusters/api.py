@@ -11,14 +11,14 @@ from pallas_kernels.build_clusters.reference import Clusters
 def build_clusters(
     keys: Float[Array, "*rows tokens head_dim"],
     values: Float[Array, "*rows tokens head_dim"],
-    count: Int[Array, ""] | int,
+    count: Int[Array, "*#rows"] | int,
     *,
     cluster_size: int,
     max_cluster_size: int,
     iterations: int,
     implementation: Implementation | None = None,
 ) -> Clusters:
-    """Clusters one segment's tokens by their keys (RetroInfer, section 4.3).
+    """Clusters segments' tokens by their keys (RetroInfer, section 4.3), each row by itself.
 
     Spherical k-means on keys centred by their mean: ceil(count / cluster_size) centroids that
     start as keys at uniform midpoints, assignment by inner product, ties to the lower id.
@@ -26,9 +26,11 @@ def build_clusters(
     direction; empty ones are dropped. The same input gives the same bits, run after run.
 
     Args:
-        keys: post-RoPE keys; anything past `count`.
+        keys: post-RoPE keys of a segment a row, such as `[segments, kv_heads, tokens, head_dim]`;
+            anything past `count`. Plain JAX takes the rows of the last axis at once, one group of
+            them after another; the kernels take all.
         values: likewise.
-        count: how many tokens the segment has.
+        count: how many tokens the segments have: one number, or an array that broadcasts to `rows`.
         cluster_size: mean tokens a cluster, before cutting.
         max_cluster_size: most tokens a cluster.
         iterations: of k-means, before the last assignment.

@@ -1,4 +1,4 @@
-"""The semantics of `build_clusters`, in plain JAX, for one segment of one head."""
+"""The semantics of `build_clusters`, in plain JAX."""
 
 from typing import NamedTuple
 
@@ -140,10 +140,14 @@ def build_clusters_of_row(
 
 def build_clusters(keys: Array, values: Array, count: Array | int, **settings: int) -> Clusters:
     """See `pallas_kernels.build_clusters`."""
+    counts = jnp.broadcast_to(jnp.asarray(count, jnp.int32), keys.shape[:-2])
 
-    def of_row(keys: Array, values: Array) -> Clusters:
-        return build_clusters_of_row(keys, values, count, **settings)
+    def of_rows(row: tuple[Array, Array, Array]) -> Clusters:
+        return build_clusters(*row, **settings)
 
-    for _ in range(keys.ndim - 2):
-        of_row = jax.vmap(of_row)
-    return of_row(keys, values)
+    if counts.ndim == 0:
+        return build_clusters_of_row(keys, values, counts, **settings)
+    if counts.ndim == 1:
+        return jax.vmap(lambda *row: of_rows(row))(keys, values, counts)
+    # One group of rows after another: all at once would take memory and save no time.
+    return lax.map(of_rows, (keys, values, counts))

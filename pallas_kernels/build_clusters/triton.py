@@ -86,10 +86,7 @@ def build_clusters(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Clusters:
-    """See `pallas_kernels.build_clusters`.
-
-    Unlike there, `count` may also be an array that broadcasts to `rows`: each row's own count.
-    """
+    """See `pallas_kernels.build_clusters`."""
     *lead, tokens, head_dim = keys.shape
     _pallas.check_heads("build_clusters", 1, head_dim, keys.dtype, values.dtype)
     max_clusters = -(-tokens // cluster_size)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 WORD_BITS = 32
 
@@ -62,6 +62,9 @@ def unpack_signs(codes: Array, head_dim: int) -> Array:
 
 def encode_tokens(keys: Array, centroids: Array, rotation_matrix: Array) -> TokenCodes:
     """See `pallas_kernels.encode_tokens`."""
+    if keys.ndim > 3:
+        # As in `build_clusters`. A product of other sizes may also round otherwise.
+        return lax.map(lambda x: encode_tokens(*x, rotation_matrix), (keys, centroids))
     residual = keys.astype(jnp.float32) - centroids.astype(jnp.float32)
     rotated = jnp.einsum("...d,ed->...e", residual, rotation_matrix)
     l1 = jnp.sum(jnp.abs(rotated), axis=-1)

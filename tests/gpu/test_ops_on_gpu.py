@@ -268,6 +268,23 @@ def test_build_clusters(dtype, head_dim, count):
     assert spread(found) <= 1.01 * spread(expected)
 
 
+def test_build_clusters_of_many_segments():
+    """Every segment's clusters are those it has alone, whatever is built beside it."""
+    shape = 5, 2, 1024, 128
+    keys, values = jax.random.normal(jax.random.key(SEED), (2, *shape), jnp.bfloat16)
+    counts = jnp.array([1024, 1024, 700, 0, 0], jnp.int32)
+
+    @jax.jit
+    def build(keys, values, count):
+        settings = {"cluster_size": 32, "max_cluster_size": 64, "iterations": 10}
+        return ops.build_clusters(keys, values, count, **settings, implementation=KERNEL)
+
+    together = build(keys, values, counts[:, None])
+    for i, count in enumerate(counts):
+        own = jax.tree.map(lambda x, i=i: x[i], together)
+        jax.tree.map(np.testing.assert_array_equal, own, build(keys[i], values[i], count))
+
+
 @pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 128), ("float32", 96), ("float16", 64)])
 def test_encode_tokens(dtype, head_dim):
     keys = jax.random.split(jax.random.key(SEED))

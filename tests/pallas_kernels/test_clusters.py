@@ -92,3 +92,17 @@ def test_capacity_is_never_passed():
         clusters = build(keys, keys, tokens, **SETTINGS)
         assert np.asarray(clusters.offsets)[0, -1] == tokens
         assert np.diff(np.asarray(clusters.offsets)[0]).max() <= 16
+
+
+def test_each_row_has_its_own_count():
+    rng = np.random.default_rng(4)
+    keys, values = (skewed(rng, (3, 2, 60, 16)) for _ in range(2))
+    counts = jnp.array([60, 0, 13], jnp.int32)
+    together = build(keys, values, counts[:, None], **SETTINGS)
+    for i, count in enumerate(counts):
+        alone = build(keys[i], values[i], count, **SETTINGS)
+        own = jax.tree.map(lambda x, i=i: x[i], together)
+        jax.tree.map(np.testing.assert_array_equal, own, alone)
+        assert (np.asarray(own.offsets)[:, -1] == count).all()
+    both = build(keys, values, jnp.broadcast_to(counts[:, None], (3, 2)), **SETTINGS)
+    jax.tree.map(np.testing.assert_array_equal, both, together)
