@@ -141,7 +141,7 @@ def _finish(attention: Attention, cache: Any, sequence: Array, length: Array) ->
 
 
 def about_to_grow(generator: Generator, state: DecodeState, dtype: str) -> DecodeState:
-    """Fills every sequence's window but for one place: the next step makes the index grow."""
+    """Fills every sequence's window: the next step makes the index grow."""
     steady = _fill_window(generator.model, dtype, state.cache.steady)
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, steady=steady))
 
@@ -158,5 +158,5 @@ def _fill_window(model: ModelConfig, dtype: str, steady: SteadyZone) -> SteadyZo
     return dataclasses.replace(
         steady,
         window=made.reshape(steady.window.shape).astype(steady.window.dtype),
-        window_tokens=jnp.full_like(steady.window_tokens, window - 1),
+        window_tokens=jnp.full_like(steady.window_tokens, window),
     )

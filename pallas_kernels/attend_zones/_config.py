@@ -77,7 +77,7 @@ def heuristic(
         max(hit, math.ceil(tiles[0] / MOST_HIT_TILES)),
         estimated,
         steady,
-        missed_tile=row_tile,
+        missed_tile=max(row_tile // 2, _pallas.DOT_TILE),
         hit_tile=row_tile,
         cluster_tile=cluster_tile,
         steady_tile=row_tile,

@@ -1,0 +1,158 @@
+"""Generation from end to end on a CUDA GPU, against plain JAX on its host's CPU.
+
+Real models as well, if the environment names their files:
+
+    WAVEJAX_MODELS=smollm2.gguf:qwen.gguf pytest tests/gpu/test_engine_on_gpu.py
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import wavejax.generator as programs
+from models.config import ModelConfig
+from models.decoder import Decoder
+from tests.cli.conftest import TEMPLATE, VOCAB, write_tokenizer
+from tests.models.tiny_models import CONFIGS, make_tensors, write_folder
+from wavejax import DecodeState, Generator, WaveAttention, WaveConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow(120)]
+
+MODELS = [Path(name) for name in filter(None, os.environ.get("WAVEJAX_MODELS", "").split(":"))]
+# Small enough to be retrieved, estimated and grown several times.
+SMALL = ["--growth-tokens", "64", "--segment-tokens", "1024", "--min-retrieved-tokens", "64"]
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random weights with heads that the kernels take, 7 query heads a kv head."""
+    folder = tmp_path_factory.mktemp("random")
+    config = CONFIGS["llama"] | {
+        "vocab_size": VOCAB,
+        "hidden_size": 448,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+    }
+    write_folder(folder, config, make_tensors(config))
+    write_tokenizer(folder, chat_template=TEMPLATE)
+    return folder
+
+
+def generate(model: Path, platform: str, *arguments: str) -> list[list[int]]:
+    """The token ids of each answer, by the command line in a process of its own."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": platform,
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    command = [sys.executable, "-m", "wavejax.generate", "--model", str(model), "--json"]
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [answer["token_ids"] for answer in json.loads(done.stdout)["answers"]]
+
+
+def prompts(folder: Path, characters: tuple[int, ...]) -> list[str]:
+    """Flags that give prompts of so many characters of Python's manual."""
+    text = "\n".join(topics[name] for name in sorted(topics))
+    flags = []
+    for i, length in enumerate(characters):
+        file = folder / f"prompt{i}.txt"
+        file.write_text(text[i * 1000 :][:length] + "\n\nSummarise this text in detail.")
+        flags += ["--prompt-file", str(file)]
+    return flags
+
+
+@pytest.mark.parametrize("model", ["random", *MODELS], ids=lambda model: Path(model).name)
+def test_both_stores_and_the_cpu_say_the_same(model, random_model, tmp_path):
+    """Token for token in float32; a batch of prompts of unequal lengths, and growth."""
+    real = model != "random"
+    lengths = (14000, 9000) if real else (5000, 3300)
+    flags = [*prompts(tmp_path, lengths), "--dtype", "float32", "--max-new-tokens", "160", *SMALL]
+    path = model if real else random_model
+    host = generate(path, "cuda", *flags, "--store", "host")
+    device = generate(path, "cuda", *flags, "--store", "device")
+    cpu = generate(path, "cpu", *flags, "--store", "device")
+    assert max(map(len, cpu)) > 64
+    assert host == device
+    assert host == cpu
+
+
+@pytest.mark.parametrize("model", ["random", *MODELS], ids=lambda model: Path(model).name)
+def test_both_stores_say_the_same_in_bfloat16(model, random_model, tmp_path):
+    flags = [*prompts(tmp_path, (14000 if model != "random" else 5000,)), "--dtype", "bfloat16"]
+    flags += ["--max-new-tokens", "64"]
+    path = model if model != "random" else random_model
+    host = generate(path, "cuda", *flags, "--store", "host")
+    assert host == generate(path, "cuda", *flags, "--store", "device")
+    assert len(host[0]) > 16
+
+
+CONFIG = WaveConfig(growth_tokens=64, segment_tokens=1024, min_retrieved_tokens=64)
+LLAMA = ModelConfig(
+    architecture="llama",
+    vocab_size=512,
+    num_layers=3,
+    hidden_size=256,
+    intermediate_size=512,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=128,
+    max_context=100_000,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+)
+
+
+@pytest.mark.parametrize("store, memory", [("host", "pinned_host"), ("device", "device")])
+def test_the_compiled_step_copies_no_cache_and_asks_nothing_of_the_host(store, memory):
+    """Reads the program, then runs it past a growth: every array of the state stays in place."""
+    steps = CONFIG.window_tokens + CONFIG.growth_tokens // 2
+    generator = Generator(LLAMA, WaveAttention(CONFIG, store))
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params = Decoder(
+        LLAMA, lambda layer, q, k, v, state: (q, state), param_dtype=jnp.bfloat16
+    ).init(jax.random.key(0), ids, ids, None)
+    cache = generator.attention.init_state(LLAMA, 2, 5000, 300, jnp.bfloat16)
+    rest = jnp.zeros((2, LLAMA.vocab_size)), jnp.zeros(2, bool), jnp.int32(0), jnp.int32(0)
+    state = DecodeState(cache, *rest)
+    program = programs._decode_n.lower(generator, params, state, jnp.int32(steps), 256).compile()
+    text = program.as_text()
+    for word in ("callback", "outfeed", "infeed", "MoveToHost", "MoveToDevice"):
+        assert word not in text, word
+    stacks = {
+        tuple(leaf.shape) for leaf in jax.tree.leaves(state.cache) if leaf.size > 2 * 3 * 2 * 64
+    }
+    layers = {shape[1:] for shape in stacks}
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|copy-start|dynamic-slice|slice)\(", text)
+    shapes = [tuple(map(int, shape.split(","))) for shape in copied]
+    # The window's tokens are cut in growth, one sequence at a time, and are the only ones.
+    bad = [shape for shape in shapes if shape in stacks or shape in layers]
+    assert not bad, bad
+
+    def pointers(state):
+        paths = jax.tree_util.tree_leaves_with_path(state)
+        return {
+            jax.tree_util.keystr(path): leaf.unsafe_buffer_pointer()
+            for path, leaf in paths
+            if leaf.size > 1
+        }
+
+    before = pointers(state)
+    state, _ = program(params, state, jnp.int32(steps))
+    assert state.cache.index.tokens.tolist() == [CONFIG.growth_tokens] * 2
+    assert pointers(state) == before
+    assert state.cache.store.rows.sharding.memory_kind == memory
