@@ -138,7 +138,8 @@ class DraftedTask:
             tokens = material.encode(draft.turns)
             if len(tokens) + self.new_tokens <= length:
                 return Sample(tuple(tokens), self.new_tokens, draft.references)
-            amount -= step
+            # By RULER's step; finer where one step would leave less than the least.
+            amount -= step if amount >= 2 * step else max(1, step // 10)
         raise _too_short(self, length)
 
 
