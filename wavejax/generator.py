@@ -279,7 +279,7 @@ def _feed(generator: Generator, params: Params, state: DecodeState, tokens: Arra
         attention.decode,
         unroll=jax.default_backend() == "gpu" if unroll is None else unroll,
     )
-    cache = attention.grow(state.cache)
+    cache: Any = attention.grow(state.cache)
     positions = attention.lengths(cache)[:, None]
     hidden, cache = model.apply(params, tokens[:, None], positions, cache)
     cache = attention.advance(cache, ~state.finished)
