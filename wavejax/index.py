@@ -17,7 +17,7 @@ from pallas_kernels.encode_tokens import rotation
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
 
-# Segments times kv heads in one call of `build_clusters`: 131,072 tokens of a model with 8 kv heads.
+# Segments times kv heads in one call of `build_clusters`: with 8 kv heads 131,072 tokens.
 ROWS_AT_ONCE = 128
 
 
@@ -190,7 +190,7 @@ def append_segments(
         max_cluster_size=config.max_cluster_size,
         iterations=config.kmeans_iterations,
     )
-    segments, kv_heads, room = clusters.centroids.shape[:3]
+    kv_heads, room = clusters.centroids.shape[1:3]
     dtype = index.centroids.dtype
     sizes = jnp.diff(clusters.offsets, axis=-1)
     new = jnp.sum(sizes > 0, axis=-1, dtype=jnp.int32)

@@ -142,12 +142,12 @@ def build_clusters(keys: Array, values: Array, count: Array | int, **settings: i
     """See `pallas_kernels.build_clusters`."""
     counts = jnp.broadcast_to(jnp.asarray(count, jnp.int32), keys.shape[:-2])
 
-    def of_rows(row: tuple[Array, Array, Array]) -> Clusters:
-        return build_clusters(*row, **settings)
+    def of_rows(keys: Array, values: Array, count: Array) -> Clusters:
+        return build_clusters(keys, values, count, **settings)
 
     if counts.ndim == 0:
         return build_clusters_of_row(keys, values, counts, **settings)
     if counts.ndim == 1:
-        return jax.vmap(lambda *row: of_rows(row))(keys, values, counts)
+        return jax.vmap(of_rows)(keys, values, counts)
     # One group of rows after another: all at once would take memory and save no time.
-    return lax.map(of_rows, (keys, values, counts))
+    return lax.map(lambda group: of_rows(*group), (keys, values, counts))

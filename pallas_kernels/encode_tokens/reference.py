@@ -64,7 +64,7 @@ def encode_tokens(keys: Array, centroids: Array, rotation_matrix: Array) -> Toke
     """See `pallas_kernels.encode_tokens`."""
     if keys.ndim > 3:
         # As in `build_clusters`. A product of other sizes may also round otherwise.
-        return lax.map(lambda x: encode_tokens(*x, rotation_matrix), (keys, centroids))
+        return lax.map(lambda x: encode_tokens(x[0], x[1], rotation_matrix), (keys, centroids))
     residual = keys.astype(jnp.float32) - centroids.astype(jnp.float32)
     rotated = jnp.einsum("...d,ed->...e", residual, rotation_matrix)
     l1 = jnp.sum(jnp.abs(rotated), axis=-1)

@@ -96,9 +96,7 @@ def test_prompts_of_a_batch_do_not_meet(monkeypatch):
             state = attention.finish_prefill(state, *where.values())
         return state
 
-    write = jax.jit(
-        lambda a, *args, **where: a.write_prompt(*args, **where), static_argnums=0
-    )
+    write = jax.jit(lambda a, *args, **where: a.write_prompt(*args, **where), static_argnums=0)
     PADDING = {n: ((0, 300 - n), (0, 0), (0, 0)) for n in lengths}
     state = attention.init_state(MODEL, BATCH, 300, 20, jnp.float32)
     together = read(state, (0, 1, 2))
