@@ -124,6 +124,23 @@ def apply_layer(
     Returns:
       the layer's output, in `hidden`'s dtype, and the attention's state.
     """
+    query, key, value = enter_layer(config, params, layer, hidden, positions)
+    attended, state = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
+    return leave_layer(config, params, layer, hidden, attended), state
+
+
+def enter_layer(
+    config: ModelConfig,
+    params: Params,
+    layer: Int[Array, ""] | int,
+    hidden: Float[Array, "batch tokens hidden"],
+    positions: Int[Array, "batch tokens"],
+) -> tuple[
+    Float[Array, "batch tokens heads head_dim"],
+    Float[Array, "batch tokens kv_heads head_dim"],
+    Float[Array, "batch tokens kv_heads head_dim"],
+]:
+    """What `apply_layer` does before attention: the layer's query, key and value."""
     weights = _pick_layer(params["params"]["layers"], layer)
     normed = _rms_norm(hidden, weights["attention_norm"], config.norm_eps)
     query = _heads(normed, weights["query"], weights.get("query_bias"), config.head_dim)
@@ -133,8 +150,18 @@ def apply_layer(
         query = _rms_norm(query, weights["query_norm"], config.norm_eps)
         key = _rms_norm(key, weights["key_norm"], config.norm_eps)
     cosines, sines = cosines_and_sines(config, positions)
-    query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
-    attended, state = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
+    return rotate(query, cosines, sines), rotate(key, cosines, sines), value
+
+
+def leave_layer(
+    config: ModelConfig,
+    params: Params,
+    layer: Int[Array, ""] | int,
+    hidden: Float[Array, "batch tokens hidden"],
+    attended: Float[Array, "batch tokens heads head_dim"],
+) -> Float[Array, "batch tokens hidden"]:
+    """What `apply_layer` does after attention: the layer's output, of its input `hidden`."""
+    weights = _pick_layer(params["params"]["layers"], layer)
     attended = attended.astype(hidden.dtype).reshape(*hidden.shape[:2], -1)
     hidden = hidden + _linear(attended, weights["output"])
 
@@ -143,7 +170,7 @@ def apply_layer(
         gated = nn.silu(_linear(normed, weights["gate"])) * _linear(normed, weights["up"])
         return hidden + _linear(gated, weights["down"])
 
-    return _by_blocks(mlp, hidden), state
+    return _by_blocks(mlp, hidden)
 
 
 def final_norm(

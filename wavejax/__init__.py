@@ -13,4 +13,4 @@ from wavejax.plan import Plan as Plan
 from wavejax.plan import make_plan as make_plan
 from wavejax.sampling import Sampler as Sampler
 from wavejax.wave_attention import WaveAttention as WaveAttention
-from wavejax.wave_attention import WaveState as WaveState
+from wavejax.wave_state import WaveState as WaveState

@@ -13,6 +13,15 @@ from pallas_kernels.select_tokens import RowTable
 from wavejax._pytree import state
 
 StoreKind = Literal["host", "device"]
+Fetch = Literal["in_place", "staged"]
+
+
+def best_fetch() -> Fetch:
+    """How rows in host memory reach the platform's device; starts it.
+
+    Kernels of GPUs read pinned host memory in place; on a CPU there is but one memory.
+    """
+    return "in_place" if jax.default_backend() in ("cpu", "gpu") else "staged"
 
 
 @state

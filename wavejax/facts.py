@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from wavejax.dense_attention import DenseState
-from wavejax.wave_attention import WaveState
+from wavejax.staged import StagedState
+from wavejax.wave_state import WaveState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Facts:
         hit_ratio: of the rows retrieved, the share found in the row cache; None where nothing was
             retrieved, and for full attention.
         device_bytes: of the state, in the device's memory.
-        host_bytes: of the state, in pinned host memory.
+        host_bytes: of the state, in host memory: pinned, or `fetch="staged"`'s rows.
     """
 
     retrieved_share: float | None
@@ -28,8 +29,11 @@ class Facts:
     host_bytes: int
 
 
-def facts_of(state: WaveState | DenseState) -> Facts:
+def facts_of(state: WaveState | StagedState | DenseState) -> Facts:
     """Reads the facts off a state; waits for the work that makes it."""
+    staged = 0
+    if isinstance(state, StagedState):
+        staged, state = state.rows.nbytes, state.wave
     host = sum(x.nbytes for x in jax.tree.leaves(state) if x.sharding.memory_kind == "pinned_host")
     device = sum(x.nbytes for x in jax.tree.leaves(state)) - host
     if isinstance(state, DenseState):
@@ -42,5 +46,5 @@ def facts_of(state: WaveState | DenseState) -> Facts:
         retrieved / attended if attended else None,
         hits / retrieved if retrieved else None,
         device,
-        host,
+        host + staged,
     )

@@ -1,48 +1,22 @@
 """Generation: prefill in buckets, a compiled decode step, many steps in one call."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-from models import decoder
-from models.config import ModelConfig
 from models.errors import InputError
 from models.parameters import Params
-from wavejax._pytree import state as pytree
-from wavejax.dense_attention import DenseAttention
+from wavejax import programs, staged
 from wavejax.facts import Facts, facts_of
-from wavejax.sampling import Sampler, step_key
+from wavejax.programs import NO_TOKEN, DecodeState, Parts
 from wavejax.wave_attention import WaveAttention
 
-NO_TOKEN = -1  # What a sequence yields once it has stopped.
 STREAM_CHUNK = 8  # Steps in one call while streaming: what a reader sees at once.
 SMALLEST_BUCKET = 128
-
-
-@pytree
-class DecodeState:
-    """A batch of sequences being generated.
-
-    Attributes:
-        cache: the attention's state.
-        logits: `[batch, vocab]` float32, of the next token.
-        finished: `[batch]` bool, sequences that have yielded a stop token.
-        seed: int32 scalar.
-        step: int32 scalar, tokens generated so far.
-    """
-
-    cache: Any
-    logits: Array
-    finished: Array
-    seed: Array
-    step: Array
 
 
 def bucket(tokens: int) -> int:
@@ -57,7 +31,7 @@ def bucket(tokens: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Generator:
+class Generator(Parts):
     """Generates text with a model, an attention and a sampler.
 
     Hashable: its compiled programs are kept by JAX and shared by equal generators; those that read
@@ -69,13 +43,13 @@ class Generator:
         sampler: how a token is drawn; greedy by default.
         stop_tokens: a sequence ends after any of these.
         unroll: write all layers out in the compiled step; None does on GPUs, where it is faster.
+            Of no effect with `fetch="staged"`, whose step is a few programs a layer.
     """
 
-    model: ModelConfig
-    attention: WaveAttention | DenseAttention
-    sampler: Sampler = dataclasses.field(default_factory=Sampler)
-    stop_tokens: tuple[int, ...] = ()
-    unroll: bool | None = None
+    @property
+    def staged(self) -> bool:
+        """Whether rows are staged; see `wavejax.staged`."""
+        return isinstance(self.attention, WaveAttention) and self.attention.staged
 
     def start(
         self,
@@ -103,17 +77,22 @@ class Generator:
         batch = len(prompts)
         dtype = params["params"]["embedding"].dtype
         rooms = [bucket(len(prompt)) for prompt in prompts]
-        cache = self.attention.init_state(self.model, batch, max(rooms), max_new_tokens, dtype)
-        cache, logits = _commit((cache, jnp.zeros((batch, self.model.vocab_size), jnp.float32)))
+        cache: Any = self.attention.init_state(self.model, batch, max(rooms), max_new_tokens, dtype)
+        cache, logits = programs.commit(
+            (cache, jnp.zeros((batch, self.model.vocab_size), jnp.float32))
+        )
+        by: Any = programs
+        if isinstance(self.attention, WaveAttention) and self.attention.staged:
+            by, cache = staged, staged.hold_rows(self.attention, cache)
         layers, done = self.model.num_layers, 0
         for sequence, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
             padded = np.zeros((1, room), np.int32)
             padded[0, : len(prompt)] = prompt
             length = jnp.int32(len(prompt))
-            hidden = _commit(_embed(self.model, params, jnp.asarray(padded)))
+            hidden = programs.commit(programs.embed(self.model, params, jnp.asarray(padded)))
             for layer in range(layers):
                 previous = hidden
-                hidden, cache = _prefill_layer(
+                hidden, cache = by.prefill_layer(
                     self.model,
                     self.attention,
                     params,
@@ -128,7 +107,7 @@ class Generator:
                     previous.block_until_ready()
                     done += 1
                     progress(done, batch * layers)
-            cache, logits = _finish_prefill(
+            cache, logits = by.finish_prefill(
                 self.model,
                 self.attention,
                 params,
@@ -143,7 +122,7 @@ class Generator:
                 done += 1
                 progress(done, batch * layers)
         rest = jnp.zeros(batch, bool), jnp.int32(seed), jnp.int32(0)
-        return DecodeState(cache, logits, *_commit(rest))
+        return DecodeState(cache, logits, *programs.commit(rest))
 
     def stream(
         self, params: Params, state: DecodeState, max_new_tokens: int
@@ -180,9 +159,11 @@ class Generator:
             the new state, and the tokens, NO_TOKEN where a sequence had stopped before: after a
             stop token, or where the room that `start` made was full.
         """
+        if self.staged:
+            return staged.decode_n(self, params, state, steps)
         # The room is a power of two, so that a remainder of steps needs no program of its own.
         room = max(STREAM_CHUNK, 2 ** (steps - 1).bit_length())
-        state, tokens = _decode_n(self, params, state, jnp.int32(steps), room)
+        state, tokens = programs.decode_n(self, params, state, jnp.int32(steps), room)
         return state, tokens[:steps]
 
     def force(
@@ -193,14 +174,18 @@ class Generator:
         Returns:
             the new state, and the logits from which each of the tokens would have been drawn.
         """
-        return _force(self, params, state, jnp.asarray(tokens, jnp.int32))
+        tokens = jnp.asarray(tokens, jnp.int32)
+        run = staged.force if self.staged else programs.force
+        return run(self, params, state, tokens)
 
     def feed(self, params: Params, state: DecodeState, tokens: Int[Array, " batch"]) -> DecodeState:
         """Runs one given token of each sequence: a decode step, to be compiled by the caller.
 
-        A sequence whose `finished` is set forgets its token.
+        A sequence whose `finished` is set forgets its token. With `fetch="staged"` it compiles its
+        programs itself, and cannot be compiled into another.
         """
-        return _feed(self, params, state, tokens)
+        run = staged.feed if self.staged else programs.feed
+        return run(self, params, state, tokens)
 
     def facts(self, state: DecodeState) -> Facts:
         """What the attention retrieved, found cached, and occupies."""
@@ -220,104 +205,5 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
                 )
 
 
-def _commit(tree: Any) -> Any:
-    """Ties arrays to the device they are on, as what a compiled call returns already is.
-
-    Otherwise a program compiles twice: for the first call's arrays, and for its own results.
-    """
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
-
-
 def _all_stopped(last: np.ndarray, stop_tokens: tuple[int, ...]) -> bool:
     return bool(np.isin(last, (*stop_tokens, NO_TOKEN)).all())
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(model: ModelConfig, params: Params, tokens: Array) -> Array:
-    return decoder.embed(model, params, tokens)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
-def _prefill_layer(
-    model: ModelConfig,
-    attention: WaveAttention | DenseAttention,
-    params: Params,
-    hidden: Array,
-    layer: Array,
-    sequence: Array,
-    length: Array,
-    cache: Any,
-) -> tuple[Array, Any]:
-    attend = functools.partial(attention.prefill, sequence=sequence, length=length)
-    positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
-    return decoder.apply_layer(model, params, layer, hidden, positions, attend, cache)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("cache", "logits"))
-def _finish_prefill(
-    model: ModelConfig,
-    attention: WaveAttention | DenseAttention,
-    params: Params,
-    hidden: Array,
-    sequence: Array,
-    length: Array,
-    cache: Any,
-    logits: Array,
-) -> tuple[Any, Array]:
-    last = lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
-    last = decoder.unembed(model, params, decoder.final_norm(model, params, last))
-    cache = attention.finish_prefill(cache, sequence, length)
-    return cache, logits.at[sequence].set(last[0])
-
-
-def _feed(generator: Generator, params: Params, state: DecodeState, tokens: Array) -> DecodeState:
-    """Runs one token of each sequence through the model."""
-    attention = generator.attention
-    unroll = generator.unroll
-    model = decoder.Decoder(
-        generator.model,
-        attention.decode,
-        unroll=jax.default_backend() == "gpu" if unroll is None else unroll,
-    )
-    cache: Any = attention.grow(state.cache)
-    positions = attention.lengths(cache)[:, None]
-    hidden, cache = model.apply(params, tokens[:, None], positions, cache)
-    cache = attention.advance(cache, ~state.finished)
-    logits = decoder.unembed(generator.model, params, hidden[:, 0])
-    return DecodeState(cache, logits, state.finished, state.seed, state.step + 1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnames="state")
-def _decode_n(
-    generator: Generator, params: Params, state: DecodeState, steps: Array, room: int
-) -> tuple[DecodeState, Array]:
-    stop = jnp.asarray(generator.stop_tokens, jnp.int32)
-
-    def one_step(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
-        state, tokens, i = carry
-        # Past its room a sequence would overwrite what it has read.
-        full = generator.attention.is_full(state.cache)
-        state = dataclasses.replace(state, finished=state.finished | full)
-        drawn = generator.sampler.sample(state.logits, step_key(state.seed, state.step))
-        tokens = tokens.at[i].set(jnp.where(state.finished, NO_TOKEN, drawn))
-        finished = state.finished | jnp.isin(drawn, stop)
-        state = dataclasses.replace(state, finished=finished)
-        return _feed(generator, params, state, drawn), tokens, i + 1
-
-    def more(carry: tuple[DecodeState, Array, Array]) -> Array:
-        state, _, i = carry
-        return (i < steps) & ~jnp.all(state.finished)
-
-    empty = jnp.full((room, state.finished.shape[0]), NO_TOKEN, jnp.int32)
-    state, tokens, _ = lax.while_loop(more, one_step, (state, empty, jnp.int32(0)))
-    return state, tokens
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
-def _force(
-    generator: Generator, params: Params, state: DecodeState, tokens: Array
-) -> tuple[DecodeState, Array]:
-    def one_step(state: DecodeState, tokens: Array) -> tuple[DecodeState, Array]:
-        return _feed(generator, params, state, tokens), state.logits
-
-    return lax.scan(one_step, state, tokens)

@@ -2,39 +2,40 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from models.config import ModelConfig
+from pallas_kernels.attend_zones import ZoneStates
 from wavejax import buffer, index, retrieval
-from wavejax._pytree import state as pytree
-from wavejax.buffer import RowCache, RowStore, SteadyZone, StoreKind
+from wavejax.buffer import Fetch, RowCache, RowStore, StoreKind
 from wavejax.causal_attention import causal_attention
 from wavejax.config import WaveConfig
-from wavejax.index import WaveIndex
+from wavejax.growth import grow
+from wavejax.wave_state import WaveState
 
 
-@pytree
-class WaveState:
-    """The KV cache of all layers and sequences, as a wave index and a wave buffer.
+class Selection(NamedTuple):
+    """What a decode step attends to in one layer.
 
     Attributes:
-        index, store, cache, steady: see their classes.
-        step: int32 scalar, decode steps done; the row cache's clock.
-        attended: `[batch]` float32, the tokens that dense attention would have read so far, in
-            each layer and kv head: what the share of tokens retrieved is a share of.
+        query: `[batch, kv_heads, group, head_dim]`.
+        tokens, slots, hit: `pallas_kernels.select_tokens.Retrieved`'s.
+        logits: `[batch, kv_heads, group, clusters]` float32, of the clusters.
+        estimated: `[batch, kv_heads, clusters]` int32, members of each cluster to estimate.
     """
 
-    index: WaveIndex
-    store: RowStore
-    cache: RowCache
-    steady: SteadyZone
-    step: Array
-    attended: Array
+    query: Array
+    tokens: Array
+    slots: Array
+    hit: Array
+    logits: Array
+    estimated: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +47,25 @@ class WaveAttention:
 
     Attributes:
         config: the settings.
-        store: where the indexed rows lie: "host" (pinned host memory) or "device".
+        store: where the indexed rows lie: "host" or "device".
+        fetch: how rows in host memory reach the device. "in_place": they lie in pinned memory, and
+            the step reads them there. "staged": they lie in `Generator`'s hands, which brings them
+            from layer to layer (`wavejax.staged`). None takes the best that the platform can.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
     store: StoreKind = "host"
+    fetch: Fetch | None = None
+
+    @property
+    def staged(self) -> bool:
+        """Whether rows are fetched by `wavejax.staged`; may start JAX's device."""
+        return self.store == "host" and (self.fetch or buffer.best_fetch()) == "staged"
 
     def init_state(
         self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> WaveState:
-        """An empty state.
+        """An empty state. Staged rows are not in it: its store has no room.
 
         Args:
             model: gives the numbers of layers and heads.
@@ -74,11 +84,12 @@ class WaveAttention:
         slots = max(1, math.ceil(config.cache_fraction * tokens))
         layers, kv_heads, head_dim = model.num_layers, model.num_kv_heads, model.head_dim
         row = (layers, batch, kv_heads)
+        kept = 0 if self.staged else tokens
         return WaveState(
             index=index.init_index(
                 config, layers, batch, kv_heads, head_dim, clusters, tokens, dtype
             ),
-            store=buffer.init_store((*row, tokens, 2, head_dim), dtype, self.store),
+            store=buffer.init_store((*row, kept, 2, head_dim), dtype, self.store),
             cache=buffer.init_cache((*row, slots, 2, head_dim), tokens, dtype),
             steady=buffer.init_steady(
                 row, config.sink_tokens, config.window_tokens, head_dim, dtype
@@ -94,11 +105,16 @@ class WaveAttention:
 
     def is_full(self, state: WaveState) -> Bool[Array, " batch"]:
         """Sequences that have no room for another token: neither in the window nor to grow."""
-        window_full = state.steady.window_tokens >= self.config.window_tokens
-        return window_full & ~self._has_room(state)
+        return self._window_is_full(state) & ~self._has_room(state)
+
+    def due(self, state: WaveState) -> Bool[Array, " batch"]:
+        """Sequences whose index the next `grow` grows."""
+        return self._window_is_full(state) & self._has_room(state)
+
+    def _window_is_full(self, state: WaveState) -> Bool[Array, " batch"]:
+        return state.steady.window_tokens >= self.config.window_tokens
 
     def _has_room(self, state: WaveState) -> Bool[Array, " batch"]:
-        """Sequences whose index has room to grow."""
         return state.index.tokens + self.config.growth_tokens <= state.index.token_ids.shape[-1]
 
     def prefill(
@@ -121,7 +137,7 @@ class WaveAttention:
             sequence: whose cache to write.
             length: the prompt's tokens.
         """
-        output = causal_attention(query[0], key[0], value[0], scale=_scale(query))[None]
+        output = causal_attention(query[0], key[0], value[0], scale=scale_of(query))[None]
         state = self.write_prompt(layer, key[0], value[0], state, sequence=sequence, length=length)
         return output, state
 
@@ -136,25 +152,34 @@ class WaveAttention:
         length: Int[Array, ""],
     ) -> WaveState:
         """Writes a prompt's cache in one layer: index, rows and steady zone; see `prefill`."""
-        rows = jnp.swapaxes(buffer.as_rows(key, value), 0, 1)
-        indexed = self._indexed(length)
-        steady = buffer.fill_steady(
-            state.steady,
-            layer,
-            sequence,
-            rows,
-            jnp.minimum(length, self.config.sink_tokens) + indexed,
-        )
-        segments = index.segment_sizes(self.config, self.config.indexed_tokens(rows.shape[1]))
-        padding = max(0, self.config.sink_tokens + sum(segments) - rows.shape[1])
-        rows = jnp.pad(rows, ((0, 0), (0, padding), (0, 0), (0, 0)))[:, self.config.sink_tokens :]
+        where = {"sequence": sequence, "length": length}
+        kept, state = self.index_prompt(layer, key, value, state, **where)
+        if not kept.shape[1]:
+            return state
+        store = RowStore(ops.append_rows(state.store.rows, kept, layer, sequence, 0))
+        return dataclasses.replace(state, store=store)
 
-        wave, store = index.clear(state.index, layer, sequence), state.store
-        if segments:
-            kept = rows[:, : sum(segments)]
-            wave = index.append_prompt(wave, self.config, layer, sequence, kept, indexed)
-            store = RowStore(ops.append_rows(store.rows, kept, layer, sequence, 0))
-        return dataclasses.replace(state, index=wave, store=store, steady=steady)
+    def index_prompt(
+        self,
+        layer: Int[Array, ""],
+        key: Float[Array, "tokens kv_heads head_dim"],
+        value: Float[Array, "tokens kv_heads head_dim"],
+        state: WaveState,
+        *,
+        sequence: Int[Array, ""],
+        length: Int[Array, ""],
+    ) -> tuple[Float[Array, "kv_heads indexed 2 head_dim"], WaveState]:
+        """`write_prompt` but for the store: returns its first rows, padding included."""
+        rows = jnp.swapaxes(buffer.as_rows(key, value), 0, 1)
+        sinks, indexed = self.config.sink_tokens, self._indexed(length)
+        start = jnp.minimum(length, sinks) + indexed
+        steady = buffer.fill_steady(state.steady, layer, sequence, rows, start)
+        room = sum(index.segment_sizes(self.config, self.config.indexed_tokens(rows.shape[1])))
+        padding = max(0, sinks + room - rows.shape[1])
+        rows = jnp.pad(rows, ((0, 0), (0, padding), (0, 0), (0, 0)))[:, sinks : sinks + room]
+        wave = index.clear(state.index, layer, sequence)
+        wave = index.append_prompt(wave, self.config, layer, sequence, rows, indexed)
+        return rows, dataclasses.replace(state, index=wave, steady=steady)
 
     def finish_prefill(
         self, state: WaveState, sequence: Int[Array, ""], length: Int[Array, ""]
@@ -189,8 +214,22 @@ class WaveAttention:
     ) -> tuple[Float[Array, "batch 1 heads head_dim"], WaveState]:
         """One decode step of every sequence, in one layer; `grow` comes before the first one and
         `advance` after the last one."""
+        selection, state = self.select(layer, query, key, value, state)
+        zones, state = self.attend(layer, selection, state)
+        output, _ = ops.merge_states(zones.outputs, zones.logsumexps)
+        return output.astype(query.dtype).reshape(query.shape), state
+
+    def select(
+        self,
+        layer: Int[Array, ""],
+        query: Float[Array, "batch 1 heads head_dim"],
+        key: Float[Array, "batch 1 kv_heads head_dim"],
+        value: Float[Array, "batch 1 kv_heads head_dim"],
+        state: WaveState,
+    ) -> tuple[Selection, WaveState]:
+        """The first half of `decode`: takes the new row in, and says what to attend to."""
         batch, _, heads, head_dim = query.shape
-        kv_heads, scale = key.shape[2], _scale(query)
+        kv_heads, scale = key.shape[2], scale_of(query)
         grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         rows = buffer.as_rows(key[:, 0], value[:, 0])
         steady = buffer.push_rows(state.steady, layer, rows)
@@ -200,33 +239,41 @@ class WaveAttention:
         retrieved = retrieval.retrieve(
             self.config, grouped, scores, wave, cache.table, layer, state.step, scale=scale
         )
-        zones = ops.attend_zones(
-            grouped,
-            steady.sink,
-            steady.sink_tokens,
-            steady.window,
-            steady.window_tokens + 1,
-            state.store.rows,
-            cache.rows,
-            retrieved.tokens,
-            retrieved.slots,
-            retrieved.hit,
-            scores.logits,
-            wave.value_sums,
-            wave.offsets,
-            retrieval.to_estimate(self.config, scores, retrieved, wave, layer),
-            layer,
-            scale=scale,
-        )
-        output, _ = ops.merge_states(zones.outputs, zones.logsumexps)
+        estimated = retrieval.to_estimate(self.config, scores, retrieved, wave, layer)
         cache = RowCache(
-            rows=zones.cache_rows,
+            rows=cache.rows,
             table=retrieved.table,
             hits=cache.hits.at[layer].add(_of_sequences(retrieved.hits)),
             misses=cache.misses.at[layer].add(_of_sequences(retrieved.misses)),
         )
-        output = output.astype(query.dtype).reshape(batch, 1, heads, head_dim)
-        return output, dataclasses.replace(state, cache=cache, steady=steady)
+        found = retrieved.tokens, retrieved.slots, retrieved.hit
+        selection = Selection(grouped, *found, scores.logits, estimated)
+        return selection, dataclasses.replace(state, cache=cache, steady=steady)
+
+    def attend(
+        self, layer: Int[Array, ""], selection: Selection, state: WaveState
+    ) -> tuple[ZoneStates, WaveState]:
+        """The second half of `decode`, up to the merging: reads rows and admits the missed ones."""
+        zones = ops.attend_zones(
+            selection.query,
+            state.steady.sink,
+            state.steady.sink_tokens,
+            state.steady.window,
+            state.steady.window_tokens + 1,
+            state.store.rows,
+            state.cache.rows,
+            selection.tokens,
+            selection.slots,
+            selection.hit,
+            selection.logits,
+            state.index.value_sums,
+            state.index.offsets,
+            selection.estimated,
+            layer,
+            scale=scale_of(selection.query),
+        )
+        cache = dataclasses.replace(state.cache, rows=zones.cache_rows)
+        return zones, dataclasses.replace(state, cache=cache)
 
     def advance(self, state: WaveState, active: Bool[Array, " batch"]) -> WaveState:
         """Counts the step's tokens in.
@@ -249,50 +296,9 @@ class WaveAttention:
         """Moves the oldest `growth_tokens` of each full window into its index, if there is room.
 
         Must precede a step's first layer. At the end of a step it would write to arrays that XLA
-        does not see to have been read by then, and it would copy them all, every step. It would
-        copy them for a `lax.cond`, too: so this is a loop that goes round for the sequences that
-        are due, mostly not once.
+        does not see to have been read by then, and it would copy them all, every step.
         """
-        growth, local = self.config.growth_tokens, self.config.local_tokens
-        layers = state.steady.window.shape[0]
-        due = (state.steady.window_tokens >= self.config.window_tokens) & self._has_room(state)
-        sequences = jnp.argsort(~due)  # those that are due come first
-        count = jnp.sum(due, dtype=jnp.int32)
-
-        def grow_one(i: Array, state: WaveState) -> WaveState:
-            layer, sequence = i // count, sequences[i % count]
-            # Read once, before anything is written: else XLA reads it again and again out of the
-            # stack, and copies the stack in order to still have it when it has been written to.
-            window = lax.optimization_barrier(state.steady.window[layer, sequence])
-            start = state.index.tokens[sequence]
-            keys, values = window[None, :, :growth, 0], window[None, :, :growth, 1]
-            new_index = index.append_segments(
-                state.index,
-                self.config,
-                layer,
-                sequence,
-                start,
-                keys,
-                values,
-                jnp.full(1, growth, jnp.int32),
-            )
-            rows = ops.append_rows(state.store.rows, window[:, :growth], layer, sequence, start)
-            kept = state.steady.window.at[layer, sequence, :, :local].set(window[:, growth:])
-            return dataclasses.replace(
-                state,
-                index=new_index,
-                store=RowStore(rows),
-                steady=dataclasses.replace(state.steady, window=kept),
-            )
-
-        state = lax.fori_loop(0, layers * count, grow_one, state)
-        tokens = state.index.tokens + jnp.where(due, growth, 0)
-        window = state.steady.window_tokens - jnp.where(due, growth, 0)
-        return dataclasses.replace(
-            state,
-            index=dataclasses.replace(state.index, tokens=tokens),
-            steady=dataclasses.replace(state.steady, window_tokens=window),
-        )
+        return grow(self.config, state, self.due(state))
 
     def _indexed(self, length: Array) -> Array:
         """`WaveConfig.indexed_tokens` of a length known only when the program runs."""
@@ -305,5 +311,6 @@ def _of_sequences(rows: Array) -> Array:
     return jnp.sum(rows, axis=-1).astype(jnp.uint32)
 
 
-def _scale(query: Array) -> float:
+def scale_of(query: Array) -> float:
+    """What multiplies every product of query and key."""
     return 1.0 / math.sqrt(query.shape[-1])

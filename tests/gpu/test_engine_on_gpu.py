@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import wavejax.generator as programs
 from models.config import ModelConfig
 from models.decoder import Decoder
 from tests.cli.conftest import TEMPLATE, VOCAB, write_tokenizer
 from tests.models.tiny_models import CONFIGS, make_tensors, write_folder
-from wavejax import DecodeState, Generator, WaveAttention, WaveConfig
+from wavejax import DecodeState, Generator, WaveAttention, WaveConfig, programs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow(120)]
 
@@ -129,7 +128,7 @@ def test_the_compiled_step_copies_no_cache_and_asks_nothing_of_the_host(store, m
     cache = generator.attention.init_state(LLAMA, 2, 5000, 300, jnp.bfloat16)
     rest = jnp.zeros((2, LLAMA.vocab_size)), jnp.zeros(2, bool), jnp.int32(0), jnp.int32(0)
     state = DecodeState(cache, *rest)
-    program = programs._decode_n.lower(generator, params, state, jnp.int32(steps), 256).compile()
+    program = programs.decode_n.lower(generator, params, state, jnp.int32(steps), 256).compile()
     text = program.as_text()
     for word in ("callback", "outfeed", "infeed", "MoveToHost", "MoveToDevice"):
         assert word not in text, word

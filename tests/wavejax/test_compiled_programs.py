@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import wavejax.generator as programs
 from tests.wavejax.tiny_generator import (
     ATTENTIONS,
     CONFIG,
@@ -16,7 +15,7 @@ from tests.wavejax.tiny_generator import (
     make_params,
     make_prompts,
 )
-from wavejax import DecodeState, Generator, WaveAttention
+from wavejax import DecodeState, Generator, WaveAttention, programs
 
 NEW_TOKENS = 90  # Enough for an index to grow.
 
@@ -60,11 +59,11 @@ def test_the_log_sees_a_compilation():
 @pytest.mark.parametrize("attention", ["dense", "wave"])
 def test_a_new_length_in_a_bucket_and_a_growth_compile_nothing(attention):
     generator = Generator(MODEL, ATTENTIONS[attention], GREEDY)
-    before = programs._decode_n._cache_size(), programs._prefill_layer._cache_size()
+    before = programs.decode_n._cache_size(), programs.prefill_layer._cache_size()
     run(generator, (270, 300), 8)
     # One program for all steps, and one for all layers and both prompts.
-    assert programs._decode_n._cache_size() == before[0] + 1
-    assert programs._prefill_layer._cache_size() == before[1] + 1
+    assert programs.decode_n._cache_size() == before[0] + 1
+    assert programs.prefill_layer._cache_size() == before[1] + 1
     with CompileLog() as log:
         state = run(generator, (262, 320), 80)
     assert not log.names
@@ -124,7 +123,7 @@ def test_decoding_works_in_place_and_asks_nothing_of_the_host(store, memory):
     attention = WaveAttention(CONFIG, store)
     generator, params, room = Generator(MODEL, attention), make_params(), 128
     state = empty_state(attention)
-    lowered = programs._decode_n.lower(generator, params, state, jnp.int32(90), room)
+    lowered = programs.decode_n.lower(generator, params, state, jnp.int32(90), room)
     program = lowered.compile()
     for text in (lowered.as_text(), program.as_text()):
         assert len(text) > 10_000

@@ -10,8 +10,15 @@ from models.config import ModelConfig
 from models.parameters import nest, parameter_shapes
 from tests.wavejax.attention_harness import model_of
 from tests.wavejax.tiny_generator import CONFIG, MODEL, make_params
-from wavejax import DecodeState, DenseAttention, Generator, WaveAttention, WaveConfig, memory
-from wavejax import generator as programs
+from wavejax import (
+    DecodeState,
+    DenseAttention,
+    Generator,
+    WaveAttention,
+    WaveConfig,
+    memory,
+    programs,
+)
 from wavejax.facts import facts_of
 from wavejax.generator import bucket
 from wavejax.memory import free_memory, host_available, memory_need, set_memory_limits
@@ -70,9 +77,9 @@ def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32):
     state = jax.eval_shape(state)
     hidden = of((1, room, model.hidden_size))
     arguments = params, hidden, number, number, number, state.cache
-    prefill = programs._prefill_layer.lower(model, attention, *arguments).compile()
+    prefill = programs.prefill_layer.lower(model, attention, *arguments).compile()
     generator = Generator(model, attention)
-    decode = programs._decode_n.lower(generator, params, state, number, 8).compile()
+    decode = programs.decode_n.lower(generator, params, state, number, 8).compile()
     return [program.memory_analysis().temp_size_in_bytes for program in (prefill, decode)]
 
 

@@ -1,0 +1,155 @@
+"""The compiled programs of a generation, and what they work on."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from models import decoder
+from models.config import ModelConfig
+from models.parameters import Params
+from wavejax._pytree import state as pytree
+from wavejax.dense_attention import DenseAttention
+from wavejax.sampling import Sampler, step_key
+from wavejax.wave_attention import WaveAttention
+
+NO_TOKEN = -1  # What a sequence yields once it has stopped.
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a generator is made of; see `Generator`."""
+
+    model: ModelConfig
+    attention: WaveAttention | DenseAttention
+    sampler: Sampler = dataclasses.field(default_factory=Sampler)
+    stop_tokens: tuple[int, ...] = ()
+    unroll: bool | None = None
+
+
+@pytree
+class DecodeState:
+    """A batch of sequences being generated.
+
+    Attributes:
+        cache: the attention's state.
+        logits: `[batch, vocab]` float32, of the next token.
+        finished: `[batch]` bool, sequences that have yielded a stop token.
+        seed: int32 scalar.
+        step: int32 scalar, tokens generated so far.
+    """
+
+    cache: Any
+    logits: Array
+    finished: Array
+    seed: Array
+    step: Array
+
+
+def commit(tree: Any) -> Any:
+    """Ties arrays to the device they are on, as what a compiled call returns already is.
+
+    Otherwise a program compiles twice: for the first call's arrays, and for its own results.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(model: ModelConfig, params: Params, tokens: Array) -> Array:
+    return decoder.embed(model, params, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
+def prefill_layer(
+    model: ModelConfig,
+    attention: WaveAttention | DenseAttention,
+    params: Params,
+    hidden: Array,
+    layer: Array,
+    sequence: Array,
+    length: Array,
+    cache: Any,
+) -> tuple[Array, Any]:
+    attend = functools.partial(attention.prefill, sequence=sequence, length=length)
+    positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
+    return decoder.apply_layer(model, params, layer, hidden, positions, attend, cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("cache", "logits"))
+def finish_prefill(
+    model: ModelConfig,
+    attention: WaveAttention | DenseAttention,
+    params: Params,
+    hidden: Array,
+    sequence: Array,
+    length: Array,
+    cache: Any,
+    logits: Array,
+) -> tuple[Any, Array]:
+    last = lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
+    last = decoder.unembed(model, params, decoder.final_norm(model, params, last))
+    cache = attention.finish_prefill(cache, sequence, length)
+    return cache, logits.at[sequence].set(last[0])
+
+
+def feed(generator: Parts, params: Params, state: DecodeState, tokens: Array) -> DecodeState:
+    """Runs one token of each sequence through the model."""
+    attention = generator.attention
+    unroll = generator.unroll
+    model = decoder.Decoder(
+        generator.model,
+        attention.decode,
+        unroll=jax.default_backend() == "gpu" if unroll is None else unroll,
+    )
+    cache: Any = attention.grow(state.cache)
+    positions = attention.lengths(cache)[:, None]
+    hidden, cache = model.apply(params, tokens[:, None], positions, cache)
+    cache = attention.advance(cache, ~state.finished)
+    logits = decoder.unembed(generator.model, params, hidden[:, 0])
+    return DecodeState(cache, logits, state.finished, state.seed, state.step + 1)
+
+
+def draw(generator: Parts, state: DecodeState) -> tuple[DecodeState, Array, Array]:
+    """Draws the next tokens.
+
+    Returns:
+        the state, with who is finished; the tokens to feed; and what to show, NO_TOKEN for those
+        that were finished before.
+    """
+    # Past its room a sequence would overwrite what it has read.
+    finished = state.finished | generator.attention.is_full(state.cache)
+    drawn = generator.sampler.sample(state.logits, step_key(state.seed, state.step))
+    shown = jnp.where(finished, NO_TOKEN, drawn)
+    stopped = jnp.isin(drawn, jnp.asarray(generator.stop_tokens, jnp.int32))
+    return dataclasses.replace(state, finished=finished | stopped), drawn, shown
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnames="state")
+def decode_n(
+    generator: Parts, params: Params, state: DecodeState, steps: Array, room: int
+) -> tuple[DecodeState, Array]:
+    def one_step(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
+        state, tokens, i = carry
+        state, drawn, shown = draw(generator, state)
+        return feed(generator, params, state, drawn), tokens.at[i].set(shown), i + 1
+
+    def more(carry: tuple[DecodeState, Array, Array]) -> Array:
+        state, _, i = carry
+        return (i < steps) & ~jnp.all(state.finished)
+
+    empty = jnp.full((room, state.finished.shape[0]), NO_TOKEN, jnp.int32)
+    state, tokens, _ = lax.while_loop(more, one_step, (state, empty, jnp.int32(0)))
+    return state, tokens
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def force(
+    generator: Parts, params: Params, state: DecodeState, tokens: Array
+) -> tuple[DecodeState, Array]:
+    def one_step(state: DecodeState, tokens: Array) -> tuple[DecodeState, Array]:
+        return feed(generator, params, state, tokens), state.logits
+
+    return lax.scan(one_step, state, tokens)

@@ -1,0 +1,26 @@
+"""Wave attention's state."""
+
+from jax import Array
+
+from wavejax._pytree import state as pytree
+from wavejax.buffer import RowCache, RowStore, SteadyZone
+from wavejax.index import WaveIndex
+
+
+@pytree
+class WaveState:
+    """The KV cache of all layers and sequences, as a wave index and a wave buffer.
+
+    Attributes:
+        index, store, cache, steady: see their classes.
+        step: int32 scalar, decode steps done; the row cache's clock.
+        attended: `[batch]` float32, the tokens that dense attention would have read so far, in
+            each layer and kv head: what the share of tokens retrieved is a share of.
+    """
+
+    index: WaveIndex
+    store: RowStore
+    cache: RowCache
+    steady: SteadyZone
+    step: Array
+    attended: Array
