@@ -11,19 +11,18 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from models import decoder
+from models import decoder, unstacked
 from models.config import ModelConfig
-from models.errors import InputError
 from models.parameters import Params
 from wavejax._pytree import state as pytree
 from wavejax.dense_attention import DenseAttention
 from wavejax.facts import Facts, facts_of
+from wavejax.prompts import bucket, check_prompts
 from wavejax.sampling import Sampler, step_key
 from wavejax.wave_attention import WaveAttention
 
 NO_TOKEN = -1  # What a sequence yields once it has stopped.
 STREAM_CHUNK = 8  # Steps in one call while streaming: what a reader sees at once.
-SMALLEST_BUCKET = 128
 
 
 @pytree
@@ -43,17 +42,6 @@ class DecodeState:
     finished: Array
     seed: Array
     step: Array
-
-
-def bucket(tokens: int) -> int:
-    """The padded length of a prompt: prompts of one bucket share compiled programs.
-
-    1, 1.25, 1.5, 1.75 times a power of two: at most a quarter more than the prompt.
-    """
-    if tokens <= SMALLEST_BUCKET:
-        return SMALLEST_BUCKET
-    quarter = 2 ** ((tokens - 1).bit_length() - 3)
-    return -(-tokens // quarter) * quarter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +65,11 @@ class Generator:
     stop_tokens: tuple[int, ...] = ()
     unroll: bool | None = None
 
+    @property
+    def unrolls(self) -> bool:
+        """Whether the compiled step writes all layers out: then unstacked ones are faster."""
+        return jax.default_backend() == "gpu" if self.unroll is None else self.unroll
+
     def start(
         self,
         params: Params,
@@ -90,7 +83,7 @@ class Generator:
         Prompts do not share a program run, so each gets what it would get alone.
 
         Args:
-            params: the model's parameters.
+            params: the model's parameters, their layers stacked or unstacked; so in all methods.
             prompts: token ids, at least one each.
             max_new_tokens: room to generate so many tokens each.
             seed: of the sampler.
@@ -99,24 +92,25 @@ class Generator:
         Raises:
             InputError: there is no prompt, one is empty, or a token is not the model's.
         """
-        _check_prompts(prompts, self.model.vocab_size)
+        check_prompts(prompts, self.model.vocab_size)
         batch = len(prompts)
         dtype = params["params"]["embedding"].dtype
         rooms = [bucket(len(prompt)) for prompt in prompts]
         cache = self.attention.init_state(self.model, batch, max(rooms), max_new_tokens, dtype)
         cache, logits = _commit((cache, jnp.zeros((batch, self.model.vocab_size), jnp.float32)))
         layers, done = self.model.num_layers, 0
+        ends = unstacked.without_layers(params)
         for sequence, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
             padded = np.zeros((1, room), np.int32)
             padded[0, : len(prompt)] = prompt
             length = jnp.int32(len(prompt))
-            hidden = _commit(_embed(self.model, params, jnp.asarray(padded)))
+            hidden = _commit(_embed(self.model, ends, jnp.asarray(padded)))
             for layer in range(layers):
                 previous = hidden
                 hidden, cache = _prefill_layer(
                     self.model,
                     self.attention,
-                    params,
+                    unstacked.only_layer(params, layer),
                     hidden,
                     jnp.int32(layer),
                     jnp.int32(sequence),
@@ -131,7 +125,7 @@ class Generator:
             cache, logits = _finish_prefill(
                 self.model,
                 self.attention,
-                params,
+                ends,
                 hidden,
                 jnp.int32(sequence),
                 length,
@@ -207,19 +201,6 @@ class Generator:
         return facts_of(state.cache)
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
-    if len(prompts) == 0:
-        raise InputError("there is no prompt: give at least one")
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) == 0:
-            raise InputError(f"prompt {number} is empty: give at least one token")
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < vocab:
-                raise InputError(
-                    f"prompt {number} has token {token}; the model has 0 to {vocab - 1}"
-                )
-
-
 def _commit(tree: Any) -> Any:
     """Ties arrays to the device they are on, as what a compiled call returns already is.
 
@@ -273,15 +254,17 @@ def _finish_prefill(
 def _feed(generator: Generator, params: Params, state: DecodeState, tokens: Array) -> DecodeState:
     """Runs one token of each sequence through the model."""
     attention = generator.attention
-    unroll = generator.unroll
-    model = decoder.Decoder(
-        generator.model,
-        attention.decode,
-        unroll=jax.default_backend() == "gpu" if unroll is None else unroll,
-    )
-    cache = attention.grow(state.cache)
+    cache: Any = attention.grow(state.cache)
     positions = attention.lengths(cache)[:, None]
-    hidden, cache = model.apply(params, tokens[:, None], positions, cache)
+    hidden, cache = decoder.apply_model(
+        generator.model,
+        params,
+        tokens[:, None],
+        positions,
+        attention.decode,
+        cache,
+        unroll=generator.unrolls,
+    )
     cache = attention.advance(cache, ~state.finished)
     logits = decoder.unembed(generator.model, params, hidden[:, 0])
     return DecodeState(cache, logits, state.finished, state.seed, state.step + 1)

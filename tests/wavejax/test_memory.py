@@ -13,8 +13,8 @@ from tests.wavejax.tiny_generator import CONFIG, MODEL, make_params
 from wavejax import DecodeState, DenseAttention, Generator, WaveAttention, WaveConfig, memory
 from wavejax import generator as programs
 from wavejax.facts import facts_of
-from wavejax.generator import bucket
 from wavejax.memory import free_memory, host_available, memory_need, set_memory_limits
+from wavejax.prompts import bucket
 
 ATTENTIONS = {
     "dense": DenseAttention(),
