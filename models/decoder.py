@@ -1,8 +1,9 @@
 """The decoder: RMSNorm, RoPE, grouped-query attention passed in, gated MLP; pure functions.
 
-One set of functions serves Llama, Mistral, Qwen2, Qwen3 and SmolLM2. `Decoder` runs all layers;
-`embed`, `apply_layer`, `final_norm` and `unembed` are the same steps one by one, for a caller that
-wants to do something between two layers (show progress, move a layer's cache).
+One set of functions serves Llama, Mistral, Qwen2, Qwen3 and SmolLM2. `apply_model` runs all layers,
+and `Decoder` does as a Flax module; `embed`, `apply_layer`, `final_norm` and `unembed` are the same
+steps one by one, for a caller that wants to do something between two layers (show progress, move a
+layer's cache).
 """
 
 from collections.abc import Callable
@@ -61,22 +62,9 @@ class Decoder(nn.Module):
         """
         tree = nest({path: path for path in parameter_shapes(self.config)})
         params = {"params": {name: self._parameter(name, below) for name, below in tree.items()}}
-        hidden = embed(self.config, params, tokens)
-
-        def run_layer(carry: tuple[Array, Any], layer: Array | int) -> tuple[Any, None]:
-            hidden, state = carry
-            return apply_layer(
-                self.config, params, layer, hidden, positions, self.attend, state
-            ), None
-
-        carry = (hidden, state)
-        if self.unroll:
-            for layer in range(self.config.num_layers):
-                carry, _ = run_layer(carry, layer)
-        else:
-            carry, _ = jax.lax.scan(run_layer, carry, jnp.arange(self.config.num_layers))
-        hidden, state = carry
-        return final_norm(self.config, params, hidden), state
+        return apply_model(
+            self.config, params, tokens, positions, self.attend, state, unroll=self.unroll
+        )
 
     def _parameter(self, name: str, below: Any) -> Any:
         """The parameter `name`, or the group of that name: `below` holds the full paths."""
@@ -92,6 +80,51 @@ class Decoder(nn.Module):
             return nest(leaves)[name]
 
         return self.param(name, init)
+
+
+def apply_model(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch tokens"],
+    positions: Int[Array, "batch tokens"],
+    attend: Attend,
+    state: Any,
+    unroll: bool = False,
+) -> tuple[Float[Array, "batch tokens hidden"], Any]:
+    """Runs tokens at their positions (both int32) through the embedding, all layers and the norm.
+
+    Args:
+      config: the model's.
+      params: their layers stacked, or one by one as `unstacked.unstack_layers` makes them.
+      tokens: their ids.
+      positions: each token's place in its sequence.
+      attend: see `Attend`.
+      state: handed to `attend`.
+      unroll: see `Decoder`. Layers that are not stacked are always written out.
+
+    Returns:
+      hidden state after the final norm, in the parameters' dtype, and the attention's state.
+
+    Raises:
+      ValueError: the parameters have another number of layers than `config`.
+    """
+    layers = params["params"]["layers"]
+    count = len(layers) if isinstance(layers, tuple) else len(next(iter(layers.values())))
+    if count != config.num_layers:
+        raise ValueError(f"the parameters have {count} layers, the model {config.num_layers}")
+
+    def run_layer(carry: tuple[Array, Any], layer: Array | int) -> tuple[Any, None]:
+        hidden, state = carry
+        return apply_layer(config, params, layer, hidden, positions, attend, state), None
+
+    carry = (embed(config, params, tokens), state)
+    if unroll or isinstance(layers, tuple):
+        for layer in range(count):
+            carry, _ = run_layer(carry, layer)
+    else:
+        carry, _ = jax.lax.scan(run_layer, carry, jnp.arange(count))
+    hidden, state = carry
+    return final_norm(config, params, hidden), state
 
 
 def embed(
@@ -114,8 +147,9 @@ def apply_layer(
 
     Args:
       config: the model's.
-      params: the whole model's; the layer is picked here.
-      layer: its number. As a traced scalar, one compiled program serves every layer.
+      params: the whole model's; the layer is picked here. Only ``layers`` is read.
+      layer: its number. As a traced scalar, one compiled program serves every layer; of layers
+        that are not stacked only this one may then be given (`unstacked.only_layer`).
       hidden: input, in the parameters' dtype.
       positions: int32, each token's place in its sequence.
       attend: see `Attend`.
@@ -123,6 +157,9 @@ def apply_layer(
 
     Returns:
       the layer's output, in `hidden`'s dtype, and the attention's state.
+
+    Raises:
+      TypeError: the layer is a traced scalar, and several that are not stacked are given.
     """
     query, key, value = enter_layer(config, params, layer, hidden, positions)
     attended, state = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
@@ -201,13 +238,24 @@ def _by_blocks(function: Callable[[Array], Array], hidden: Array) -> Array:
     return jax.lax.map(function, blocks).swapaxes(0, 1).reshape(batch, tokens, size)
 
 
-def _pick_layer(stacked: dict[str, Array], layer: Array | int) -> dict[str, Array]:
+def _pick_layer(
+    layers: dict[str, Array] | tuple[dict[str, Array], ...], layer: Array | int
+) -> dict[str, Array]:
+    if isinstance(layers, tuple):
+        if isinstance(layer, int):
+            return layers[layer]
+        if len(layers) != 1:
+            raise TypeError(
+                f"a traced number cannot pick one of {len(layers)} layers that are not stacked: "
+                "give the params of the one that is run, see models.unstacked.only_layer"
+            )
+        return layers[0]
     if isinstance(layer, int):
-        return {name: stack[layer] for name, stack in stacked.items()}
+        return {name: stack[layer] for name, stack in layers.items()}
     # Unlike stack[layer], this has no code for negative numbers, so it stays a plain slice.
     return {
         name: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-        for name, stack in stacked.items()
+        for name, stack in layers.items()
     }
 
 

@@ -26,6 +26,7 @@ from gpu_timing import copy_ceiling, device_facts
 
 from models.checkpoint import open_checkpoint
 from models.errors import InputError
+from models.unstacked import unstack_layers
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.cli_support import exit_process, fields_of, main_guard, options_from
 from wavejax.memory import free_memory, set_memory_limits
@@ -155,6 +156,8 @@ def command(
         params = random_params(sizes_of, dtype)
     else:
         params = with_smooth_embedding(sizes_of, checkpoint.load_params(dtype))
+    if gpu if unroll is None else unroll:
+        params = unstack_layers(params)  # as the commands do
     jax.block_until_ready(params)
     bench = Bench(
         model=sizes_of,

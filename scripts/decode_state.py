@@ -16,7 +16,8 @@ from models.parameters import Params
 from wavejax import DenseAttention, Generator, WaveAttention
 from wavejax.buffer import SteadyZone
 from wavejax.dense_attention import DenseState
-from wavejax.generator import DecodeState, bucket
+from wavejax.generator import DecodeState
+from wavejax.prompts import bucket
 
 Attention = WaveAttention | DenseAttention
 

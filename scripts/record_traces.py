@@ -24,7 +24,8 @@ from models.tokenizer import Tokenizer, load_tokenizer
 from wavejax import DenseAttention, Generator, Sampler, WaveConfig
 from wavejax.evaluation.haystack import paragraphs
 from wavejax.evaluation.shared_prefill import SharedPrefill
-from wavejax.generator import NO_TOKEN, bucket
+from wavejax.generator import NO_TOKEN
+from wavejax.prompts import bucket
 from wavejax.replacement.trace import record, tracing
 
 QUESTIONS = (

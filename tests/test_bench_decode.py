@@ -47,6 +47,7 @@ def test_both_attentions_are_measured_and_failures_are_recorded(tmp_path):
         # The second does not fit any machine.
         *("--contexts", str(CONTEXT), "--batches", f"{BATCH},100000000", "--store", "host"),
         *("--steps", str(STEPS), "--hit-ratio", "0.7", "--growth", "--profile", str(tmp_path)),
+        "--unroll",  # as by itself on a GPU: with layers of their own
         *("--out", str(out), "--plot", str(plot)),
     )
     assert done.returncode == 0, done.stderr

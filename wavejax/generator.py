@@ -8,26 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.errors import InputError
+from models import unstacked
 from models.parameters import Params
 from wavejax import programs, staged
 from wavejax.facts import Facts, facts_of
 from wavejax.programs import NO_TOKEN, DecodeState, Parts
+from wavejax.prompts import bucket, check_prompts
 from wavejax.wave_attention import WaveAttention
 
 STREAM_CHUNK = 8  # Steps in one call while streaming: what a reader sees at once.
-SMALLEST_BUCKET = 128
-
-
-def bucket(tokens: int) -> int:
-    """The padded length of a prompt: prompts of one bucket share compiled programs.
-
-    1, 1.25, 1.5, 1.75 times a power of two: at most a quarter more than the prompt.
-    """
-    if tokens <= SMALLEST_BUCKET:
-        return SMALLEST_BUCKET
-    quarter = 2 ** ((tokens - 1).bit_length() - 3)
-    return -(-tokens // quarter) * quarter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +53,7 @@ class Generator(Parts):
         Prompts do not share a program run, so each gets what it would get alone.
 
         Args:
-            params: the model's parameters.
+            params: the model's parameters, their layers stacked or unstacked; so in all methods.
             prompts: token ids, at least one each.
             max_new_tokens: room to generate so many tokens each.
             seed: of the sampler.
@@ -73,7 +62,7 @@ class Generator(Parts):
         Raises:
             InputError: there is no prompt, one is empty, or a token is not the model's.
         """
-        _check_prompts(prompts, self.model.vocab_size)
+        check_prompts(prompts, self.model.vocab_size)
         batch = len(prompts)
         dtype = params["params"]["embedding"].dtype
         rooms = [bucket(len(prompt)) for prompt in prompts]
@@ -85,17 +74,18 @@ class Generator(Parts):
         if isinstance(self.attention, WaveAttention) and self.attention.staged:
             by, cache = staged, staged.hold_rows(self.attention, cache)
         layers, done = self.model.num_layers, 0
+        ends = unstacked.without_layers(params)
         for sequence, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
             padded = np.zeros((1, room), np.int32)
             padded[0, : len(prompt)] = prompt
             length = jnp.int32(len(prompt))
-            hidden = programs.commit(programs.embed(self.model, params, jnp.asarray(padded)))
+            hidden = programs.commit(programs.embed(self.model, ends, jnp.asarray(padded)))
             for layer in range(layers):
                 previous = hidden
                 hidden, cache = by.prefill_layer(
                     self.model,
                     self.attention,
-                    params,
+                    unstacked.only_layer(params, layer),
                     hidden,
                     jnp.int32(layer),
                     jnp.int32(sequence),
@@ -110,7 +100,7 @@ class Generator(Parts):
             cache, logits = by.finish_prefill(
                 self.model,
                 self.attention,
-                params,
+                ends,
                 hidden,
                 jnp.int32(sequence),
                 length,
@@ -190,19 +180,6 @@ class Generator(Parts):
     def facts(self, state: DecodeState) -> Facts:
         """What the attention retrieved, found cached, and occupies."""
         return facts_of(state.cache)
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
-    if len(prompts) == 0:
-        raise InputError("there is no prompt: give at least one")
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) == 0:
-            raise InputError(f"prompt {number} is empty: give at least one token")
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < vocab:
-                raise InputError(
-                    f"prompt {number} has token {token}; the model has 0 to {vocab - 1}"
-                )
 
 
 def _all_stopped(last: np.ndarray, stop_tokens: tuple[int, ...]) -> bool:

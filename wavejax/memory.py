@@ -16,8 +16,8 @@ from models.parameters import parameter_shapes
 from wavejax.buffer import StoreKind
 from wavejax.causal_attention import query_block
 from wavejax.dense_attention import DenseAttention
-from wavejax.generator import bucket
 from wavejax.index import segment_sizes, segments_at_once
+from wavejax.prompts import bucket
 from wavejax.wave_attention import WaveAttention, WaveState
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"

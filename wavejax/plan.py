@@ -15,8 +15,8 @@ from models.errors import InputError
 from wavejax.buffer import StoreKind
 from wavejax.config import WaveConfig
 from wavejax.dense_attention import DenseAttention
-from wavejax.generator import SMALLEST_BUCKET, bucket
 from wavejax.memory import PINNED_LIMIT, FreeMemory, MemoryNeed, free_memory, memory_need
+from wavejax.prompts import SMALLEST_BUCKET, bucket
 from wavejax.wave_attention import WaveAttention
 
 StoreChoice = Literal["auto"] | StoreKind

@@ -29,6 +29,11 @@ class Parts:
     stop_tokens: tuple[int, ...] = ()
     unroll: bool | None = None
 
+    @property
+    def unrolls(self) -> bool:
+        """Whether the compiled step writes all layers out: then unstacked ones are faster."""
+        return jax.default_backend() == "gpu" if self.unroll is None else self.unroll
+
 
 @pytree
 class DecodeState:
@@ -98,15 +103,17 @@ def finish_prefill(
 def feed(generator: Parts, params: Params, state: DecodeState, tokens: Array) -> DecodeState:
     """Runs one token of each sequence through the model."""
     attention = generator.attention
-    unroll = generator.unroll
-    model = decoder.Decoder(
-        generator.model,
-        attention.decode,
-        unroll=jax.default_backend() == "gpu" if unroll is None else unroll,
-    )
     cache: Any = attention.grow(state.cache)
     positions = attention.lengths(cache)[:, None]
-    hidden, cache = model.apply(params, tokens[:, None], positions, cache)
+    hidden, cache = decoder.apply_model(
+        generator.model,
+        params,
+        tokens[:, None],
+        positions,
+        attention.decode,
+        cache,
+        unroll=generator.unrolls,
+    )
     cache = attention.advance(cache, ~state.finished)
     logits = decoder.unembed(generator.model, params, hidden[:, 0])
     return DecodeState(cache, logits, state.finished, state.seed, state.step + 1)

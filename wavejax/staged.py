@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 import pallas_kernels as ops
-from models import decoder
+from models import decoder, unstacked
 from models.config import ModelConfig
 from models.parameters import Params
 from pallas_kernels._numerics import NO_ID, list_places
@@ -132,15 +132,15 @@ def feed(
     wave = _grow(attention, wave, rows, np.asarray(_due(attention, wave)))
     hidden, positions = _enter_step(model, attention, params, wave, tokens)
     for layer in range(model.num_layers):
-        at = np.int32(layer)
+        at, weights = np.int32(layer), unstacked.only_layer(params, layer)
         selection, missed, slots, wave = _select(
-            model, attention, params, at, hidden, positions, wave
+            model, attention, weights, at, hidden, positions, wave
         )
         missed.copy_to_host_async()
         zones, wave = _attend(attention, at, selection, wave)
         block = jax.device_put(rows.gather(layer, np.asarray(missed)))
         hidden, wave = _finish(
-            model, params, at, hidden, selection.query, zones, missed, slots, block, wave
+            model, weights, at, hidden, selection.query, zones, missed, slots, block, wave
         )
     logits, wave = _leave_step(model, attention, params, hidden, state.finished, wave)
     return DecodeState(StagedState(wave, rows), logits, state.finished, state.seed, state.step + 1)

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from models.errors import InputError
+from models.unstacked import unstack_layers
 from tests.cli.conftest import SMALL_ZONES, Result
+from wavejax import Generator
 from wavejax.config import WaveConfig
-from wavejax.generate import command
+from wavejax.generate import command, unstacks
 from wavejax.sampling import Sampler
 
 Generate = Callable[..., Result]
@@ -129,6 +131,32 @@ def test_json_and_facts(generate: Generate, tiny: Path, attention: str) -> None:
     else:
         assert 0.25 < facts["retrieved_share"] < 0.35
         assert 0 <= facts["hit_ratio"] <= 1
+
+
+def test_layers_are_unstacked_where_they_are_written_out_and_there_is_room(
+    generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wavejax import generate as module
+
+    common = (*FULL, tiny, "--prompt", "hello", "--max-new-tokens", 3, "--json")
+    expected = answers(generate(*common))
+    unstacked = []
+
+    def unstack(params: dict) -> dict:
+        unstacked.append(unstack_layers(params))
+        return unstacked[-1]
+
+    monkeypatch.setattr(module, "unstack_layers", unstack)
+    assert answers(generate(*common)) == expected
+    assert not unstacked  # a CPU loops over the layers
+    monkeypatch.setattr(Generator, "unrolls", True)
+    assert answers(generate(*common)) == expected
+    assert len(unstacked) == 1
+
+    need = SimpleNamespace(weights=70, loading=20)
+    for room, expected_choice in ((90, True), (89, False), (None, True)):
+        plan = SimpleNamespace(need=need, free=SimpleNamespace(device=room))
+        assert unstacks.__wrapped__(SimpleNamespace(unrolls=True), plan) is expected_choice
 
 
 def test_chat_or_raw(generate: Generate, tiny: Path) -> None:

@@ -19,7 +19,8 @@ from tests.wavejax.tiny_generator import (
     make_prompts,
 )
 from wavejax import Generator, InputError
-from wavejax.generator import NO_TOKEN, SMALLEST_BUCKET, bucket
+from wavejax.generator import NO_TOKEN
+from wavejax.prompts import SMALLEST_BUCKET, bucket
 
 # Two buckets; 262 and 318 share one, so that alone they share their programs. With 90 new tokens
 # these two grow once, and the short prompt, all in its window at first, gets an index.

@@ -20,8 +20,8 @@ from wavejax import (
     programs,
 )
 from wavejax.facts import facts_of
-from wavejax.generator import bucket
 from wavejax.memory import free_memory, host_available, memory_need, set_memory_limits
+from wavejax.prompts import bucket
 
 ATTENTIONS = {
     "dense": DenseAttention(),

@@ -15,7 +15,7 @@ from wavejax.evaluation.haystack import load_haystack
 from wavejax.evaluation.samples import Material, score
 from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.evaluation.tasks import TASKS
-from wavejax.generator import bucket
+from wavejax.prompts import bucket
 
 # 20 needles; most are short, since two cores read a prompt at some 300 tokens a second, and few
 # different lengths, since each compiles programs of its own.

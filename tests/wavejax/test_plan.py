@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from tests.wavejax.tiny_generator import CONFIG, MODEL
 from wavejax import DenseAttention, InputError, WaveAttention
-from wavejax.generator import bucket
 from wavejax.memory import FreeMemory, memory_need
 from wavejax.plan import make_plan, pinned_need, shortage
 from wavejax.plan_table import plan_json, plan_text
+from wavejax.prompts import bucket
 
 PLENTY = 2**50
 RUN = {"batch": 2, "prompt_tokens": 4000, "new_tokens": 100, "dtype": jnp.float32}

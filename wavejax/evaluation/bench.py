@@ -25,7 +25,8 @@ from wavejax.evaluation.teacher_forcing import (
     judge,
     places_of,
 )
-from wavejax.generator import NO_TOKEN, Generator, bucket
+from wavejax.generator import NO_TOKEN, Generator
+from wavejax.prompts import bucket
 from wavejax.sampling import Sampler
 from wavejax.wave_attention import WaveAttention
 

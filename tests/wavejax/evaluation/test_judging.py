@@ -13,7 +13,8 @@ from wavejax.evaluation import teacher_forcing
 from wavejax.evaluation.baselines import SparseAttention
 from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.evaluation.teacher_forcing import answer, bins, greedy, judge, places_of
-from wavejax.generator import NO_TOKEN, bucket
+from wavejax.generator import NO_TOKEN
+from wavejax.prompts import bucket
 
 STEPS = 11
 PROMPTS = make_prompts([200, 90])

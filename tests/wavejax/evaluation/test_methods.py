@@ -16,7 +16,7 @@ from wavejax.evaluation.baselines import PAGE_TOKENS, SparseAttention, page_boun
 from wavejax.evaluation.methods import METHODS, parse_methods
 from wavejax.evaluation.probe import ProbeAttention, ProbeState, wave_reads
 from wavejax.evaluation.shared_prefill import SharedPrefill
-from wavejax.generator import bucket
+from wavejax.prompts import bucket
 from wavejax.retrieval import budgets
 
 RANKS = ("mass", "recency", "page_bound")
