@@ -35,7 +35,8 @@ def test_both_forms_give_the_same_and_one_program_reads_all_layers(attention):
     for form in FORMS:
         params, before = params_of(form), programs.prefill_layer._cache_size()
         state = generator.start(params, prompts, NEW_TOKENS)
-        assert programs.prefill_layer._cache_size() == before + 1
+        # None if another test's generator has compiled it.
+        assert programs.prefill_layer._cache_size() <= before + 1
         first = np.asarray(state.logits)
         state, tokens = generator.decode_n(params, state, NEW_TOKENS)
         seen.append((first, np.asarray(tokens), np.asarray(state.logits)))
