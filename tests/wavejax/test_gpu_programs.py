@@ -37,8 +37,13 @@ def test_all_the_work_is_kernels(store, monkeypatch):
         at = {"sequence": jnp.int32(0), "length": jnp.int32(2400)}
         return attention.prefill(jnp.int32(1), query, key, value, state, **at)
 
-    assert kernels_of(lower_for("cuda", step, *arrays(2, 1), state)) >= STEP | INDEX
-    assert kernels_of(lower_for("cuda", prefill, *arrays(1, 2500), state)) >= INDEX
+    # XLA writes to a store on the device by itself.
+    append = {"append_rows"} if store == "host" else set()
+    steps = kernels_of(lower_for("cuda", step, *arrays(2, 1), state))
+    assert steps >= STEP | INDEX | append
+    prefills = kernels_of(lower_for("cuda", prefill, *arrays(1, 2500), state))
+    assert prefills >= INDEX | append
+    assert {"append_rows"} & (steps | prefills) == append
 
 
 def test_full_attention_reads_its_cache_in_kernels_only(monkeypatch):
@@ -55,7 +60,8 @@ def test_full_attention_reads_its_cache_in_kernels_only(monkeypatch):
 
 
 def by_kernels(op, implementation, implementations, *args, **kwargs):
-    return implementations.get("triton", implementations["xla"])(*args, **kwargs)
+    picked = implementation or ("triton" if "triton" in implementations else "xla")
+    return implementations[picked](*args, **kwargs)
 
 
 def kernels_of(text):
