@@ -110,7 +110,8 @@ def feed(generator: Parts, params: Params, state: DecodeState, tokens: Array) ->
         params,
         tokens[:, None],
         positions,
-        attention.decode,
+        # A function of its own: where layers are written out, it is traced and lowered once.
+        jax.jit(attention.decode),
         cache,
         unroll=generator.unrolls,
     )
