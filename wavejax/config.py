@@ -32,11 +32,17 @@ class WaveConfig:
     token_codes: bool = _setting(True, "rank single tokens by one-bit codes, not whole clusters")
     candidate_fraction: float = _setting(0.25, "share of tokens whose codes are read")
     retrieval_fraction: float = _setting(0.009, "share of tokens retrieved and attended exactly")
-    min_retrieved_tokens: int = _setting(256, "least tokens retrieved: short contexts near exact")
+    min_retrieved_tokens: int = _setting(
+        1024, "least tokens retrieved: short contexts near exact"
+    )
     estimation_fraction: float = _setting(
         1.0, "share of tokens estimated from their clusters; below 1, the rest is dropped"
     )
-    cache_fraction: float = _setting(0.05, "slots of the row cache, as a share of the tokens")
+    cache_fraction: float = _setting(
+        0.05,
+        "slots of the row cache, as a share of the tokens; of short contexts a larger one, in "
+        "step with the tokens retrieved",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -93,6 +99,12 @@ class WaveConfig:
         wanted = max(share, CANDIDATE_FLOOR * self.min_retrieved_tokens) if self.token_codes else 0
         wanted = max(wanted, self.most_retrieved(tokens))
         return max(1, min(wanted + self.max_cluster_size, tokens))
+
+    def cache_slots(self, tokens: int) -> int:
+        """Slots of the row cache for so many indexed tokens."""
+        # Where more than their share is retrieved, as many as in a context so long that it is not.
+        like = self.min_retrieved_tokens / self.retrieval_fraction if self.retrieval_fraction else 0
+        return max(1, math.ceil(min(self.cache_fraction * max(tokens, like), tokens)))
 
 
 # Where the floor of retrieved tokens is what counts, the codes still rank four times as many.

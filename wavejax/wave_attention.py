@@ -81,7 +81,7 @@ class WaveAttention:
         growths = -(-new_tokens // config.growth_tokens)
         tokens = max(1, sum(segments) + growths * config.growth_tokens)
         clusters = index.cluster_capacity(config, segments, growths)
-        slots = max(1, math.ceil(config.cache_fraction * tokens))
+        slots = config.cache_slots(tokens)
         layers, kv_heads, head_dim = model.num_layers, model.num_kv_heads, model.head_dim
         row = (layers, batch, kv_heads)
         kept = 0 if self.staged else tokens

@@ -47,8 +47,8 @@ def test_of_prompts_and_every_choice(generate: Generate, tiny: Path) -> None:
     assert (printed["store"], printed["dtype"]) == ("host", "bfloat16")
     full = planned(generate(*common, "--attention", "full"))
     assert full["need"]["index"] == 0
-    more = planned(generate(*common, "--cache-fraction", 1))
-    assert more["need"]["slots"] > printed["need"]["slots"]
+    fewer = planned(generate(*common, "--cache-fraction", 0))
+    assert fewer["need"]["slots"] < printed["need"]["slots"]
 
 
 def test_what_does_not_fit_is_planned_and_refused(

@@ -140,3 +140,21 @@ def test_capacities_hold_what_the_device_asks_for(config, tokens, spare):
     # Whole clusters are taken until the budget is full: the last may go past it.
     taken = min(int(candidates) + config.max_cluster_size, tokens)
     assert taken <= config.most_candidates(room) <= room
+
+
+@pytest.mark.parametrize(
+    "config, tokens, slots",
+    [
+        (WaveConfig(), 1_000_000, 50_000),
+        (WaveConfig(), 113_778, 5689),  # 0.9 % of them are 1024
+        (WaveConfig(), 20_000, 5689),  # as many for as many retrieved
+        (WaveConfig(), 5000, 5000),  # never more than tokens
+        (WaveConfig(cache_fraction=0.0), 20_000, 1),
+        (WaveConfig(cache_fraction=0.01), 5000, 1138),
+        (WaveConfig(retrieval_fraction=0.0), 20_000, 1000),  # no share to be in step with
+        (WaveConfig(retrieval_fraction=1e-320), 20_000, 20_000),
+        (WaveConfig.paper(), 20_000, 1000),
+    ],
+)
+def test_cache_slots_in_step_with_the_tokens_retrieved(config, tokens, slots):
+    assert config.cache_slots(tokens) == slots
