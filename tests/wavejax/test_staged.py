@@ -125,6 +125,12 @@ def test_the_platform_chooses(monkeypatch):
         assert not WaveAttention(CONFIG, "host", "in_place").staged
 
 
+def test_nothing_of_the_state_is_pinned():
+    for fetch, kinds in [("staged", {"device"}), ("in_place", {"device", "pinned_host"})]:
+        state = WaveAttention(CONFIG, fetch=fetch).init_state(MODEL, 1, 300, 1, jnp.float32)
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == kinds
+
+
 def test_rows_are_gathered_side_by_side():
     rng = np.random.default_rng(0)
     rows = HostRows((2, 3, 2, 50, 2, 4), 40, np.float32)
