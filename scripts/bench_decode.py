@@ -55,6 +55,13 @@ def parse_words(option: str, text: str, words: tuple[str, ...]) -> list[str]:
     return found
 
 
+def wave_attention(config: WaveConfig, place: str) -> WaveAttention:
+    """Wave attention with its rows where `--store` says."""
+    if place == "device":
+        return WaveAttention(config, "device")
+    return WaveAttention(config, "host", "staged" if place == "staged" else "in_place")
+
+
 # What makes two results those of one configuration.
 IDENTITY = ("context", "batch", "attention", "store")
 
@@ -71,7 +78,14 @@ IDENTITY = ("context", "batch", "attention", "store")
     help="Numbers; max: the most that each attention has room for; common: that all have room for.",
 )
 @click.option("--attention", "attentions", default="full,wave", show_default=True)
-@click.option("--store", "stores", default="device,host", show_default=True)
+@click.option(
+    "--store",
+    "stores",
+    default="device,host",
+    show_default=True,
+    help="Where wave attention's rows are. host: read in place; staged: on the host too, gathered "
+    "there and sent.",
+)
 @click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="A call.")
 @click.option("--hit-ratio", type=click.FloatRange(0, 1), default=0.8, show_default=True)
 @click.option(
@@ -122,7 +136,7 @@ def command(
     lengths = [int(x) for x in parse_numbers("--contexts", contexts)]
     sizes = parse_numbers("--batches", batches, ("max", "common"))
     kinds = parse_words("--attention", attentions, ("full", "wave"))
-    places = parse_words("--store", stores, ("device", "host"))
+    places = parse_words("--store", stores, ("device", "host", "staged"))
     checkpoint = None if model is None else open_checkpoint(model)
     if checkpoint is not None and model_layers is not None:
         raise InputError("--model-layers makes a shape smaller, not a checkpoint: leave out one")
@@ -133,7 +147,7 @@ def command(
     if "full" in kinds:
         choices.append(("full", None, DenseAttention()))
     if "wave" in kinds:
-        choices += [("wave", place, WaveAttention(config, place)) for place in places]  # type: ignore[arg-type]
+        choices += [("wave", place, wave_attention(config, place)) for place in places]
     new_tokens = steps_needed(steps, CALLS) + (4 * config.growth_tokens if growth else 0)
 
     # Before anything starts JAX's device.

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 from decode_model import memory_of
+from decode_state import wave_of
 
 from models.parameters import Params
 from wavejax import DenseAttention, WaveAttention
 from wavejax.dense_attention import DenseState
+from wavejax.staged import StagedState
 from wavejax.wave_attention import WaveState
 
 
@@ -30,6 +32,7 @@ class Counts:
     @classmethod
     def of(cls, cache: Any) -> "Counts":
         """Reads them off a state; waits for it."""
+        cache = wave_of(cache)
         if not isinstance(cache, WaveState):
             return cls()
         layers, _, kv_heads = cache.store.rows.shape[:3]
@@ -82,10 +85,11 @@ def bytes_of_step(
         tokens = int(np.asarray(cache.tokens).sum()) - len(cache.tokens) * (steps - 1) / 2
         read = layers * kv_heads * row * tokens
     else:
+        staged, cache = isinstance(cache, StagedState), wave_of(cache)
         row = 2 * cache.store.rows.shape[-1] * cache.store.rows.dtype.itemsize
         read = _wave_bytes(attention, cache) + row * counts.hits / steps
         missed = row * counts.misses / steps
-        if cache.store.rows.sharding.memory_kind == "pinned_host":
+        if staged or cache.store.rows.sharding.memory_kind == "pinned_host":
             host = missed
         else:
             read += missed

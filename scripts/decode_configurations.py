@@ -103,10 +103,14 @@ class Bench:
                 raise MemoryError("not even one sequence fits")
             need = self.need(attention, batch, context)
             # Without the workspace, of which the planner only knows a bound.
-            if not fits(dataclasses.replace(need, workspace=0), self.free):
+            free = self.free
+            if need.staged:
+                # What XLA pinned for configurations before, it keeps.
+                free = dataclasses.replace(free, host=host_available())
+            if not fits(dataclasses.replace(need, workspace=0), free):
                 raise MemoryError(
-                    f"needs {need.state} bytes on the device and {need.host} of pinned memory "
-                    f"beside the weights; there is: {self.free}"
+                    f"needs {need.state} bytes on the device, {need.host} of host memory, "
+                    f"{need.pinned} of them pinned, beside the weights; there is: {free}"
                 )
             found = self.measure(attention, batch, context, name)
         except Exception as error:  # The other configurations are still worth measuring.
@@ -121,7 +125,8 @@ def fits(need: MemoryNeed, free: FreeMemory) -> bool:
     device, host = need.state + need.workspace, need.host
     if free.device is None:
         return device + host <= free.host
-    return device <= USABLE * free.device and host <= min(free.host, free.pinned)
+    on_host = host <= free.host and need.pinned <= free.pinned
+    return device <= USABLE * free.device and on_host
 
 
 def largest_batch(fits: Callable[[int], bool], most: int = LARGEST_BATCH) -> int:
@@ -141,11 +146,12 @@ def pinned_bytes(
     new_tokens: int,
 ) -> int:
     """Host memory that XLA should be allowed to pin, at a longest context and these batches."""
-    on_host = [one for one in attentions if isinstance(one, WaveAttention) and one.store == "host"]
-    if not on_host:
+    waves = [one for one in attentions if isinstance(one, WaveAttention)]
+    pinned = [one for one in waves if one.store == "host" and not one.staged]
+    if not pinned:
         return STAGING_BYTES
     numbers = [batch for batch in batches if isinstance(batch, int)]
     if len(numbers) < len(batches):
         return int(PINNED_SHARE * host_available())
-    need = memory_need(model, on_host[0], max(numbers), context, new_tokens, "bfloat16")
-    return need.host + STAGING_BYTES
+    need = memory_need(model, pinned[0], max(numbers), context, new_tokens, "bfloat16")
+    return need.pinned + STAGING_BYTES

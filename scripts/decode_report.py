@@ -10,8 +10,8 @@ from rich.table import Table
 from wavejax.evaluation.plots import pyplot
 
 COLUMNS = (
-    *("tokens", "batch", "attention", "ms/step", "floor", "tokens/s", "to full", "hits"),
-    *("host MB", "GB/s", "prefill s", "growth ms", "kernels ms"),
+    *("tokens", "batch", "attention", "ms/step", "floor", "tokens/s", "to full"),
+    *("to host", "hits", "host MB", "GB/s", "prefill s", "growth ms", "kernels ms"),
 )
 
 
@@ -22,21 +22,26 @@ def label(result: dict[str, Any]) -> str:
 
 
 def add_ratios(results: Sequence[dict[str, Any]]) -> None:
-    """Adds to each result its tokens a second over full attention's.
+    """Adds to each result its tokens a second over others' at the same context.
 
-    `full_ratio` at the same context and batch, and `best_ratio` over full attention's best batch
-    at that context.
+    `full_ratio` over full attention's at the same batch, `best_ratio` over full attention's best
+    batch; wave attention's `host_ratio` over that of rows in host memory, read in place, at the
+    same batch.
     """
-    speeds: dict[int, dict[int, float]] = {}
-    for one in results:
-        if one["attention"] == "full" and "tokens_per_s" in one:
-            speeds.setdefault(one["context"], {})[one["batch"]] = one["tokens_per_s"]
-    for one in results:
-        full = speeds.get(one["context"], {})
-        if "tokens_per_s" in one and full:
-            if one["batch"] in full:
-                one["full_ratio"] = one["tokens_per_s"] / full[one["batch"]]
-            one["best_ratio"] = one["tokens_per_s"] / max(full.values())
+    timed = [one for one in results if "tokens_per_s" in one]
+    speeds = {
+        (one["attention"], one["store"], one["context"], one["batch"]): one["tokens_per_s"]
+        for one in timed
+    }
+    for one in timed:
+        at, speed = (one["context"], one["batch"]), one["tokens_per_s"]
+        full = [x for key, x in speeds.items() if (key[0], key[2]) == ("full", at[0])]
+        if full:
+            one["best_ratio"] = speed / max(full)
+        if ("full", None, *at) in speeds:
+            one["full_ratio"] = speed / speeds["full", None, *at]
+        if one["attention"] == "wave" and ("wave", "host", *at) in speeds:
+            one["host_ratio"] = speed / speeds["wave", "host", *at]
 
 
 def print_table(results: Sequence[dict[str, Any]], console: Console | None = None) -> None:
@@ -56,6 +61,7 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             f"{one['floor_ms']:.2f}",
             f"{one['tokens_per_s']:.1f}",
             _number(one.get("full_ratio"), ".2f", "x"),
+            _number(one.get("host_ratio"), ".2f", "x"),
             _number(one.get("hit_ratio"), ".1%"),
             _number(one["bytes_per_step"]["host"] / 1e6 or None, ".1f"),
             _number(one.get("host_gb_per_s") or None, ".1f"),

@@ -18,6 +18,7 @@ from wavejax.buffer import SteadyZone
 from wavejax.dense_attention import DenseState
 from wavejax.generator import DecodeState
 from wavejax.prompts import bucket
+from wavejax.staged import StagedState, hold_rows
 
 Attention = WaveAttention | DenseAttention
 
@@ -34,6 +35,11 @@ class Filled:
 
     state: DecodeState
     seconds: list[float]
+
+
+def wave_of(cache: Any) -> Any:
+    """A cache without staged rows: what of it is a pytree."""
+    return cache.wave if isinstance(cache, StagedState) else cache
 
 
 def fill(
@@ -87,17 +93,23 @@ def _write_rows(
     model, attention = generator.model, generator.attention
     # As large as a real prompt's would be.
     room = bucket(context)
-    cache = attention.init_state(model, batch, room, new_tokens, dtype)
+    cache: Any = attention.init_state(model, batch, room, new_tokens, dtype)
     logits = jnp.zeros((batch, model.vocab_size), jnp.float32)
     rest = jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0)
     cache, logits, rest = jax.tree.map(
         lambda x: jax.device_put(x, x.sharding), (cache, logits, rest)
     )
     length = jnp.int32(context)
+    stored = None
+    if isinstance(attention, WaveAttention) and attention.staged:
+        stored = hold_rows(attention, cache).rows
 
     def write(cache: Any, layer: int, sequence: int) -> Any:
         at = jnp.int32(layer), jnp.int32(sequence)
-        return _write_layer(model, attention, room, dtype, cache, *at, length)
+        cache, rows = _write_layer(model, attention, room, dtype, cache, *at, length)
+        if stored is not None:
+            stored.put((layer, sequence, slice(None), slice(rows.shape[1])), rows)
+        return cache
 
     # Compiles, before the clock runs.
     cache = write(cache, 0, 0)
@@ -108,8 +120,12 @@ def _write_rows(
         for layer in range(model.num_layers):
             cache = write(cache, layer, sequence)
         jax.block_until_ready(cache)
+        if stored is not None:
+            stored.take_in()
         seconds.append(time.perf_counter() - start)
         cache = _finish(attention, cache, jnp.int32(sequence), length)
+    if stored is not None:
+        cache = StagedState(cache, stored)
     return Filled(DecodeState(cache, logits, *rest), seconds)
 
 
@@ -123,17 +139,23 @@ def _write_layer(
     layer: Array,
     sequence: Array,
     length: Array,
-) -> Any:
+) -> tuple[Any, Array | None]:
+    """The cache, and the rows that are not written to it, if they are staged."""
     key = jax.random.fold_in(jax.random.fold_in(new_key(1), layer), sequence)
     keys, values = clustered_rows(model, room, dtype, key)
     if isinstance(attention, WaveAttention):
-        return attention.write_prompt(layer, keys, values, cache, sequence=sequence, length=length)
+        where = {"sequence": sequence, "length": length}
+        if attention.staged:
+            rows, cache = attention.index_prompt(layer, keys, values, cache, **where)
+            return cache, rows
+        return attention.write_prompt(layer, keys, values, cache, **where), None
     at = (layer, sequence, 0, 0, 0)
-    return DenseState(
+    cache = DenseState(
         lax.dynamic_update_slice(cache.keys, jnp.swapaxes(keys, 0, 1)[None, None], at),
         lax.dynamic_update_slice(cache.values, jnp.swapaxes(values, 0, 1)[None, None], at),
         cache.tokens,
     )
+    return cache, None
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
@@ -143,8 +165,11 @@ def _finish(attention: Attention, cache: Any, sequence: Array, length: Array) ->
 
 def about_to_grow(generator: Generator, state: DecodeState, dtype: str) -> DecodeState:
     """Fills every sequence's window: the next step makes the index grow."""
-    steady = _fill_window(generator.model, dtype, state.cache.steady)
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, steady=steady))
+    cache = wave_of(state.cache)
+    cache = dataclasses.replace(cache, steady=_fill_window(generator.model, dtype, cache.steady))
+    if isinstance(state.cache, StagedState):
+        cache = dataclasses.replace(state.cache, wave=cache)
+    return dataclasses.replace(state, cache=cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="steady")

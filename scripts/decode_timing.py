@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decode_bytes import Counts, bytes_of_step
-from decode_state import about_to_grow
+from decode_state import about_to_grow, wave_of
 from jax import Array, lax
 from profile_step import kernel_times
 
 from models.parameters import Params
-from wavejax import Generator
+from wavejax import Generator, WaveAttention
 from wavejax.generator import DecodeState
 from wavejax.sampling import step_key
-from wavejax.wave_attention import WaveState
 
 WARM_UPS = 2  # The first compiles, the second tells how long that took.
 PROBES = 8  # at most, of strides that might give the hit ratio
@@ -38,7 +37,8 @@ def steps_needed(steps: int, calls: int) -> int:
 
 
 class Decoder:
-    """A state that is decoded step by step, in one compiled program for all numbers of steps.
+    """A state that is decoded step by step: in one compiled program for all numbers of steps, but
+    for staged rows, whose steps Python runs.
 
     Each step's token is the last one's plus `stride` (see `decode_model.smooth_embedding`). A token
     is also drawn from every step's logits, as generation does, and forgotten.
@@ -55,7 +55,8 @@ class Decoder:
     def run(self, steps: int) -> float:
         """Decodes, waits, and returns the seconds."""
         start = time.perf_counter()
-        self.state, self.tokens, drawn = _decode(
+        decode = _decode_staged if self.generator.staged else _decode
+        self.state, self.tokens, drawn = decode(
             self.generator,
             self.params,
             self.state,
@@ -85,11 +86,34 @@ def _decode(
     def one_step(_: Array, carry: Any) -> Any:
         state, tokens, drawn = carry
         state = generator.feed(params, state, tokens)
-        sampled = generator.sampler.sample(state.logits, step_key(state.seed, state.step))
-        return state, (tokens + stride) % generator.model.vocab_size, drawn ^ sampled
+        return state, *_sample(generator, state.logits, state.step, tokens, stride, drawn)
 
     carry = state, tokens, jnp.zeros_like(tokens)
     return lax.fori_loop(0, steps, one_step, carry)
+
+
+def _decode_staged(
+    generator: Generator,
+    params: Params,
+    state: DecodeState,
+    tokens: Array,
+    stride: Array,
+    steps: Array,
+) -> tuple[DecodeState, Array, Array]:
+    drawn = jnp.zeros_like(tokens)
+    for _ in range(int(steps)):
+        state = generator.feed(params, state, tokens)
+        tokens, drawn = _sample(generator, state.logits, state.step, tokens, stride, drawn)
+    return state, tokens, drawn
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(
+    generator: Generator, logits: Array, step: Array, tokens: Array, stride: Array, drawn: Array
+) -> tuple[Array, Array]:
+    """The tokens to feed next, and what was drawn so far."""
+    sampled = generator.sampler.sample(logits, step_key(jnp.int32(0), step))
+    return (tokens + stride) % generator.model.vocab_size, drawn ^ sampled
 
 
 def reach_hit_ratio(decoder: Decoder, wanted: float, steps: int) -> list[tuple[int, float]]:
@@ -134,7 +158,7 @@ def time_decoding(
         ceiling: bytes a second that a copy reads and writes on this device.
     """
     first, second = (decoder.run(steps) for _ in range(WARM_UPS))
-    wave = isinstance(decoder.state.cache, WaveState)
+    wave = isinstance(decoder.generator.attention, WaveAttention)
     tried = reach_hit_ratio(decoder, hit_ratio, steps) if wave else []
     indexed = Counts.of(decoder.state.cache).indexed
     seconds, counts = decoder.counted(steps, calls)
@@ -177,7 +201,7 @@ def time_growth(decoder: Decoder, dtype: str) -> dict[str, float]:
     alone, growing = [], []
     for _ in range(GROWTHS):
         decoder.state = about_to_grow(decoder.generator, decoder.state, dtype)
-        jax.block_until_ready(decoder.state)
+        jax.block_until_ready(wave_of(decoder.state.cache))
         before = Counts.of(decoder.state.cache).indexed
         growing.append(decoder.run(1))
         assert Counts.of(decoder.state.cache).indexed > before, "the index did not grow"

@@ -45,7 +45,7 @@ def test_both_attentions_are_measured_and_failures_are_recorded(tmp_path):
     out, plot = tmp_path / "results.json", tmp_path / "decode.svg"
     done = bench(
         # The second does not fit any machine.
-        *("--contexts", str(CONTEXT), "--batches", f"{BATCH},100000000", "--store", "host"),
+        *("--contexts", str(CONTEXT), "--batches", f"{BATCH},100000000", "--store", "host,staged"),
         *("--steps", str(STEPS), "--hit-ratio", "0.7", "--growth", "--profile", str(tmp_path)),
         "--unroll",  # as by itself on a GPU: with layers of their own
         *("--out", str(out), "--plot", str(plot)),
@@ -53,13 +53,13 @@ def test_both_attentions_are_measured_and_failures_are_recorded(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert report["copy"]["best"] > 0
-    by_name = {(one["attention"], one["batch"]): one for one in report["results"]}
-    assert len(by_name) == 4
-    for kind in ("full", "wave"):
+    by_name = {(one["store"] or "full", one["batch"]): one for one in report["results"]}
+    assert len(by_name) == 6
+    for kind, name in [("full", "full"), ("host", "wave, host"), ("staged", "wave, staged")]:
         assert "MemoryError: needs" in by_name[kind, 100_000_000]["error"]
-        assert f"100000000 {kind}" in " ".join(done.stdout.replace(" x ", " ").split())
-    full, wave = by_name["full", BATCH], by_name["wave", BATCH]
-    for one in (full, wave):
+        assert f"100000000 {name}" in " ".join(done.stdout.replace(" x ", " ").split())
+    full, wave, staged = (by_name[kind, BATCH] for kind in ("full", "host", "staged"))
+    for one in (full, wave, staged):
         assert "error" not in one, one
         assert one["tokens_per_s"] == pytest.approx(1000 * BATCH / one["ms_per_step"])
         assert one["least_ms"] <= one["ms_per_step"] <= one["most_ms"]
@@ -67,6 +67,13 @@ def test_both_attentions_are_measured_and_failures_are_recorded(tmp_path):
         assert list(tmp_path.rglob(f"{one['profile']['trace']}/**/*.xplane.pb"))
     assert full["full_ratio"] == 1
     assert wave["full_ratio"] == pytest.approx(full["ms_per_step"] / wave["ms_per_step"])
+
+    assert wave["host_ratio"] == 1
+    assert staged["host_ratio"] == pytest.approx(wave["ms_per_step"] / staged["ms_per_step"])
+    # From the same state, by the same tokens, the same rows.
+    assert (staged["stride"], staged["tried"]) == (wave["stride"], wave["tried"])
+    for key in ("hit_ratio", "bytes_per_step", "state_bytes"):
+        assert staged[key] == wave[key]
 
     # 2 layers of 2 kv heads with rows of 2 x 64 float32; unembedding and embedding are two.
     assert full["bytes_per_step"]["weights"] == report["weight_bytes"] - 512 * 128 * 4
@@ -80,7 +87,7 @@ def test_both_attentions_are_measured_and_failures_are_recorded(tmp_path):
     missed = wave["bytes_per_step"]["host"] / (2 * 64 * 4) / (2 * 2 * BATCH)
     # At least 8 rows a sequence and kv head are retrieved.
     assert missed == pytest.approx(8 * (1 - wave["hit_ratio"]), rel=0.3)
-    assert wave["growth"]["growing_step_ms"] > 0
+    assert min(one["growth"]["growing_step_ms"] for one in (wave, staged)) > 0
     assert wave["state_bytes"]["host"] > 0
     assert plot.read_text().count("<path") > 10
 

@@ -24,7 +24,7 @@ from wavejax.config import WaveConfig
 from wavejax.dense_attention import DenseAttention
 from wavejax.generator import Generator
 from wavejax.memory import set_memory_limits
-from wavejax.plan import Plan, StoreChoice, make_plan, pinned_need
+from wavejax.plan import FetchChoice, Plan, StoreChoice, make_plan, pinned_need
 from wavejax.plan_table import plan_json, plan_text
 from wavejax.run import Run
 from wavejax.sampling import Sampler
@@ -57,6 +57,14 @@ from wavejax.sampling import Sampler
     default="auto",
     show_default=True,
     help="Where wave attention keeps the keys and values; auto: on the device while they fit.",
+)
+@click.option(
+    "--fetch",
+    type=click.Choice(["auto", "in_place", "staged"]),
+    default="auto",
+    show_default=True,
+    help="How rows on the host reach the device; in_place: kernels read them there; staged: the "
+    "host gathers and sends them; auto: in_place where kernels can.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option(
@@ -105,6 +113,7 @@ def command(
     chat: bool | None,
     attention: str,
     store: StoreChoice,
+    fetch: FetchChoice,
     max_new_tokens: int,
     max_context: int | None,
     dtype: str,
@@ -120,12 +129,14 @@ def command(
     # All that can be wrong with the input is found before the weights are read.
     sampler, config = fields_of(Sampler, settings), fields_of(WaveConfig, settings)
     wave_or_full = config if attention == "wave" else DenseAttention()
+    if store == "device" and fetch != "auto":
+        raise InputError("--fetch is for rows on the host: leave it out, or give --store host")
     path = model if model is not None else find_default_model()
     if context is not None or batch is not None:
         check_context(only_plan, context, [*prompts, *prompt_files])
         checkpoint = open_checkpoint(path)
         lengths = [context or 1] * (batch or 1)
-        plan = plan_run(checkpoint, wave_or_full, lengths, max_new_tokens, dtype, store)
+        plan = plan_run(checkpoint, wave_or_full, lengths, max_new_tokens, dtype, store, fetch)
         print_plan(plan, checkpoint, as_json)
         return
     texts = read_prompts(prompts, prompt_files)
@@ -133,7 +144,8 @@ def command(
     tokenizer = load_tokenizer(checkpoint.path)
     ids = encode_prompts(tokenizer, texts, chat)
     check_lengths(checkpoint, ids, max_new_tokens, max_context)
-    plan = plan_run(checkpoint, wave_or_full, [*map(len, ids)], max_new_tokens, dtype, store)
+    lengths = [*map(len, ids)]
+    plan = plan_run(checkpoint, wave_or_full, lengths, max_new_tokens, dtype, store, fetch)
     if only_plan:
         print_plan(plan, checkpoint, as_json)
         return
@@ -218,14 +230,15 @@ def plan_run(
     new_tokens: int,
     dtype: str,
     store: StoreChoice,
+    fetch: FetchChoice,
 ) -> Plan:
     """Plans the run, and sets XLA's limits before anything starts JAX's device."""
     shape = checkpoint.config, attention, len(lengths), max(lengths), new_tokens
     # Where there is memory to pin, auto is bfloat16.
-    set_memory_limits(pinned_need(*shape, "bfloat16" if dtype == "auto" else dtype))
+    set_memory_limits(pinned_need(*shape, "bfloat16" if dtype == "auto" else dtype, fetch))
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return make_plan(*shape, dtype, store=store)
+    return make_plan(*shape, dtype, store=store, fetch=fetch)
 
 
 def print_plan(plan: Plan, checkpoint: Checkpoint, as_json: bool) -> None:

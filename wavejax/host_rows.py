@@ -37,10 +37,11 @@ class HostRows:
     def put(self, where: tuple[Any, ...], rows: Array) -> None:
         """Writes `rows` to `self.rows[where]`, once they are there: waits for those put before."""
         rows.copy_to_host_async()
-        self._take_in()
+        self.take_in()
         self._coming.append((where, rows))
 
-    def _take_in(self) -> None:
+    def take_in(self) -> None:
+        """Waits for all rows that were put."""
         for where, rows in self._coming:
             self.rows[where] = np.asarray(rows)
         self._coming.clear()
@@ -54,7 +55,7 @@ class HostRows:
             the rows, as many a head as the longest list has, rounded up to one of few widths, each
             of which is a program; anything past a list's end. Good until the next but one call.
         """
-        self._take_in()
+        self.take_in()
         batch, kv_heads, room = tokens.shape
         longest = int((tokens != NO_ID).sum(axis=-1).max(initial=0))
         width = min(room, max(_LEAST_WIDTH, 2 ** (longest - 1).bit_length()))
@@ -62,7 +63,8 @@ class HostRows:
         first = np.arange(batch * kv_heads).reshape(batch, kv_heads, 1) * self.rows.shape[3]
         listed = tokens[..., :width]
         places = first + np.where(listed == NO_ID, 0, listed)
-        block = self._blocks[layer % 2][: places.size]
+        self._blocks.reverse()
+        block = self._blocks[0][: places.size]
         # "clip" only because numpy else makes a copy first; nothing is out of bounds.
         np.take(stored, places.reshape(-1), axis=0, out=block, mode="clip")
         return block.reshape(batch, kv_heads, width, *block.shape[1:])

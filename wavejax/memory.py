@@ -42,6 +42,7 @@ class MemoryNeed:
         loading: host memory that reading the weights takes for a while, where the device has
             memory of its own: the largest stack of layers.
         slots: rows that the cache holds, in each layer, sequence and kv head; 0 for full attention.
+        staged: whether `rows` on the host are staged (`wavejax.staged`), in memory not pinned.
     """
 
     weights: int
@@ -53,6 +54,7 @@ class MemoryNeed:
     workspace: int
     loading: int
     slots: int
+    staged: bool
 
     @property
     def state(self) -> int:
@@ -67,8 +69,13 @@ class MemoryNeed:
 
     @property
     def host(self) -> int:
-        """Bytes of pinned host memory."""
+        """Bytes of host memory, pinned or not."""
         return self.rows if self.rows_on == "host" else 0
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of host memory that XLA pins."""
+        return 0 if self.staged else self.host
 
 
 def memory_need(
@@ -79,7 +86,9 @@ def memory_need(
     new_tokens: int,
     dtype: DTypeLike,
 ) -> MemoryNeed:
-    """Computes the need from shapes alone; allocates nothing, and starts no device.
+    """Computes the need from shapes alone; allocates nothing.
+
+    Starts no device, but for rows in host memory whose `fetch` is the platform's to choose.
 
     Args:
         model: the model's sizes.
@@ -99,11 +108,14 @@ def memory_need(
     itemsize = jnp.dtype(dtype).itemsize
     total = _bytes(state)
     index = cache = steady = slots = 0
-    rows, rows_on = total, "device"
+    rows, rows_on, staged, on_the_way = total, "device", False, (0, 0)
     if isinstance(attention, WaveAttention):
         index, cache, rows = _bytes(state.index), _bytes(state.cache), _bytes(state.store)
         steady, rows_on = total - index - cache - rows, attention.store
         slots = state.cache.rows.shape[3]
+        staged = attention.staged
+        if staged:
+            on_the_way = _on_the_way(attention, state)
     return MemoryNeed(
         weights=sum(sizes) * itemsize,
         index=index,
@@ -112,16 +124,30 @@ def memory_need(
         rows=rows,
         rows_on=rows_on,  # type: ignore[arg-type]
         workspace=max(
-            _prefill_workspace(model, attention, room, itemsize),
-            _decode_workspace(model, state, batch, itemsize),
+            _prefill_workspace(model, attention, room, itemsize) + on_the_way[0],
+            _decode_workspace(model, state, batch, itemsize) + on_the_way[1],
         ),
         loading=max(sizes) * itemsize,
         slots=slots,
+        staged=staged,
     )
 
 
 def _bytes(tree: object) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _on_the_way(attention: WaveAttention, state: WaveState) -> tuple[int, int]:
+    """Bytes on the device of staged rows on their way: as a prompt is read, and in a step."""
+    layers, batch, kv_heads, tokens, *row = state.store.rows.shape
+    token = kv_heads * math.prod(row) * state.store.rows.dtype.itemsize
+    # A layer's rows leave while the next one is computed.
+    prompt = tokens * token
+    # Those of two layers, and one layer's as they are attended to, values in float32.
+    missed = 4 * batch * attention.config.most_retrieved(tokens) * token
+    # A growth's leave in all layers at once, while the next sequence's are cut out.
+    grown = 2 * layers * attention.config.growth_tokens * token
+    return prompt, max(missed, grown)
 
 
 def _layer_weights(model: ModelConfig, itemsize: int) -> int:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from models.config import ModelConfig
 from models.errors import InputError
-from wavejax.buffer import StoreKind
+from wavejax.buffer import Fetch, StoreKind
 from wavejax.config import WaveConfig
 from wavejax.dense_attention import DenseAttention
 from wavejax.memory import PINNED_LIMIT, FreeMemory, MemoryNeed, free_memory, memory_need
@@ -20,6 +20,7 @@ from wavejax.prompts import SMALLEST_BUCKET, bucket
 from wavejax.wave_attention import WaveAttention
 
 StoreChoice = Literal["auto"] | StoreKind
+FetchChoice = Literal["auto"] | Fetch
 # What XLA pins besides the store: it stages what it copies to the device from memory that is not
 # pinned, such as a stack of layers' weights.
 STAGING_BYTES = 8 * 2**30
@@ -71,6 +72,7 @@ class Plan:
             advice += ", or --dtype bfloat16"
         if name == "pinned memory":
             advice = f"set {PINNED_LIMIT}={math.ceil(needed / 2**30)} before JAX starts"
+            advice += ", or --fetch staged, which pins no rows"
         elif need.rows_on == "device" and self.free.device is not None and need.index:
             advice += ", or --store host"
         raise InputError(
@@ -88,6 +90,7 @@ def make_plan(
     dtype: DTypeLike,
     *,
     store: StoreChoice = "auto",
+    fetch: FetchChoice = "auto",
     free: FreeMemory | None = None,
 ) -> Plan:
     """Decides where the rows go and how many the cache holds; allocates nothing.
@@ -105,6 +108,7 @@ def make_plan(
         new_tokens: to generate.
         dtype: of weights and state.
         store: where the rows shall go.
+        fetch: how rows on the host reach the device; see `WaveAttention`.
         free: what there is; None asks the device.
 
     Returns:
@@ -124,7 +128,7 @@ def make_plan(
         )
         choices = [
             (candidate, need(candidate), why)
-            for candidate, why in _candidates(attention, store, free, need)
+            for candidate, why in _candidates(attention, store, fetch, free, need)
         ]
         # Of what does not fit, the last is shown: it takes least of the device.
         fitting = (choice for choice in choices if shortage(choice[1], free) is None)
@@ -156,6 +160,7 @@ def make_plan(
 def _candidates(
     attention: WaveConfig | DenseAttention,
     store: StoreChoice,
+    fetch: FetchChoice,
     free: FreeMemory,
     need: Callable[[WaveAttention], MemoryNeed],
 ) -> Iterator[tuple[WaveAttention | DenseAttention, str]]:
@@ -171,7 +176,10 @@ def _candidates(
     if store == "device" or (store == "auto" and free.device is None):
         return  # on a CPU, the host's memory is the same
     why = "asked for" if store == "host" else "it does not fit on the device"
-    cached, uncached = WaveAttention(attention, "host"), WaveAttention(without, "host")
+    on_host = functools.partial(
+        WaveAttention, store="host", fetch=None if fetch == "auto" else fetch
+    )
+    cached, uncached = on_host(attention), on_host(without)
     yield cached, why
     if free.device is not None:
         # A cache's bytes grow with its slots, but for the table, which has an entry a token.
@@ -180,7 +188,7 @@ def _candidates(
             fraction = attention.cache_fraction * (free.device - least) / (most - least)
             # Rounded down, since slots are whole ones, rounded up.
             smaller = dataclasses.replace(attention, cache_fraction=int(fraction * 1e4) / 1e4)
-            yield WaveAttention(smaller, "host"), f"{why}, with a smaller row cache"
+            yield on_host(smaller), f"{why}, with a smaller row cache"
     yield uncached, f"{why}, without a row cache"
 
 
@@ -193,7 +201,7 @@ def shortage(need: MemoryNeed, free: FreeMemory) -> tuple[str, int, int] | None:
             ("device memory", need.device, free.device),
             # The weights pass through the host's memory before the store is made.
             ("host memory", max(need.host, need.loading), free.host),
-            ("pinned memory", need.host, free.pinned),
+            ("pinned memory", need.pinned, free.pinned),
         ]
     return next((entry for entry in wanted if entry[1] > entry[2]), None)
 
@@ -205,13 +213,14 @@ def pinned_need(
     prompt_tokens: int,
     new_tokens: int,
     dtype: DTypeLike,
+    fetch: FetchChoice = "auto",
 ) -> int:
     """Bytes that XLA should be allowed to pin, whatever the plan will be; starts no device."""
-    if isinstance(attention, DenseAttention):
+    if isinstance(attention, DenseAttention) or fetch == "staged":
         return STAGING_BYTES
-    host = WaveAttention(attention, "host")
-    need = memory_need(model, host, batch, prompt_tokens, new_tokens, dtype)
-    return need.host + STAGING_BYTES
+    in_place = WaveAttention(attention, "host", "in_place")
+    need = memory_need(model, in_place, batch, prompt_tokens, new_tokens, dtype)
+    return need.pinned + STAGING_BYTES
 
 
 def _buckets() -> list[int]:

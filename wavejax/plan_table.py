@@ -71,7 +71,9 @@ def _notes(plan: Plan) -> list[str]:
         if plan.shrunk is not None:
             share = plan.attention.config.cache_fraction
             notes.append(f"row cache: {share:.2%} of the tokens, not {plan.shrunk:.2%}: see above")
-    if plan.need.host and plan.free.device is not None:
+    if plan.need.staged:
+        notes.append("fetch: staged; the rows' memory is not pinned")
+    if plan.need.pinned and plan.free.device is not None:
         notes.append(f"XLA may pin {gib(plan.free.pinned)} of the host's memory")
     known = plan.model.max_context
     if plan.longest:
@@ -99,7 +101,7 @@ def plan_json(plan: Plan, model: str) -> dict[str, Any]:
         if isinstance(plan.attention, DenseAttention)
         else plan.attention.config.cache_fraction,
         "need": dataclasses.asdict(plan.need)
-        | {"device": plan.need.device, "host": plan.need.host},
+        | {"device": plan.need.device, "host": plan.need.host, "pinned": plan.need.pinned},
         "free": dataclasses.asdict(plan.free),
         "longest_prompt_tokens": plan.longest,
         "fits": shortage(plan.need, plan.free) is None,

@@ -31,8 +31,8 @@ from wavejax.causal_attention import causal_attention
 from wavejax.growth import grow
 from wavejax.host_rows import HostRows
 from wavejax.programs import NO_TOKEN, DecodeState, Parts
-from wavejax.wave_attention import Selection, WaveAttention, scale_of
-from wavejax.wave_state import WaveState
+from wavejax.wave_attention import WaveAttention, scale_of
+from wavejax.wave_state import Selection, WaveState
 
 
 @dataclasses.dataclass(frozen=True)

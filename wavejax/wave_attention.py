@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -17,25 +16,7 @@ from wavejax.buffer import Fetch, RowCache, RowStore, StoreKind
 from wavejax.causal_attention import causal_attention
 from wavejax.config import WaveConfig
 from wavejax.growth import grow
-from wavejax.wave_state import WaveState
-
-
-class Selection(NamedTuple):
-    """What a decode step attends to in one layer.
-
-    Attributes:
-        query: `[batch, kv_heads, group, head_dim]`.
-        tokens, slots, hit: `pallas_kernels.select_tokens.Retrieved`'s.
-        logits: `[batch, kv_heads, group, clusters]` float32, of the clusters.
-        estimated: `[batch, kv_heads, clusters]` int32, members of each cluster to estimate.
-    """
-
-    query: Array
-    tokens: Array
-    slots: Array
-    hit: Array
-    logits: Array
-    estimated: Array
+from wavejax.wave_state import Selection, WaveState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +65,14 @@ class WaveAttention:
         slots = config.cache_slots(tokens)
         layers, kv_heads, head_dim = model.num_layers, model.num_kv_heads, model.head_dim
         row = (layers, batch, kv_heads)
+        # Staged rows are not the state's, and an empty store in pinned memory is still one.
         kept = 0 if self.staged else tokens
+        store: StoreKind = "device" if self.staged else self.store
         return WaveState(
             index=index.init_index(
                 config, layers, batch, kv_heads, head_dim, clusters, tokens, dtype
             ),
-            store=buffer.init_store((*row, kept, 2, head_dim), dtype, self.store),
+            store=buffer.init_store((*row, kept, 2, head_dim), dtype, store),
             cache=buffer.init_cache((*row, slots, 2, head_dim), tokens, dtype),
             steady=buffer.init_steady(
                 row, config.sink_tokens, config.window_tokens, head_dim, dtype

@@ -1,4 +1,6 @@
-"""Wave attention's state."""
+"""Wave attention's state, and what a decode step attends to in one layer of it."""
+
+from typing import NamedTuple
 
 from jax import Array
 
@@ -24,3 +26,21 @@ class WaveState:
     steady: SteadyZone
     step: Array
     attended: Array
+
+
+class Selection(NamedTuple):
+    """What a decode step attends to in one layer.
+
+    Attributes:
+        query: `[batch, kv_heads, group, head_dim]`.
+        tokens, slots, hit: `pallas_kernels.select_tokens.Retrieved`'s.
+        logits: `[batch, kv_heads, group, clusters]` float32, of the clusters.
+        estimated: `[batch, kv_heads, clusters]` int32, members of each cluster to estimate.
+    """
+
+    query: Array
+    tokens: Array
+    slots: Array
+    hit: Array
+    logits: Array
+    estimated: Array

@@ -15,7 +15,7 @@ import pytest
 from models.errors import InputError
 from models.unstacked import unstack_layers
 from tests.cli.conftest import SMALL_ZONES, Result
-from wavejax import Generator
+from wavejax import Generator, staged
 from wavejax.config import WaveConfig
 from wavejax.generate import command, unstacks
 from wavejax.sampling import Sampler
@@ -218,3 +218,17 @@ def test_the_default_model_answers(generate: Generate) -> None:
     result = generate("--prompt", "What is the capital of France?", "--max-new-tokens", 8)
     assert result.status == 0
     assert "Paris" in result.out
+
+
+@pytest.mark.slow(35)
+def test_staged_rows_give_the_same_answers(
+    generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("--model", tiny, "--prompt", LONG, "--max-new-tokens", 20, "--json", *SMALL_ZONES)
+    common = (*common, "--store", "host")
+    fed, feed = [], staged.feed
+    monkeypatch.setattr(staged, "feed", lambda *args: fed.append(1) or feed(*args))
+    in_place = answers(generate(*common, "--fetch", "in_place"))
+    assert not fed
+    assert in_place == answers(generate(*common, "--fetch", "staged"))
+    assert len(fed) >= 19

@@ -51,6 +51,15 @@ def test_of_prompts_and_every_choice(generate: Generate, tiny: Path) -> None:
     assert fewer["need"]["slots"] < printed["need"]["slots"]
 
 
+def test_staged_rows_are_not_pinned(generate: Generate, tiny: Path) -> None:
+    common = ("--model", tiny, "--plan", "--context", 5000, "--store", "host")
+    for fetch in ("auto", "in_place", "staged"):
+        need = planned(generate(*common, "--fetch", fetch, "--json"))["need"]
+        assert need["host"] == need["rows"] > 0
+        assert need["pinned"] == (0 if fetch == "staged" else need["rows"])
+    assert "fetch: staged" in generate(*common, "--fetch", "staged").out
+
+
 def test_what_does_not_fit_is_planned_and_refused(
     generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +80,7 @@ def test_what_does_not_fit_is_planned_and_refused(
         (["--plan", "--context", "100", "--prompt", "x"], "not both"),
         (["--plan", "--context", "0"], "--context"),
         (["--plan"], "no prompt"),
+        (["--plan", "--context", "9", "--store", "device", "--fetch", "staged"], "--store host"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -82,7 +92,8 @@ def test_flags_that_make_no_sense(
     assert result.err.count("\n") == 1
 
 
-def test_the_limits_are_set_before_the_device_starts(tiny: Path) -> None:
+@pytest.mark.parametrize("fetch, gib", [("auto", "9"), ("staged", "8")])
+def test_the_limits_are_set_before_the_device_starts(tiny: Path, fetch: str, gib: str) -> None:
     """In a process of its own, where nothing has started the device yet."""
     code = (
         "import os, sys, jax\n"
@@ -90,6 +101,7 @@ def test_the_limits_are_set_before_the_device_starts(tiny: Path) -> None:
         "from wavejax import generate\n"
         "backend = jax.default_backend\n"
         "def first_use():\n"
+        "    jax.default_backend = backend\n"
         "    assert not xla_bridge.backends_are_initialized()\n"
         "    print({k: v for k, v in os.environ.items() if k.startswith('XLA_')})\n"
         "    return backend()\n"
@@ -97,7 +109,8 @@ def test_the_limits_are_set_before_the_device_starts(tiny: Path) -> None:
         "sys.exit(generate.main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", code, "--model", tiny, "--plan", "--context", "3000"]
+    command += ["--store", "host", "--fetch", fetch]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
     run = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
-    limits = "{'XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB': '9', 'XLA_CLIENT_MEM_FRACTION': '0.9'}"
-    assert run.stdout.splitlines()[0] == limits
+    limits = {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": gib, "XLA_CLIENT_MEM_FRACTION": "0.9"}
+    assert run.stdout.splitlines()[0] == str(limits)

@@ -83,9 +83,11 @@ def test_both_stores_and_the_cpu_say_the_same(model, random_model, tmp_path):
     flags = [*prompts(tmp_path, lengths), "--dtype", "float32", "--max-new-tokens", "160", *SMALL]
     path = model if real else random_model
     host = generate(path, "cuda", *flags, "--store", "host")
+    staged = generate(path, "cuda", *flags, "--store", "host", "--fetch", "staged")
     device = generate(path, "cuda", *flags, "--store", "device")
     cpu = generate(path, "cpu", *flags, "--store", "device")
     assert max(map(len, cpu)) > 64
+    assert host == staged
     assert host == device
     assert host == cpu
 

@@ -1,14 +1,17 @@
 """A decode step and a prefill as programs for a CUDA GPU, lowered without one."""
 
+import functools
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from models.parameters import nest, parameter_shapes
 from pallas_kernels import _dispatch
 from tests.pallas_kernels.lowering import lower_for
 from tests.wavejax.attention_harness import model_of
-from wavejax import DenseAttention, WaveAttention
+from wavejax import DenseAttention, WaveAttention, staged
 
 STEP = {
     *("score_clusters", "rank_clusters", "list_clusters", "score_tokens", "estimate_threshold"),
@@ -57,6 +60,42 @@ def test_full_attention_reads_its_cache_in_kernels_only(monkeypatch):
     # A custom call's operand that is a slice would be a copy.
     assert "slice" not in text
     assert "gather" not in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_staged_rows_are_arguments_of_programs_that_know_no_host_memory(platform, monkeypatch):
+    """The programs between which Python brings a layer's missed rows: on a GPU still of kernels."""
+    if platform == "cuda":
+        monkeypatch.setattr(_dispatch, "call", by_kernels)
+    model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
+    attention = WaveAttention(fetch="staged")
+    state = attention.init_state(model, 2, 2500, 100, jnp.bfloat16)
+    shapes = parameter_shapes(model)
+    params = nest({at: jnp.zeros(shape, jnp.bfloat16) for at, shape in shapes.items()})
+    params, layer = {"params": params}, jnp.int32(1)
+    hidden = jnp.zeros((2, 1, model.hidden_size), jnp.bfloat16)
+    block = jnp.zeros((2, 2, 16, 2, 64), jnp.bfloat16)
+    # Unwrapped, since JAX would keep what is traced here for other platforms too.
+    select = functools.partial(staged._select.__wrapped__, model, attention)
+    attend = functools.partial(staged._attend.__wrapped__, attention)
+    finish = functools.partial(staged._finish.__wrapped__, model)
+
+    inputs = params, layer, hidden, jnp.zeros((2, 1), jnp.int32), state
+    selection, tokens, slots, _ = jax.eval_shape(select, *inputs)
+    zones, _ = jax.eval_shape(attend, layer, selection, state)
+    rest = params, layer, hidden, selection.query, zones, tokens, slots, block, state
+    lowered = (
+        lower_for(platform, select, *inputs),
+        lower_for(platform, attend, layer, selection, state),
+        lower_for(platform, finish, *rest),
+    )
+    kernels = [kernels_of(text) for text in lowered]
+    assert not any("pinned_host" in text for text in lowered)
+    if platform == "cuda":
+        assert kernels[0] >= STEP - {"attend_zones", "merge_states"}
+        assert kernels[1:] == [{"attend_zones"}, {"merge_states"}]
+    else:
+        assert kernels == [set()] * 3
 
 
 def by_kernels(op, implementation, implementations, *args, **kwargs):

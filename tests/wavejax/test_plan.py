@@ -15,6 +15,7 @@ from wavejax.plan_table import plan_json, plan_text
 from wavejax.prompts import bucket
 
 PLENTY = 2**50
+FETCHES = ("auto", "in_place", "staged")
 RUN = {"batch": 2, "prompt_tokens": 4000, "new_tokens": 100, "dtype": jnp.float32}
 
 
@@ -82,6 +83,52 @@ def test_host_and_pinned_memory_are_compared_too():
         choice(free(PLENTY, need("device").loading - 1, pinned=0))
 
 
+def test_staged_rows_are_not_pinned():
+    attention = WaveAttention(CONFIG, "host", "staged")
+    in_place, staged = need("host"), memory_need(MODEL, attention, **RUN)
+    assert (in_place.pinned, staged.pinned) == (in_place.host, 0)
+    assert staged.host == in_place.host
+    made = plan(free(PLENTY, pinned=0), store="host", fetch="staged")
+    made.check()
+    assert made.attention == attention
+    assert "fetch: staged" in plan_text(made, "tiny")
+    assert "pin" not in plan_text(made, "tiny").replace("not pinned", "")
+    assert plan_json(made, "tiny")["need"]["pinned"] == 0
+    with pytest.raises(InputError, match=r"^not enough host memory: "):
+        plan(free(PLENTY, staged.host - 1), store="host", fetch="staged").check()
+    # Whatever the cache, on the host by whatever way.
+    smaller = plan(free(staged.device - 1), store="host", fetch="staged").attention
+    assert smaller.config.cache_fraction < CONFIG.cache_fraction
+    assert smaller.fetch == "staged"
+    # Kernels of the device itself read rows on the device.
+    assert not plan(free(PLENTY), fetch="staged").attention.staged
+
+
+def test_staged_rows_on_their_way_take_room_on_the_device():
+    attention = WaveAttention(CONFIG, "host", "staged")
+    for prompt in (4000, 100_000):
+        in_place = need("host", prompt_tokens=prompt)
+        staged = memory_need(MODEL, attention, **RUN | {"prompt_tokens": prompt})
+        layer = staged.rows // (MODEL.num_layers * RUN["batch"])
+        assert staged.workspace - in_place.workspace == layer
+
+
+def test_the_pinned_limit_holds_the_store_and_what_xla_stages():
+    shape = tuple(RUN.values())
+    without = pinned_need(MODEL, DenseAttention(), *shape)
+    rows = {fetch: pinned_need(MODEL, CONFIG, *shape, fetch) - without for fetch in FETCHES}
+    assert rows == {"auto": need("host").host, "in_place": need("host").host, "staged": 0}
+
+
+def test_the_platform_chooses_how_to_fetch(monkeypatch):
+    monkeypatch.setattr("wavejax.buffer.best_fetch", lambda: "staged")
+    made = plan(free(PLENTY, pinned=0), store="host")
+    made.check()
+    assert made.attention.staged
+    with pytest.raises(InputError, match=r"^not enough pinned memory: .* --fetch staged"):
+        plan(free(PLENTY, pinned=0), store="host", fetch="in_place").check()
+
+
 def test_full_attention_fits_or_not():
     one = memory_need(MODEL, DenseAttention(), **RUN)
     made = plan(free(one.device), DenseAttention())
@@ -123,13 +170,6 @@ def test_the_longest_prompt_fits_and_the_next_does_not(memory, host, batch, stor
     longer = plan(there_is, store=store, batch=batch, prompt_tokens=bucket(longest + 1))
     with pytest.raises(InputError):
         longer.check()
-
-
-def test_the_pinned_limit_holds_the_store_and_what_is_staged():
-    shape = tuple(RUN.values())
-    rows = need("host").host
-    assert pinned_need(MODEL, CONFIG, *shape) > rows
-    assert pinned_need(MODEL, CONFIG, *shape) - pinned_need(MODEL, DenseAttention(), *shape) == rows
 
 
 def test_the_table_adds_up_and_says_why():

@@ -125,6 +125,12 @@ def test_the_platform_chooses(monkeypatch):
         assert not WaveAttention(CONFIG, "host", "in_place").staged
 
 
+def test_nothing_of_the_state_is_pinned():
+    for fetch, kinds in [("staged", {"device"}), ("in_place", {"device", "pinned_host"})]:
+        state = WaveAttention(CONFIG, fetch=fetch).init_state(MODEL, 1, 300, 1, jnp.float32)
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == kinds
+
+
 def test_rows_are_gathered_side_by_side():
     rng = np.random.default_rng(0)
     rows = HostRows((2, 3, 2, 50, 2, 4), 40, np.float32)
@@ -147,6 +153,9 @@ def test_a_block_outlives_the_next_one():
     rows = HostRows((2, 1, 1, 20, 2, 4), 16, np.float32)
     rows.rows[0], rows.rows[1] = 1, 2
     tokens = np.arange(16, dtype=np.int32)[None, None]
-    first, second = rows.gather(0, tokens), rows.gather(1, tokens)
-    assert (first == 1).all()
-    assert (second == 2).all()
+    # Of an odd number of layers, the last and the next step's first.
+    for layers in [(0, 1), (1, 0), (0, 0)]:
+        first, second = (rows.gather(layer, tokens) for layer in layers)
+        assert not np.shares_memory(first, second)
+        assert (first == 1 + layers[0]).all()
+        assert (second == 1 + layers[1]).all()
