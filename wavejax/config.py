@@ -32,9 +32,7 @@ class WaveConfig:
     token_codes: bool = _setting(True, "rank single tokens by one-bit codes, not whole clusters")
     candidate_fraction: float = _setting(0.25, "share of tokens whose codes are read")
     retrieval_fraction: float = _setting(0.009, "share of tokens retrieved and attended exactly")
-    min_retrieved_tokens: int = _setting(
-        1024, "least tokens retrieved: short contexts near exact"
-    )
+    min_retrieved_tokens: int = _setting(1024, "least tokens retrieved: short contexts near exact")
     estimation_fraction: float = _setting(
         1.0, "share of tokens estimated from their clusters; below 1, the rest is dropped"
     )
