@@ -23,6 +23,7 @@ from models.checkpoint import find_default_model, open_checkpoint
 from models.errors import InputError
 from models.parameters import Params
 from models.tokenizer import load_tokenizer
+from models.unstacked import unstack_layers
 from wavejax import Generator, WaveConfig, make_plan
 from wavejax.cli_support import bytes_text
 from wavejax.evaluation.haystack import paragraphs
@@ -136,6 +137,8 @@ def main() -> int:
         print("error:", error, file=sys.stderr)
         return 2
     generator = Generator(checkpoint.config, plan.attention)
+    if generator.unrolls:
+        params = unstack_layers(params)
     runs = []
     for piece in arguments.pieces:
         started = time.perf_counter()
