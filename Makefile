@@ -31,7 +31,7 @@ demo: $(READY) ## SmolLM2 finds a number hidden in a long text, by wave attentio
 	$(BIN)/python scripts/demo.py
 
 test: lint ## lint, then every test that needs neither torch nor a GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 parity: $(READY) $(TORCH_VENV)/ready ## record torch's outputs now and compare the models with them
 	rm -rf $(REFERENCES)

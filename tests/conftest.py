@@ -1,4 +1,6 @@
-"""Set-up of all tests: shape checks, full matmul precision, and the marker `gpu`."""
+"""Set-up of all tests: shape checks, matmul precision, quick compilation, the markers."""
+
+import collections
 
 import jax
 import pytest
@@ -16,10 +18,27 @@ install_import_hook(
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation(request: pytest.FixtureRequest) -> None:
+    """Half the time to compile on CPUs: no machine-code optimisation, but all of XLA's passes.
+
+    Two thirds of the tests' time is compilation. (A compilation cache on disk does not pay: it
+    serves one program in twelve.) Not for modules marked `optimised`, which look at compiled
+    programs or run longer than they compile, nor on GPUs: there it is compiled as for users.
+    """
+    marked = request.node.get_closest_marker("optimised") is not None
+    quick = not marked and jax.default_backend() == "cpu"
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()  # They do not tell one way of compiling from the other.
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first; those marked `gpu` skipped where JAX has no CUDA GPU (asked if any are)."""
-    # The longest first: started last, one of them would keep one worker busy alone.
-    items.sort(key=_seconds, reverse=True)
+    # The longest first, then the files of most tests: started last, one of them would keep one
+    # worker busy alone. xdist keeps this order with --no-loadscope-reorder (Makefile).
+    tests = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (_seconds(item), tests[item.path]), reverse=True)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and jax.default_backend() != "gpu":
         skip = pytest.mark.skip(reason=f"needs a CUDA GPU; JAX runs on {jax.default_backend()}")

@@ -9,6 +9,9 @@ import pytest
 from tests.wavejax.tiny_generator import CONFIG, GREEDY, MODEL, make_params, make_prompts
 from wavejax import Generator, WaveAttention
 
+# It runs longer than it compiles, and its bits are those of users.
+pytestmark = pytest.mark.optimised
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "soak.py"
 _spec = importlib.util.spec_from_file_location("soak", SCRIPT)
 script = importlib.util.module_from_spec(_spec)

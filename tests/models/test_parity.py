@@ -12,6 +12,9 @@ from models.checkpoint import find_default_model, open_checkpoint
 from models.decoder import Decoder, apply_layer, embed, final_norm, unembed
 from tests.models import plain_attention, tiny_models
 
+# The outputs compared are those of users.
+pytestmark = pytest.mark.optimised
+
 REFERENCES = Path(os.environ.get("WAVEJAX_REFERENCES") or Path(__file__).parents[1] / "references")
 TOLERANCE = 5e-5
 

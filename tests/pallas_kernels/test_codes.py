@@ -31,8 +31,8 @@ def test_rotation_is_orthogonal_and_fixed(head_dim):
 
 def random_rotations(count, head_dim, seed):
     gaussian = jax.random.normal(jax.random.key(seed), (count, head_dim, head_dim))
-    q, r = jnp.linalg.qr(gaussian)
-    return q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
+    q, r = np.linalg.qr(gaussian)  # numpy's: on a CPU jax's takes a minute
+    return jnp.asarray(q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None, :])
 
 
 def estimates(query, key, centroid, matrices):

@@ -17,6 +17,9 @@ from tests.wavejax.tiny_generator import (
 )
 from wavejax import DecodeState, Generator, WaveAttention, programs
 
+# It looks at compiled programs.
+pytestmark = pytest.mark.optimised
+
 NEW_TOKENS = 90  # Enough for an index to grow.
 
 

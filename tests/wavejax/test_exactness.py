@@ -9,6 +9,9 @@ import pytest
 from tests.wavejax.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 
+# It runs longer than it compiles.
+pytestmark = pytest.mark.optimised
+
 STEPS = 1200
 
 

@@ -23,6 +23,9 @@ from wavejax.facts import facts_of
 from wavejax.memory import free_memory, host_available, memory_need, set_memory_limits
 from wavejax.prompts import bucket
 
+# It looks at compiled programs.
+pytestmark = pytest.mark.optimised
+
 ATTENTIONS = {
     "dense": DenseAttention(),
     "wave, host": WaveAttention(CONFIG, "host"),

@@ -17,6 +17,9 @@ from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.evaluation.tasks import TASKS
 from wavejax.prompts import bucket
 
+# A real model runs longer than it compiles.
+pytestmark = pytest.mark.optimised
+
 # 20 needles; most are short, since two cores read a prompt at some 300 tokens a second, and few
 # different lengths, since each compiles programs of its own.
 LENGTHS = [1024] * 12 + [1500] * 4 + [2048] * 2 + [3000] + [4096]

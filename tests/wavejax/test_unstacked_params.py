@@ -13,6 +13,9 @@ from models.unstacked import unstack_layers
 from tests.wavejax.tiny_generator import ATTENTIONS, GREEDY, MODEL, make_params, make_prompts
 from wavejax import DecodeState, Generator, programs
 
+# It looks at compiled programs.
+pytestmark = pytest.mark.optimised
+
 NEW_TOKENS = 80  # Enough for an index to grow.
 FORMS = ("stacks", "layers")
 

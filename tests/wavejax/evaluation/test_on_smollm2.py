@@ -11,6 +11,9 @@ from wavejax.evaluation.methods import parse_methods
 from wavejax.evaluation.samples import Material
 from wavejax.evaluation.tasks import TASKS
 
+# A real model runs longer than it compiles.
+pytestmark = pytest.mark.optimised
+
 # Of 1,400 indexed tokens every method reads 256: the default budget.
 LENGTH = 1600
 BUDGET = {"retrieval_fraction": 0.009, "min_retrieved_tokens": 256}
