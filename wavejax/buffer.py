@@ -75,8 +75,10 @@ def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> Row
     """An empty store of shape `[layers, batch, kv_heads, tokens, 2, head_dim]`."""
     if kind == "device":
         return RowStore(jnp.zeros(shape, dtype))
-    # From the host's own memory, never by way of the device, which may not have the room.
-    return RowStore(jax.device_put(np.zeros(shape, dtype), jax.memory.Space.Host))
+    # From the host's own memory, never by way of the device, which may not have the room: that is
+    # where the program would start that a transfer to a `jax.memory.Space` is.
+    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+    return RowStore(jax.device_put(np.zeros(shape, dtype), where))
 
 
 def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCache:

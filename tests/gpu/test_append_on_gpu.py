@@ -25,7 +25,7 @@ def host_store(rng, shape, dtype):
 
 
 def bits_of(array):
-    array = np.asarray(array)
+    array = np.array(array)  # a copy: what is looked at cannot be donated
     return array.view(np.uint32 if array.itemsize == 4 else np.uint16)
 
 

@@ -1,11 +1,14 @@
 """The planner's workspace against what XLA compiles for this GPU, and its limits against JAX's."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from models.config import ModelConfig
 from tests.wavejax.test_memory import compiled_workspace
 from wavejax import DenseAttention, WaveAttention, WaveConfig
+from wavejax.buffer import init_store
 from wavejax.memory import free_memory, memory_need
 
 pytestmark = pytest.mark.gpu
@@ -32,3 +35,16 @@ def test_the_device_has_memory_of_its_own():
     free = free_memory()
     assert free.device is not None
     assert free.device > 2**30
+
+
+def test_a_store_in_host_memory_takes_nothing_of_the_device():
+    """It may be larger than all that the device has."""
+    device = jax.local_devices()[0]
+    before = device.memory_stats()
+    # More than was ever in use: on the device it would be a new peak.
+    size = before["peak_bytes_in_use"] - before["bytes_in_use"] + 2**30
+    store = init_store((1, 1, 1, -(-size // 512), 2, 128), jnp.bfloat16, "host")
+    jax.block_until_ready(store)
+    assert device.memory_stats()["peak_bytes_in_use"] == before["peak_bytes_in_use"]
+    assert store.rows.sharding.memory_kind == "pinned_host"
+    assert not np.asarray(store.rows).any()

@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from models.config import ModelConfig
@@ -19,6 +20,7 @@ from wavejax import (
     memory,
     programs,
 )
+from wavejax.buffer import init_store
 from wavejax.facts import facts_of
 from wavejax.memory import free_memory, host_available, memory_need, set_memory_limits
 from wavejax.prompts import bucket
@@ -131,6 +133,17 @@ def test_nothing_starts_the_device():
 def device_with(monkeypatch, stats):
     device = types.SimpleNamespace(memory_stats=lambda: stats, device_kind="a GPU")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
+
+
+def test_a_store_in_host_memory_is_made_by_no_program(caplog):
+    """A program would start from a store on the device, which may not have the room for it."""
+    with jax.log_compiles():
+        store = init_store((1, 2, 3, 12_345, 2, 16), jnp.bfloat16, "host")
+        assert not [record for record in caplog.records if "ompil" in record.message]
+        jax.device_put(np.zeros(12_347), jax.memory.Space.Host)
+        assert [record for record in caplog.records if "ompil" in record.message]
+    assert store.rows.sharding.memory_kind == "pinned_host"
+    assert store.rows.shape == (1, 2, 3, 12_345, 2, 16)
 
 
 def test_what_is_free_is_what_xla_set_aside_less_what_is_in_use(monkeypatch):
