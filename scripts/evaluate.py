@@ -21,7 +21,7 @@ from wavejax.config import WaveConfig
 from wavejax.evaluation import plots
 from wavejax.evaluation.bench import Bench
 from wavejax.evaluation.haystack import MANUAL, load_haystack
-from wavejax.evaluation.methods import METHODS, parse_methods
+from wavejax.evaluation.methods import DEFAULT_METHODS, METHODS, parse_methods
 from wavejax.evaluation.records import Records, blocks
 from wavejax.evaluation.samples import Material, Task
 from wavejax.evaluation.setup import Subject, open_subject, parse_numbers, run_facts
@@ -44,9 +44,9 @@ DEFAULTS = WaveConfig()
 @click.option("--lengths", default="4096", show_default=True, help="Tokens, prompt and answer.")
 @click.option(
     "--methods",
-    default=",".join(METHODS),
+    default=",".join(DEFAULT_METHODS),
     help="Names, separated by commas, with settings if wanted: "
-    "full,wave,wave[cluster_size=16,candidate_fraction=0.1]  [default: all]",
+    "full,wave,wave[cluster_size=16,candidate_fraction=0.1]  [default: all but ablation]",
 )
 @click.option("--samples", type=click.IntRange(1), default=50, show_default=True)
 @click.option("--out", type=Path, required=True, help="Folder of the results.")

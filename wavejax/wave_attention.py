@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 import pallas_kernels as ops
 from models.config import ModelConfig
 from pallas_kernels.attend_zones import ZoneStates
+from pallas_kernels.score_clusters import ClusterScores
+from pallas_kernels.select_tokens import Retrieved
 from wavejax import buffer, index, retrieval
 from wavejax.buffer import Fetch, RowCache, RowStore, StoreKind
 from wavejax.causal_attention import causal_attention
@@ -219,9 +221,7 @@ class WaveAttention:
         wave, cache = state.index, state.cache
 
         scores = ops.score_clusters(grouped, wave.centroids, wave.offsets, layer, scale=scale)
-        retrieved = retrieval.retrieve(
-            self.config, grouped, scores, wave, cache.table, layer, state.step, scale=scale
-        )
+        retrieved = self.retrieve(layer, grouped, scores, state)
         estimated = retrieval.to_estimate(self.config, scores, retrieved, wave, layer)
         cache = RowCache(
             rows=cache.rows,
@@ -232,6 +232,19 @@ class WaveAttention:
         found = retrieved.tokens, retrieved.slots, retrieved.hit
         selection = Selection(grouped, *found, scores.logits, estimated)
         return selection, dataclasses.replace(state, cache=cache, steady=steady)
+
+    def retrieve(
+        self,
+        layer: Int[Array, ""],
+        query: Float[Array, "batch kv_heads group head_dim"],
+        scores: ClusterScores,
+        state: WaveState,
+    ) -> Retrieved:
+        """What `select` retrieves: see `retrieval.retrieve`."""
+        at = state.cache.table, layer, state.step
+        return retrieval.retrieve(
+            self.config, query, scores, state.index, *at, scale=scale_of(query)
+        )
 
     def attend(
         self, layer: Int[Array, ""], selection: Selection, state: WaveState

@@ -7,6 +7,7 @@ from typing import Any
 from models.errors import InputError
 from wavejax.config import WaveConfig
 from wavejax.dense_attention import DenseAttention
+from wavejax.evaluation.ablations import AblatedAttention
 from wavejax.evaluation.baselines import Rank, SparseAttention
 from wavejax.wave_attention import WaveAttention
 
@@ -20,12 +21,16 @@ METHODS = {
     "wave": "wave attention: clusters of 32 and token codes, all others estimated",
     "wave_no_estimation": "the same, nothing estimated",
     "wave_no_codes": "the same, whole clusters of 32 retrieved",
+    "ablation": "wave attention with code_bits, rotated, group_by or corrected of another kind",
 }
+# An ablation without settings is wave attention again, only slower.
+DEFAULT_METHODS = tuple(name for name in METHODS if name != "ablation")
 _RANKS: dict[str, Rank] = {
     "oracle": "mass",
     "streaming_llm": "recency",
     "quest": "page_bound",
 }
+_PARTS = {"code_bits": int, "rotated": bool, "group_by": str, "corrected": bool}
 _OWN: dict[str, dict[str, Any]] = {
     "wave_no_estimation": {"estimation_fraction": 0.0},
     "wave_no_codes": {"token_codes": False},
@@ -37,7 +42,8 @@ def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention
 
     Args:
         text: names separated by commas; a name may be followed by settings of its own, fields of
-            `WaveConfig`: `wave[candidate_fraction=0.1,cluster_size=16]`.
+            `WaveConfig`: `wave[candidate_fraction=0.1,cluster_size=16]`; an ablation's also of
+            `AblatedAttention`.
         budget: settings of all of them.
 
     Raises:
@@ -51,7 +57,9 @@ def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention
                 f"no method {spec.strip()!r}; there are: {', '.join(METHODS)}, each with settings "
                 "if wanted, as in wave[candidate_fraction=0.1,cluster_size=16]"
             )
-        found[re.sub(r"\s", "", spec)] = _attention(match[1], budget, _settings(match[2] or ""))
+        found[re.sub(r"\s", "", spec)] = _attention(
+            match[1], budget, _settings(match[2] or "", match[1])
+        )
     return found
 
 
@@ -62,6 +70,9 @@ def _attention(
         if settings:
             raise InputError(f"{FULL} has no settings, but {settings} were given")
         return DenseAttention()
+    if name == "ablation":
+        parts = {part: settings.pop(part) for part in _PARTS if part in settings}
+        return AblatedAttention(WaveConfig(**{**budget, **settings}), "device", **parts)
     own = {**_OWN.get(name, {}), **budget, **settings}
     if name in _RANKS:
         return SparseAttention(WaveConfig(**own), _RANKS[name])
@@ -70,8 +81,10 @@ def _attention(
     return WaveAttention(make(**own), "device")
 
 
-def _settings(text: str) -> dict[str, Any]:
+def _settings(text: str, method: str) -> dict[str, Any]:
     kinds = {field.name: type(field.default) for field in dataclasses.fields(WaveConfig)}
+    if method == "ablation":
+        kinds |= _PARTS
     found = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = (piece.strip() for piece in part.partition("="))
@@ -85,6 +98,6 @@ def _value(name: str, text: str, kind: type) -> Any:
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return {int: int, float: float}[kind](text)
+        return {int: int, float: float, str: str}[kind](text)
     except (KeyError, ValueError) as error:
         raise InputError(f"{name} is {text!r}; it must be of type {kind.__name__}") from error

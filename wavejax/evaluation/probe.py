@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 import pallas_kernels as ops
 from models.parameters import Params
 from pallas_kernels._numerics import MASKED, NO_ID
-from wavejax import retrieval
 from wavejax._pytree import state as pytree
 from wavejax.dense_attention import DenseAttention, DenseState
 from wavejax.evaluation.baselines import SparseAttention
@@ -121,9 +120,7 @@ def wave_reads(
     grouped = query.reshape(query.shape[0], kv_heads, -1, head_dim)
     scale = 1 / math.sqrt(head_dim)
     scores = ops.score_clusters(grouped, wave.centroids, wave.offsets, layer, scale=scale)
-    retrieved = retrieval.retrieve(
-        attention.config, grouped, scores, wave, state.cache.table, layer, state.step, scale=scale
-    )
+    retrieved = attention.retrieve(layer, grouped, scores, state)
     sinks = steady.sink_tokens[:, None]
     indexed_end = sinks + wave.tokens[:, None]
     place = jnp.arange(room)
