@@ -82,6 +82,7 @@ def command(
     attentions, facts = {}, {}
     for fraction in parse_numbers(budgets, float, "budgets"):
         budget = {"retrieval_fraction": fraction, "min_retrieved_tokens": 0}
+        budget |= {"min_candidate_tokens": 0}
         for name, attention in parse_methods(methods, budget).items():
             if name == FULL:
                 raise InputError(f"{FULL} is what the methods are compared with: leave it out")

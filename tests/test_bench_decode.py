@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TINY = [
     *("--local-tokens", "8", "--growth-tokens", "64", "--cluster-size", "4"),
-    *("--max-cluster-size", "8", "--min-retrieved-tokens", "8", "--segment-tokens", "128"),
+    *("--max-cluster-size", "8", "--segment-tokens", "128"),
+    *("--min-candidate-tokens", "32", "--min-retrieved-tokens", "8"),
 ]
 CONTEXT, BATCH, STEPS = 300, 2, 4
 

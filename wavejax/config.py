@@ -31,6 +31,7 @@ class WaveConfig:
     kmeans_iterations: int = _setting(10, "iterations of k-means")
     token_codes: bool = _setting(True, "rank single tokens by one-bit codes, not whole clusters")
     candidate_fraction: float = _setting(0.25, "share of tokens whose codes are read")
+    min_candidate_tokens: int = _setting(16384, "least tokens whose codes are read")
     retrieval_fraction: float = _setting(0.009, "share of tokens retrieved and attended exactly")
     min_retrieved_tokens: int = _setting(1024, "least tokens retrieved: short contexts near exact")
     estimation_fraction: float = _setting(
@@ -47,7 +48,12 @@ class WaveConfig:
             _check_kind(field.name, getattr(self, field.name), type(field.default))
         for name in ("local_tokens", "growth_tokens", "segment_tokens", "cluster_size"):
             _check_range(name, getattr(self, name), 1, 65536)
-        for name in ("sink_tokens", "kmeans_iterations", "min_retrieved_tokens"):
+        for name in (
+            "sink_tokens",
+            "kmeans_iterations",
+            "min_candidate_tokens",
+            "min_retrieved_tokens",
+        ):
             _check_range(name, getattr(self, name), 0, 2**31 - 1)
         for name in (
             "candidate_fraction",
@@ -94,7 +100,7 @@ class WaveConfig:
     def most_candidates(self, tokens: int) -> int:
         """The most tokens of the clusters that `select_clusters` can take."""
         share = math.ceil(self.candidate_fraction * tokens) + 1
-        wanted = max(share, CANDIDATE_FLOOR * self.min_retrieved_tokens) if self.token_codes else 0
+        wanted = max(share, self.min_candidate_tokens) if self.token_codes else 0
         wanted = max(wanted, self.most_retrieved(tokens))
         return max(1, min(wanted + self.max_cluster_size, tokens))
 
@@ -103,10 +109,6 @@ class WaveConfig:
         # Where more than their share is retrieved, as many as in a context so long that it is not.
         like = self.min_retrieved_tokens / self.retrieval_fraction if self.retrieval_fraction else 0
         return max(1, math.ceil(min(self.cache_fraction * max(tokens, like), tokens)))
-
-
-# Where the floor of retrieved tokens is what counts, the codes still rank four times as many.
-CANDIDATE_FLOOR = 4
 
 
 def _check_kind(name: str, value: Any, kind: type) -> None:

@@ -8,7 +8,7 @@ import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.score_clusters import ClusterScores
 from pallas_kernels.select_tokens import Retrieved, RowTable
-from wavejax.config import CANDIDATE_FLOOR, WaveConfig
+from wavejax.config import WaveConfig
 from wavejax.index import WaveIndex
 
 
@@ -99,7 +99,7 @@ def budgets(
     retrieved = jnp.maximum(least, _share(config.retrieval_fraction, tokens))
     candidates = retrieved
     if config.token_codes:
-        floor = jnp.maximum(retrieved, CANDIDATE_FLOOR * least)
+        floor = jnp.maximum(retrieved, config.min_candidate_tokens)
         candidates = jnp.maximum(floor, _share(config.candidate_fraction, tokens))
     return jnp.minimum(retrieved, tokens), jnp.minimum(candidates, tokens)
 

@@ -26,7 +26,8 @@ TEMPLATE = (
 # Prompts of a few hundred tokens are then clustered, retrieved and estimated.
 SMALL_ZONES = [
     *("--local-tokens", "8", "--growth-tokens", "16", "--cluster-size", "4"),
-    *("--max-cluster-size", "8", "--min-retrieved-tokens", "8", "--segment-tokens", "128"),
+    *("--max-cluster-size", "8", "--segment-tokens", "128"),
+    *("--min-candidate-tokens", "32", "--min-retrieved-tokens", "8"),
 ]
 
 

@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow(120)]
 MODELS = [Path(name) for name in filter(None, os.environ.get("WAVEJAX_MODELS", "").split(":"))]
 # Small enough to be retrieved, estimated and grown several times.
 SMALL = ["--growth-tokens", "64", "--segment-tokens", "1024", "--min-retrieved-tokens", "64"]
+SMALL += ["--min-candidate-tokens", "256"]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,9 @@ def test_both_stores_say_the_same_in_bfloat16(model, random_model, tmp_path):
     assert len(host[0]) > 16
 
 
-CONFIG = WaveConfig(growth_tokens=64, segment_tokens=1024, min_retrieved_tokens=64)
+CONFIG = WaveConfig(
+    growth_tokens=64, segment_tokens=1024, min_candidate_tokens=256, min_retrieved_tokens=64
+)
 LLAMA = ModelConfig(
     architecture="llama",
     vocab_size=512,

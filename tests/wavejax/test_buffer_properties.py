@@ -198,7 +198,7 @@ FRACTIONS = (0.0, 0.02, 0.3, 1.0)
 def attention_of(cache_fraction):
     config = WaveConfig(
         local_tokens=16, growth_tokens=64, segment_tokens=128, cluster_size=8, max_cluster_size=16,
-        min_retrieved_tokens=12, cache_fraction=cache_fraction,
+        min_candidate_tokens=48, min_retrieved_tokens=12, cache_fraction=cache_fraction,
     )  # fmt: skip
     return WaveAttention(config, "device")
 

@@ -11,7 +11,7 @@ from wavejax import InputError, WaveAttention, WaveConfig
 from wavejax.retrieval import budgets
 
 SIZES = ("local_tokens", "growth_tokens", "segment_tokens", "cluster_size")
-COUNTS = ("sink_tokens", "kmeans_iterations", "min_retrieved_tokens")
+COUNTS = ("sink_tokens", "kmeans_iterations", "min_candidate_tokens", "min_retrieved_tokens")
 SHARES = ("candidate_fraction", "retrieval_fraction", "estimation_fraction", "cache_fraction")
 
 OUT_OF_RANGE = [
@@ -121,6 +121,7 @@ FRACTION = st.floats(0, 1) | st.sampled_from([0.009, 0.018, 0.25, 0.1, 1 / 3])
         WaveConfig,
         retrieval_fraction=FRACTION,
         candidate_fraction=FRACTION,
+        min_candidate_tokens=st.integers(0, 12000),
         min_retrieved_tokens=st.integers(0, 3000),
         token_codes=st.booleans(),
         max_cluster_size=st.integers(32, 64),
@@ -130,7 +131,7 @@ FRACTION = st.floats(0, 1) | st.sampled_from([0.009, 0.018, 0.25, 0.1, 1 / 3])
 )
 # 0.1 and 0.07 are a little more in float32, so that the device rounds up where Python does not.
 @example(WaveConfig(retrieval_fraction=0.1, min_retrieved_tokens=0), 1_000_000, 0)
-@example(WaveConfig(candidate_fraction=0.1, min_retrieved_tokens=0), 1_000_000, 0)
+@example(WaveConfig(candidate_fraction=0.1, min_candidate_tokens=0), 1_000_000, 0)
 def test_capacities_hold_what_the_device_asks_for(config, tokens, spare):
     # `tokens` are in the index now, whose capacity is that and some more.
     retrieved, candidates = budgets(config, jnp.int32(tokens))

@@ -39,6 +39,7 @@ def test_all_tokens_retrieved(store, cache_fraction, token_codes):
     model = model_of(kv_heads=2, group=7, head_dim=16)
     config = WaveConfig(
         retrieval_fraction=1.0,
+        min_candidate_tokens=0,
         min_retrieved_tokens=0,
         growth_tokens=256,
         segment_tokens=512,
@@ -68,6 +69,7 @@ def test_all_clusters_estimated_whose_members_coincide():
     model = model_of(kv_heads=2, group=3, head_dim=16)
     config = WaveConfig(
         retrieval_fraction=0.0,
+        min_candidate_tokens=0,
         min_retrieved_tokens=0,
         growth_tokens=256,
         segment_tokens=512,
@@ -99,7 +101,11 @@ def test_estimation_matters():
     rest estimated than with the rest dropped."""
     model = model_of(kv_heads=2, group=2, head_dim=16)
     config = WaveConfig(
-        retrieval_fraction=0.05, min_retrieved_tokens=0, growth_tokens=256, segment_tokens=512
+        retrieval_fraction=0.05,
+        min_candidate_tokens=0,
+        min_retrieved_tokens=0,
+        growth_tokens=256,
+        segment_tokens=512,
     )
     stream = random_stream(model, np.random.default_rng(4), 1400, 1)
     estimated, _ = compare(config, "device", [1300], stream, model, steps=50)

@@ -93,7 +93,9 @@ CASES = [("dense", WIDE, 16384), ("dense", DEEP_MLP, 2048), ("wave", WIDE, 16384
 
 @pytest.mark.parametrize("attention, model, room", CASES)
 def test_the_workspace_is_enough_and_not_twice_too_much(attention, model, room):
-    config = WaveConfig(growth_tokens=64, segment_tokens=1024, min_retrieved_tokens=8)
+    config = WaveConfig(
+        growth_tokens=64, segment_tokens=1024, min_retrieved_tokens=8, min_candidate_tokens=32
+    )
     one = WaveAttention(config, "device") if attention == "wave" else DenseAttention()
     need = memory_need(model, one, 4, room, 64, jnp.float32)
     prefill, decode = compiled_workspace(model, one, 4, room, 64)

@@ -40,7 +40,7 @@ def test_twenty_needles_at_1k_to_4k_tokens(smollm2, record_property):
     stops = tuple(sorted(tokenizer.stop_ids))
     full = Generator(config, DenseAttention(), stop_tokens=stops)
     # By default so short texts would be read nearly whole.
-    attention = WaveAttention(WaveConfig(min_retrieved_tokens=256))
+    attention = WaveAttention(WaveConfig(min_candidate_tokens=1024, min_retrieved_tokens=256))
     wave = Generator(config, attention, stop_tokens=stops)
     material = Material(tokenizer, load_haystack())
     found = {"full": 0.0, "wave": 0.0}

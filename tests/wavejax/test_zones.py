@@ -61,6 +61,7 @@ def test_zones_partition_the_tokens(lengths, chunks, budget, seed):
     retrieval_fraction, min_retrieved, token_codes = budget
     config = WaveConfig(
         retrieval_fraction=retrieval_fraction,
+        min_candidate_tokens=4 * min_retrieved,
         min_retrieved_tokens=min_retrieved,
         token_codes=token_codes,
         cluster_size=8,
@@ -98,7 +99,9 @@ def test_zones_partition_the_tokens(lengths, chunks, budget, seed):
 
 
 def test_without_estimation_the_rest_counts_nowhere():
-    config = WaveConfig(estimation_fraction=0.0, min_retrieved_tokens=64, **CONFIG)
+    config = WaveConfig(
+        estimation_fraction=0.0, min_retrieved_tokens=64, min_candidate_tokens=256, **CONFIG
+    )
     attention = WaveAttention(config, "device")
     state = attention.init_state(MODEL, 1, 300, 10, jnp.float32)
     stream = random_stream(MODEL, np.random.default_rng(0), 310, 1)

@@ -29,6 +29,7 @@ CONFIG = WaveConfig(
     segment_tokens=128,
     cluster_size=8,
     max_cluster_size=16,
+    min_candidate_tokens=32,
     min_retrieved_tokens=8,
 )
 ATTENTIONS = {"wave": WaveAttention(CONFIG), "dense": DenseAttention()}

@@ -17,6 +17,7 @@ from wavejax.wave_attention import WaveAttention
 # What only a decode step asks for: methods that differ in nothing else share their index.
 _DECODING = (
     "candidate_fraction",
+    "min_candidate_tokens",
     "retrieval_fraction",
     "min_retrieved_tokens",
     "estimation_fraction",

@@ -15,7 +15,12 @@ from wavejax.evaluation.methods import parse_methods
 from wavejax.wave_attention import scale_of
 
 CONFIG = WaveConfig(
-    segment_tokens=256, growth_tokens=64, local_tokens=16, cluster_size=16, min_retrieved_tokens=24
+    segment_tokens=256,
+    growth_tokens=64,
+    local_tokens=16,
+    cluster_size=16,
+    min_candidate_tokens=96,
+    min_retrieved_tokens=24,
 )
 MODEL = model_of(layers=1, kv_heads=2, group=3, head_dim=32)
 LENGTHS, STEPS = [700, 300], 70
@@ -105,8 +110,8 @@ def test_the_heaviest_are_picked_for_the_group(stream, group_by):
             np.testing.assert_array_equal(np.nonzero(np.asarray(found.picked)[b, h])[0], best)
 
 
-# By one bit of short queries: of exponentials of large errors no sample's mean is near the true one.
-# It stays too low: what is not picked is rather what is estimated too low.
+# By one bit of short queries: of exponentials of large errors no sample's mean is near the true
+# one. It stays too low: what is not picked is rather what is estimated too low.
 @pytest.mark.parametrize("bits, length, rtol", [(8, 1.0, 0.02), (1, 0.4, 0.2)])
 def test_corrected_masses_are_true_on_average(stream, bits, length, rtol):
     """Of what candidates keep; a centroid's mass, by Jensen's inequality, is less."""

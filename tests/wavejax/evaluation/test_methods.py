@@ -168,7 +168,7 @@ def test_quest_reads_whole_pages_of_the_greatest_bounds(model, stream):
 
 @pytest.mark.parametrize("name", ["full", "quest", "wave_no_estimation"])
 def test_a_shared_prefill_is_the_methods_own(name):
-    budget = {"retrieval_fraction": 0.1, "min_retrieved_tokens": 4} | {
+    budget = {"retrieval_fraction": 0.1, "min_retrieved_tokens": 4, "min_candidate_tokens": 16} | {
         field: getattr(CONFIG, field)
         for field in ("local_tokens", "growth_tokens", "segment_tokens", "cluster_size")
     }
@@ -195,6 +195,7 @@ def test_an_index_is_built_once_for_methods_that_can_share_it(monkeypatch):
         {},
         {"retrieval_fraction": 0.5},
         {"estimation_fraction": 0.0, "min_retrieved_tokens": 0, "candidate_fraction": 0.5},
+        {"min_candidate_tokens": 0},
         {"cluster_size": 4},
         {"cluster_size": 4, "retrieval_fraction": 0.5},
         {"token_codes": False},

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.optimised
 
 # Of 1,400 indexed tokens every method reads 256: the default budget.
 LENGTH = 1600
-BUDGET = {"retrieval_fraction": 0.009, "min_retrieved_tokens": 256}
+BUDGET = {"retrieval_fraction": 0.009, "min_candidate_tokens": 1024, "min_retrieved_tokens": 256}
 METHODS = "full,streaming_llm,quest,paper,wave"
 
 
