@@ -22,6 +22,9 @@ from wavejax import Generator, InputError
 from wavejax.generator import NO_TOKEN
 from wavejax.prompts import SMALLEST_BUCKET, bucket
 
+# It says of users' programs which give the same tokens.
+pytestmark = pytest.mark.optimised
+
 # Two buckets; 262 and 318 share one, so that alone they share their programs. With 90 new tokens
 # these two grow once, and the short prompt, all in its window at first, gets an index.
 LENGTHS = (5, 262, 318)

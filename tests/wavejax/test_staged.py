@@ -21,6 +21,9 @@ from wavejax.facts import facts_of
 from wavejax.generator import NO_TOKEN
 from wavejax.host_rows import HostRows
 
+# It says of users' programs which give the same tokens.
+pytestmark = pytest.mark.optimised
+
 # With 90 new tokens the long prompts' indexes grow once, and the short one's begins.
 LENGTHS, NEW_TOKENS = (5, 262, 318), 90
 
