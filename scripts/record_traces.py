@@ -37,13 +37,14 @@ SAMPLER = Sampler(temperature=1.0, top_p=0.95)
 
 
 def methods() -> dict[str, WaveConfig]:
-    """The settings recorded. Floors are left out: they would be most of a short text's budget."""
+    """The settings recorded; floors, most of a short text's budget, are left out but in the last."""
     wave = WaveConfig(min_candidate_tokens=0, min_retrieved_tokens=0)
     return {
         "paper, 1.8 %": WaveConfig.paper(),
         "wave, 0.9 %": wave,
         "wave, 0.45 %": dataclasses.replace(wave, retrieval_fraction=0.0045),
         "wave, 1.8 %": dataclasses.replace(wave, retrieval_fraction=0.018),
+        "wave, by default": WaveConfig(),
     }
 
 
