@@ -37,7 +37,7 @@ SAMPLER = Sampler(temperature=1.0, top_p=0.95)
 
 
 def methods() -> dict[str, WaveConfig]:
-    """The settings recorded; floors, most of a short text's budget, are left out but in the last."""
+    """The settings recorded; only the last has floors, most of so short a text's budget."""
     wave = WaveConfig(min_candidate_tokens=0, min_retrieved_tokens=0)
     return {
         "paper, 1.8 %": WaveConfig.paper(),
