@@ -75,10 +75,13 @@ def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> Row
     """An empty store of shape `[layers, batch, kv_heads, tokens, 2, head_dim]`."""
     if kind == "device":
         return RowStore(jnp.zeros(shape, dtype))
-    # From the host's own memory, never by way of the device, which may not have the room: that is
-    # where the program would start that a transfer to a `jax.memory.Space` is.
+    zeros = np.zeros(shape, dtype)
+    if jax.default_backend() == "cpu":
+        # By a program: else the store could be numpy's own memory, which cannot be donated.
+        return RowStore(jax.device_put(zeros, jax.memory.Space.Host))
+    # By none: it would start from a store on the device, which may not have the room.
     where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
-    return RowStore(jax.device_put(np.zeros(shape, dtype), where))
+    return RowStore(jax.device_put(zeros, where))
 
 
 def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCache:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels as ops
 from models.config import ModelConfig
 from models.parameters import nest, parameter_shapes
 from tests.wavejax.attention_harness import model_of
@@ -137,8 +138,9 @@ def device_with(monkeypatch, stats):
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
 
 
-def test_a_store_in_host_memory_is_made_by_no_program(caplog):
-    """A program would start from a store on the device, which may not have the room for it."""
+def test_a_store_in_host_memory_is_made_by_no_program(caplog, monkeypatch):
+    """Not on a GPU, where it would start from a store on the device, which may not have room."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.log_compiles():
         store = init_store((1, 2, 3, 12_345, 2, 16), jnp.bfloat16, "host")
         assert not [record for record in caplog.records if "ompil" in record.message]
@@ -146,6 +148,17 @@ def test_a_store_in_host_memory_is_made_by_no_program(caplog):
         assert [record for record in caplog.records if "ompil" in record.message]
     assert store.rows.sharding.memory_kind == "pinned_host"
     assert store.rows.shape == (1, 2, 3, 12_345, 2, 16)
+
+
+def test_a_store_in_host_memory_can_be_donated():
+    """On a CPU too, where a well aligned numpy array's memory could be taken for one."""
+    zeros = jnp.int32(0)
+    for tokens in range(1000, 1020):
+        store = init_store((1, 1, 2, tokens, 2, 16), jnp.float32, "host").rows
+        address = store.unsafe_buffer_pointer()
+        append = jax.jit(ops.append_rows, donate_argnums=0)
+        store = append(store, jnp.ones((2, 5, 2, 16)), zeros, zeros, zeros)
+        assert store.unsafe_buffer_pointer() == address
 
 
 def test_what_is_free_is_what_xla_set_aside_less_what_is_in_use(monkeypatch):
