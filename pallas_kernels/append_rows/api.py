@@ -28,7 +28,8 @@ def append_rows(
         layer, sequence: where in the stack.
         start: the first row to write.
         implementation: see `pallas_kernels._dispatch.call`. With None the kernel writes to host
-            memory only, where XLA takes twenty times as long as PCIe; on the device XLA does well.
+            memory only: XLA's update there was slow in the program that reads a prompt
+            (docs/benchmarks.md); on the device XLA does well.
     """
     if implementation is None and jax.typeof(store).memory_space != jax.memory.Space.Host:
         implementation = "xla"
