@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.score_clusters import ClusterScores
+from pallas_kernels.select_clusters import Candidates
 from pallas_kernels.select_tokens import Retrieved, RowTable
 from wavejax.config import WaveConfig
 from wavejax.index import WaveIndex
@@ -38,12 +39,7 @@ def retrieve(
     Returns:
         the tokens' rows, where to read them, and what each cluster keeps.
     """
-    room = wave.token_ids.shape[-1]
-    retrieved, candidates = budgets(config, wave.tokens)
-    max_candidates = config.most_candidates(room)
-    chosen = ops.select_clusters(
-        *scores, wave.offsets, layer, candidates, max_candidates=max_candidates
-    )
+    chosen = choose_clusters(config, scores, wave, layer)
     log_mass = ops.score_tokens(
         rotate(query),
         scores.logits,
@@ -54,19 +50,45 @@ def retrieve(
         wave.scales,
         layer,
         scale=scale,
-        max_candidates=max_candidates,
+        max_candidates=config.most_candidates(wave.token_ids.shape[-1]),
     )
+    return pick_tokens(config, log_mass, chosen, wave, table, layer, step)
+
+
+def choose_clusters(
+    config: WaveConfig, scores: ClusterScores, wave: WaveIndex, layer: Int[Array, ""]
+) -> Candidates:
+    """The best clusters, whose tokens are the candidates."""
+    return ops.select_clusters(
+        *scores,
+        wave.offsets,
+        layer,
+        budgets(config, wave.tokens)[1],
+        max_candidates=config.most_candidates(wave.token_ids.shape[-1]),
+    )
+
+
+def pick_tokens(
+    config: WaveConfig,
+    log_mass: Float[Array, "batch kv_heads candidates"],
+    chosen: Candidates,
+    wave: WaveIndex,
+    table: RowTable,
+    layer: Int[Array, ""],
+    step: Int[Array, ""],
+) -> Retrieved:
+    """The candidates of most mass, as `score_tokens` gives it: see `retrieve`."""
     return ops.select_tokens(
         log_mass,
         chosen,
-        retrieved,
+        budgets(config, wave.tokens)[0],
         wave.offsets,
         wave.token_ids,
         wave.prompt_tokens,
         table,
         layer,
         step,
-        max_tokens=config.most_retrieved(room),
+        max_tokens=config.most_retrieved(wave.token_ids.shape[-1]),
         segment_tokens=config.segment_tokens,
         growth_tokens=config.growth_tokens,
     )

@@ -8,10 +8,11 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as ops
 from models.errors import InputError
-from pallas_kernels._numerics import MASKED, NO_ID, heaviest, list_places, log_sum_exp, ordered_bits
+from pallas_kernels._numerics import MASKED, NO_ID, heaviest, log_sum_exp, ordered_bits
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.score_clusters import ClusterScores
 from pallas_kernels.score_tokens.reference import list_members
+from pallas_kernels.select_clusters import Candidates
 from pallas_kernels.select_tokens import Retrieved
 from pallas_kernels.select_tokens.reference import segment_start
 from wavejax import retrieval
@@ -27,12 +28,16 @@ class Ranked(NamedTuple):
     """The candidates' tokens of one layer, and what their codes say of them.
 
     Attributes:
+        chosen: the candidates' clusters.
+        log_mass: `[batch, kv_heads, candidates]` float32, by which they rank; MASKED past the last.
         positions, clusters: `[batch, kv_heads, candidates]` int32; NO_ID past the last one.
         estimate: `[batch, kv_heads, group, candidates]` float32, of their logits.
         variance: the same shape, of the estimate's error.
         picked: `[batch, kv_heads, candidates]` bool, those that are retrieved.
     """
 
+    chosen: Candidates
+    log_mass: Array
     positions: Array
     clusters: Array
     estimate: Array
@@ -80,29 +85,11 @@ class AblatedAttention(WaveAttention):
         scores: ClusterScores,
         state: WaveState,
     ) -> Retrieved:
-        """See `WaveAttention`. No row gets a slot: all are read from the store."""
-        wave = state.index
+        """See `WaveAttention`."""
         ranked = self._rank(layer, query, scores, state)
-        batch, kv_heads, _ = ranked.positions.shape
-        b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-        kept = jnp.where(ranked.picked, ranked.clusters, NO_ID)
-        sizes = jnp.diff(wave.offsets[layer], axis=-1)
-        places = list_places(ranked.picked, self.config.most_retrieved(wave.token_ids.shape[-1]))
-        found = places != NO_ID
-        tokens = jnp.take_along_axis(
-            self._tokens(layer, ranked.positions, state),
-            jnp.minimum(places, ranked.positions.shape[-1] - 1),
-            axis=-1,
-        )
-        count = jnp.sum(ranked.picked, axis=-1, dtype=jnp.int32)
-        return Retrieved(
-            tokens=jnp.where(found, tokens, NO_ID),
-            slots=jnp.full_like(places, NO_ID),
-            hit=jnp.zeros_like(found),
-            remaining=sizes.at[b, h, kept].add(-1, mode="drop"),
-            table=state.cache.table,
-            hits=jnp.zeros_like(count),
-            misses=count,
+        best = ranked.log_mass, ranked.chosen
+        return retrieval.pick_tokens(
+            self.config, *best, state.index, state.cache.table, layer, state.step
         )
 
     def select(
@@ -131,10 +118,8 @@ class AblatedAttention(WaveAttention):
 
     def _rank(self, layer: Array, query: Array, scores: ClusterScores, state: WaveState) -> Ranked:
         wave, scale, head_dim = state.index, scale_of(query), query.shape[-1]
-        room = wave.token_ids.shape[-1]
-        budget, candidates = retrieval.budgets(self.config, wave.tokens)
-        most = self.config.most_candidates(room)
-        chosen = ops.select_clusters(*scores, wave.offsets, layer, candidates, max_candidates=most)
+        chosen = retrieval.choose_clusters(self.config, scores, wave, layer)
+        most = self.config.most_candidates(wave.token_ids.shape[-1])
         positions, clusters = list_members(chosen, wave.offsets[layer], most)
         listed = clusters != NO_ID
         batch, kv_heads, _ = positions.shape
@@ -158,10 +143,11 @@ class AblatedAttention(WaveAttention):
         variance = norm[..., None] * (scale**2 * length**2 * tangent / (head_dim - 1))[:, :, None]
         share = estimate - scores.logsumexp[..., None]
         mass = log_sum_exp(share, axis=2) if self.group_by == "sum" else jnp.max(share, axis=2)
+        mass = jnp.where(listed, mass, MASKED)
+        budget = retrieval.budgets(self.config, wave.tokens)[0]
         row_budget = jnp.broadcast_to(budget[:, None], mass.shape[:2])
-        bits = ordered_bits(jnp.where(listed, mass, MASKED))
-        picked = heaviest(bits, listed.astype(jnp.int32), row_budget)
-        return Ranked(positions, clusters, estimate, variance, picked)
+        picked = heaviest(ordered_bits(mass), listed.astype(jnp.int32), row_budget)
+        return Ranked(chosen, mass, positions, clusters, estimate, variance, picked)
 
 
 def quantise(x: Float[Array, "*batch dim"], bits: int) -> Float[Array, "*batch dim"]:

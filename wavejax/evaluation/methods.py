@@ -30,7 +30,11 @@ _RANKS: dict[str, Rank] = {
     "streaming_llm": "recency",
     "quest": "page_bound",
 }
-_PARTS = {"code_bits": int, "rotated": bool, "group_by": str, "corrected": bool}
+# What an ablation has more than wave attention.
+_PARTS = {
+    field.name: type(field.default)
+    for field in dataclasses.fields(AblatedAttention)[len(dataclasses.fields(WaveAttention)) :]
+}
 _OWN: dict[str, dict[str, Any]] = {
     "wave_no_estimation": {"estimation_fraction": 0.0},
     "wave_no_codes": {"token_codes": False},

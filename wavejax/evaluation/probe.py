@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from wavejax.evaluation.baselines import SparseAttention
 from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.evaluation.teacher_forcing import CHUNK, Answer
 from wavejax.generator import DecodeState, Generator
-from wavejax.wave_attention import WaveAttention, WaveState
+from wavejax.wave_attention import WaveAttention, WaveState, scale_of
 
 
 @pytree
@@ -118,7 +117,7 @@ def wave_reads(
     wave, steady = state.index, state.steady
     kv_heads, head_dim = wave.centroids.shape[2], query.shape[-1]
     grouped = query.reshape(query.shape[0], kv_heads, -1, head_dim)
-    scale = 1 / math.sqrt(head_dim)
+    scale = scale_of(query)
     scores = ops.score_clusters(grouped, wave.centroids, wave.offsets, layer, scale=scale)
     retrieved = attention.retrieve(layer, grouped, scores, state)
     sinks = steady.sink_tokens[:, None]

@@ -108,6 +108,14 @@ def test_the_heaviest_are_picked_for_the_group(stream, group_by):
             rank = shares.sum(0) if group_by == "sum" else shares.max(0)
             best = np.sort(np.argsort(-rank, kind="stable")[:24])
             np.testing.assert_array_equal(np.nonzero(np.asarray(found.picked)[b, h])[0], best)
+    state = started(attention, stream)
+    at = jnp.int32(0), first_query(stream), cluster_scores(stream, state), state
+    tokens = np.asarray(attention._tokens(jnp.int32(0), found.positions, state))
+    retrieved = np.asarray(attention.retrieve(*at).tokens)
+    for b, h in np.ndindex(2, 2):
+        np.testing.assert_array_equal(
+            retrieved[b, h][retrieved[b, h] != NO_ID], tokens[b, h][np.asarray(found.picked)[b, h]]
+        )
 
 
 # By one bit of short queries: of exponentials of large errors no sample's mean is near the true
