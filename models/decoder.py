@@ -161,15 +161,15 @@ def apply_layer(
     Raises:
       TypeError: the layer is a traced scalar, and several that are not stacked are given.
     """
-    query, key, value = enter_layer(config, params, layer, hidden, positions)
+    weights = pick_layer(params, layer)
+    query, key, value = enter_layer(config, weights, hidden, positions)
     attended, state = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
-    return leave_layer(config, params, layer, hidden, attended), state
+    return leave_layer(config, weights, hidden, attended), state
 
 
 def enter_layer(
     config: ModelConfig,
-    params: Params,
-    layer: Int[Array, ""] | int,
+    weights: dict[str, Array],
     hidden: Float[Array, "batch tokens hidden"],
     positions: Int[Array, "batch tokens"],
 ) -> tuple[
@@ -177,8 +177,7 @@ def enter_layer(
     Float[Array, "batch tokens kv_heads head_dim"],
     Float[Array, "batch tokens kv_heads head_dim"],
 ]:
-    """What `apply_layer` does before attention: the layer's query, key and value."""
-    weights = _pick_layer(params["params"]["layers"], layer)
+    """What `apply_layer` does before attention, with the layer's own weights, of `pick_layer`."""
     normed = _rms_norm(hidden, weights["attention_norm"], config.norm_eps)
     query = _heads(normed, weights["query"], weights.get("query_bias"), config.head_dim)
     key = _heads(normed, weights["key"], weights.get("key_bias"), config.head_dim)
@@ -192,13 +191,11 @@ def enter_layer(
 
 def leave_layer(
     config: ModelConfig,
-    params: Params,
-    layer: Int[Array, ""] | int,
+    weights: dict[str, Array],
     hidden: Float[Array, "batch tokens hidden"],
     attended: Float[Array, "batch tokens heads head_dim"],
 ) -> Float[Array, "batch tokens hidden"]:
     """What `apply_layer` does after attention: the layer's output, of its input `hidden`."""
-    weights = _pick_layer(params["params"]["layers"], layer)
     attended = attended.astype(hidden.dtype).reshape(*hidden.shape[:2], -1)
     hidden = hidden + _linear(attended, weights["output"])
 
@@ -238,9 +235,9 @@ def _by_blocks(function: Callable[[Array], Array], hidden: Array) -> Array:
     return jax.lax.map(function, blocks).swapaxes(0, 1).reshape(batch, tokens, size)
 
 
-def _pick_layer(
-    layers: dict[str, Array] | tuple[dict[str, Array], ...], layer: Array | int
-) -> dict[str, Array]:
+def pick_layer(params: Params, layer: Int[Array, ""] | int) -> dict[str, Array]:
+    """One layer's weights by their names; arguments and TypeError as of `apply_layer`."""
+    layers = params["params"]["layers"]
     if isinstance(layers, tuple):
         if isinstance(layer, int):
             return layers[layer]

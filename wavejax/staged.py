@@ -205,7 +205,7 @@ def _select(
     wave: WaveState,
 ) -> tuple[Selection, Array, Array, WaveState]:
     """What to attend to, and of it the rows that the cache does not hold, side by side."""
-    inputs = decoder.enter_layer(model, params, layer, hidden, positions)
+    inputs = decoder.enter_layer(model, decoder.pick_layer(params, layer), hidden, positions)
     selection, wave = attention.select(layer, *inputs, wave)
     missed = (selection.tokens != NO_ID) & ~selection.hit
     places = list_places(missed, missed.shape[-1])
@@ -259,7 +259,7 @@ def _finish(
     cached = wave.cache.rows.at[layer, b, h, slots].set(block, mode="drop")
     wave = dataclasses.replace(wave, cache=dataclasses.replace(wave.cache, rows=cached))
     output = output.astype(query.dtype).reshape(batch, 1, -1, query.shape[-1])
-    return decoder.leave_layer(model, params, layer, hidden, output), wave
+    return decoder.leave_layer(model, decoder.pick_layer(params, layer), hidden, output), wave
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="wave")
