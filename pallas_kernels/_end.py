@@ -9,8 +9,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas
 from pallas_kernels._bisect import Each, cut
+from pallas_kernels._pairs import sum_pair
 from pallas_kernels._row import Row
-from pallas_kernels._split import Lists, Load, sum_pair
+from pallas_kernels._split import Lists, Load
 
 # Contenders that `read_end` reads at once.
 READ_TILE = 1024

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._bisect import bracket
+from pallas_kernels._pairs import halves, sum_pair
 from pallas_kernels._row import Row
 
 # How many standard deviations of what the sample holds the bracket is wide, each way, and how many
@@ -147,16 +148,6 @@ def split(
         row.store(lists.weights, weights, at, mask=contends)
         row.store(lists.held, jnp.sum(jnp.where(left & ~contends, weights, 0)), part)
     return Survivors(place, keys, left, left_rank, left_count)
-
-
-def halves(pair: Any) -> tuple[Any, Any]:
-    """The lower and the upper 16 bits of int32, as numbers that are not negative."""
-    return pair & 0xFFFF, lax.shift_right_logical(pair, jnp.full_like(pair, 16))
-
-
-def sum_pair(first: Any, second: Any) -> tuple[Any, Any]:
-    """Two sums, each less than 2^15, for the price of one."""
-    return halves(jnp.sum(first | (second << 16)))
 
 
 def list_shapes(rows: tuple[int, int], elements: int, chunks: int, *, weighted: bool) -> Lists:

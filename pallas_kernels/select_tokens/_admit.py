@@ -4,8 +4,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels import _pallas
 from pallas_kernels._bisect import threshold
+from pallas_kernels._pairs import list_selected
 from pallas_kernels._row import Row
+
+# Slots' ages stay in registers while they are no more than so many blocks. With more, every round
+# of the bisection reads them again and waits for each block.
+BLOCKS_IN_REGISTERS = 8
 
 
 def admit(
@@ -39,7 +45,16 @@ def admit(
         used = row.load(last_used_ref, slot, mask=exists, stacked=True)
         return jnp.where(exists, step - used, 0).astype(jnp.uint32)
 
+    most = _pallas.tile(slots)
+    in_registers = most <= BLOCKS_IN_REGISTERS * row.block
+    if in_registers:
+        every = jnp.arange(most)
+        ages_of_all = age(every, every < slots)
+
     def held(key: Any) -> Any:
+        if in_registers:
+            return jnp.sum((ages_of_all >= key).astype(jnp.int32))
+
         def add(slot: Any, exists: Any, held: Any) -> Any:
             return held + (age(slot, exists) >= key).astype(jnp.int32)
 
@@ -47,16 +62,20 @@ def admit(
 
     key, above = threshold(held, wanted, jnp.uint32(0), (step + 2).astype(jnp.uint32))
 
-    def list_victims(slot: Any, exists: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-        written, equal = state
-        ages = age(slot, exists)
-        tie = (ages == key).astype(jnp.int32)
-        given = (ages > key) | ((tie > 0) & (above + equal + jnp.cumsum(tie) - tie < wanted))
-        number = given.astype(jnp.int32)
-        row.store(victims_ref, slot, written + jnp.cumsum(number) - 1, mask=given)
-        return written + jnp.sum(number), equal + jnp.sum(tie)
+    def list_victims(slot: Any, ages: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        given, at, state = list_selected(ages > key, ages == key, wanted - above, state)
+        row.store(victims_ref, slot, at, mask=given)
+        return state
 
-    row.each(jnp.int32(slots), list_victims, (jnp.int32(0), jnp.int32(0)))
+    none = jnp.int32(0), jnp.int32(0)
+    if in_registers:
+        list_victims(every, ages_of_all, none)
+    else:
+        row.each(
+            jnp.int32(slots),
+            lambda slot, exists, state: list_victims(slot, age(slot, exists), state),
+            none,
+        )
     row.barrier()
 
     def enter(i: Any, exists: Any, missed: Any) -> Any:

@@ -10,6 +10,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import _pallas
 from pallas_kernels._bisect import threshold
 from pallas_kernels._numerics import NO_ID, ordered_bits
+from pallas_kernels._pairs import list_selected
 from pallas_kernels._row import Row
 from pallas_kernels.score_tokens._members import find_members
 from pallas_kernels.select_tokens._admit import admit
@@ -76,13 +77,10 @@ def _pick(
         bound, above = threshold(held, budget, low, high + jnp.uint32(1))
 
         def write(exists: Any, key: Any, place: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            written, equal = state
-            tie = (exists & (key == bound)).astype(jnp.int32)
-            before = above + equal + jnp.cumsum(tie) - tie
-            picked = exists & ((key > bound) | ((tie > 0) & (before < budget)))
-            number = picked.astype(jnp.int32)
-            row.store(out_ref, place, written + jnp.cumsum(number) - 1, mask=picked)
-            return written + jnp.sum(number), equal + jnp.sum(tie)
+            larger, ties = exists & (key > bound), exists & (key == bound)
+            picked, at, state = list_selected(larger, ties, budget - above, state)
+            row.store(out_ref, place, at, mask=picked)
+            return state
 
         each(write, (jnp.int32(0), jnp.int32(0)))
 

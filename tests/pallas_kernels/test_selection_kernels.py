@@ -129,7 +129,8 @@ select = jax.jit(select_tokens.select_tokens, static_argnames=(*SIZES, "config",
 select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=SIZES)
 
 
-# More contenders than registers hold, a cache of few slots and of one, a budget past everything.
+# More contenders, or more slots, than registers hold; a cache of few slots and of one; a budget
+# past everything.
 @pytest.mark.parametrize(
     "slots, most, config",
     [
@@ -137,6 +138,8 @@ select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=
         (1, 10, select_tokens.WholeRows(16, 32, 16, 64, 1, 1, 1)),
         (7, 24, select_tokens.SplitRows(128, 16, 32, 32, 1, 1, 1)),
         (1, 10, select_tokens.SplitRows(32, 32, 256, 64, 1, 1, 1)),
+        (40, 24, select_tokens.WholeRows(32, 64, 32, 4, 1, 1, 1)),
+        (40, 24, select_tokens.SplitRows(128, 16, 32, 4, 1, 1, 1)),
         (300, 400, None),
     ],
 )
