@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -132,8 +131,7 @@ def _kernel(
                     product = 2 * over_set[g] - plt.load(sums_ref.at[at])
                     estimate += a * (plt.load(steps_ref.at[at]) * product.astype(jnp.float32))
                 estimates.append(estimate)
-            peak = functools.reduce(jnp.maximum, estimates)
-            total = sum(_exp(x - peak) for x in estimates)
+            log_mass = _query.log_sum_exp(estimates, emulate=emulate or not config.integers)
         else:
             product = _products_of_floats(
                 query_ref, codes_ref, layer, b, h, position, valid, head_dim
@@ -149,14 +147,9 @@ def _kernel(
             estimate -= normaliser[None, :]
             estimate = jnp.where(in_group, estimate + a[:, None] * product, MASKED)
             peak = jnp.max(estimate, axis=1)
-            total = jnp.sum(_exp(estimate - peak[:, None]), axis=1)
-        log_mass = jnp.where(valid, peak + jnp.log(total), MASKED)
-        plt.store(log_mass_ref.at[b, h, place], log_mass, mask=inside)
-
-
-def _exp(x: Any) -> Any:
-    """exp in half of the instructions that the library's takes: the processor has a power of 2."""
-    return jnp.exp2(x * math.log2(math.e))
+            powers = jnp.exp2(_query.LOG2_E * (estimate - peak[:, None]))
+            log_mass = peak + jnp.log(jnp.sum(powers, axis=1))
+        plt.store(log_mass_ref.at[b, h, place], jnp.where(valid, log_mass, MASKED), mask=inside)
 
 
 def _products_of_floats(
