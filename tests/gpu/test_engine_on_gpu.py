@@ -19,8 +19,6 @@ import pytest
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from tests.cli.conftest import TEMPLATE, VOCAB, write_tokenizer
-from tests.models.tiny_models import CONFIGS, make_tensors, write_folder
 from wavejax import DecodeState, Generator, WaveAttention, WaveConfig, programs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow(120)]
@@ -29,25 +27,6 @@ MODELS = [Path(name) for name in filter(None, os.environ.get("WAVEJAX_MODELS", "
 # Small enough to be retrieved, estimated and grown several times.
 SMALL = ["--growth-tokens", "64", "--segment-tokens", "1024", "--min-retrieved-tokens", "64"]
 SMALL += ["--min-candidate-tokens", "256"]
-
-
-@pytest.fixture(scope="module")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of random weights with heads that the kernels take, 7 query heads a kv head."""
-    folder = tmp_path_factory.mktemp("random")
-    config = CONFIGS["llama"] | {
-        "vocab_size": VOCAB,
-        "hidden_size": 448,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 8192,
-    }
-    write_folder(folder, config, make_tensors(config))
-    write_tokenizer(folder, chat_template=TEMPLATE)
-    return folder
 
 
 def generate(model: Path, platform: str, *arguments: str) -> list[list[int]]:
@@ -96,7 +75,7 @@ def test_both_stores_and_the_cpu_say_the_same(model, random_model, tmp_path):
 @pytest.mark.parametrize("model", ["random", *MODELS], ids=lambda model: Path(model).name)
 def test_both_stores_say_the_same_in_bfloat16(model, random_model, tmp_path):
     flags = [*prompts(tmp_path, (14000 if model != "random" else 5000,)), "--dtype", "bfloat16"]
-    flags += ["--max-new-tokens", "64"]
+    flags += ["--max-new-tokens", "64", *SMALL]
     path = model if model != "random" else random_model
     host = generate(path, "cuda", *flags, "--store", "host")
     assert host == generate(path, "cuda", *flags, "--store", "device")

@@ -1,0 +1,27 @@
+"""A model whose heads the kernels take."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import TEMPLATE, VOCAB, write_tokenizer
+from tests.models.tiny_models import CONFIGS, make_tensors, write_folder
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random weights, 7 query heads a kv head."""
+    folder = tmp_path_factory.mktemp("random")
+    config = CONFIGS["llama"] | {
+        "vocab_size": VOCAB,
+        "hidden_size": 448,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+    }
+    write_folder(folder, config, make_tensors(config))
+    write_tokenizer(folder, chat_template=TEMPLATE)
+    return folder
