@@ -22,6 +22,7 @@ OPENING = "There is a special magic number hidden in the following text. Remembe
 NEEDLE = (
     "Remember this: the special magic number is {number}. {number} is the special magic number."
 )
+RETRIEVED = 256  # tokens, in each step
 QUESTION = "What is the special magic number?"
 
 
@@ -65,15 +66,27 @@ def main() -> int:
     tokenizer = load_tokenizer(model)
     text = hide(number, tokenizer, arguments.tokens, arguments.depth)
     length = len(tokenizer.encode(text, add_special=False))
-    print(f"{number} is hidden in {length} tokens of text; {model.stem} is asked: {QUESTION}")
+    print(
+        f"{number} is hidden in {length} tokens of text; {model.stem}, which retrieves {RETRIEVED} "
+        f"of them in each step, is asked: {QUESTION}"
+    )
 
     answer = Tee()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "prompt.txt")
         file.write_text(text, encoding="utf-8")
         with contextlib.redirect_stdout(answer):
+            budget = ["--min-retrieved-tokens", str(RETRIEVED)]
             status = generate.main(
-                ["--model", str(model), "--prompt-file", str(file), "--max-new-tokens", "32"]
+                [
+                    "--model",
+                    str(model),
+                    "--prompt-file",
+                    str(file),
+                    "--max-new-tokens",
+                    "32",
+                    *budget,
+                ]
             )
     if status:
         return status

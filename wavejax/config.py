@@ -11,6 +11,14 @@ def _setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+# Clusters of short contexts are not made smaller than this: centroid and sum of values then take an
+# eighth of the memory that the rows take.
+LEAST_CLUSTER_SIZE = 8
+
+# The row cache is as large as that of a context of so many times the least tokens retrieved.
+LIKE_RETRIEVED = 80
+
+
 @dataclasses.dataclass(frozen=True)
 class WaveConfig:
     """Settings of the wave index, the wave buffer and tripartite attention.
@@ -26,21 +34,24 @@ class WaveConfig:
     local_tokens: int = _setting(64, "last tokens, always attended to exactly")
     growth_tokens: int = _setting(1024, "generated tokens that make a new segment of the index")
     segment_tokens: int = _setting(8192, "prompt tokens clustered together; at most 65536")
-    cluster_size: int = _setting(32, "mean tokens a cluster")
+    cluster_size: int = _setting(32, "mean tokens a cluster; of short contexts fewer")
     max_cluster_size: int = _setting(64, "most tokens a cluster; larger ones are cut")
+    min_clusters: int = _setting(
+        3072, "least clusters: sizes are halved, to no less than 8 tokens, until there are as many"
+    )
     kmeans_iterations: int = _setting(10, "iterations of k-means")
     token_codes: bool = _setting(True, "rank single tokens by one-bit codes, not whole clusters")
     candidate_fraction: float = _setting(0.25, "share of tokens whose codes are read")
     min_candidate_tokens: int = _setting(16384, "least tokens whose codes are read")
     retrieval_fraction: float = _setting(0.009, "share of tokens retrieved and attended exactly")
-    min_retrieved_tokens: int = _setting(1024, "least tokens retrieved: short contexts near exact")
+    min_retrieved_tokens: int = _setting(4096, "least tokens retrieved: short contexts near exact")
     estimation_fraction: float = _setting(
         1.0, "share of tokens estimated from their clusters; below 1, the rest is dropped"
     )
     cache_fraction: float = _setting(
         0.05,
-        "slots of the row cache, as a share of the tokens; of short contexts a larger one, in "
-        "step with the tokens retrieved",
+        "slots of the row cache, as a share of the tokens; where the least tokens are retrieved, "
+        "of 80 times as many: four slots for each by default",
     )
 
     def __post_init__(self) -> None:
@@ -50,6 +61,7 @@ class WaveConfig:
             _check_range(name, getattr(self, name), 1, 65536)
         for name in (
             "sink_tokens",
+            "min_clusters",
             "kmeans_iterations",
             "min_candidate_tokens",
             "min_retrieved_tokens",
@@ -75,6 +87,7 @@ class WaveConfig:
             "token_codes": False,
             "cluster_size": 16,
             "max_cluster_size": 8192,
+            "min_clusters": 0,
             "retrieval_fraction": 0.018,
             "min_retrieved_tokens": 0,
             "estimation_fraction": 0.232,
@@ -91,6 +104,13 @@ class WaveConfig:
         rest = prompt_tokens - self.sink_tokens
         return 0 if rest < self.window_tokens else rest - self.local_tokens
 
+    def cluster_sizes(self, tokens: int) -> tuple[int, int]:
+        """Mean and most tokens of a cluster, in an index with room for so many tokens."""
+        mean, most = self.cluster_size, self.max_cluster_size
+        while mean >= 2 * LEAST_CLUSTER_SIZE and tokens < mean * self.min_clusters:
+            mean, most = mean // 2, most // 2
+        return mean, most
+
     def most_retrieved(self, tokens: int) -> int:
         """The most tokens retrieved of so many indexed ones."""
         # One more than the exact share: the device computes it in float32.
@@ -106,9 +126,8 @@ class WaveConfig:
 
     def cache_slots(self, tokens: int) -> int:
         """Slots of the row cache for so many indexed tokens."""
-        # Where more than their share is retrieved, as many as in a context so long that it is not.
-        like = self.min_retrieved_tokens / self.retrieval_fraction if self.retrieval_fraction else 0
-        return max(1, math.ceil(min(self.cache_fraction * max(tokens, like), tokens)))
+        like = max(tokens, LIKE_RETRIEVED * self.min_retrieved_tokens)
+        return max(1, math.ceil(min(self.cache_fraction * like, tokens)))
 
 
 def _check_kind(name: str, value: Any, kind: type) -> None:

@@ -65,11 +65,8 @@ def cluster_capacity(config: WaveConfig, segments: list[int], growths: int) -> i
     """Room for the clusters of these prompt segments and of so many growth segments."""
     counts = collections.Counter(segments)
     counts[config.growth_tokens] += growths
-    rooms = [
-        count * capacity(size, config.cluster_size, config.max_cluster_size)
-        for size, count in counts.items()
-    ]
-    return max(1, sum(rooms))
+    sizes = config.cluster_sizes(sum(size * count for size, count in counts.items()))
+    return max(1, sum(count * capacity(size, *sizes) for size, count in counts.items()))
 
 
 def init_index(
@@ -182,12 +179,13 @@ def append_segments(
         counts: int32, how many tokens each segment has: all `new` of them before one that has
             fewer, and none after it.
     """
+    cluster_size, max_cluster_size = config.cluster_sizes(index.token_ids.shape[-1])
     clusters = ops.build_clusters(
         keys,
         values,
         counts[:, None],
-        cluster_size=config.cluster_size,
-        max_cluster_size=config.max_cluster_size,
+        cluster_size=cluster_size,
+        max_cluster_size=max_cluster_size,
         iterations=config.kmeans_iterations,
     )
     kv_heads, room = clusters.centroids.shape[1:3]

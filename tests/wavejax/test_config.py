@@ -11,7 +11,10 @@ from wavejax import InputError, WaveAttention, WaveConfig
 from wavejax.retrieval import budgets
 
 SIZES = ("local_tokens", "growth_tokens", "segment_tokens", "cluster_size")
-COUNTS = ("sink_tokens", "kmeans_iterations", "min_candidate_tokens", "min_retrieved_tokens")
+COUNTS = (
+    *("sink_tokens", "min_clusters", "kmeans_iterations"),
+    *("min_candidate_tokens", "min_retrieved_tokens"),
+)
 SHARES = ("candidate_fraction", "retrieval_fraction", "estimation_fraction", "cache_fraction")
 
 OUT_OF_RANGE = [
@@ -69,6 +72,7 @@ def test_the_papers_settings():
     assert paper.max_cluster_size == paper.segment_tokens
     assert (paper.retrieval_fraction, paper.estimation_fraction) == (0.018, 0.232)
     assert paper.min_retrieved_tokens == 0
+    assert paper.cluster_sizes(1000) == (16, 8192)
     assert (paper.sink_tokens, paper.local_tokens, paper.growth_tokens) == (4, 64, 1024)
     assert paper.cache_fraction == 0.05
     changed = WaveConfig.paper(cluster_size=32, sink_tokens=8)
@@ -144,16 +148,34 @@ def test_capacities_hold_what_the_device_asks_for(config, tokens, spare):
 
 
 @pytest.mark.parametrize(
+    "config, tokens, sizes",
+    [
+        (WaveConfig(), 1_000_000, (32, 64)),
+        (WaveConfig(), 32 * 3072, (32, 64)),
+        (WaveConfig(), 32 * 3072 - 1, (16, 32)),
+        (WaveConfig(), 16 * 3072 - 1, (8, 16)),
+        (WaveConfig(), 1, (8, 16)),  # no smaller ones
+        (WaveConfig(min_clusters=0), 1, (32, 64)),
+        (WaveConfig(cluster_size=15, max_cluster_size=15), 1, (15, 15)),  # half is less than 8
+        (WaveConfig(cluster_size=16, max_cluster_size=1000), 5000, (8, 500)),
+        (WaveConfig(cluster_size=1, max_cluster_size=1), 5000, (1, 1)),
+    ],
+)
+def test_short_contexts_have_smaller_clusters(config, tokens, sizes):
+    assert config.cluster_sizes(tokens) == sizes
+
+
+@pytest.mark.parametrize(
     "config, tokens, slots",
     [
         (WaveConfig(), 1_000_000, 50_000),
-        (WaveConfig(), 113_778, 5689),  # 0.9 % of them are 1024
-        (WaveConfig(), 20_000, 5689),  # as many for as many retrieved
+        (WaveConfig(), 80 * 4096, 4 * 4096),
+        (WaveConfig(), 20_000, 4 * 4096),  # as many for as many retrieved
         (WaveConfig(), 5000, 5000),  # never more than tokens
+        (WaveConfig(min_retrieved_tokens=1024), 122_880, 6144),
         (WaveConfig(cache_fraction=0.0), 20_000, 1),
-        (WaveConfig(cache_fraction=0.01), 5000, 1138),
-        (WaveConfig(retrieval_fraction=0.0), 20_000, 1000),  # no share to be in step with
-        (WaveConfig(retrieval_fraction=1e-320), 20_000, 20_000),
+        (WaveConfig(cache_fraction=0.01), 5000, 3277),
+        (WaveConfig(min_retrieved_tokens=0), 20_000, 1000),
         (WaveConfig.paper(), 20_000, 1000),
     ],
 )
