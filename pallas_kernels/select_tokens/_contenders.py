@@ -35,7 +35,7 @@ def estimate_threshold(*refs: Any, sample: int) -> None:
     Refs:
         log_mass: `[batch, kv_heads, candidates]` float32.
         starts: `Candidates.starts`.
-        budget: `[batch]` int32.
+        budget: `[batch, kv_heads]` int32.
         lowest: `[batch, kv_heads]` uint32, out.
     """
     log_mass_ref, starts_ref, budget_ref, lowest_ref = refs
@@ -44,7 +44,7 @@ def estimate_threshold(*refs: Any, sample: int) -> None:
     b, h = row // kv_heads, row % kv_heads
     count = plt.load(starts_ref.at[b, h, jnp.int32(starts_ref.shape[-1] - 1)])
     count = jnp.maximum(jnp.minimum(count, room), 1)
-    budget = jnp.minimum(plt.load(budget_ref.at[b]), count)
+    budget = jnp.minimum(plt.load(budget_ref.at[b, h]), count)
     stride = lax.div(count + (sample - 1), jnp.int32(sample))
     at = stride * jnp.arange(sample)
     sampled = plt.load(log_mass_ref.at[b, h, at], mask=at < count, other=0)

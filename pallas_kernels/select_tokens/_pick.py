@@ -24,7 +24,7 @@ class _Candidates:
         self.row, self.log_mass = row, log_mass_ref
         listed = row.load(starts_ref, jnp.int32(starts_ref.shape[-1] - 1))
         self.total = jnp.minimum(listed, log_mass_ref.shape[-1])
-        self.budget = jnp.minimum(jnp.minimum(plt.load(budget_ref.at[row.b]), self.total), most)
+        self.budget = jnp.minimum(jnp.minimum(row.load(budget_ref), self.total), most)
 
     def load(self, place: Any, exists: Any) -> tuple[Any, Any]:
         keys = ordered_bits(self.row.load(self.log_mass, place, mask=exists))
@@ -37,7 +37,7 @@ def bracket_tokens(*refs: Any, most: int, sample: int, interpret: bool) -> None:
     Refs:
         log_mass: `[batch, kv_heads, candidates]` float32.
         starts: `Candidates.starts`.
-        budget: `[batch]` int32.
+        budget: `[batch, kv_heads]` int32.
         bracket, number: see `find_bracket`, out.
         done: `[batch, kv_heads]` int32, out: zero.
     """

@@ -154,7 +154,7 @@ def select_rows(
     total = row.load(starts_ref, jnp.int32(clusters_ref.shape[-1]))
     total = jnp.minimum(total, log_mass_ref.shape[-1])
     room = tokens_ref.shape[-1]
-    budget = jnp.minimum(jnp.minimum(plt.load(budget_ref.at[row.b]), total), room)
+    budget = jnp.minimum(jnp.minimum(row.load(budget_ref), total), room)
 
     nth = jnp.arange(_pallas.tile(lists[2].shape[-1]))
     found = jnp.sum(row.load(lists[2], nth, mask=nth < lists[2].shape[-1]))

@@ -106,7 +106,7 @@ def select_in_split_rows(
         grid = (parts, batch * kv_heads)
         return _pallas.call(kernel, operands, out_shape, grid, **how, interpret=interpret)
 
-    scored = (log_mass, candidates.starts, budget.astype(jnp.int32))
+    scored = (log_mass, candidates.starts, budget)
     shapes = list_shapes(rows, room, chunks, weighted=False)
     bracket, number, done = call(
         functools.partial(bracket_tokens, most=max_tokens, sample=config.sample),

@@ -88,7 +88,6 @@ def select_in_whole_rows(
     def of_rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*row, *shape), dtype)
 
-    budget = budget.astype(jnp.int32)
     lowest = _pallas.call(
         functools.partial(estimate_threshold, sample=config.sample),
         (log_mass, candidates.starts, budget),

@@ -12,7 +12,7 @@ from pallas_kernels.select_tokens.reference import Retrieved, RowTable
 def select_tokens(
     log_mass: Float[Array, "batch kv_heads candidates"],
     candidates: Candidates,
-    budget: Int[Array, " batch"],
+    budget: Int[Array, " batch"] | Int[Array, "batch kv_heads"],
     offsets: Int[Array, "layers batch kv_heads edges"],
     token_ids: UInt16[Array, "layers batch kv_heads tokens"],
     prompt_tokens: Int[Array, " batch"],
@@ -34,7 +34,7 @@ def select_tokens(
     Args:
         log_mass: from `score_tokens`.
         candidates: from `select_clusters`.
-        budget: tokens wanted, for each sequence; at most `max_tokens`.
+        budget: tokens wanted, for each sequence, or each of its kv heads; at most `max_tokens`.
         offsets: as in `score_clusters`.
         token_ids: the token at each index position, counted from its segment's start.
         prompt_tokens: how many of a sequence's indexed tokens came with the prompt: where its

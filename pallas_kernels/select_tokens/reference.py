@@ -58,8 +58,7 @@ def pick_positions(
     """
     positions, clusters = list_members(candidates, offsets, log_mass.shape[-1])
     candidate = (positions != NO_ID).astype(jnp.int32)
-    row_budget = jnp.broadcast_to(budget[:, None], candidate.shape[:2])
-    picked = heaviest(ordered_bits(log_mass), candidate, row_budget)
+    picked = heaviest(ordered_bits(log_mass), candidate, row_budgets(budget, candidate.shape[1]))
     source = list_places(picked, max_tokens)
     found = source != NO_ID
     source = jnp.minimum(source, candidate.shape[-1] - 1)
@@ -68,6 +67,12 @@ def pick_positions(
         return jnp.where(found, jnp.take_along_axis(x, source, axis=-1), NO_ID)
 
     return take(positions), take(clusters)
+
+
+def row_budgets(budget: Array, kv_heads: int) -> Array:
+    """`[batch, kv_heads]` int32, of a budget for each sequence or for each row."""
+    rows = budget if budget.ndim == 2 else budget[:, None]
+    return jnp.broadcast_to(rows, (budget.shape[0], kv_heads)).astype(jnp.int32)
 
 
 def look_up(

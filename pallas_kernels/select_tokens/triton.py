@@ -8,7 +8,7 @@ from pallas_kernels import _tuning
 from pallas_kernels.select_clusters.reference import Candidates
 from pallas_kernels.select_tokens._split_rows import SplitRows, select_in_split_rows, split_rows
 from pallas_kernels.select_tokens._whole_rows import WholeRows, select_in_whole_rows, whole_rows
-from pallas_kernels.select_tokens.reference import Retrieved, RowTable
+from pallas_kernels.select_tokens.reference import Retrieved, RowTable, row_budgets
 
 Config = WholeRows | SplitRows
 
@@ -50,6 +50,7 @@ def select_tokens(
         candidates=room,
         max_tokens=max_tokens,
     )
+    budget = row_budgets(budget, kv_heads)
     operands = (log_mass, candidates, budget, offsets, token_ids, prompt_tokens, table, layer, step)
     how: dict[str, Any] = {
         "max_tokens": max_tokens,

@@ -165,7 +165,7 @@ def test_select_tokens_exactly(slots, most, config):
         operands = (
             jnp.where(listed, log_mass, MASKED),
             candidates,
-            jnp.asarray(rng.integers(0, most + 1, BATCH), jnp.int32),
+            jnp.asarray(rng.integers(0, most + 1, (BATCH, HEADS)[: 1 + step % 2]), jnp.int32),
             offsets,
             jnp.asarray(ids, jnp.uint16),
             jnp.full(BATCH, tokens - 20, jnp.int32),
