@@ -17,7 +17,7 @@ from wavejax.evaluation.records import Records, blocks, key_of
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 LENGTH = 1500
 # Prompts of 1,400 bytes are then clustered.
-SMALL = "[growth_tokens=64,segment_tokens=512,max_cluster_size=64]"
+SMALL = "[growth_tokens=64,segment_tokens=512,max_cluster_size=64,min_retrieved_tokens=64]"
 METHODS = f"full,oracle{SMALL},wave{SMALL}"
 
 
