@@ -18,9 +18,9 @@ METHODS = {
     "streaming_llm": "sinks and a window extended to the budget",
     "quest": "pages of 16 tokens by the upper bound of their logits",
     "paper": "RetroInfer's settings: whole clusters of 16, 23.2 % estimated",
-    "wave": "wave attention: clusters of 32 and token codes, all others estimated",
+    "wave": "wave attention: clusters and token codes, all others estimated",
     "wave_no_estimation": "the same, nothing estimated",
-    "wave_no_codes": "the same, whole clusters of 32 retrieved",
+    "wave_no_codes": "the same, whole clusters retrieved",
     "ablation": "wave attention with code_bits, rotated, group_by or corrected of another kind",
 }
 # An ablation without settings is wave attention again, only slower.
