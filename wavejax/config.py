@@ -45,6 +45,11 @@ class WaveConfig:
     min_candidate_tokens: int = _setting(16384, "least tokens whose codes are read")
     retrieval_fraction: float = _setting(0.009, "share of tokens retrieved and attended exactly")
     min_retrieved_tokens: int = _setting(4096, "least tokens retrieved: short contexts near exact")
+    min_token_mass: float = _setting(
+        0.0,
+        "retrieve no tokens but those of at least this share of attention, summed over the query "
+        "heads of a kv head, where these are fewer than would be retrieved; 0: all of them",
+    )
     estimation_fraction: float = _setting(
         1.0, "share of tokens estimated from their clusters; below 1, the rest is dropped"
     )
@@ -70,6 +75,7 @@ class WaveConfig:
         for name in (
             "candidate_fraction",
             "retrieval_fraction",
+            "min_token_mass",
             "estimation_fraction",
             "cache_fraction",
         ):

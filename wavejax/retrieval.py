@@ -1,14 +1,18 @@
 """What a decode step retrieves and what it estimates: the wave index's query."""
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 import pallas_kernels as ops
+from pallas_kernels._numerics import MASKED, log_sum_exp
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.score_clusters import ClusterScores
 from pallas_kernels.select_clusters import Candidates
 from pallas_kernels.select_tokens import Retrieved, RowTable
+from wavejax.buffer import SteadyZone
 from wavejax.config import WaveConfig
 from wavejax.index import WaveIndex
 
@@ -29,7 +33,7 @@ def retrieve(
     Args:
         config: the settings.
         query: one decode step's queries, grouped by the kv head that they share.
-        scores: of the clusters, from `score_clusters`.
+        scores: of the clusters, from `score_clusters`; with `min_token_mass`, `of_all_tokens`.
         wave: the index.
         table: the row cache's.
         layer: which layer.
@@ -55,6 +59,39 @@ def retrieve(
     return pick_tokens(config, log_mass, chosen, wave, table, layer, step)
 
 
+def of_all_tokens(
+    scores: ClusterScores,
+    query: Float[Array, "batch kv_heads group head_dim"],
+    steady: SteadyZone,
+    layer: Int[Array, ""],
+    *,
+    scale: float,
+) -> ClusterScores:
+    """Scores whose masses are shares of all attention, the steady zone's included.
+
+    Most heads attend to the first tokens most, so that little is left to share among the others.
+
+    Args:
+        scores: from `score_clusters`, whose masses are shares of the clusters' together.
+        query: grouped by kv head.
+        steady: with the step's own row.
+        layer: which layer.
+        scale: multiplies every product of query and key.
+    """
+    total = scores.logsumexp
+    zones = (steady.sink, steady.sink_tokens), (steady.window, steady.window_tokens + 1)
+    for rows, tokens in zones:
+        if not rows.shape[3]:
+            continue  # no sinks
+        keys = rows[layer, ..., 0, :]
+        logits = scale * jnp.einsum(
+            "bhgd,bhnd->bhgn", query, keys, preferred_element_type=jnp.float32
+        )
+        exists = jnp.arange(keys.shape[2]) < tokens[:, None, None, None]
+        total = jnp.logaddexp(total, log_sum_exp(jnp.where(exists, logits, MASKED), axis=-1))
+    return scores._replace(logsumexp=total)
+
+
 def choose_clusters(
     config: WaveConfig, scores: ClusterScores, wave: WaveIndex, layer: Int[Array, ""]
 ) -> Candidates:
@@ -78,10 +115,14 @@ def pick_tokens(
     step: Int[Array, ""],
 ) -> Retrieved:
     """The candidates of most mass, as `score_tokens` gives it: see `retrieve`."""
+    budget = budgets(config, wave.tokens)[0]
+    if config.min_token_mass > 0:
+        worth = log_mass >= math.log(config.min_token_mass)
+        budget = jnp.minimum(budget[:, None], jnp.sum(worth, axis=-1, dtype=jnp.int32))
     return ops.select_tokens(
         log_mass,
         chosen,
-        budgets(config, wave.tokens)[0],
+        budget,
         wave.offsets,
         wave.token_ids,
         wave.prompt_tokens,

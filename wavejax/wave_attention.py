@@ -217,7 +217,7 @@ class WaveAttention:
         kv_heads, scale = key.shape[2], scale_of(query)
         grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         rows = buffer.as_rows(key[:, 0], value[:, 0])
-        steady = buffer.push_rows(state.steady, layer, rows)
+        state = dataclasses.replace(state, steady=buffer.push_rows(state.steady, layer, rows))
         wave, cache = state.index, state.cache
 
         scores = ops.score_clusters(grouped, wave.centroids, wave.offsets, layer, scale=scale)
@@ -231,7 +231,7 @@ class WaveAttention:
         )
         found = retrieved.tokens, retrieved.slots, retrieved.hit
         selection = Selection(grouped, *found, scores.logits, estimated)
-        return selection, dataclasses.replace(state, cache=cache, steady=steady)
+        return selection, dataclasses.replace(state, cache=cache)
 
     def retrieve(
         self,
@@ -241,10 +241,10 @@ class WaveAttention:
         state: WaveState,
     ) -> Retrieved:
         """What `select` retrieves: see `retrieval.retrieve`."""
-        at = state.cache.table, layer, state.step
-        return retrieval.retrieve(
-            self.config, query, scores, state.index, *at, scale=scale_of(query)
-        )
+        at, scale = (state.cache.table, layer, state.step), scale_of(query)
+        if self.config.min_token_mass > 0:
+            scores = retrieval.of_all_tokens(scores, query, state.steady, layer, scale=scale)
+        return retrieval.retrieve(self.config, query, scores, state.index, *at, scale=scale)
 
     def attend(
         self, layer: Int[Array, ""], selection: Selection, state: WaveState

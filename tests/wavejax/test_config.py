@@ -15,7 +15,10 @@ COUNTS = (
     *("sink_tokens", "min_clusters", "kmeans_iterations"),
     *("min_candidate_tokens", "min_retrieved_tokens"),
 )
-SHARES = ("candidate_fraction", "retrieval_fraction", "estimation_fraction", "cache_fraction")
+SHARES = (
+    *("candidate_fraction", "retrieval_fraction", "min_token_mass"),
+    *("estimation_fraction", "cache_fraction"),
+)
 
 OUT_OF_RANGE = [
     *((name, value, 1, 65536) for name in SIZES for value in (0, -3, 65537)),

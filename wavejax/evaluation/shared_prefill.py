@@ -20,6 +20,7 @@ _DECODING = (
     "min_candidate_tokens",
     "retrieval_fraction",
     "min_retrieved_tokens",
+    "min_token_mass",
     "estimation_fraction",
 )
 

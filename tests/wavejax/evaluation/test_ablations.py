@@ -19,6 +19,7 @@ CONFIG = WaveConfig(
     growth_tokens=64,
     local_tokens=16,
     cluster_size=16,
+    min_clusters=0,
     min_candidate_tokens=96,
     min_retrieved_tokens=24,
 )
