@@ -76,18 +76,9 @@ def main() -> int:
         file = Path(folder, "prompt.txt")
         file.write_text(text, encoding="utf-8")
         with contextlib.redirect_stdout(answer):
-            budget = ["--min-retrieved-tokens", str(RETRIEVED)]
-            status = generate.main(
-                [
-                    "--model",
-                    str(model),
-                    "--prompt-file",
-                    str(file),
-                    "--max-new-tokens",
-                    "32",
-                    *budget,
-                ]
-            )
+            asked = ["--model", str(model), "--prompt-file", str(file), "--max-new-tokens", "32"]
+            # By default so short a text would be read as a whole.
+            status = generate.main([*asked, "--min-retrieved-tokens", str(RETRIEVED)])
     if status:
         return status
     found = str(number) in answer.text
