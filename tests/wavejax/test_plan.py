@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.wavejax.tiny_generator import CONFIG, MODEL
-from wavejax import DenseAttention, InputError, WaveAttention
+from wavejax import DenseAttention, InputError, WaveAttention, WaveConfig
 from wavejax.memory import FreeMemory, memory_need
 from wavejax.plan import make_plan, pinned_need, shortage
 from wavejax.plan_table import plan_json, plan_text
@@ -52,6 +52,20 @@ def test_the_device_while_it_fits_then_without_a_cache_then_the_host():
     assert choice(free(need("host", 0.0).device)) == ("host", 0.0)
     with pytest.raises(InputError, match=r"^not enough device memory: "):
         choice(free(need("host", 0.0).device - 1))
+
+
+def test_a_cache_of_all_tokens_is_made_smaller_in_proportion():
+    """Of so short a context every token has a slot, at any fraction near the one asked for."""
+    config = WaveConfig()
+    full, none = (
+        memory_need(MODEL, WaveAttention(one, "host"), **RUN)
+        for one in (config, dataclasses.replace(config, cache_fraction=0.0))
+    )
+    made = plan(free((full.device + none.device) // 2), config, store="host")
+    made.check()
+    assert made.need.rows_on == "host"
+    assert 0.4 * full.slots < made.need.slots < 0.5 * full.slots
+    assert "with a smaller row cache" in made.reason
 
 
 def test_where_it_is_asked_for_it_goes():
