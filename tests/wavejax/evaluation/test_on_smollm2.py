@@ -14,9 +14,9 @@ from wavejax.evaluation.tasks import TASKS
 # A real model runs longer than it compiles.
 pytestmark = pytest.mark.optimised
 
-# Of 1,400 indexed tokens every method reads 256: the default budget.
+# Of 1,400 indexed tokens every method reads 256.
 LENGTH = 1600
-BUDGET = {"retrieval_fraction": 0.009, "min_candidate_tokens": 1024, "min_retrieved_tokens": 256}
+BUDGET = {"retrieval_fraction": 0.009, "min_retrieved_tokens": 256}
 METHODS = "full,streaming_llm,quest,paper,wave"
 
 
