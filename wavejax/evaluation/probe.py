@@ -66,7 +66,7 @@ class ProbeAttention(DenseAttention):
         if isinstance(self.method, SparseAttention):
             read = self.method.read(layer, query, method)
         else:
-            read = wave_reads(self.method, layer, query, state.method, state.keys.shape[3])
+            read = wave_reads(self.method, layer, query, method, state.keys.shape[3])
         full, other = output[:, 0].astype(jnp.float32), other[:, 0].astype(jnp.float32)
         error = jnp.linalg.norm(other - full, axis=-1) / jnp.linalg.norm(full, axis=-1)
         return output, ProbeState(
@@ -111,7 +111,7 @@ def wave_reads(
         attention: its settings.
         layer: which layer.
         query: the step's.
-        state: before the step.
+        state: in the step, its own row taken in; without `min_token_mass` before it says the same.
         room: the length of the result.
     """
     wave, steady = state.index, state.steady

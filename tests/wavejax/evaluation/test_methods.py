@@ -233,10 +233,24 @@ def test_a_probe_finds_nothing_amiss_at_full_budget(model, stream, method):
     np.testing.assert_allclose(error, 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [SparseAttention(), WaveAttention(store="device")])
-def test_a_probes_recall_and_error_are_those_of_what_is_read(model, stream, method):
-    config = dataclasses.replace(CONFIG, retrieval_fraction=0.1, estimation_fraction=0.0)
+@pytest.mark.parametrize(
+    "method, mass",
+    [
+        (SparseAttention(), 0.0),
+        (WaveAttention(store="device"), 0.0),
+        (WaveAttention(store="device"), 0.03),
+    ],
+)
+def test_a_probes_recall_and_error_are_those_of_what_is_read(model, stream, method, mass):
+    config = dataclasses.replace(
+        CONFIG, retrieval_fraction=0.1, estimation_fraction=0.0, min_token_mass=mass
+    )
     method = dataclasses.replace(method, config=config)
+    if mass:
+        # Half of the mass lies on the step's own token, or more: the others' shares tell it.
+        at = jnp.arange(2), jnp.asarray(LENGTHS)
+        own_key = 1.25 * stream[0][*at, :: stream[0].shape[2] // stream[1].shape[2]]
+        stream = stream[0], stream[1].at[*at].set(own_key), stream[2]
     output, recall, error = probed(method, model, stream)
     b, head = 0, 2
     newest = LENGTHS[b]
@@ -244,10 +258,11 @@ def test_a_probes_recall_and_error_are_those_of_what_is_read(model, stream, meth
     state = started(method, model, stream)
     at = jnp.asarray(LENGTHS)
     step = stream[0][jnp.arange(2), at][:, None]
+    keys, values = (x[jnp.arange(2), at][:, None] for x in stream[1:])
     if isinstance(method, WaveAttention):
+        _, state = method.select(jnp.int32(0), step, keys, values, state)
         read = wave_reads(method, jnp.int32(0), step, state, newest + 1)
     else:
-        keys, values = (x[jnp.arange(2), at][:, None] for x in stream[1:])
         read = method.read(jnp.int32(0), step, method.append(jnp.int32(0), keys, values, state))
     tokens = np.nonzero(np.asarray(read)[b, head // 2])[0]
     mass = np.exp(key[: newest + 1, head // 2] @ query[newest, head] / 4)
