@@ -135,6 +135,13 @@ class WaveConfig:
         like = max(tokens, LIKE_RETRIEVED * self.min_retrieved_tokens)
         return max(1, math.ceil(min(self.cache_fraction * like, tokens)))
 
+    def with_part_of_cache(self, slots: int, part: float) -> "WaveConfig":
+        """These settings, but for a part, 0 to 1, of the row cache that they make `slots` of."""
+        # What slots are a share of: not the tokens, of which there are fewer if all have one.
+        like = max(slots / self.cache_fraction, LIKE_RETRIEVED * self.min_retrieved_tokens)
+        # Rounded down, since slots are whole ones, rounded up.
+        return dataclasses.replace(self, cache_fraction=int(slots / like * part * 1e4) / 1e4)
+
 
 def _check_kind(name: str, value: Any, kind: type) -> None:
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))

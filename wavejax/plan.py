@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.errors import InputError
 from wavejax.buffer import Fetch, StoreKind
-from wavejax.config import LIKE_RETRIEVED, WaveConfig
+from wavejax.config import WaveConfig
 from wavejax.dense_attention import DenseAttention
 from wavejax.memory import PINNED_LIMIT, FreeMemory, MemoryNeed, free_memory, memory_need
 from wavejax.prompts import SMALLEST_BUCKET, bucket
@@ -186,12 +186,8 @@ def _candidates(
         full = need(cached)
         least, most = need(uncached).device, full.device
         if least < free.device < most:
-            # What slots are a share of: not the tokens, of which there are fewer if all have one.
-            whole = full.slots / attention.cache_fraction
-            whole = max(whole, LIKE_RETRIEVED * attention.min_retrieved_tokens)
-            fraction = full.slots / whole * (free.device - least) / (most - least)
-            # Rounded down, since slots are whole ones, rounded up.
-            smaller = dataclasses.replace(attention, cache_fraction=int(fraction * 1e4) / 1e4)
+            part = (free.device - least) / (most - least)
+            smaller = attention.with_part_of_cache(full.slots, part)
             yield on_host(smaller), f"{why}, with a smaller row cache"
     yield uncached, f"{why}, without a row cache"
 
