@@ -1,5 +1,6 @@
 """The few numeric conventions that all ops share."""
 
+import math
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ MASKED = -1e30
 # Stands for no token, no cluster, no slot in an int32 list: past the end of every array, so that a
 # scatter in "drop" mode leaves it out and none has to be masked apart.
 NO_ID = 2**31 - 1
+
+# exp(x) is 2**(LOG2_E * x), for which GPUs have an instruction.
+LOG2_E = math.log2(math.e)
 
 
 def log_sum_exp(x: Any, axis: int) -> Any:

@@ -1,7 +1,6 @@
 """What one program of the kernel of `attend_zones` does."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,10 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas
-from pallas_kernels._numerics import MASKED, NO_ID
+from pallas_kernels._numerics import LOG2_E, MASKED, NO_ID
 from pallas_kernels.attend_zones._config import Config
-
-LOG2_E = math.log2(math.e)
 
 # How many tiles' logits are read at once to find the greatest.
 LOGIT_TILES = 4

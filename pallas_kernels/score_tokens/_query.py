@@ -11,10 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas
-from pallas_kernels._numerics import NO_ID
+from pallas_kernels._numerics import LOG2_E, NO_ID
 from pallas_kernels.encode_tokens.reference import WORD_BITS
 
-LOG2_E = math.log2(math.e)
 LANES = 8  # Words are split into 8 sets of 4 bits, one bit a byte.
 
 

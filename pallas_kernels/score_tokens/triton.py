@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas, _tuning
-from pallas_kernels._numerics import MASKED
+from pallas_kernels._numerics import LOG2_E, MASKED
 from pallas_kernels.score_tokens import _query
 from pallas_kernels.score_tokens._members import find_members
 from pallas_kernels.select_clusters.reference import Candidates
@@ -147,7 +147,7 @@ def _kernel(
             estimate -= normaliser[None, :]
             estimate = jnp.where(in_group, estimate + a[:, None] * product, MASKED)
             peak = jnp.max(estimate, axis=1)
-            powers = jnp.exp2(_query.LOG2_E * (estimate - peak[:, None]))
+            powers = jnp.exp2(LOG2_E * (estimate - peak[:, None]))
             log_mass = peak + jnp.log(jnp.sum(powers, axis=1))
         plt.store(log_mass_ref.at[b, h, place], jnp.where(valid, log_mass, MASKED), mask=inside)
 
