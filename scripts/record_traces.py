@@ -38,7 +38,7 @@ SAMPLER = Sampler(temperature=1.0, top_p=0.95)
 
 def methods() -> dict[str, WaveConfig]:
     """The settings recorded; only the last has floors, most of so short a text's budget."""
-    wave = WaveConfig(min_candidate_tokens=0, min_retrieved_tokens=0)
+    wave = WaveConfig(min_clusters=0, min_candidate_tokens=0, min_retrieved_tokens=0)
     return {
         "paper, 1.8 %": WaveConfig.paper(),
         "wave, 0.9 %": wave,

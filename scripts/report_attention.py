@@ -81,7 +81,7 @@ def command(
     chosen, sizes = parse_tasks(tasks), parse_numbers(lengths, int, "lengths")
     attentions, facts = {}, {}
     for fraction in parse_numbers(budgets, float, "budgets"):
-        floors = {"min_candidate_tokens": 0, "min_retrieved_tokens": 0}
+        floors = {"min_clusters": 0, "min_candidate_tokens": 0, "min_retrieved_tokens": 0}
         budget = {"retrieval_fraction": fraction, **floors}
         for name, attention in parse_methods(methods, budget).items():
             if name == FULL:
