@@ -3,8 +3,10 @@
     python scripts/record_traces.py --out build/traces --context 8192 --new-tokens 256 --samples 2
 
 Full attention reads a long real text with a question and answers it, sampled, so that it does not
-repeat itself. Each method then runs the answer's tokens through decode steps of its own, from the
-same prefill, and its trace is written to a file, with its KL divergence from full attention.
+repeat itself; small models still do, in long contexts: with `--answer text` the text's own next
+tokens are the answer. Each method then runs the answer's tokens through decode steps of its own,
+from the same prefill, and its trace is written to a file, with its KL divergence from full
+attention.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from models.checkpoint import find_default_model, open_checkpoint
 from models.errors import InputError
 from models.tokenizer import Tokenizer, load_tokenizer
 from wavejax import DenseAttention, Generator, Sampler, WaveConfig
-from wavejax.evaluation.haystack import paragraphs
+from wavejax.evaluation.haystack import MANUAL, Haystack, load_haystack, paragraphs
 from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.generator import NO_TOKEN
 from wavejax.prompts import bucket
@@ -66,6 +68,21 @@ def make_prompt(tokenizer: Tokenizer, tokens: int, sample: int) -> list[int]:
     return encode(low)
 
 
+def cut_text(
+    tokenizer: Tokenizer, haystack: Haystack, tokens: int, new_tokens: int, sample: int
+) -> tuple[list[int], np.ndarray]:
+    """So many tokens of prose as a prompt, another part for each sample, and those that follow."""
+    first = sample * len(haystack.words) // 5 % len(haystack.words)
+    words = haystack.words[first:] + haystack.words[:first]
+    ids = tokenizer.encode(" ".join(words), add_special=True)
+    if len(ids) < tokens + new_tokens:
+        raise InputError(
+            f"the haystack {haystack.name} has {len(ids)} tokens; {tokens + new_tokens} are wanted:"
+            " name another text by --haystack"
+        )
+    return ids[:tokens], np.asarray(ids[tokens : tokens + new_tokens], np.int32)
+
+
 def distinct(answer: np.ndarray, size: int = 4) -> float:
     """The share of an answer's runs of `size` tokens that are different ones: 1 repeats nothing."""
     runs = [tuple(answer[i : i + size].tolist()) for i in range(len(answer) - size + 1)]
@@ -92,12 +109,27 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=8192, help="tokens, prompt and answer")
     parser.add_argument("--new-tokens", type=int, default=256, help="of the answer")
     parser.add_argument("--samples", type=int, default=2, help="texts and answers")
+    parser.add_argument(
+        "--answer",
+        choices=("drawn", "text"),
+        default="drawn",
+        help="drawn from the model, or what follows in the text",
+    )
+    parser.add_argument(
+        "--haystack", default=MANUAL, help="whose text follows: manual, essays or a text file"
+    )
     parser.add_argument("--dtype", default="float32", help="of weights and cache")
     arguments = parser.parse_args()
     try:
         path = arguments.model or find_default_model()
         checkpoint = open_checkpoint(path)
         tokenizer = load_tokenizer(path)
+        haystack = load_haystack([arguments.haystack])
+        prompt_tokens = arguments.context - arguments.new_tokens
+        texts = [
+            cut_text(tokenizer, haystack, prompt_tokens, arguments.new_tokens, sample)
+            for sample in range(arguments.samples if arguments.answer == "text" else 0)
+        ]
         params = checkpoint.load_params(arguments.dtype)
     except InputError as error:
         print("error:", error, file=sys.stderr)
@@ -106,13 +138,17 @@ def main() -> int:
     # Without a stop token: every answer has the same length.
     full = Generator(checkpoint.config, DenseAttention(), SAMPLER)
     for sample in range(arguments.samples):
-        prompt = make_prompt(tokenizer, arguments.context - arguments.new_tokens, sample)
-        state = full.start(params, [prompt], arguments.new_tokens, seed=sample)
-        copy = jax.tree.map(jnp.copy, state)
-        copy, drawn = full.decode_n(params, copy, arguments.new_tokens)
-        del copy
-        answer = np.asarray(drawn)[:, 0]
-        answer = answer[answer != NO_TOKEN]
+        if texts:
+            prompt, answer = texts[sample]
+            state = full.start(params, [prompt], arguments.new_tokens, seed=sample)
+        else:
+            prompt = make_prompt(tokenizer, prompt_tokens, sample)
+            state = full.start(params, [prompt], arguments.new_tokens, seed=sample)
+            copy = jax.tree.map(jnp.copy, state)
+            copy, drawn = full.decode_n(params, copy, arguments.new_tokens)
+            del copy
+            answer = np.asarray(drawn)[:, 0]
+            answer = answer[answer != NO_TOKEN]
         copy = jax.tree.map(jnp.copy, state)
         copy, full_logits = full.force(params, copy, jnp.asarray(answer)[:, None])
         del copy
@@ -130,6 +166,7 @@ def main() -> int:
                 "method": name,
                 "sample": sample,
                 "context": len(prompt),
+                "answer_is": arguments.answer,
                 "answer": tokenizer.decode(answer.tolist()),
                 "distinct": distinct(answer),
                 "head_dim": checkpoint.config.head_dim,
