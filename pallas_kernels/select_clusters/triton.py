@@ -51,7 +51,7 @@ def heuristic(rows: int, clusters: int) -> Config:
     if whole > MOST_IN_REGISTERS:
         return Config(chunk=2048, in_registers=False, tile=MOST_IN_REGISTERS)
     # No more programs than processors of a large GPU: they would all do the same in turns.
-    parts = min(8, _pallas.tile(max(128 // rows, 1)))
+    parts = min(16, _pallas.tile(max(128 // rows, 1)))
     return Config(
         share=min(512, whole),
         chunk=max(whole // parts, 32),
