@@ -72,13 +72,14 @@ def test_both_stores_and_the_cpu_say_the_same(model, random_model, tmp_path):
     assert host == cpu
 
 
-@pytest.mark.parametrize("model", ["random", *MODELS], ids=lambda model: Path(model).name)
-def test_both_stores_say_the_same_in_bfloat16(model, random_model, tmp_path):
-    flags = [*prompts(tmp_path, (14000 if model != "random" else 5000,)), "--dtype", "bfloat16"]
-    flags += ["--max-new-tokens", "64", *SMALL]
-    path = model if model != "random" else random_model
-    host = generate(path, "cuda", *flags, "--store", "host")
-    assert host == generate(path, "cuda", *flags, "--store", "device")
+@pytest.mark.parametrize("model", MODELS or [None], ids=lambda model: Path(model or "none").name)
+def test_both_stores_say_the_same_in_bfloat16(model, tmp_path):
+    """Real models: one of random weights finds many tokens alike, and rounding decides."""
+    if model is None:
+        pytest.skip("WAVEJAX_MODELS names no model")
+    flags = [*prompts(tmp_path, (14000,)), "--dtype", "bfloat16", "--max-new-tokens", "64", *SMALL]
+    host = generate(model, "cuda", *flags, "--store", "host")
+    assert host == generate(model, "cuda", *flags, "--store", "device")
     assert len(host[0]) > 16
 
 
