@@ -293,12 +293,13 @@ def _rows_to_read(
         return jnp.full(shape.tokens, -1, jnp.int32).at[places].set(slots_of, mode="drop")
 
     last_used = jnp.where(owner >= 0, jax.random.randint(key, owner.shape, 0, STEP), -1)
-    table = RowTable(
-        *(
-            jnp.broadcast_to(field, (*row, field.shape[-1]))
-            for field in (jax.vmap(jax.vmap(invert))(owner), owner, last_used)
-        )
+    slots_of, owners, uses = (
+        jnp.broadcast_to(field, (*row, field.shape[-1]))
+        for field in (jax.vmap(jax.vmap(invert))(owner), owner, last_used)
     )
+    # One counter about to wrap around.
+    hits, misses = (jnp.full(row, count, jnp.uint32) for count in (2**32 - 3, 7))
+    table = RowTable(slots_of, owners, uses, hits, misses)
 
     nth = jnp.arange(room, dtype=jnp.int32)
     count = jnp.minimum(retrieved, room)[:, None, None]

@@ -37,7 +37,8 @@ class Counts:
             return cls()
         layers, _, kv_heads = cache.store.rows.shape[:3]
         hits, misses = (
-            int(np.asarray(x, np.int64).sum()) for x in (cache.cache.hits, cache.cache.misses)
+            int(np.asarray(x, np.int64).sum())
+            for x in (cache.cache.table.hits, cache.cache.table.misses)
         )
         attended = float(np.asarray(cache.attended, np.float64).sum()) * layers * kv_heads
         return cls(hits, misses, attended, int(np.asarray(cache.index.tokens).sum()))
@@ -89,7 +90,10 @@ def bytes_of_step(
         row = 2 * cache.store.rows.shape[-1] * cache.store.rows.dtype.itemsize
         read = _wave_bytes(attention, cache) + row * counts.hits / steps
         missed = row * counts.misses / steps
-        if staged or cache.store.rows.sharding.memory_kind == "pinned_host":
+        if isinstance(attention, WaveAttention) and not attention.has_cache:
+            # Read where they are, and written nowhere.
+            read, missed = read + missed, 0.0
+        elif staged or cache.store.rows.sharding.memory_kind == "pinned_host":
             host = missed
         else:
             read += missed

@@ -154,12 +154,14 @@ def time_decoding(
         decoder: of a filled state.
         steps: of each call.
         calls: how many are timed.
-        hit_ratio: wanted of the row cache.
+        hit_ratio: wanted of the row cache, if there is one.
         ceiling: bytes a second that a copy reads and writes on this device.
     """
     first, second = (decoder.run(steps) for _ in range(WARM_UPS))
-    wave = isinstance(decoder.generator.attention, WaveAttention)
-    tried = reach_hit_ratio(decoder, hit_ratio, steps) if wave else []
+    attention = decoder.generator.attention
+    wave = isinstance(attention, WaveAttention)
+    cached = isinstance(attention, WaveAttention) and attention.has_cache
+    tried = reach_hit_ratio(decoder, hit_ratio, steps) if cached else []
     indexed = Counts.of(decoder.state.cache).indexed
     seconds, counts = decoder.counted(steps, calls)
     grew = Counts.of(decoder.state.cache).indexed != indexed
@@ -183,8 +185,8 @@ def time_decoding(
     if wave:
         retrieved = counts.hits + counts.misses
         found |= {
-            "hit_ratio": counts.hit_ratio,
-            "hit_ratio_wanted": hit_ratio,
+            "hit_ratio": counts.hit_ratio if cached else None,
+            "hit_ratio_wanted": hit_ratio if cached else None,
             "stride": decoder.stride,
             "tried": tried,
             "retrieved_share": retrieved / counts.attended if counts.attended else None,

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from pallas_kernels.select_tokens import RowTable
+from pallas_kernels.select_tokens import RowTable, empty_table
 from wavejax._pytree import state
 
 StoreKind = Literal["host", "device"]
@@ -38,19 +38,15 @@ class RowStore:
 
 @state
 class RowCache:
-    """Rows of the store that were retrieved lately, on the device.
+    """Rows of the store that were retrieved lately, on the device; no slots if it is there itself.
 
     Attributes:
         rows: `[layers, batch, kv_heads, slots, 2, head_dim]`.
         table: which row each slot holds (`pallas_kernels.select_tokens.RowTable`).
-        hits, misses: `[layers, batch]` uint32, rows found and not found since the prefill; they
-            wrap around at 2^32.
     """
 
     rows: Array
     table: RowTable
-    hits: Array
-    misses: Array
 
 
 @state
@@ -86,15 +82,9 @@ def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> Row
 
 def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCache:
     """An empty cache of shape `[layers, batch, kv_heads, slots, 2, head_dim]`."""
-    row = shape[:3]
-    table = RowTable(
-        slot_of_token=jnp.full((*row, tokens), -1, jnp.int32),
-        token_of_slot=jnp.full(shape[:4], -1, jnp.int32),
-        last_used=jnp.full(shape[:4], -1, jnp.int32),
-    )
-    # No array stands twice in a state: a buffer cannot be donated twice.
-    hits, misses = jnp.zeros(row[:2], jnp.uint32), jnp.zeros(row[:2], jnp.uint32)
-    return RowCache(jnp.zeros(shape, dtype), table, hits, misses)
+    layers, batch, kv_heads, slots = shape[:4]
+    table = empty_table((layers, batch, kv_heads), tokens, slots)
+    return RowCache(jnp.zeros(shape, dtype), table)
 
 
 def init_steady(
@@ -152,10 +142,8 @@ def push_rows(
 
 def forget(cache: RowCache, sequence: Int[Array, ""]) -> RowCache:
     """Empties one sequence's slots, for another prompt to take its place."""
-    table = RowTable(*(field.at[:, sequence].set(-1) for field in cache.table))
+    *places, hits, misses = cache.table
+    counts = (counter.at[:, sequence].set(0) for counter in (hits, misses))
     return RowCache(
-        cache.rows,
-        table,
-        cache.hits.at[:, sequence].set(0),
-        cache.misses.at[:, sequence].set(0),
+        cache.rows, RowTable(*(field.at[:, sequence].set(-1) for field in places), *counts)
     )

@@ -55,8 +55,8 @@ class WaveConfig:
     )
     cache_fraction: float = _setting(
         0.05,
-        "slots of the row cache, as a share of the tokens; where the least tokens are retrieved, "
-        "of 80 times as many: four slots for each by default",
+        "slots of the row cache, if rows are in host memory, as a share of the tokens; where the "
+        "least tokens are retrieved, of 80 times as many: four slots for each by default",
     )
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ class Facts:
         retrieved_share: of all tokens that full attention would have read, the share that was
             retrieved; 1.0 for full attention, None before the first step.
         hit_ratio: of the rows retrieved, the share found in the row cache; None where nothing was
-            retrieved, and for full attention.
+            retrieved, without a row cache, and for full attention.
         device_bytes: of the state, in the device's memory.
         host_bytes: of the state, in host memory: pinned, or `fetch="staged"`'s rows.
     """
@@ -38,13 +38,14 @@ def facts_of(state: WaveState | StagedState | DenseState) -> Facts:
     device = sum(x.nbytes for x in jax.tree.leaves(state)) - host
     if isinstance(state, DenseState):
         return Facts(1.0, None, device, host)
-    hits = int(np.asarray(state.cache.hits, np.int64).sum())
-    retrieved = hits + int(np.asarray(state.cache.misses, np.int64).sum())
+    table = state.cache.table
+    hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
+    retrieved, slots = hits + misses, table.token_of_slot.shape[-1]
     layers, _, kv_heads = state.store.rows.shape[:3]
     attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
     return Facts(
         retrieved / attended if attended else None,
-        hits / retrieved if retrieved else None,
+        hits / retrieved if retrieved and slots else None,
         device,
         host + staged,
     )

@@ -34,14 +34,14 @@ class MemoryNeed:
     Attributes:
         weights: the parameters, on the device.
         index: the wave index, on the device; 0 for full attention.
-        cache: the row cache and its table, on the device.
+        cache: the row cache and its table, on the device; where there is none, its counters.
         steady: the steady zone, on the device.
         rows: all tokens' keys and values: the row store, or full attention's cache.
         rows_on: where `rows` are.
         workspace: what reading the longest prompt, or a decode step, takes besides, on the device.
         loading: host memory that reading the weights takes for a while, where the device has
             memory of its own: the largest stack of layers.
-        slots: rows that the cache holds, in each layer, sequence and kv head; 0 for full attention.
+        slots: rows that the cache holds, in each layer, sequence and kv head; 0 without a cache.
         staged: whether `rows` on the host are staged (`wavejax.staged`), in memory not pinned.
     """
 
@@ -102,7 +102,8 @@ def memory_need(
     on_device = attention
     if isinstance(attention, WaveAttention):
         # `eval_shape` traces, and placing an array in host memory is no traced operation.
-        on_device = dataclasses.replace(attention, store="device")
+        cached = attention.has_cache
+        on_device = dataclasses.replace(attention, store="device", cached=cached)
     state = jax.eval_shape(lambda: on_device.init_state(model, batch, room, new_tokens, dtype))
     sizes = [math.prod(shape) for shape in parameter_shapes(model).values()]
     itemsize = jnp.dtype(dtype).itemsize

@@ -95,9 +95,9 @@ def make_plan(
 ) -> Plan:
     """Decides where the rows go and how many the cache holds; allocates nothing.
 
-    "auto" keeps the rows on the device while they fit, with a cache as large as asked for, or with
-    none, which rows on the device need least; else in host memory, with as large a cache, up to
-    what was asked for, as the device has room for. A cache's size never changes what is computed.
+    "auto" keeps the rows on the device while they fit, where they need no cache; else in host
+    memory, with as large a cache, up to what was asked for, as the device has room for. A cache's
+    size never changes what is computed.
 
     Args:
         model: the model's sizes.
@@ -172,7 +172,6 @@ def _candidates(
     if store != "host":
         why = "asked for" if store == "device" else "it fits there"
         yield WaveAttention(attention, "device"), why
-        yield WaveAttention(without, "device"), f"{why}, without a row cache"
     if store == "device" or (store == "auto" and free.device is None):
         return  # on a CPU, the host's memory is the same
     why = "asked for" if store == "host" else "it does not fit on the device"

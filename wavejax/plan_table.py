@@ -34,8 +34,9 @@ def plan_text(plan: Plan, model: str) -> str:
         add("keys and values", need.rows)
     else:
         add("wave index", need.index)
-        slots = "1 slot" if need.slots == 1 else f"{need.slots:,} slots"
-        add(f"row cache, {slots} a head", need.cache)
+        if need.slots:
+            slots = "1 slot" if need.slots == 1 else f"{need.slots:,} slots"
+            add(f"row cache, {slots} a head", need.cache)
         add("steady zone", need.steady)
         on_device = need.rows_on == "device"
         add("row store", *((need.rows,) if on_device else (None, need.rows)))

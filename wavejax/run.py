@@ -116,13 +116,14 @@ class Run:
         def share(value: float | None) -> str:
             return "none" if value is None else f"{value:.1%}"
 
-        speed = self.tokens_per_second
+        speed, hits = self.tokens_per_second, self.facts.hit_ratio
+        cache = [] if hits is None else [f"cache hits: {share(hits)}"]
         return "; ".join(
             [
                 f"first token after {self.first_token_seconds:.2f} s",
                 "one token" if speed is None else f"{speed:.1f} tokens/s",
                 f"tokens retrieved: {share(self.facts.retrieved_share)}",
-                f"cache hits: {share(self.facts.hit_ratio)}",
+                *cache,
                 f"KV cache: {bytes_text(self.facts.device_bytes)} on the device, "
                 f"{bytes_text(self.facts.host_bytes)} on the host",
             ]

@@ -34,11 +34,19 @@ class WaveAttention:
         fetch: how rows in host memory reach the device. "in_place": they lie in pinned memory, and
             the step reads them there. "staged": they lie in `Generator`'s hands, which brings them
             from layer to layer (`wavejax.staged`). None takes the best that the platform can.
+        cached: whether rows that were read are kept in a row cache on the device. None: if the
+            store is not there already.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
     store: StoreKind = "host"
     fetch: Fetch | None = None
+    cached: bool | None = None
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether there is a row cache."""
+        return self.store == "host" if self.cached is None else self.cached
 
     @property
     def staged(self) -> bool:
@@ -64,7 +72,7 @@ class WaveAttention:
         growths = -(-new_tokens // config.growth_tokens)
         tokens = max(1, sum(segments) + growths * config.growth_tokens)
         clusters = index.cluster_capacity(config, segments, growths)
-        slots = config.cache_slots(tokens)
+        slots = config.cache_slots(tokens) if self.has_cache else 0
         layers, kv_heads, head_dim = model.num_layers, model.num_kv_heads, model.head_dim
         row = (layers, batch, kv_heads)
         # Staged rows are not the state's, and an empty store in pinned memory is still one.
@@ -223,12 +231,7 @@ class WaveAttention:
         scores = ops.score_clusters(grouped, wave.centroids, wave.offsets, layer, scale=scale)
         retrieved = self.retrieve(layer, grouped, scores, state)
         estimated = retrieval.to_estimate(self.config, scores, retrieved, wave, layer)
-        cache = RowCache(
-            rows=cache.rows,
-            table=retrieved.table,
-            hits=cache.hits.at[layer].add(_of_sequences(retrieved.hits)),
-            misses=cache.misses.at[layer].add(_of_sequences(retrieved.misses)),
-        )
+        cache = RowCache(cache.rows, retrieved.table)
         found = retrieved.tokens, retrieved.slots, retrieved.hit
         selection = Selection(grouped, *found, scores.logits, estimated)
         return selection, dataclasses.replace(state, cache=cache)
@@ -300,11 +303,6 @@ class WaveAttention:
         """`WaveConfig.indexed_tokens` of a length known only when the program runs."""
         rest = length - self.config.sink_tokens
         return jnp.where(rest < self.config.window_tokens, 0, rest - self.config.local_tokens)
-
-
-def _of_sequences(rows: Array) -> Array:
-    """Counts by sequence of counts by row."""
-    return jnp.sum(rows, axis=-1).astype(jnp.uint32)
 
 
 def scale_of(query: Array) -> float:

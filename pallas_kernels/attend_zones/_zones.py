@@ -68,6 +68,8 @@ class Program:
         kinds = (self.missed, self.hits, self.estimated, self.steady)
         first = 0
         for kind, splits in zip(kinds, self.config.splits, strict=True):
+            if not splits:
+                continue
             split = self.part - first
             pl.when((split >= 0) & (split < splits))(functools.partial(kind, split))
             first += splits
@@ -129,14 +131,15 @@ class Program:
         self.finish(state)
 
     def hits(self, split: Array) -> None:
-        refs, size, splits = self.refs, self.config.hit_tile, self.config.hit_splits
-        steps, slots = self.hits_of_share(split, splits, size)
-        query = self.load_query()
+        size, splits = self.config.hit_tile, self.config.hit_splits
+        steps, places = self.hits_of_share(split, splits, size)
+        query, cached = self.load_query(), self.refs.cache is not None
+        source = self.refs.cache if cached else self.refs.store
 
         def step(i: Array, state: State) -> State:
-            slot = _row(slots, i)
-            rows = self.load_rows(refs.cache, slot, slot != NO_ID)
-            return self.attend(state, query, rows, slot != NO_ID)
+            place = _row(places, i)
+            rows = self.load_rows(source, place, place != NO_ID)
+            return self.attend(state, query, rows, place != NO_ID)
 
         self.finish(lax.fori_loop(0, steps, step, self.start(size)))
 
@@ -211,23 +214,26 @@ class Program:
         self.finish(state)
 
     def hits_of_share(self, split: Array, splits: int, size: int) -> tuple[Array, Array]:
-        """The slots of a program's share of the rows that hit, read at once.
+        """Where a program's share of the rows that hit lie, read at once.
 
         Read tile by tile, each tile's rows would wait for their places.
 
         Returns:
             How many tiles to walk until the last one; and the slots `[tiles, size]`, `NO_ID` for
-            what is no hit.
+            what is no hit; without a row cache the tokens of all rows.
         """
         refs = self.refs
         room = refs.tokens.shape[2]
         tile = jnp.arange(_pallas.tile(pl.cdiv(pl.cdiv(room, size), splits)))[:, None]
         at = (split + tile * splits) * size + jnp.arange(size)[None, :]
         where, inside = (self.b, self.h, at), at < room
-        hit = plt.load(refs.hit.at[*where], mask=inside, other=False)
-        slots = plt.load(refs.slots.at[*where], mask=inside, other=NO_ID)
-        slots = jnp.where(hit, slots, NO_ID)
-        return jnp.max(jnp.where(slots != NO_ID, tile + 1, 0)), slots
+        if refs.cache is None:
+            places = plt.load(refs.tokens.at[*where], mask=inside, other=NO_ID)
+        else:
+            hit = plt.load(refs.hit.at[*where], mask=inside, other=False)
+            slots = plt.load(refs.slots.at[*where], mask=inside, other=NO_ID)
+            places = jnp.where(hit, slots, NO_ID)
+        return jnp.max(jnp.where(places != NO_ID, tile + 1, 0)), places
 
     def start(self, size: int) -> State:
         return (

@@ -41,7 +41,8 @@ def attend_zones(
         sink, sink_tokens: the first tokens' rows, and how many of them there are.
         window, window_tokens: the rows not in the index, oldest first, and how many.
         store: all indexed rows in token order; may lie in `pinned_host` memory.
-        cache_rows: the rows in the row cache's slots.
+        cache_rows: the rows in the row cache's slots. No slots: all rows are read from the store,
+            which the kernel wants on the device then.
         tokens, slots, hit: from `select_tokens`.
         logits: from `score_clusters`.
         value_sums: sums of the members' values; finite for every cluster before the last in use.

@@ -118,12 +118,13 @@ def attend_zones(
     )
     steady = attend_rows(query, steady_rows, steady_valid[:, None, :], scale=scale)
 
-    missed = read_rows(store, layer, jnp.where(hit, 0, tokens))
-    admitted = jnp.where(hit, NO_ID, slots)
-    cache_rows = cache_rows.at[layer, b, h, admitted].set(missed, mode="drop")
-    # Read after the admission: reading before it would make XLA copy the whole cache.
-    cached = cache_rows[layer, b, h, jnp.minimum(slots, cache_rows.shape[3] - 1)]
-    rows = jnp.where((slots != NO_ID)[..., None, None], cached, missed)
+    rows = missed = read_rows(store, layer, jnp.where(hit, 0, tokens))
+    if cache_rows.shape[3]:
+        admitted = jnp.where(hit, NO_ID, slots)
+        cache_rows = cache_rows.at[layer, b, h, admitted].set(missed, mode="drop")
+        # Read after the admission: reading before it would make XLA copy the whole cache.
+        cached = cache_rows[layer, b, h, jnp.minimum(slots, cache_rows.shape[3] - 1)]
+        rows = jnp.where((slots != NO_ID)[..., None, None], cached, missed)
     retrieved = attend_rows(query, rows, tokens != NO_ID, scale=scale)
 
     sizes = jnp.diff(offsets[layer], axis=-1)

@@ -1,5 +1,6 @@
 """`attend_zones` as one Pallas (Triton) kernel: all three zones in one launch."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -37,10 +38,11 @@ def attend_zones(
 ) -> ZoneStates:
     """See `pallas_kernels.attend_zones`. Each part is one program's share of one zone:
     first the parts of the missed rows, then of the hits, the estimated and the steady zone.
+    Without a row cache the store's rows are read as hits are.
 
     Raises:
-        NotImplementedError: see `_pallas.check_heads`; or rows of several dtypes, or no room for
-            retrieved rows, cached rows, clusters or the window.
+        NotImplementedError: see `_pallas.check_heads`; or rows of several dtypes, no room for
+            retrieved rows, clusters or the window, or no row cache before a store on the host.
     """
     batch, kv_heads, group, head_dim = query.shape
     rows = {"sink": sink, "window": window, "store": store, "cache_rows": cache_rows}
@@ -51,8 +53,12 @@ def attend_zones(
                 "one dtype"
             )
     _pallas.check_heads("attend_zones", group, head_dim, query.dtype, value_sums.dtype)
-    rooms = {"window": window, "store": store, "cache_rows": cache_rows}
-    rooms |= {"tokens": tokens, "remaining": remaining}
+    cached = cache_rows.size > 0
+    if not cached and jax.typeof(store).memory_space == jax.memory.Space.Host:
+        raise NotImplementedError(
+            "attend_zones: a store in host memory without a row cache; the kernel wants a slot"
+        )
+    rooms = {"window": window, "store": store, "tokens": tokens, "remaining": remaining}
     for name, array in rooms.items():
         if not array.size:
             raise NotImplementedError(f"attend_zones: {name} is empty: {array.shape}")
@@ -69,6 +75,8 @@ def attend_zones(
             clusters=clusters,
             window=room,
         )
+    if not cached:
+        config = dataclasses.replace(config, missed_splits=0)
     parts = sum(config.splits)
 
     with_sink = sink.size > 0
@@ -79,7 +87,7 @@ def attend_zones(
         window,
         window_tokens,
         store,
-        cache_rows,
+        cache_rows if cached else None,
         tokens,
         slots,
         hit,
@@ -89,27 +97,30 @@ def attend_zones(
         remaining,
         _pallas.scalar(layer),
     ]
+    results = [
+        jax.ShapeDtypeStruct((parts, *query.shape), jnp.float32),
+        jax.ShapeDtypeStruct((parts, *query.shape[:3]), jnp.float32),
+    ]
+    if cached:
+        # The missed rows' tokens and slots, without the hits between them.
+        scratch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+        cache = jax.ShapeDtypeStruct(cache_rows.shape, cache_rows.dtype)
+        results += [cache, scratch, scratch]
 
     def kernel(*refs: Any) -> None:
-        Program(Refs(*refs), config, with_sink, scale, interpret).run()
+        # A cache that is not there leaves no refs behind.
+        missing = (None,) * (len(Refs._fields) - len(refs))
+        Program(Refs(*refs, *missing), config, with_sink, scale, interpret).run()
 
-    # The missed rows' tokens and slots, without the hits between them.
-    scratch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
-    outputs, logsumexps, cache_rows, *_ = _pallas.call(
+    outputs, logsumexps, *rest = _pallas.call(
         kernel,
         operands,
-        (
-            jax.ShapeDtypeStruct((parts, *query.shape), jnp.float32),
-            jax.ShapeDtypeStruct((parts, *query.shape[:3]), jnp.float32),
-            jax.ShapeDtypeStruct(cache_rows.shape, cache_rows.dtype),
-            scratch,
-            scratch,
-        ),
+        tuple(results),
         (parts * batch * kv_heads,),
         name="attend_zones",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        aliases={Refs._fields.index("cache_before"): 2},
+        aliases={Refs._fields.index("cache_before"): 2} if cached else {},
         interpret=interpret,
     )
-    return ZoneStates(outputs, logsumexps, cache_rows)
+    return ZoneStates(outputs, logsumexps, rest[0] if cached else cache_rows)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas
 from pallas_kernels._bisect import threshold
@@ -16,28 +17,39 @@ BLOCKS_IN_REGISTERS = 8
 
 def admit(
     row: Row,
-    table: tuple[Any, Any, Any],
+    table: tuple[Any, ...],
     out: tuple[Any, Any, Any],
     victims_ref: Any,
-    count: Any,
-    wanted: Any,
+    found: tuple[Any, Any],
     step: Any,
 ) -> None:
-    """Gives the first `wanted` missed rows the least recently used slots, by rising slot.
+    """Gives missed rows the least recently used slots, by rising slot, as far as there are any.
 
     Args:
         row: whose rows.
         table: `RowTable`'s fields.
         out: `Retrieved`'s tokens, slots and hit, of which the slots of misses are written.
         victims_ref: `[batch, kv_heads, slots]` int32, scratch.
-        count: int32, rows retrieved.
-        wanted: int32, at least 1, rows to admit.
+        found: int32 both, rows retrieved, and how many of them hit.
         step: int32.
     """
-    (slot_of_token_ref, token_of_slot_ref, last_used_ref), (tokens_ref, slots_ref, hit_ref) = (
-        table,
-        out,
-    )
+    (count, hits), slots = found, table[1].shape[-1]
+    wanted = jnp.minimum(count, slots) - hits
+    pl.when(wanted > 0)(lambda: _admit(row, table, out, victims_ref, count, wanted, step))
+
+
+def _admit(
+    row: Row,
+    table: tuple[Any, ...],
+    out: tuple[Any, Any, Any],
+    victims_ref: Any,
+    count: Any,
+    wanted: Any,
+    step: Any,
+) -> None:
+    """`admit` of the first `wanted` missed rows, at least one."""
+    slot_of_token_ref, token_of_slot_ref, last_used_ref, *_ = table
+    tokens_ref, slots_ref, hit_ref = out
     slots = token_of_slot_ref.shape[-1]
 
     def age(slot: Any, exists: Any) -> Any:
@@ -96,3 +108,21 @@ def admit(
         return missed + jnp.sum(miss)
 
     row.each(count, enter, jnp.int32(0))
+
+
+def count_rows(
+    row: Row, table: tuple[Any, ...], counts: tuple[Any, Any], found: tuple[Any, Any]
+) -> None:
+    """Writes how many rows hit and missed in this step, and adds them to the table's counters.
+
+    Args:
+        row: whose rows.
+        table: `RowTable`'s fields, or only its counters.
+        counts: `Retrieved`'s hits and misses, written.
+        found: int32 both.
+    """
+    for ref, total_ref, number in zip(counts, table[-2:], found, strict=True):
+        row.store(ref, number)
+        row.store(
+            total_ref, row.load(total_ref, stacked=True) + number.astype(jnp.uint32), stacked=True
+        )

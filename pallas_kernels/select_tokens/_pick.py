@@ -13,7 +13,7 @@ from pallas_kernels._numerics import NO_ID, ordered_bits
 from pallas_kernels._row import Row
 from pallas_kernels._split import Lists, find_bracket, split
 from pallas_kernels.score_tokens._members import find_members
-from pallas_kernels.select_tokens._admit import admit
+from pallas_kernels.select_tokens._admit import admit, count_rows
 
 
 class _Candidates:
@@ -159,7 +159,13 @@ def _count_picks(
 
 
 def pick_tokens(
-    *refs: Any, chunk: int, block: int, segment_tokens: int, growth_tokens: int, interpret: bool
+    *refs: Any,
+    chunk: int,
+    block: int,
+    segment_tokens: int,
+    growth_tokens: int,
+    cached: bool,
+    interpret: bool,
 ) -> None:
     """Picks a chunk's tokens and looks them up; a row's last program finds slots for the misses.
 
@@ -170,9 +176,11 @@ def pick_tokens(
     keys_ref, places_ref, number_ref, sure_ref, end_ref = refs[10:15]
     left_keys_ref, left_places_ref, left_ref = refs[15:18]
     # What comes next is written in place: only the results' refs are used.
-    tokens_ref, slots_ref, hit_ref, hits_ref, misses_ref, remaining_ref = refs[23:29]
-    table = refs[29], refs[30], refs[31]
-    done_ref, numbers_ref, runs_ref, chunk_hits_ref, victims_ref = refs[32:]
+    fields = 5 if cached else 2
+    refs = refs[20 + fields :]
+    tokens_ref, slots_ref, hit_ref, hits_ref, misses_ref, remaining_ref = refs[:6]
+    table = refs[6 : 6 + fields]
+    done_ref, numbers_ref, runs_ref, chunk_hits_ref, victims_ref = refs[6 + fields :]
     starts_ref, step, chunks = scored[1], step_ref[...], pl.num_programs(0)
     row = Row(
         pl.program_id(1), scored[0].shape[1], layer_ref[...], interpret=interpret, block=block
@@ -213,9 +221,13 @@ def pick_tokens(
             start = jnp.where(position < prompt, in_prompt, prompt + grown)
             ids = row.load(token_ids_ref, position, mask=exists, stacked=True)
             token = start + ids.astype(jnp.int32)
+            row.store(tokens_ref, token, at, mask=exists)
+            if not cached:
+                row.store(slots_ref, jnp.full_like(i, NO_ID), at, mask=exists)
+                row.store(hit_ref, jnp.zeros(i.shape, bool), at, mask=exists)
+                return picked + jnp.sum(number), hits
             slot = row.load(table[0], token, mask=exists, stacked=True)
             hit = exists & (slot >= 0)
-            row.store(tokens_ref, token, at, mask=exists)
             row.store(slots_ref, jnp.where(hit, slot, NO_ID), at, mask=exists)
             row.store(hit_ref, hit, at, mask=exists)
             row.store(table[2], jnp.full_like(i, step), slot, mask=hit, stacked=True)
@@ -253,12 +265,7 @@ def pick_tokens(
     def finish() -> None:
         nth = jnp.arange(_pallas.tile(chunk_hits_ref.shape[-1]))
         hits = jnp.sum(row.load(chunk_hits_ref, nth, mask=nth < chunk_hits_ref.shape[-1]))
-        slots = table[1].shape[-1]
-        wanted = jnp.minimum(budget - hits, slots - hits)
-
-        @pl.when(wanted > 0)
-        def find_slots() -> None:
-            admit(row, table, (tokens_ref, slots_ref, hit_ref), victims_ref, budget, wanted, step)
-
-        row.store(hits_ref, hits)
-        row.store(misses_ref, budget - hits)
+        if cached:
+            out = tokens_ref, slots_ref, hit_ref
+            admit(row, table, out, victims_ref, (budget, hits), step)
+        count_rows(row, table, (hits_ref, misses_ref), (hits, budget - hits))

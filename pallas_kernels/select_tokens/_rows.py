@@ -13,7 +13,7 @@ from pallas_kernels._numerics import NO_ID, ordered_bits
 from pallas_kernels._pairs import list_selected
 from pallas_kernels._row import Row
 from pallas_kernels.score_tokens._members import find_members
-from pallas_kernels.select_tokens._admit import admit
+from pallas_kernels.select_tokens._admit import admit, count_rows
 
 
 def _take_all(row: Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: Any) -> None:
@@ -138,15 +138,18 @@ def select_rows(
     growth_tokens: int,
     block: int,
     tile: int,
+    cached: bool,
     interpret: bool,
 ) -> None:
     """One row's selection among its contenders; `select_tokens` says what the refs are."""
     # The first ones are written in place: only the results' refs are used.
-    log_mass_ref, clusters_ref, starts_ref, granules_ref, budget_ref, *operands = refs[7:17]
+    fields = 5 if cached else 2
+    refs = refs[4 + fields :]
+    log_mass_ref, clusters_ref, starts_ref, granules_ref, budget_ref, *operands = refs[:10]
     offsets_ref, token_ids_ref, prompt_tokens_ref, layer_ref, step_ref = operands
-    tokens_ref, slots_ref, hit_ref, hits_ref, misses_ref = refs[17:22]
-    lists, remaining_ref, table = refs[22:25], refs[25], refs[26:29]
-    prefix_ref, picked_ref, numbers_ref, firsts_ref, victims_ref = refs[29:]
+    tokens_ref, slots_ref, hit_ref, hits_ref, misses_ref = refs[10:15]
+    lists, remaining_ref, table = refs[15:18], refs[18], refs[19 : 19 + fields]
+    prefix_ref, picked_ref, numbers_ref, firsts_ref, victims_ref = refs[19 + fields :]
     kv_heads = log_mass_ref.shape[1]
     program = pl.program_id(0)
     layer, step = layer_ref[...], step_ref[...]
@@ -181,10 +184,14 @@ def select_rows(
         token = start + row.load(token_ids_ref, position, mask=valid, stacked=True).astype(
             jnp.int32
         )
-        slot = row.load(table[0], token, mask=valid, stacked=True)
-        hit = valid & (slot >= 0)
         row.store(numbers_ref, number, i, mask=valid)
         row.store(tokens_ref, jnp.where(valid, token, NO_ID), i, mask=exists)
+        if not cached:
+            row.store(slots_ref, jnp.full_like(i, NO_ID), i, mask=exists)
+            row.store(hit_ref, jnp.zeros(i.shape, bool), i, mask=exists)
+            return hits
+        slot = row.load(table[0], token, mask=valid, stacked=True)
+        hit = valid & (slot >= 0)
         row.store(slots_ref, jnp.where(hit, slot, NO_ID), i, mask=exists)
         row.store(hit_ref, hit, i, mask=exists)
         row.store(table[2], jnp.full_like(i, step), slot, mask=hit, stacked=True)
@@ -193,12 +200,7 @@ def select_rows(
     hits = row.each(jnp.int32(room), look_up, jnp.int32(0))
     row.barrier()
     _count_remaining(row, numbers_ref, firsts_ref, clusters_ref, remaining_ref, budget)
-    slots = table[1].shape[-1]
-    wanted = jnp.minimum(budget - hits, slots - hits)
-
-    @pl.when(wanted > 0)
-    def find_slots() -> None:
-        admit(row, table, (tokens_ref, slots_ref, hit_ref), victims_ref, budget, wanted, step)
-
-    plt.store(hits_ref.at[row.b, row.h], hits)
-    plt.store(misses_ref.at[row.b, row.h], budget - hits)
+    if cached:
+        out = tokens_ref, slots_ref, hit_ref
+        admit(row, table, out, victims_ref, (budget, hits), step)
+    count_rows(row, table, (hits_ref, misses_ref), (hits, budget - hits))

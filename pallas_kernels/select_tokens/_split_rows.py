@@ -142,7 +142,9 @@ def select_in_split_rows(
         *(*scored, candidates.clusters, candidates.granules, offsets, token_ids, prompt_tokens),
         *(_pallas.scalar(layer), _pallas.scalar(step), *lists, end, left_keys, left_places, left),
     )
-    in_place = (sizes, *table, done)
+    # Of a cache without slots there are only the counters.
+    kept = table if slots else (table.hits, table.misses)
+    in_place = (sizes, *kept, done)
     selected = (
         of_rows(max_tokens),
         of_rows(max_tokens),
@@ -151,7 +153,7 @@ def select_in_split_rows(
         of_rows(),
     )
     # The picks' clusters' numbers, where each one's picks begin, hits by chunk, victims.
-    scratch = (of_rows(max_tokens), of_rows(clusters), of_rows(chunks), of_rows(slots))
+    scratch = (of_rows(max_tokens), of_rows(clusters), of_rows(chunks), of_rows(max(slots, 1)))
     results = call(
         functools.partial(
             pick_tokens,
@@ -159,6 +161,7 @@ def select_in_split_rows(
             block=config.block,
             segment_tokens=segment_tokens,
             growth_tokens=growth_tokens,
+            cached=slots > 0,
         ),
         (*operands, *in_place),
         (*selected, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in in_place), *scratch),
@@ -166,5 +169,8 @@ def select_in_split_rows(
         name="pick_tokens",
         aliases={len(operands) + i: len(selected) + i for i in range(len(in_place))},
     )
-    tokens, row_slots, hit, hits, misses, remaining, *fields = results[: len(selected) + 4]
-    return Retrieved(tokens, row_slots, hit, remaining, RowTable(*fields), hits, misses)
+    tokens, row_slots, hit, hits, misses, remaining = results[: len(selected) + 1]
+    first = RowTable._fields.index("hits") if not slots else 0
+    fields = results[len(selected) + 1 :][: len(kept)]
+    table = RowTable(*table[:first], *fields)
+    return Retrieved(tokens, row_slots, hit, remaining, table, hits, misses)

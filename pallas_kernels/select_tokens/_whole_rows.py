@@ -113,7 +113,9 @@ def select_in_whole_rows(
         num_stages=1,
         interpret=interpret,
     )
-    in_place = (*lists, sizes, *table)
+    # Of a cache without slots there are only the counters.
+    kept = table if slots else (table.hits, table.misses)
+    in_place = (*lists, sizes, *kept)
     results = _pallas.call(
         functools.partial(
             select_rows,
@@ -121,6 +123,7 @@ def select_in_whole_rows(
             growth_tokens=growth_tokens,
             block=config.block,
             tile=config.tile,
+            cached=slots > 0,
             interpret=interpret,
         ),
         (
@@ -149,7 +152,7 @@ def select_in_whole_rows(
             of_rows(max_tokens),
             of_rows(max_tokens),
             of_rows(clusters),
-            of_rows(slots),
+            of_rows(max(slots, 1)),
         ),
         (batch * kv_heads,),
         name="select_rows",
@@ -159,5 +162,6 @@ def select_in_whole_rows(
         interpret=interpret,
     )
     tokens, row_slots, hit, hits, misses = results[:5]
-    remaining, table = results[8], RowTable(*results[9:12])
+    first = RowTable._fields.index("hits") if not slots else 0
+    remaining, table = results[8], RowTable(*table[:first], *results[9 : 9 + len(kept)])
     return Retrieved(tokens, row_slots, hit, remaining, table, hits, misses)

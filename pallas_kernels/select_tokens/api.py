@@ -39,7 +39,7 @@ def select_tokens(
         token_ids: the token at each index position, counted from its segment's start.
         prompt_tokens: how many of a sequence's indexed tokens came with the prompt: where its
             segments of `segment_tokens` end and those of `growth_tokens` begin.
-        table: the row table, updated at `layer`.
+        table: the row table, updated at `layer`; one without slots where there is no row cache.
         layer: which layer of the stacks.
         step: this step's number, greater than all before it.
         max_tokens: length of the result's lists.

@@ -13,17 +13,24 @@ from pallas_kernels.select_clusters.reference import Candidates
 class RowTable(NamedTuple):
     """Which row of the store each slot of the row cache holds; the cache's own fields.
 
+    Without slots there is no cache: every row is read from the store.
+
     Attributes:
-        slot_of_token: `[layers, batch, kv_heads, tokens]` int32, -1 where the row is not cached.
+        slot_of_token: `[layers, batch, kv_heads, tokens]` int32, -1 where the row is not cached;
+            without slots of no tokens.
         token_of_slot: `[layers, batch, kv_heads, slots]` int32, -1 where the slot is empty; the
             inverse of `slot_of_token`.
         last_used: `[layers, batch, kv_heads, slots]` int32, the step that last read the slot;
             -1 where it is empty.
+        hits, misses: `[layers, batch, kv_heads]` uint32, rows that were found in the cache and that
+            were not, in all steps; they wrap around at 2^32.
     """
 
     slot_of_token: Array
     token_of_slot: Array
     last_used: Array
+    hits: Array
+    misses: Array
 
 
 class Retrieved(NamedTuple):
@@ -36,7 +43,7 @@ class Retrieved(NamedTuple):
         hit: `[batch, kv_heads, budget]` bool.
         remaining: `[batch, kv_heads, clusters]` int32, what each cluster keeps of its members.
         table: the row table after the step.
-        hits, misses: `[batch, kv_heads]` int32, rows found and not found in the cache.
+        hits, misses: `[batch, kv_heads]` int32, rows found and not found in the cache in this step.
     """
 
     tokens: Array
@@ -75,6 +82,17 @@ def row_budgets(budget: Array, kv_heads: int) -> Array:
     return jnp.broadcast_to(rows, (budget.shape[0], kv_heads)).astype(jnp.int32)
 
 
+def empty_table(row: tuple[int, int, int], tokens: int, slots: int) -> RowTable:
+    """A table of empty slots; `row` is (layers, batch, kv_heads). No array stands in it twice."""
+    return RowTable(
+        slot_of_token=jnp.full((*row, tokens if slots else 0), -1, jnp.int32),
+        token_of_slot=jnp.full((*row, slots), -1, jnp.int32),
+        last_used=jnp.full((*row, slots), -1, jnp.int32),
+        hits=jnp.zeros(row, jnp.uint32),
+        misses=jnp.zeros(row, jnp.uint32),
+    )
+
+
 def look_up(
     tokens: Array, table: RowTable, layer: Array | int, step: Array
 ) -> tuple[Array, Array, RowTable]:
@@ -87,6 +105,10 @@ def look_up(
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     valid = tokens != NO_ID
     capacity, num_slots = table.slot_of_token.shape[-1], table.token_of_slot.shape[-1]
+    if not num_slots:
+        misses = table.misses.at[layer].add(jnp.sum(valid, axis=-1, dtype=jnp.uint32))
+        none = jnp.full_like(tokens, NO_ID)
+        return none, jnp.zeros_like(valid), table._replace(misses=misses)
     # Slots are read and written a layer at a time: XLA updates the stacks in place only where what
     # it writes depends on all that it reads.
     owner, last_used = table.token_of_slot[layer], table.last_used[layer]
@@ -117,6 +139,8 @@ def look_up(
         slot_of_token,
         table.token_of_slot.at[layer].set(owner),
         table.last_used.at[layer].set(last_used),
+        table.hits.at[layer].add(jnp.sum(hit, axis=-1, dtype=jnp.uint32)),
+        table.misses.at[layer].add(jnp.sum(miss, axis=-1, dtype=jnp.uint32)),
     )
     return jnp.where(hit, found, filled), hit, table
 

@@ -26,7 +26,7 @@ LONG = "The quick brown fox jumps over the lazy dog; " * 6
 FULL = ("--attention", "full", "--model")
 FACTS = (
     r"first token after [\d.]+ s; [\d.]+ tokens/s; tokens retrieved: [\d.]+%; "
-    r"cache hits: ([\d.]+%|none); "
+    r"(cache hits: [\d.]+%; )?"
     r"KV cache: [\d.]+ [kM]?B on the device, [\d.]+ [kM]?B on the host\n"
 )
 
@@ -126,11 +126,25 @@ def test_json_and_facts(generate: Generate, tiny: Path, attention: str) -> None:
     assert facts["first_token_seconds"] > 0
     assert facts["device_bytes"] > 0
     assert facts["host_bytes"] == 0
+    # Nothing is cached where the rows are on the device.
+    assert facts["hit_ratio"] is None
+    assert "cache hits" not in result.err
     if attention == "full":
-        assert (facts["retrieved_share"], facts["hit_ratio"]) == (1.0, None)
+        assert facts["retrieved_share"] == 1.0
     else:
         assert 0.25 < facts["retrieved_share"] < 0.35
-        assert 0 <= facts["hit_ratio"] <= 1
+
+
+def test_hits_are_shown_where_there_is_a_cache(generate: Generate, tiny: Path) -> None:
+    result = generate(
+        *("--model", tiny, "--prompt", LONG, "--max-new-tokens", 9, "--json", "--store", "host"),
+        *SMALL_ZONES,
+    )
+    assert result.status == 0, result.err
+    assert re.search(r"cache hits: [\d.]+%; ", result.err)
+    facts = json.loads(result.out)["facts"]
+    assert 0 <= facts["hit_ratio"] <= 1
+    assert facts["host_bytes"] > 0
 
 
 def test_layers_are_unstacked_where_they_are_written_out_and_there_is_room(

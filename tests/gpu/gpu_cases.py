@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as ops
-from pallas_kernels._numerics import MASKED
+from pallas_kernels._numerics import MASKED, NO_ID
+from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.specs import SHAPES, StepShape
 from pallas_kernels.testing import StepInputs, make_step
 
@@ -30,10 +31,12 @@ class Case:
     miss_share: float = 0.3
     store: str = "device"
     codes: bool = True
+    cached: bool = True
 
     def __str__(self):
         parts = [self.shape.name, self.shape.dtype, self.store]
-        return "-".join(parts if self.codes else [*parts, "no_codes"])
+        parts += ["no_codes"] * (not self.codes) + ["no_cache"] * (not self.cached)
+        return "-".join(parts)
 
 
 def shape(name: str, **changes: Any) -> StepShape:
@@ -50,6 +53,8 @@ CASES = (
     Case(shape("phi"), store="host", miss_share=1.0),
     Case(shape("phi", dtype="float32")),
     Case(shape("wide"), codes=False),
+    Case(shape("qwen"), cached=False),
+    Case(shape("smollm2", dtype="float32"), cached=False),
     # One sequence, nothing else but many clusters.
     Case(shape("1M2"), ragged=False),
 )
@@ -67,6 +72,14 @@ def inputs_of(case: Case) -> StepInputs:
         miss_share=case.miss_share,
         store=case.store,  # type: ignore[arg-type]
     )
+    if not case.cached:
+        row, tokens = inputs.store.shape[:3], case.shape.tokens
+        inputs = inputs._replace(
+            table=empty_table(row, tokens, 0),
+            cache_rows=inputs.cache_rows[:, :, :, :0],
+            slots=jnp.full_like(inputs.slots, NO_ID),
+            hit=jnp.zeros_like(inputs.hit),
+        )
     return inputs if case.codes else inputs._replace(codes=None, scales=None)
 
 

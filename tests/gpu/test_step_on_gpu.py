@@ -10,6 +10,7 @@ import pytest
 import pallas_kernels as ops
 from pallas_kernels._numerics import MASKED
 from pallas_kernels.encode_tokens import rotate
+from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.testing import make_step
 from tests.gpu.gpu_cases import SEED, assert_close, assert_table_is_inverse, shape, upcast
 
@@ -63,7 +64,8 @@ def test_steps_in_one_program(name, store):
     s = shape(name)
     # A cache of stale rows would be read in place of the store's: start from an empty one.
     x = make_step(s, SEED, layers=3, ragged=True, store=store)
-    empty = jax.tree.map(lambda y: jnp.full_like(y, -1), x.table)
+    slots_of, slots = x.table.slot_of_token, x.table.token_of_slot.shape[-1]
+    empty = empty_table(slots_of.shape[:3], slots_of.shape[-1], slots)
 
     def program(implementation):
         one = functools.partial(step, shape=s, implementation=implementation)

@@ -1,5 +1,6 @@
 """The kernels of `attend_zones` and `merge_states`, interpreted, against the references."""
 
+import dataclasses
 import functools
 
 import jax
@@ -74,6 +75,18 @@ def zone_case(seed, group=4, head_dim=64, dtype="float32", sinks=SINKS):
     floats = ("query", "sink", "window", "store", "cache_rows", "value_sums")
     dtypes = {name: jnp.dtype(dtype) for name in floats} | {"hit": bool, "logits": jnp.float32}
     return {name: jnp.asarray(x, dtypes.get(name, jnp.int32)) for name, x in case.items()}
+
+
+def without_cache(case):
+    """The same step without slots: all rows, which are numbers now, are in the store."""
+    rng = np.random.default_rng(1)
+    store = jnp.asarray(rng.normal(size=case["store"].shape), case["store"].dtype)
+    return case | {
+        "store": store,
+        "cache_rows": case["cache_rows"][:, :, :, :0],
+        "slots": jnp.full_like(case["slots"], NO_ID),
+        "hit": jnp.zeros_like(case["hit"]),
+    }
 
 
 def clean(case):
@@ -158,6 +171,14 @@ def test_attend_zones(group, head_dim, dtype, sinks, config):
     check_zones(found, expected, config, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("group, head_dim, dtype", [(7, 128, "bfloat16"), (2, 96, "float32")])
+def test_without_a_row_cache_all_rows_are_read_from_the_store(group, head_dim, dtype):
+    case = without_cache(zone_case(group, group, head_dim, dtype))
+    found, expected = run_kernel(case), run_reference(clean(case))
+    check_zones(found, expected, dataclasses.replace(SPLIT, missed_splits=0), TOLERANCES[dtype])
+    assert found.cache_rows.shape == case["cache_rows"].shape
+
+
 @pytest.mark.parametrize("rows", [1, 8, 64, 2048])
 def test_heuristic_fills_the_gpu(rows):
     config = kernel.heuristic(rows, 128, 2, 1182, 6144, 1088)
@@ -174,6 +195,12 @@ def test_heuristic_fills_the_gpu(rows):
         (lambda c: c | {"query": jnp.zeros((BATCH, HEADS, 17, 64))}, "17 query heads"),
         (lambda c: c | {"store": c["store"].astype(jnp.bfloat16)}, "store is bfloat16"),
         (lambda c: c | {"tokens": c["tokens"][..., :0]}, "tokens is empty"),
+        (
+            lambda c: (
+                without_cache(c) | {"store": jax.device_put(c["store"], jax.memory.Space.Host)}
+            ),
+            "without a row cache",
+        ),
     ],
 )
 def test_attend_zones_says_what_it_does_not_support(change, match):
@@ -233,13 +260,15 @@ def shapes(head_dim, dtype, group=4):
     ],
 )
 def test_attend_zones_lowers(platform, head_dim, dtype):
-    text = lower_for(
-        platform, lambda a: kernel.attend_zones(**a, scale=0.1), shapes(head_dim, dtype, group=7)
-    )
-    assert text.count("attend_zones") > 0
-    # Nothing but the kernel touches what is large.
-    assert "gather" not in text
-    assert "dynamic_slice" not in text
+    operands = shapes(head_dim, dtype, group=7)
+    cache = operands["cache_rows"]
+    no_slots = jax.ShapeDtypeStruct((*cache.shape[:3], 0, *cache.shape[4:]), cache.dtype)
+    for each in (operands, operands | {"cache_rows": no_slots}):
+        text = lower_for(platform, lambda a: kernel.attend_zones(**a, scale=0.1), each)
+        assert text.count("attend_zones") > 0
+        # Nothing but the kernel touches what is large.
+        assert "gather" not in text
+        assert "dynamic_slice" not in text
 
 
 @pytest.mark.parametrize("platform, head_dim", [("cuda", 96), ("cuda", 256), ("rocm", 128)])

@@ -11,7 +11,7 @@ import pallas_kernels as ops
 from pallas_kernels._numerics import MASKED, NO_ID, heaviest, list_places, ordered_bits
 from pallas_kernels.select_clusters import list_candidates
 from pallas_kernels.select_clusters.reference import GRANULE
-from pallas_kernels.select_tokens import RowTable, segment_start
+from pallas_kernels.select_tokens import empty_table, segment_start
 
 few_values = st.sampled_from([-3.0, -1.5, -0.0, 0.0, 0.25, 2.0, 2.0000002, 1e30, -1e30])
 
@@ -87,13 +87,6 @@ def test_select_clusters_takes_most_group_mass_per_token(group, seed):
             assert min(budget[b], sizes[0, b, h].sum()) <= held < budget[b] + 8
 
 
-def empty_table(layers, batch, heads, tokens, slots):
-    def full(size):
-        return jnp.full((layers, batch, heads, size), -1, jnp.int32)
-
-    return RowTable(full(tokens), full(slots), full(slots))
-
-
 class PlainCache:
     """The row table in plain Python: one row of (sequence, head)."""
 
@@ -126,7 +119,7 @@ select = jax.jit(
 def test_row_table_follows_a_plain_model(seed, slots):
     rng = np.random.default_rng(seed)
     layers, batch, heads, tokens, room = 2, 2, 2, 24, 8
-    table = empty_table(layers, batch, heads, tokens, slots)
+    table = empty_table((layers, batch, heads), tokens, slots)
     order = np.stack([rng.permutation(tokens) for _ in range(batch * heads)])
     ids = np.broadcast_to(order.reshape(1, batch, heads, tokens), (layers, batch, heads, tokens))
     offsets = jnp.broadcast_to(jnp.arange(0, tokens + 1, 4), (layers, batch, heads, 7))
@@ -134,6 +127,7 @@ def test_row_table_follows_a_plain_model(seed, slots):
         jnp.ones((batch, heads, 6), bool), jnp.full((batch, heads, 6), 4), max_candidates=tokens
     )
     plain = [[PlainCache(slots) for _ in range(heads)] for _ in range(batch)]
+    counted = np.zeros((2, batch, heads), np.int64)
     for now in range(6):
         mass = rng.normal(size=(batch, heads, tokens)).astype(np.float32)
         budget = rng.integers(0, room + 1, batch)
@@ -174,7 +168,11 @@ def test_row_table_follows_a_plain_model(seed, slots):
                 np.testing.assert_array_equal(table.slot_of_token[1, b, h], inverse)
         assert int(result.hits.sum()) == hits
         assert (result.hits + result.misses).sum(-1).tolist() == (budget * heads).tolist()
+        counted += np.stack([result.hits, result.misses])
+        np.testing.assert_array_equal(np.stack([table.hits[1], table.misses[1]]), counted)
     assert (np.asarray(table.slot_of_token[0]) == -1).all()  # the other layer
+    assert not np.asarray(table.hits[0]).any()
+    assert not np.asarray(table.misses[0]).any()
 
 
 def test_segment_start_of_prompt_and_growth_segments():

@@ -15,7 +15,7 @@ from pallas_kernels.score_tokens import triton as score_tokens
 from pallas_kernels.select_clusters import Candidates, list_candidates
 from pallas_kernels.select_clusters import reference as select_clusters_reference
 from pallas_kernels.select_clusters import triton as select_clusters
-from pallas_kernels.select_tokens import RowTable
+from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.select_tokens import reference as select_tokens_reference
 from pallas_kernels.select_tokens import triton as select_tokens
 from tests.pallas_kernels.lowering import lower_for
@@ -129,8 +129,8 @@ select = jax.jit(select_tokens.select_tokens, static_argnames=(*SIZES, "config",
 select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=SIZES)
 
 
-# More contenders, or more slots, than registers hold; a cache of few slots and of one; a budget
-# past everything.
+# More contenders, or more slots, than registers hold; a cache of few slots, of one and of none; a
+# budget past everything.
 @pytest.mark.parametrize(
     "slots, most, config",
     [
@@ -138,6 +138,8 @@ select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=
         (1, 10, select_tokens.WholeRows(16, 32, 16, 64, 1, 1, 1)),
         (7, 24, select_tokens.SplitRows(128, 16, 32, 32, 1, 1, 1)),
         (1, 10, select_tokens.SplitRows(32, 32, 256, 64, 1, 1, 1)),
+        (0, 24, select_tokens.WholeRows(32, 64, 32, 32, 1, 1, 1)),
+        (0, 24, select_tokens.SplitRows(128, 16, 32, 32, 1, 1, 1)),
         (40, 24, select_tokens.WholeRows(32, 64, 32, 4, 1, 1, 1)),
         (40, 24, select_tokens.SplitRows(128, 16, 32, 4, 1, 1, 1)),
         (300, 400, None),
@@ -150,7 +152,7 @@ def test_select_tokens_exactly(slots, most, config):
     tokens = int(offsets.max()) + 3
     row = (LAYERS, BATCH, HEADS)
     ids = rng.permuted(np.broadcast_to(np.arange(tokens), (*row, tokens)), axis=-1)
-    table = RowTable(*(jnp.full((*row, size), -1, jnp.int32) for size in (tokens, slots, slots)))
+    table = empty_table(row, tokens, slots)
     room = 140
     settings = {"max_tokens": most, "segment_tokens": 4096, "growth_tokens": 8}
     for step in range(5):
@@ -181,7 +183,16 @@ def test_select_tokens_exactly(slots, most, config):
         table = expected.table
 
 
-def shapes(batch=2, kv_heads=2, group=4, head_dim=128, clusters=96, tokens=4096, dtype="bfloat16"):
+def shapes(
+    batch=2,
+    kv_heads=2,
+    group=4,
+    head_dim=128,
+    clusters=96,
+    tokens=4096,
+    slots=200,
+    dtype="bfloat16",
+):
     """Operands of the four ops, by name, as shapes."""
     row = (batch, kv_heads)
     of = jax.ShapeDtypeStruct
@@ -194,7 +205,7 @@ def shapes(batch=2, kv_heads=2, group=4, head_dim=128, clusters=96, tokens=4096,
     )
     logits, logsumexp = of((*row, group, clusters), f32), of((*row, group), f32)
     offsets, number, numbers = of((3, *row, clusters + 1), i32), of((), i32), of((batch,), i32)
-    table = RowTable(*(of((3, *row, size), i32) for size in (tokens, 200, 200)))
+    table = jax.eval_shape(lambda: empty_table((3, *row), tokens, slots))
     words = -(-head_dim // 32)
     return {
         "score_clusters": (
@@ -240,7 +251,7 @@ def test_lowers(op, platform):
         # What it takes on a GPU that is not NVIDIA's.
         keywords["config"] = score_tokens.Config(128, integers=False)
     function = functools.partial(getattr(MODULES[op], op), **keywords)
-    for changes in ({}, {"group": 7, "head_dim": 96, "dtype": "float32"}):
+    for changes in ({}, {"group": 7, "head_dim": 96, "dtype": "float32", "slots": 0}):
         text = lower_for(platform, function, *shapes(**changes)[op])
         assert "triton" in text
         # No slice of a stack is made for a kernel.

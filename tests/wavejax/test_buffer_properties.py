@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import pallas_kernels as ops
 from pallas_kernels._numerics import MASKED, NO_ID
 from pallas_kernels.select_clusters import list_candidates
-from pallas_kernels.select_tokens import RowTable
+from pallas_kernels.select_tokens import RowTable, empty_table
 from tests.wavejax.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import WaveAttention, WaveConfig
 
@@ -52,7 +52,7 @@ class PlainCache:
 
 def check_table(table: RowTable, layer: int, caches: dict, tokens: int) -> None:
     """Asserts that a layer's tables hold what the plain caches hold."""
-    slot_of_token, token_of_slot, last_used = (np.asarray(part[layer]) for part in table)
+    slot_of_token, token_of_slot, last_used = (np.asarray(part[layer]) for part in table[:3])
     for (b, h), cache in caches.items():
         owners = token_of_slot[b, h]
         assert owners.tolist() == [cache.held.get(slot, (-1,))[0] for slot in range(cache.slots)]
@@ -122,7 +122,7 @@ def test_ops_read_the_right_rows(slots, seed, steps):
     store = np.zeros((*row, TOKENS, 2, DIM), np.float32)
     store[..., 1, :] = rng.integers(-(2**12), 2**12, (*row, TOKENS, DIM))
     cache_rows = np.full((*row, slots, 2, DIM), 2.0**20, np.float32)
-    table = RowTable(*(jnp.full((*row, n), -1, jnp.int32) for n in (TOKENS, slots, slots)))
+    table = empty_table(row, TOKENS, slots)
     # A prompt of one full and one shorter segment or less, then segments of growth: within each
     # the positions hold its own tokens in an order of their own.
     used = rng.integers(1, TOKENS - GROWTH + 1, BATCH)
@@ -186,7 +186,8 @@ def test_ops_read_the_right_rows(slots, seed, steps):
                 cache_rows[LAYER, b, h, slot], store[LAYER, b, h, owners[b, h, slot]]
             )
         other = 1 - LAYER
-        assert all((np.asarray(part[other]) == -1).all() for part in table)
+        assert all((np.asarray(part[other]) == -1).all() for part in table[:3])
+        assert not np.asarray(table.hits[other] + table.misses[other]).any()
         assert (np.asarray(cache_rows[other]) == 2.0**20).all()
 
 
@@ -200,7 +201,7 @@ def attention_of(cache_fraction):
         local_tokens=16, growth_tokens=64, segment_tokens=128, cluster_size=8, max_cluster_size=16,
         min_candidate_tokens=48, min_retrieved_tokens=12, cache_fraction=cache_fraction,
     )  # fmt: skip
-    return WaveAttention(config, "device")
+    return WaveAttention(config, "device", cached=True)
 
 
 def run(attention, stream, lengths, chunks):
@@ -245,6 +246,7 @@ def test_a_caches_size_changes_nothing_but_what_is_missed(lengths, cache_fractio
             held = np.flatnonzero(owners >= 0)
             cached = np.asarray(state.cache.rows[0, b, h, held])
             np.testing.assert_array_equal(cached, own[owners[held]])
-        retrieved = [int((s.cache.hits + s.cache.misses).sum()) for s in (state, complete)]
+        tables = [s.cache.table for s in (state, complete)]
+        retrieved = [int((table.hits + table.misses).sum()) for table in tables]
         assert retrieved[0] == retrieved[1]
-        assert int(state.cache.misses.sum()) >= int(complete.cache.misses.sum())
+        assert int(tables[0].misses.sum()) >= int(tables[1].misses.sum())

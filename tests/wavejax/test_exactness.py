@@ -84,7 +84,7 @@ def test_all_clusters_estimated_whose_members_coincide():
     stream = (query, key[:, run], value)
     error, state = compare(config, "device", lengths, stream, model)
     assert error < 1e-5
-    assert int(state.cache.hits.sum() + state.cache.misses.sum()) == 0
+    assert int(state.cache.table.hits.sum() + state.cache.table.misses.sum()) == 0
     assert (np.asarray(state.index.tokens) >= 1024).all()
 
 

@@ -12,13 +12,17 @@ from wavejax import WaveAttention
 from wavejax.facts import facts_of
 
 
-def state_with(hits, misses, attended, store="device"):
+def state_with(hits, misses, attended, store="device", cached=True):
     """An empty state of two layers, two kv heads and a batch of two, with these counts."""
-    attention = WaveAttention(CONFIG, store)
+    attention = WaveAttention(CONFIG, store, cached=cached)
     state = attention.init_state(MODEL, 2, 128, 64, jnp.float32)
-    cache = dataclasses.replace(
-        state.cache, hits=jnp.asarray(hits, jnp.uint32), misses=jnp.asarray(misses, jnp.uint32)
+    # Of each sequence, all in its first kv head.
+    hits, misses = (
+        jnp.zeros((2, 2, 2), jnp.uint32).at[..., 0].set(jnp.asarray(x, jnp.uint32))
+        for x in (hits, misses)
     )
+    table = state.cache.table._replace(hits=hits, misses=misses)
+    cache = dataclasses.replace(state.cache, table=table)
     attended = jnp.asarray(attended, jnp.float32)
     return dataclasses.replace(state, cache=cache, attended=attended)
 
@@ -31,10 +35,17 @@ def test_shares_of_counts():
 
 
 def test_counts_add_up_past_32_bits():
-    many = 2**32 - 1
-    facts = facts_of(state_with([[many, many], [many, many]], np.zeros((2, 2)), [2.0**32, 2.0**32]))
+    many = np.full((2, 2), 2**32 - 1, np.uint32)
+    facts = facts_of(state_with(many, np.zeros((2, 2)), [2.0**32, 2.0**32]))
     assert facts.hit_ratio == 1
     assert facts.retrieved_share == pytest.approx(0.5)
+
+
+def test_without_a_cache_there_is_no_hit_ratio():
+    zeros, fives = np.zeros((2, 2)), np.full((2, 2), 5)
+    facts = facts_of(state_with(zeros, fives, [50, 50], cached=None))
+    assert facts.hit_ratio is None
+    assert facts.retrieved_share == pytest.approx(20 / 400)
 
 
 def test_before_the_first_step_there_are_no_shares():

@@ -39,12 +39,10 @@ def choice(memory, store="auto"):
     return made.attention.store, made.attention.config.cache_fraction / CONFIG.cache_fraction
 
 
-def test_the_device_while_it_fits_then_without_a_cache_then_the_host():
+def test_the_device_while_it_fits_then_the_host():
     assert choice(free(PLENTY)) == ("device", 1.0)
     assert choice(free(need("device").device)) == ("device", 1.0)
-    assert choice(free(need("device").device - 1)) == ("device", 0.0)
-    assert choice(free(need("device", 0.0).device)) == ("device", 0.0)
-    assert choice(free(need("device", 0.0).device - 1)) == ("host", 1.0)
+    assert choice(free(need("device").device - 1)) == ("host", 1.0)
     assert choice(free(need("host").device)) == ("host", 1.0)
     where, left = choice(free(need("host").device - 1))
     assert where == "host"
@@ -72,14 +70,24 @@ def test_where_it_is_asked_for_it_goes():
     assert choice(free(PLENTY), "host") == ("host", 1.0)
     assert choice(free(PLENTY), "device") == ("device", 1.0)
     with pytest.raises(InputError, match="--store host"):
-        choice(free(need("device", 0.0).device - 1), "device")
+        choice(free(need("device").device - 1), "device")
+
+
+def test_rows_on_the_device_have_no_cache():
+    on_device = need("device")
+    assert on_device.slots == 0
+    assert on_device == need("device", 0.5)
+    assert on_device.cache < need("host", 0.0).cache < need("host").cache
+    assert "row cache" not in plan_text(plan(free(PLENTY)), "tiny")
+    assert "row cache" in plan_text(plan(free(PLENTY), store="host"), "tiny")
 
 
 def test_on_a_cpu_all_of_it_must_fit_in_one_memory():
     for store, where in [("auto", "device"), ("device", "device"), ("host", "host")]:
         least = need(where, 0.0)
         total = least.device + least.host
-        assert choice(free(None, total), store) == (where, 0.0)
+        # Without a cache on the host, and as without one on the device.
+        assert choice(free(None, total), store)[0] == where
         with pytest.raises(InputError, match=r"^not enough memory: "):
             choice(free(None, total - 1), store)
 

@@ -114,7 +114,7 @@ def test_the_less_the_mass_the_more_is_retrieved_up_to_the_budget(stream):
         attention = with_mass(mass)
         output, state = decode(attention, started(attention, stream), stream, lengths, steps)
         cache = state.cache
-        rows.append(int(jnp.sum(cache.hits + cache.misses)))
+        rows.append(int(jnp.sum(cache.table.hits + cache.table.misses)))
         errors.append(float(jnp.linalg.norm(output - full)))
     assert rows[0] == 0
     assert rows == sorted(set(rows))

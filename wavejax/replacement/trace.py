@@ -68,7 +68,8 @@ def tracing(config: WaveConfig) -> WaveAttention:
     Its row cache holds every row, so nothing is ever evicted, and the slots last used in a step are
     exactly the rows retrieved in it: a trace needs nothing in the step that is not there anyway.
     """
-    return WaveAttention(dataclasses.replace(config, cache_fraction=1.0), store="device")
+    config = dataclasses.replace(config, cache_fraction=1.0)
+    return WaveAttention(config, store="device", cached=True)
 
 
 def record(

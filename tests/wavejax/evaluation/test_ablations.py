@@ -169,7 +169,12 @@ def test_by_name():
     name = "ablation[code_bits=2,rotated=false,group_by=max,corrected=true,cluster_size=16]"
     found = parse_methods(f"wave,{name}", budget)[name]
     assert found == AblatedAttention(
-        WaveConfig(cluster_size=16, **budget), "device", None, 2, False, "max", True
+        WaveConfig(cluster_size=16, **budget),
+        "device",
+        code_bits=2,
+        rotated=False,
+        group_by="max",
+        corrected=True,
     )
     for wrong in ("code_bits=9", "group_by=mean", "token_codes=false", "rotation=true"):
         with pytest.raises(InputError):
