@@ -137,7 +137,8 @@ def command(
         "answers": answers,
         **budget,
     }
-    records = Records(out, settings, run_facts())
+    folder = Records(out, settings, run_facts())
+    records = click.get_current_context().with_resource(folder)
 
     jobs = [
         (name, length, block)

@@ -104,7 +104,8 @@ def command(
         "haystack_sha256": material.haystack.sha256,
         "seed": seed,
     }
-    records = Records(out, settings, run_facts())
+    folder = Records(out, settings, run_facts())
+    records = click.get_current_context().with_resource(folder)
 
     shown = sys.stderr.isatty() if progress is None else progress
     with progress_bar("loading the model", shown) as report:

@@ -143,8 +143,8 @@ def select_in_split_rows(
         *(_pallas.scalar(layer), _pallas.scalar(step), *lists, end, left_keys, left_places, left),
     )
     # Of a cache without slots there are only the counters.
-    kept = table if slots else (table.hits, table.misses)
-    in_place = (sizes, *kept, done)
+    kept = {name: field for name, field in table._asdict().items() if field.size}
+    in_place = (sizes, *kept.values(), done)
     selected = (
         of_rows(max_tokens),
         of_rows(max_tokens),
@@ -170,7 +170,6 @@ def select_in_split_rows(
         aliases={len(operands) + i: len(selected) + i for i in range(len(in_place))},
     )
     tokens, row_slots, hit, hits, misses, remaining = results[: len(selected) + 1]
-    first = RowTable._fields.index("hits") if not slots else 0
     fields = results[len(selected) + 1 :][: len(kept)]
-    table = RowTable(*table[:first], *fields)
+    table = table._replace(**dict(zip(kept, fields, strict=True)))
     return Retrieved(tokens, row_slots, hit, remaining, table, hits, misses)

@@ -114,8 +114,8 @@ def select_in_whole_rows(
         interpret=interpret,
     )
     # Of a cache without slots there are only the counters.
-    kept = table if slots else (table.hits, table.misses)
-    in_place = (*lists, sizes, *kept)
+    kept = {name: field for name, field in table._asdict().items() if field.size}
+    in_place = (*lists, sizes, *kept.values())
     results = _pallas.call(
         functools.partial(
             select_rows,
@@ -162,6 +162,6 @@ def select_in_whole_rows(
         interpret=interpret,
     )
     tokens, row_slots, hit, hits, misses = results[:5]
-    first = RowTable._fields.index("hits") if not slots else 0
-    remaining, table = results[8], RowTable(*table[:first], *results[9 : 9 + len(kept)])
+    remaining, fields = results[8], results[9 : 9 + len(kept)]
+    table = table._replace(**dict(zip(kept, fields, strict=True)))
     return Retrieved(tokens, row_slots, hit, remaining, table, hits, misses)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from models.checkpoint import Checkpoint
+from models.errors import InputError
 from tests.cli.conftest import TEMPLATE, TINY, Result, write_tokenizer
 from tests.models.tiny_models import make_tensors, write_folder
 from wavejax.evaluation.bench import Bench
@@ -196,11 +197,14 @@ def test_a_folder_that_cannot_be_used(model, tmp_path):
 
 def test_records_are_not_written_twice(tmp_path):
     record = {"task": "a", "length": 1, "index": 0, "method": "full"}
-    first = Records(tmp_path, {"seed": 1}, {})
-    first.append([record])
-    again = Records(tmp_path, {"seed": 1}, {})
-    assert again.records == [record]
-    assert again.done == {("a", 1, 0, "full")}
+    with Records(tmp_path, {"seed": 1}, {}) as first:
+        first.append([record])
+        # Nor by two runs at a time, each of which would write what the other one has.
+        with pytest.raises(InputError, match="another run writes to"):
+            Records(tmp_path, {"seed": 1}, {})
+    with Records(tmp_path, {"seed": 1}, {}) as again:
+        assert again.records == [record]
+        assert again.done == {("a", 1, 0, "full")}
 
 
 def test_batches_have_one_size():

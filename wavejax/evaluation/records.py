@@ -1,5 +1,6 @@
 """An evaluation's folder: what it is of, and one JSON line for each sample and method."""
 
+import contextlib
 import datetime
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,13 +9,21 @@ from typing import Any
 
 from models.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # On Windows nothing is locked.
+    fcntl = None  # type: ignore[assignment]
+
 Key = tuple[str, int, int, str]
 RECORDS = "records.jsonl"
 SETTINGS = "settings.json"
+LOCK = ".lock"
 
 
 class Records:
     """The records in a folder, from which a stopped evaluation goes on.
+
+    A context, within which no other run can use the folder.
 
     Args:
         folder: made if it is not there.
@@ -22,19 +31,36 @@ class Records:
         run: facts of this run, for the reader: versions, the device.
 
     Raises:
-        InputError: the folder cannot be used, or holds an evaluation with other settings.
+        InputError: the folder cannot be used, is another run's that goes on, or holds an evaluation
+            with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], run: dict[str, Any]):
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._check(settings, run)
-            self.records = list(self._read())
-            (folder / RECORDS).touch()
+            with contextlib.ExitStack() as opened:
+                # Two runs would each write what the other one has written.
+                lock = opened.enter_context((folder / LOCK).open("w"))
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._check(settings, run)
+                self.records = list(self._read())
+                (folder / RECORDS).touch()
+                self._locked = opened.pop_all()
+        except BlockingIOError as error:
+            raise InputError(
+                f"another run writes to {folder}: wait for its end, or give another --out"
+            ) from error
         except OSError as error:
             raise InputError(f"cannot use the folder {folder}: {error.strerror}") from error
         self.done = {key_of(record) for record in self.records}
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._locked.close()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Writes records of which none is there yet."""
