@@ -87,7 +87,13 @@ IDENTITY = ("context", "batch", "attention", "store")
     "there and sent.",
 )
 @click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="A call.")
-@click.option("--hit-ratio", type=click.FloatRange(0, 1), default=0.8, show_default=True)
+@click.option(
+    "--hit-ratio",
+    type=click.FloatRange(0, 1),
+    default=0.8,
+    show_default=True,
+    help="Of the row cache; rows on the device have none.",
+)
 @click.option(
     "--prefill",
     type=click.Choice(["synthetic", "real"]),
