@@ -109,7 +109,7 @@ def copies_of_stacks(text, cache):
     jax 0.10 copies while an index grows.
     """
     kept = (cache.index, cache.store, cache.cache.rows)
-    stacks = {tuple(leaf.shape) for leaf in jax.tree.leaves(kept) if leaf.ndim > 3}
+    stacks = {tuple(leaf.shape) for leaf in jax.tree.leaves(kept) if leaf.ndim > 3 and leaf.size}
     whole = stacks | {shape[1:] for shape in stacks}
     found = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", text)
     return [shape for shape in found if tuple(map(int, shape.split(","))) in whole]
