@@ -12,6 +12,7 @@ attention.
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ def methods() -> dict[str, WaveConfig]:
     }
 
 
+def from_another_part(text: Sequence[str], sample: int) -> list[str]:
+    """A text in pieces, begun at another fifth for each sample; its first part comes last."""
+    first = sample * len(text) // 5 % len(text)
+    return [*text[first:], *text[:first]]
+
+
 def make_prompt(tokenizer: Tokenizer, tokens: int, sample: int) -> list[int]:
     """A prompt of at most so many tokens: prose, another part for each sample, and a question."""
-    prose = paragraphs()
-    first = sample * len(prose) // 5 % len(prose)
-    prose = prose[first:] + prose[:first]
+    prose = from_another_part(paragraphs(), sample)
     question = QUESTIONS[sample % len(QUESTIONS)]
 
     def encode(count: int) -> list[int]:
@@ -72,8 +77,7 @@ def cut_text(
     tokenizer: Tokenizer, haystack: Haystack, tokens: int, new_tokens: int, sample: int
 ) -> tuple[list[int], np.ndarray]:
     """So many tokens of prose as a prompt, another part for each sample, and those that follow."""
-    first = sample * len(haystack.words) // 5 % len(haystack.words)
-    words = haystack.words[first:] + haystack.words[:first]
+    words = from_another_part(haystack.words, sample)
     ids = tokenizer.encode(" ".join(words), add_special=True)
     if len(ids) < tokens + new_tokens:
         raise InputError(
