@@ -34,19 +34,19 @@ class WaveAttention:
         fetch: how rows in host memory reach the device. "in_place": they lie in pinned memory, and
             the step reads them there. "staged": they lie in `Generator`'s hands, which brings them
             from layer to layer (`wavejax.staged`). None takes the best that the platform can.
-        cached: whether rows that were read are kept in a row cache on the device. None: if the
-            store is not there already.
+        cached: whether there is a row cache before a store on the device too, which needs none. One
+            in host memory has a cache always.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
     store: StoreKind = "host"
     fetch: Fetch | None = None
-    cached: bool | None = None
+    cached: bool = False
 
     @property
     def has_cache(self) -> bool:
         """Whether there is a row cache."""
-        return self.store == "host" if self.cached is None else self.cached
+        return self.cached or self.store == "host"
 
     @property
     def staged(self) -> bool:

@@ -43,7 +43,7 @@ def test_counts_add_up_past_32_bits():
 
 def test_without_a_cache_there_is_no_hit_ratio():
     zeros, fives = np.zeros((2, 2)), np.full((2, 2), 5)
-    facts = facts_of(state_with(zeros, fives, [50, 50], cached=None))
+    facts = facts_of(state_with(zeros, fives, [50, 50], cached=False))
     assert facts.hit_ratio is None
     assert facts.retrieved_share == pytest.approx(20 / 400)
 
