@@ -6,14 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas, _tuning
-from pallas_kernels._numerics import LOG2_E, MASKED
-from pallas_kernels.score_tokens import _query
-from pallas_kernels.score_tokens._members import find_members
+from pallas_kernels._numerics import MASKED
+from pallas_kernels.score_tokens import _by_floats, _by_integers, _query
 from pallas_kernels.select_clusters.reference import Candidates
 
 
@@ -22,7 +21,7 @@ class Config:
     """How the work is cut.
 
     Attributes:
-        block: candidates scored at once.
+        block: candidates that a program scores; with integers an even number of its threads.
         integers: multiply the codes with an int8 query, in CUDA's assembly; otherwise with
             bfloat16 parts of the query, by Triton's `dot`.
         num_warps: see Triton.
@@ -31,6 +30,11 @@ class Config:
     block: int = 512
     integers: bool = True
     num_warps: int = 4
+
+    @property
+    def threads(self) -> int:
+        """A program's."""
+        return 32 * self.num_warps
 
 
 def heuristic(candidates: int, dtype: str) -> Config:
@@ -41,42 +45,14 @@ def heuristic(candidates: int, dtype: str) -> Config:
     """
     if dtype == "float32" or not _pallas.on_cuda():
         return Config(min(128, _pallas.tile(candidates, _pallas.DOT_TILE)), integers=False)
-    return Config(min(512, _pallas.tile(candidates, 32)))
-
-
-def _products_of_integers(
-    query_ref: Any,
-    codes_ref: Any,
-    layer: Any,
-    b: Any,
-    h: Any,
-    position: Any,
-    valid: Any,
-    emulate: bool,
-) -> list[Any]:
-    """Sums of each head's int8 query over each code's set bits: `[block]` int32 a head.
-
-    Args:
-        query_ref: `[batch, kv_heads, group, 8, words]` int32, from `_query.pack`.
-    """
-    _, _, group, lanes, words = query_ref.shape
-
-    def of_head(g: int, w: int) -> list[Any]:
-        at = (b, h, jnp.int32(g))
-        return [plt.load(query_ref.at[*at, jnp.int32(k), jnp.int32(w)]) for k in range(lanes)]
-
-    codes = [
-        plt.load(codes_ref.at[layer, b, h, position, jnp.int32(w)], mask=valid, other=0)
-        for w in range(words)
-    ]
-    query = [[of_head(g, w) for w in range(words)] for g in range(group)]
-    return _query.products(codes, query, emulate=emulate)
+    block = min(512, _pallas.tile(candidates, 64))
+    return Config(block, num_warps=min(4, block // 64))
 
 
 def _kernel(
     query_ref: Any,
-    steps_ref: Any,
-    sums_ref: Any,
+    factors_ref: Any,
+    shifts_ref: Any,
     logits_ref: Any,
     logsumexp_ref: Any,
     clusters_ref: Any,
@@ -93,101 +69,43 @@ def _kernel(
     config: Config,
     emulate: bool,
 ) -> None:
-    _, kv_heads, group, _ = logits_ref.shape
+    _, kv_heads, _, _ = logits_ref.shape
     part, row = pl.program_id(0), pl.program_id(1)
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
-    place = part * config.block + jnp.arange(config.block)
-    room = log_mass_ref.shape[-1]
     count = plt.load(starts_ref.at[b, h, jnp.int32(starts_ref.shape[-1] - 1)])
-    inside = place < room
+    by_floats = codes_ref is not None and not config.integers
+    size = config.block if by_floats else config.threads
+    slices = config.block // size
+    places = [part * config.block + s * size + jnp.arange(size) for s in range(slices)]
+
+    def store(place: Any, log_mass: Any) -> None:
+        inside = place < log_mass_ref.shape[-1]
+        log_mass = jnp.where(place < count, log_mass, MASKED)
+        plt.store(log_mass_ref.at[b, h, place], log_mass, mask=inside)
 
     @pl.when(part * config.block >= count)
     def fill() -> None:
-        plt.store(
-            log_mass_ref.at[b, h, place], jnp.full(config.block, MASKED, jnp.float32), mask=inside
-        )
+        for place in places:
+            store(place, jnp.full(size, MASKED, jnp.float32))
 
     @pl.when(part * config.block < count)
     def score() -> None:
-        valid = place < count
-        _, cluster, position = find_members(
-            clusters_ref, starts_ref, granules_ref, offsets_ref, layer, b, h, place, valid
-        )
-        if codes_ref is not None:
-            a = plt.load(scales_ref.at[layer, b, h, position], mask=valid, other=0)
-            a = scale * a.astype(jnp.float32)
-        estimates = []
-        if codes_ref is None or config.integers:
-            if codes_ref is not None:
-                over_set = _products_of_integers(
-                    query_ref, codes_ref, layer, b, h, position, valid, emulate
+        members = clusters_ref, starts_ref, granules_ref, offsets_ref
+        operands = logits_ref, logsumexp_ref, members, codes_ref, scales_ref, (layer, b, h)
+        if by_floats:
+            [place] = places
+            log_masses = [
+                _by_floats.score(
+                    *(query_ref, *operands, place, place < count),
+                    scale=scale,
+                    head_dim=head_dim,
                 )
-            for g in range(group):
-                at = (b, h, jnp.int32(g))
-                estimate = plt.load(logits_ref.at[*at, cluster], mask=valid, other=0)
-                estimate -= plt.load(logsumexp_ref.at[at])
-                if codes_ref is not None:
-                    # The sum over all bits, set ones counting 1 and others -1.
-                    product = 2 * over_set[g] - plt.load(sums_ref.at[at])
-                    estimate += a * (plt.load(steps_ref.at[at]) * product.astype(jnp.float32))
-                estimates.append(estimate)
-            log_mass = _query.log_sum_exp(estimates, emulate=emulate or not config.integers)
+            ]
         else:
-            product = _products_of_floats(
-                query_ref, codes_ref, layer, b, h, position, valid, head_dim
-            )
-            heads = jnp.arange(_pallas.DOT_TILE)
-            in_group = (heads < group)[None, :]
-            estimate = plt.load(
-                logits_ref.at[b, h, heads[None, :], cluster[:, None]],
-                mask=valid[:, None] & in_group,
-                other=0,
-            )
-            normaliser = plt.load(logsumexp_ref.at[b, h, heads], mask=heads < group, other=0)
-            estimate -= normaliser[None, :]
-            estimate = jnp.where(in_group, estimate + a[:, None] * product, MASKED)
-            peak = jnp.max(estimate, axis=1)
-            powers = jnp.exp2(LOG2_E * (estimate - peak[:, None]))
-            log_mass = peak + jnp.log(jnp.sum(powers, axis=1))
-        plt.store(log_mass_ref.at[b, h, place], jnp.where(valid, log_mass, MASKED), mask=inside)
-
-
-def _products_of_floats(
-    query_ref: Any,
-    codes_ref: Any,
-    layer: Any,
-    b: Any,
-    h: Any,
-    position: Any,
-    valid: Any,
-    head_dim: int,
-) -> Any:
-    """Products of codes and query in the matrix units: `[block, DOT_TILE]` float32.
-
-    Args:
-        query_ref: `[batch, kv_heads, parts, group, head_dim]` bfloat16, from `_query.split`.
-    """
-    _, _, parts, group, _ = query_ref.shape
-    dim = jnp.arange(_pallas.tile(head_dim))
-    words = plt.load(
-        codes_ref.at[layer, b, h, position[:, None], (dim // 32)[None, :]],
-        mask=valid[:, None] & (dim < head_dim)[None, :],
-        other=0,
-    )
-    bits = lax.shift_right_logical(
-        words, jnp.broadcast_to((dim % 32)[None, :], words.shape).astype(jnp.uint32)
-    )
-    signs = jnp.where((bits & 1) == 1, 1.0, -1.0).astype(jnp.bfloat16)
-    g = jnp.arange(_pallas.DOT_TILE)
-    product = jnp.zeros((position.shape[0], _pallas.DOT_TILE), jnp.float32)
-    for part in range(parts):
-        query = plt.load(
-            query_ref.at[b, h, jnp.int32(part), g[None, :], dim[:, None]],
-            mask=(g < group)[None, :] & (dim < head_dim)[:, None],
-            other=0,
-        )
-        product += jnp.dot(signs, query, preferred_element_type=jnp.float32)
-    return product
+            query = query_ref, factors_ref, shifts_ref
+            log_masses = _by_integers.score(query, *operands, places, count, emulate=emulate)
+        for place, log_mass in zip(places, log_masses, strict=True):
+            store(place, log_mass)
 
 
 def score_tokens(
@@ -209,6 +127,7 @@ def score_tokens(
 
     Raises:
         NotImplementedError: for head dims and groups that the kernel is not made for.
+        ValueError: the config's block is none of what `Config` says.
     """
     batch, kv_heads, group, head_dim = rotated_query.shape
     _pallas.check_heads("score_tokens", group, head_dim, rotated_query.dtype)
@@ -223,10 +142,15 @@ def score_tokens(
         group=group,
         dtype=dtype,
     )
+    if config.integers and config.block % (2 * config.threads):
+        raise ValueError(
+            f"score_tokens: a block of {config.block} candidates is no even number of "
+            f"{config.threads} threads; give one, or integers=False"
+        )
     if codes is None:
         query: tuple[Any, Any, Any] = (None, None, None)
     elif config.integers:
-        query = _query.pack(rotated_query, interpret=interpret)
+        query = _query.pack(rotated_query, scale=scale, interpret=interpret)
     else:
         query = (_query.split(rotated_query), None, None)
     return _pallas.call(

@@ -112,7 +112,7 @@ def test_score_tokens(group, head_dim, dtype, coded):
         scales if coded else None,
         LAYER,
     )
-    config = score_tokens.Config(32, integers=dtype == "bfloat16", num_warps=1)
+    config = score_tokens.Config(64, integers=dtype == "bfloat16", num_warps=1)
     found = score_tokens.score_tokens(
         *operands, scale=0.1, max_candidates=room, config=config, interpret=True
     )
