@@ -82,13 +82,12 @@ def threshold(
 Each = Callable[[Callable[..., Any], Any], Any]
 
 
-def cut(each: Each, budget: Any, *, weighted: bool) -> tuple[Any, Any]:
+def cut(each: Each, budget: Any) -> tuple[Any, Any]:
     """Where a row's selection ends: the elements of largest key that together reach the budget.
 
     Args:
         each: over the row's elements; a weight of zero leaves an element out.
         budget: int32, at least 1.
-        weighted: whether the elements differ in weight.
 
     Returns:
         key, last: uint32 and int32. Selected is what has a larger key, or this key and a place of
@@ -128,8 +127,7 @@ def cut(each: Each, budget: Any, *, weighted: bool) -> tuple[Any, Any]:
 
     low, high = range_of(by_key)
     # Weights seldom add up to the budget exactly, which would end the search early.
-    snap = largest_below if weighted else None
-    key, above = threshold(holders(by_key), budget, low, high, largest_below=snap)
+    key, above = threshold(holders(by_key), budget, low, high, largest_below=largest_below)
 
     def by_place(exists: Any, keys: Any, place: Any) -> tuple[Any, Any]:
         # Of what has the key, the lower places first.

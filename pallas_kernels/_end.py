@@ -56,14 +56,13 @@ def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: 
         tile: so many contenders are held in registers. Where there are more, each round of the
             search reads them again.
     """
-    weighted, chunks = lists.weights is not None, lists.sure.shape[-1]
+    chunks = lists.held.shape[-1]
     nth, lane = jnp.arange(_pallas.tile(chunks)), jnp.arange(tile)
-    of_chunks = lists.held if weighted else lists.sure
-    held = jnp.sum(row.load(of_chunks, nth, mask=nth < chunks))
+    held = jnp.sum(row.load(lists.held, nth, mask=nth < chunks))
     listed = row.load(lists.number)
 
     def finish(each: Each, budget: Any, right: int) -> None:
-        key, last = cut(each, budget, weighted=weighted)
+        key, last = cut(each, budget)
         key = lax.bitcast_convert_type(key, jnp.int32)
         for i, x in enumerate((key, last, jnp.int32(right))):
             row.store(lists.end, x, jnp.int32(i))
@@ -71,9 +70,7 @@ def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: 
     def add(exists: Any, keys: Any, weights: Any, places: Any, total: Any) -> Any:
         return total + jnp.sum(jnp.where(exists, weights, 0))
 
-    contended = listed
-    if weighted:
-        contended = _by_blocks(_contenders(row, lists, listed), listed, tile)(add, jnp.int32(0))
+    contended = _by_blocks(_contenders(row, lists, listed), listed, tile)(add, jnp.int32(0))
     right = (held < budget) & (budget <= held + contended)
 
     @pl.when(right & (listed <= tile))
@@ -90,9 +87,7 @@ def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: 
         finish(_by_blocks(_everything(load, total), total, tile), budget, 0)
 
 
-def read_end(
-    row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: int
-) -> tuple[End, Any]:
+def read_end(row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: int) -> End:
     """The end that `find_end` found, with what is selected before this program's chunk.
 
     Args:
@@ -101,11 +96,8 @@ def read_end(
         lists: from `split` and `find_end`.
         load, total: as for `find_end`.
         chunk: elements that are a program's, as for `split`.
-
-    Returns:
-        the end, and whether all that is selected is among the survivors of `split`: bool.
     """
-    weighted, chunks, start = lists.weights is not None, lists.sure.shape[-1], part * chunk
+    chunks, start = lists.sure.shape[-1], part * chunk
     nth = jnp.arange(_pallas.tile(chunks))
     key, last, right = (row.load(lists.end, jnp.int32(i)) for i in range(3))
     key, right, listed = (
@@ -118,7 +110,7 @@ def read_end(
         weights = jnp.where(exists & _selects(key, last, keys, places), weights, 0)
         pair = weights, jnp.where(places < start, weights, 0)
         numbers = sum_pair(*((x > 0).astype(jnp.int32) for x in pair))
-        sums = (*map(jnp.sum, pair), *numbers) if weighted else numbers
+        sums = (*map(jnp.sum, pair), *numbers)
         return tuple(x + y for x, y in zip(state, sums, strict=True))
 
     def among_contenders() -> Any:
@@ -126,28 +118,23 @@ def read_end(
             sure = row.load(ref, nth, mask=nth < chunks)
             return [jnp.sum(sure), jnp.sum(jnp.where(nth < part, sure, 0))]
 
-        start = of_sure(lists.sure)
-        if weighted:
-            start = of_sure(lists.held) + start
+        start = of_sure(lists.held) + of_sure(lists.sure)
         return _by_blocks(_contenders(row, lists, listed), listed, READ_TILE)(add, tuple(start))
 
     def among_all() -> Any:
-        zeros = (jnp.int32(0),) * (4 if weighted else 2)
+        zeros = (jnp.int32(0),) * 4
         return _by_blocks(_everything(load, total), total, READ_TILE)(add, zeros)
 
     sums = lax.cond(right, among_contenders, among_all)
-    weight, before_weight, *numbers = sums
-    count, before = numbers if weighted else (weight, before_weight)
-    return End(key, last, count, weight, before, before_weight), right
+    weight, before_weight, count, before = sums
+    return End(key, last, count, weight, before, before_weight)
 
 
 def _contenders(row: Row, lists: Lists, listed: Any) -> Callable[..., Any]:
     def contenders(i: Any) -> tuple[Any, Any, Any, Any]:
         exists = i < listed
-        weights = exists.astype(jnp.int32)
-        if lists.weights is not None:
-            weights = row.load(lists.weights, i, mask=exists)
-        keys, places = (row.load(ref, i, mask=exists) for ref in (lists.keys, lists.places))
+        fields = lists.keys, lists.weights, lists.places
+        keys, weights, places = (row.load(ref, i, mask=exists) for ref in fields)
         return exists, keys, weights, places
 
     return contenders
@@ -180,8 +167,6 @@ def end_of_all(
     budget: Any,
     chunk: int,
     tile: int,
-    *,
-    weighted: bool,
 ) -> End:
     """The end of a row's selection, found in registers and by every program for itself.
 
@@ -193,14 +178,11 @@ def end_of_all(
         budget: int32, as for `find_end`.
         chunk: elements that are a program's.
         tile: elements that are held in registers.
-        weighted: whether they differ in weight.
     """
     place = jnp.arange(tile)
     exists = place < total
     keys, weights = load(place, exists)
-    key, last = cut(
-        lambda visit, state: visit(exists, keys, weights, place, state), budget, weighted=weighted
-    )
+    key, last = cut(lambda visit, state: visit(exists, keys, weights, place, state), budget)
     zero = jnp.int32(0)
     selected = exists & End(key, last, zero, zero, zero, zero).selects(keys, place)
     weights = jnp.where(selected, weights, 0)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._bisect import bracket
-from pallas_kernels._pairs import halves, sum_pair
 from pallas_kernels._row import Row
 
 # How many standard deviations of what the sample holds the bracket is wide, each way, and how many
@@ -30,11 +29,10 @@ class Lists(NamedTuple):
     """What the steps hand on; all but the keys int32.
 
     Attributes:
-        keys, places, weights: `[batch, kv_heads, elements]`, each row's contenders, in any order;
-            no weights where every element weighs one.
+        keys, places, weights: `[batch, kv_heads, elements]`, each row's contenders, in any order.
         number: `[batch, kv_heads]`, how many there are.
         sure, held: `[batch, kv_heads, chunks]`, how many elements of each chunk are surely
-            selected, and their weights' sum; not the latter where every element weighs one.
+            selected, and their weights' sum.
         end: `[batch, kv_heads, 4]`, the key and the last place of the selection's end (see `End`),
             and whether the bracket was right.
     """
@@ -56,8 +54,6 @@ def find_bracket(
     total: Any,
     budget: Any,
     sample: int,
-    *,
-    weighted: bool,
 ) -> None:
     """Writes a row's bracket and resets the number of its contenders; one program a row.
 
@@ -69,7 +65,6 @@ def find_bracket(
         total: int32, the row's elements.
         budget: int32, what the selected elements should weigh.
         sample: how many elements, spread over the row, set it.
-        weighted: whether elements differ in weight.
     """
     row.store(number_ref, jnp.int32(0))
     stride = lax.div(total + (sample - 1), jnp.int32(sample))
@@ -81,7 +76,7 @@ def find_bracket(
 
     def held(key1: Any, key2: Any) -> tuple[Any, Any]:
         first, second = (jnp.where(keys >= key, weights, 0) for key in (key1, key2))
-        return (jnp.sum(first), jnp.sum(second)) if weighted else sum_pair(first, second)
+        return jnp.sum(first), jnp.sum(second)
 
     low = jnp.min(jnp.where(counts, keys, jnp.uint32(2**32 - 1)))
     high = jnp.max(jnp.where(counts, keys, jnp.uint32(0)))
@@ -95,26 +90,9 @@ def find_bracket(
         row.store(bracket_ref, key, jnp.int32(i))
 
 
-class Survivors(NamedTuple):
-    """What `split` left of a chunk: sure elements and contenders.
-
-    Attributes:
-        places, keys: `[chunk]`, of all of its elements.
-        left: `[chunk]` bool, which of them are left.
-        rank: `[chunk]` int32, how many of these come before each place.
-        count: int32, how many these are.
-    """
-
-    places: Any
-    keys: Any
-    left: Any
-    rank: Any
-    count: Any
-
-
 def split(
     row: Row, part: Any, lists: Lists, bracket_ref: Any, load: Load, total: Any, chunk: int
-) -> Survivors:
+) -> None:
     """Splits this program's chunk of a row's elements.
 
     Args:
@@ -124,33 +102,25 @@ def split(
         bracket_ref: from `find_bracket`.
         load: reads elements.
         total: int32, the row's elements.
-        chunk: how many are a program's, at most 2^15.
-
-    Returns:
-        which of the chunk's elements are sure or contend.
+        chunk: how many are a program's.
     """
     lower, upper = (row.load(bracket_ref, jnp.int32(i)) for i in range(2))
     place = part * chunk + jnp.arange(chunk)
     keys, weights = load(place, place < total)
     exists = (place < total) & (weights > 0)
-    left = exists & (keys >= lower)
-    contends = left & (keys < upper)
-    # Both ranks by one prefix sum.
-    number = contends.astype(jnp.int32) | (left.astype(jnp.int32) << 16)
-    rank, left_rank = halves(jnp.cumsum(number) - number)
-    count, left_count = halves(jnp.sum(number))
+    sure = exists & (keys >= jnp.maximum(lower, upper))
+    contends = exists & (keys >= lower) & (keys < upper)
+    number = contends.astype(jnp.int32)
     # In which order the programs come is left to chance, and makes no difference.
-    at = rank + row.add(lists.number, count)
+    at = jnp.cumsum(number) - number + row.add(lists.number, jnp.sum(number))
     row.store(lists.keys, keys, at, mask=contends)
     row.store(lists.places, place, at, mask=contends)
-    row.store(lists.sure, left_count - count, part)
-    if lists.weights is not None:
-        row.store(lists.weights, weights, at, mask=contends)
-        row.store(lists.held, jnp.sum(jnp.where(left & ~contends, weights, 0)), part)
-    return Survivors(place, keys, left, left_rank, left_count)
+    row.store(lists.weights, weights, at, mask=contends)
+    row.store(lists.sure, jnp.sum(sure.astype(jnp.int32)), part)
+    row.store(lists.held, jnp.sum(jnp.where(sure, weights, 0)), part)
 
 
-def list_shapes(rows: tuple[int, int], elements: int, chunks: int, *, weighted: bool) -> Lists:
+def list_shapes(rows: tuple[int, int], elements: int, chunks: int) -> Lists:
     """The arrays of `Lists`, as `jax.ShapeDtypeStruct`."""
 
     def of(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -159,9 +129,9 @@ def list_shapes(rows: tuple[int, int], elements: int, chunks: int, *, weighted: 
     return Lists(
         keys=of(elements, dtype=jnp.uint32),
         places=of(elements),
-        weights=of(elements) if weighted else None,
+        weights=of(elements),
         number=of(),
         sure=of(chunks),
-        held=of(chunks) if weighted else None,
+        held=of(chunks),
         end=of(4),
     )

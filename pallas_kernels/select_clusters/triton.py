@@ -89,10 +89,15 @@ class _Ranked:
     """One row's ranked clusters, and how many tokens are to be taken of them."""
 
     def __init__(self, row: Row, keys_ref: Any, sizes_ref: Any, offsets_ref: Any, budget_ref: Any):
-        self.row, self.keys, self.sizes = row, keys_ref, sizes_ref
+        self.row, self.keys, self.sizes, self.offsets = row, keys_ref, sizes_ref, offsets_ref
         self.clusters = jnp.int32(offsets_ref.shape[-1] - 1)
-        tokens = row.load(offsets_ref, self.clusters, stacked=True)
-        self.budget = jnp.minimum(plt.load(budget_ref.at[row.b]), tokens)
+        self.tokens = row.load(offsets_ref, self.clusters, stacked=True)
+        self.budget = jnp.minimum(plt.load(budget_ref.at[row.b]), self.tokens)
+
+    def none_from(self, cluster: int) -> Any:
+        """Whether neither this cluster nor one behind it is in use."""
+        first = jnp.minimum(jnp.int32(cluster), self.clusters)
+        return self.row.load(self.offsets, first, stacked=True) == self.tokens
 
     def load(self, c: Any, exists: Any) -> tuple[Any, Any]:
         exists = exists & (c < self.clusters)
@@ -110,7 +115,6 @@ def _bracket(*refs: Any, config: Config, interpret: bool) -> None:
     find_bracket(
         *(row, bracket_ref, number_ref, ranked.load, ranked.clusters, ranked.budget),
         config.sample,
-        weighted=True,
     )
 
 
@@ -134,13 +138,15 @@ def _list(*refs: Any, config: Config, interpret: bool) -> None:
     part, budget, clusters = pl.program_id(0), ranked.budget, selected_ref.shape[-1]
     if config.in_registers:
         least = jnp.maximum(budget, 1)
-        end = end_of_all(
-            *(row, part, ranked.load, ranked.clusters, least),
-            *(config.chunk, config.tile),
-            weighted=True,
-        )
+
+        def find(tile: int) -> Any:
+            return end_of_all(row, part, ranked.load, ranked.clusters, least, config.chunk, tile)
+
+        # There is room for more clusters than are in use: half of the tile may hold them.
+        half = config.tile // 2
+        end = lax.cond(ranked.none_from(half), lambda: find(half), lambda: find(config.tile))
     else:
-        end, _ = read_end(row, part, Lists(*found), ranked.load, ranked.clusters, config.chunk)
+        end = read_end(row, part, Lists(*found), ranked.load, ranked.clusters, config.chunk)
     some = budget > 0
     c = part * config.chunk + jnp.arange(config.chunk)
     exists = c < clusters
@@ -229,7 +235,7 @@ def select_clusters(
     found: tuple[Any, ...] = ()
     if not config.in_registers:
         rows = (batch, kv_heads)
-        shapes = list_shapes(rows, clusters, chunks, weighted=True)
+        shapes = list_shapes(rows, clusters, chunks)
         bracket, number = call(
             functools.partial(_bracket, config=config, interpret=interpret),
             operands,

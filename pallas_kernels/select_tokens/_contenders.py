@@ -37,10 +37,11 @@ def estimate_threshold(*refs: Any, sample: int) -> None:
         starts: `Candidates.starts`.
         budget: `[batch, kv_heads]` int32.
         lowest: `[batch, kv_heads]` uint32, out.
+        done: `[batch, kv_heads]` int32, out: zero, for `look_up_rows` to count its programs.
     """
-    log_mass_ref, starts_ref, budget_ref, lowest_ref = refs
+    log_mass_ref, starts_ref, budget_ref, lowest_ref, done_ref = refs
     kv_heads, room = log_mass_ref.shape[1:]
-    row = pl.program_id(0)
+    row = pl.program_id(1)
     b, h = row // kv_heads, row % kv_heads
     count = plt.load(starts_ref.at[b, h, jnp.int32(starts_ref.shape[-1] - 1)])
     count = jnp.maximum(jnp.minimum(count, room), 1)
@@ -61,6 +62,7 @@ def estimate_threshold(*refs: Any, sample: int) -> None:
     high = jnp.maximum(jnp.max(sampled), low) + jnp.uint32(1)
     lowest, _ = threshold(held, wanted, low, high, resolution=RESOLUTION)
     plt.store(lowest_ref.at[b, h], lowest)
+    plt.store(done_ref.at[b, h], jnp.int32(0))
 
 
 def list_contenders(*refs: Any, chunk: int) -> None:

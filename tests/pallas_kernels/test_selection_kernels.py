@@ -134,14 +134,10 @@ select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=
 @pytest.mark.parametrize(
     "slots, most, config",
     [
-        (7, 24, select_tokens.WholeRows(32, 64, 32, 32, 1, 1, 1)),
-        (1, 10, select_tokens.WholeRows(16, 32, 16, 64, 1, 1, 1)),
-        (7, 24, select_tokens.SplitRows(128, 16, 32, 32, 1, 1, 1)),
-        (1, 10, select_tokens.SplitRows(32, 32, 256, 64, 1, 1, 1)),
-        (0, 24, select_tokens.WholeRows(32, 64, 32, 32, 1, 1, 1)),
-        (0, 24, select_tokens.SplitRows(128, 16, 32, 32, 1, 1, 1)),
-        (40, 24, select_tokens.WholeRows(32, 64, 32, 4, 1, 1, 1)),
-        (40, 24, select_tokens.SplitRows(128, 16, 32, 4, 1, 1, 1)),
+        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1)),
+        (1, 10, select_tokens.Config(16, 32, 16, 64, 1, 1, 1, 1)),
+        (0, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1)),
+        (40, 24, select_tokens.Config(32, 64, 32, 4, 1, 1, 1, 1)),
         (300, 400, None),
     ],
 )

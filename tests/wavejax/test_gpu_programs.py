@@ -15,7 +15,7 @@ from wavejax import DenseAttention, WaveAttention, staged
 
 STEP = {
     *("score_clusters", "rank_clusters", "list_clusters", "score_tokens", "estimate_threshold"),
-    *("list_contenders", "select_rows", "attend_zones", "merge_states"),
+    *("list_contenders", "pick_rows", "look_up_rows", "attend_zones", "merge_states"),
 }
 INDEX = {"assign_tokens", "move_centroids", "cut_clusters", "sum_pieces", "encode_tokens"}
 
