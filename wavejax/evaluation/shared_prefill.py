@@ -59,9 +59,8 @@ class SharedPrefill:
     def _index(self, generator: Generator, attention: WaveAttention) -> Any:
         plain = {name: getattr(WaveConfig(), name) for name in _DECODING}
         # The room for an index does not depend on what decoding asks for.
-        builder = WaveAttention(
-            dataclasses.replace(attention.config, **plain), attention.store, attention.fetch
-        )
+        config = dataclasses.replace(attention.config, **plain)
+        builder = WaveAttention(config, attention.store, attention.fetch, cached=attention.cached)
         if builder != self._builder:
             self._builder, self._built = builder, None  # Let go before there are two.
             self._built = build_index(

@@ -308,3 +308,13 @@ def test_bad_methods_are_refused(text, said):
     with pytest.raises(InputError) as caught:
         parse_methods(text, {})
     assert said in str(caught.value)
+
+
+def test_a_shared_prefill_keeps_whether_there_is_a_row_cache():
+    """Traces of which rows are retrieved are read from a cache's slots."""
+    full = Generator(MODEL, DenseAttention())
+    shared = SharedPrefill(full.start(make_params(), make_prompts([200]), 8), 256, 8)
+    for cached in (True, False):
+        attention = WaveAttention(CONFIG, store="device", cached=cached)
+        table = shared.state(Generator(MODEL, attention)).cache.cache.table
+        assert (table.token_of_slot.size > 0) == cached
