@@ -74,9 +74,10 @@ def _kernel(
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
     count = plt.load(starts_ref.at[b, h, jnp.int32(starts_ref.shape[-1] - 1)])
     by_floats = codes_ref is not None and not config.integers
-    size = config.block if by_floats else config.threads
-    slices = config.block // size
-    places = [part * config.block + s * size + jnp.arange(size) for s in range(slices)]
+    # CUDA's assembly takes one candidate a thread at a time.
+    size = config.threads if config.integers and not emulate else config.block
+    firsts = range(0, config.block, size)
+    places = [part * config.block + first + jnp.arange(size) for first in firsts]
 
     def store(place: Any, log_mass: Any) -> None:
         inside = place < log_mass_ref.shape[-1]
@@ -103,7 +104,9 @@ def _kernel(
             ]
         else:
             query = query_ref, factors_ref, shifts_ref
-            log_masses = _by_integers.score(query, *operands, places, count, emulate=emulate)
+            log_masses = _by_integers.score(
+                query, *operands, places, count, emulate=emulate or not config.integers
+            )
         for place, log_mass in zip(places, log_masses, strict=True):
             store(place, log_mass)
 

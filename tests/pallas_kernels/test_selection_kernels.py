@@ -255,6 +255,29 @@ def test_lowers(op, platform):
         assert "stablehlo.gather" not in text
 
 
+@pytest.mark.parametrize("coded", [True, False])
+def test_only_an_int8_query_takes_cudas_assembly(coded):
+    operands = list(shapes()["score_tokens"])
+    if not coded:
+        operands[5:7] = None, None
+
+    def assembly(config):
+        function = functools.partial(score_tokens.score_tokens, **KEYWORDS["score_tokens"])
+        return "inline_asm" in str(
+            jax.make_jaxpr(functools.partial(function, config=config))(*operands)
+        )
+
+    assert assembly(score_tokens.Config(256))
+    assert not assembly(score_tokens.Config(16, integers=False))
+
+
+def test_a_block_that_threads_do_not_share_evenly_is_said():
+    function = functools.partial(score_tokens.score_tokens, **KEYWORDS["score_tokens"])
+    function = functools.partial(function, config=score_tokens.Config(128, num_warps=4))
+    with pytest.raises(ValueError, match="a block of 128 candidates is no even number of 128"):
+        jax.eval_shape(function, *shapes()["score_tokens"])
+
+
 def test_a_tile_that_is_too_small_is_said():
     config = select_clusters.Config(chunk=32, in_registers=True, tile=64)
     function = functools.partial(
