@@ -83,6 +83,29 @@ def add_atomically(ref: Any, at: tuple[Any, ...], value: Any, interpret: bool) -
     return plt.atomic_add(ref, at, value)
 
 
+def assembly(text: str, *operands: Any, dtype: Any) -> Any:
+    """What a piece of CUDA's assembly makes of vectors, element by element.
+
+    Args:
+        text: PTX; $0 is the result, $1 and so on are the operands.
+        operands: `[n]` each, of 32 or 64 bits.
+        dtype: the result's, `[n]` too. (Pallas' assembly has one result.)
+    """
+
+    def register(dtype: Any) -> str:
+        dtype = jnp.dtype(dtype)
+        return "f" if dtype == jnp.float32 else {4: "r", 8: "l"}[dtype.itemsize]
+
+    [result] = plt.elementwise_inline_asm(
+        text,
+        args=operands,
+        constraints=",".join(["=" + register(dtype), *(register(x.dtype) for x in operands)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, dtype)],
+    )
+    return result
+
+
 def tile(size: int, least: int = 1) -> int:
     """The tile that holds so many: a power of two."""
     return max(pl.next_power_of_2(size), least)

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import _pallas
 from pallas_kernels.select_clusters.reference import GRANULE
 
 
@@ -91,7 +91,7 @@ def find_members_of_granules(
     # Past the last one there is none.
     cluster = jnp.minimum(plt.load(clusters_ref.at[b, h, nth]), clusters - 1)
     shift = plt.load(offsets_ref.at[layer, b, h, cluster]) - begins
-    source = _of_warp(
+    source = _pallas.assembly(
         # A distance that is negative shifts the bit out, as a large one does. The first cluster
         # may begin at the granule's first place, and does not count.
         """{
@@ -104,18 +104,10 @@ def find_members_of_granules(
         popc.b32 $0, bits;
         }""",
         begins - (place - lane),
+        dtype=jnp.int32,
     )
     shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
-    return _of_warp(shuffle, cluster, source), place + _of_warp(shuffle, shift, source)
-
-
-def _of_warp(assembly: str, *operands: Any) -> Any:
-    """What a warp's threads find together: int32 of int32, `[threads]` both."""
-    [result] = plt.elementwise_inline_asm(
-        assembly,
-        args=list(operands),
-        constraints=",".join(["=r"] + ["r"] * len(operands)),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, jnp.int32)],
+    cluster, shift = (
+        _pallas.assembly(shuffle, x, source, dtype=jnp.int32) for x in (cluster, shift)
     )
-    return result
+    return cluster, place + shift

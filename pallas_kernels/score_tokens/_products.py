@@ -9,11 +9,10 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import _pallas
 from pallas_kernels.score_tokens._query import BYTE, LANES, PHASES
 
 # load(lane, pair, phase, word, half): what lanes hold of the right operand, from `_query.pack`.
@@ -78,7 +77,7 @@ def _multiply(before: Any, left: list[Any], right: list[Any], phases: range, wor
 
     Returns:
         `[threads]` int64: four sums of 16 bits, of the first slice for both heads, then of the
-        second one. (Pallas' assembly has one result.)
+        second one, for the assembly has one result.
     """
     lines = [".reg .b32 s<4>, low, high;"]
     sums = "{s0, s1, s2, s3}"
@@ -109,14 +108,7 @@ def _multiply(before: Any, left: list[Any], right: list[Any], phases: range, wor
         "prmt.b32 high, s2, s3, 0x5410;",
         "mov.b64 $0, {low, high};",
     ]
-    [result] = plt.elementwise_inline_asm(
-        "{\n" + "\n".join(lines) + "\n}",
-        args=operands,
-        constraints=",".join(["=l"] + ["l" if x is before else "r" for x in operands]),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(left[0].shape, jnp.int64)],
-    )
-    return result
+    return _pallas.assembly("{\n" + "\n".join(lines) + "\n}", *operands, dtype=jnp.int64)
 
 
 # Selects the lower or the upper half of a word, with its sign.
@@ -125,34 +117,21 @@ SIGNED_HALVES = "0x9910", "0xbb32"
 
 def _after(lane: Any, sums: Any) -> Any:
     """The lanes as they are, but not before the sums: what they load takes no registers before."""
-    [result] = plt.elementwise_inline_asm(
-        # The last sum has 15 bits and a sign, so that zero is added.
+    # The last sum has 15 bits and a sign, so that zero is added.
+    text = (
         "{ .reg .b32 low, high; mov.b64 {low, high}, $2; prmt.b32 high, high, 0, 0xbb32; "
-        "add.s32 high, high, 32768; shr.s32 high, high, 16; add.s32 $0, $1, high; }",
-        args=[lane, sums],
-        constraints="=r,r,l",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(lane.shape, jnp.int32)],
+        "add.s32 high, high, 32768; shr.s32 high, high, 16; add.s32 $0, $1, high; }"
     )
-    return result
+    return _pallas.assembly(text, lane, sums, dtype=jnp.int32)
 
 
 def _part(sums: Any, nth: int) -> Any:
     """One of the four sums that `_multiply` gives: `[threads]` int32."""
     word, selector = ("low", "high")[nth // 2], SIGNED_HALVES[nth % 2]
-    lines = (
-        ".reg .b32 low, high;",
-        "mov.b64 {low, high}, $1;",
-        f"prmt.b32 $0, {word}, 0, {selector};",
+    text = (
+        f"{{ .reg .b32 low, high; mov.b64 {{low, high}}, $1; prmt.b32 $0, {word}, 0, {selector}; }}"
     )
-    [result] = plt.elementwise_inline_asm(
-        "{\n" + "\n".join(lines) + "\n}",
-        args=[sums],
-        constraints="=r,l",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(sums.shape, jnp.int32)],
-    )
-    return result
+    return _pallas.assembly(text, sums, dtype=jnp.int32)
 
 
 def emulated(words: list[list[Any]], load: Load, pairs: int) -> list[list[Any]]:
@@ -195,22 +174,8 @@ def multiply_add(x: Any, y: Any, z: Any, *, emulate: bool) -> Any:
     if emulate:
         return x * y + z
     y, z = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), x.shape) for a in (y, z))
-    [result] = plt.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        args=[x, y, z],
-        constraints="=f,f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-    )
-    return result
+    return _pallas.assembly("fma.rn.f32 $0, $1, $2, $3;", x, y, z, dtype=x.dtype)
 
 
 def _approximate(instruction: str, x: Any) -> Any:
-    [result] = plt.elementwise_inline_asm(
-        f"{instruction}.approx.ftz.f32 $0, $1;",
-        args=[x],
-        constraints="=f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-    )
-    return result
+    return _pallas.assembly(f"{instruction}.approx.ftz.f32 $0, $1;", x, dtype=x.dtype)

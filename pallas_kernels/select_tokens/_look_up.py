@@ -40,12 +40,8 @@ def look_up_rows(
     remaining_ref, done_ref, table = *refs[16:18], refs[18 : 18 + fields]
     block_hits_ref, victims_ref = refs[18 + fields :]
     row = Row(pl.program_id(1), log_mass_ref.shape[1], layer_ref[...], interpret=interpret)
-    part, parts, room, step = (
-        pl.program_id(0),
-        pl.num_programs(0),
-        tokens_ref.shape[-1],
-        step_ref[...],
-    )
+    part, parts = pl.program_id(0), pl.num_programs(0)
+    room, step = tokens_ref.shape[-1], step_ref[...]
     _, budget = limits(row, log_mass_ref, starts_ref, budget_ref, room)
 
     i = part * block + jnp.arange(block)

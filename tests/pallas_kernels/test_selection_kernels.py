@@ -51,12 +51,14 @@ def test_score_clusters(group, head_dim, clusters, blocks):
         np.testing.assert_allclose(x, y, atol=3e-6)
 
 
-# In registers, by several programs; by a sample that splits some off, and by one that tells
-# nothing; more contenders than registers hold; clusters larger than a granule of the list.
+# In registers, by several programs, also where half of the tile holds all in use; by a sample that
+# splits some off, and by one that tells nothing; more contenders than registers hold; clusters
+# larger than a granule of the list.
 @pytest.mark.parametrize(
     "group, clusters, most, budget, config",
     [
         (1, 100, 70, [17, 10**6], select_clusters.Config(32, 32, True, 128)),
+        (1, 100, 70, [17, 900], select_clusters.Config(32, 32, True, 256)),
         (7, 90, 5, [0, 90], select_clusters.Config(32, 128, True, 128)),
         (1, 1000, 5, [900, 90], select_clusters.Config(128, 256, False, 512, 512)),
         (2, 400, 40, [3000, 10**6], select_clusters.Config(128, 128, False, 64, 512)),
