@@ -8,14 +8,14 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas
 from pallas_kernels._numerics import LOG2_E, MASKED
-from pallas_kernels.score_tokens._members import find_members
+from pallas_kernels.score_tokens._members import Members, find_members
 
 
 def score(
     query_ref: Any,
     logits_ref: Any,
     logsumexp_ref: Any,
-    members: tuple[Any, Any, Any, Any],
+    members: Members,
     codes_ref: Any,
     scales_ref: Any,
     at: tuple[Any, Any, Any],
@@ -30,14 +30,14 @@ def score(
     Args:
         query_ref: `[batch, kv_heads, parts, group, head_dim]` bfloat16, from `_query.split`.
         logits_ref, logsumexp_ref, codes_ref, scales_ref: the op's operands.
-        members: the refs that `find_members` takes.
+        members: the candidates.
         at: layer, sequence and kv head.
         place, valid: `[block]`, places in the list of candidates, and which there are.
         scale, head_dim: of query and keys.
     """
     layer, b, h = at
     group = logits_ref.shape[2]
-    _, cluster, position = find_members(*members, *at, place, valid)
+    _, cluster, position = find_members(members, at, place, valid)
     a = plt.load(scales_ref.at[layer, b, h, position], mask=valid, other=0)
     a = scale * a.astype(jnp.float32)
     product = _products(query_ref, codes_ref, layer, b, h, position, valid, head_dim)

@@ -8,14 +8,18 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels._numerics import LOG2_E
 from pallas_kernels.score_tokens import _products
-from pallas_kernels.score_tokens._members import find_members, find_members_of_granules
+from pallas_kernels.score_tokens._members import (
+    Members,
+    find_members,
+    find_members_of_granules,
+)
 
 
 def score(
     query: tuple[Any, Any, Any],
     logits_ref: Any,
     logsumexp_ref: Any,
-    members: tuple[Any, Any, Any, Any],
+    members: Members,
     codes_ref: Any,
     scales_ref: Any,
     at: tuple[Any, Any, Any],
@@ -31,7 +35,7 @@ def score(
     Args:
         query: refs of `_query.pack`'s results; None without codes.
         logits_ref, logsumexp_ref, codes_ref, scales_ref: the op's operands.
-        members: the refs that `find_members` takes.
+        members: the candidates.
         at: layer, sequence and kv head.
         places: for each slice, an even number of them, its places in the list of candidates:
             `[threads]` int32 each.
@@ -44,8 +48,8 @@ def score(
 
     def find(place: Any) -> tuple[Any, Any]:
         if emulate:
-            return find_members(*members, *at, place, place < count)[1:]
-        return find_members_of_granules(*members, *at, place)
+            return find_members(members, at, place, place < count)[1:]
+        return find_members_of_granules(members, at, place)
 
     # Past the last one anything is read that is there, so that no load needs a mask.
     found = [find(place) for place in places]

@@ -1,6 +1,6 @@
 """Finding the candidates' tokens inside a kernel."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,22 +10,31 @@ from pallas_kernels import _pallas
 from pallas_kernels.select_clusters.reference import GRANULE
 
 
+class Members(NamedTuple):
+    """The refs that say whose members the candidates are: `Candidates`' fields, and the index's.
+
+    Attributes:
+        clusters, starts, granules: `[batch, kv_heads, ...]` int32, see `Candidates`.
+        offsets: `[layers, batch, kv_heads, clusters + 1]` int32.
+    """
+
+    clusters: Any
+    starts: Any
+    granules: Any
+    offsets: Any
+
+
 def find_members(
-    clusters_ref: Any,
-    starts_ref: Any,
-    granules_ref: Any,
-    offsets_ref: Any,
-    layer: Any,
-    b: Any,
-    h: Any,
+    members: Members,
+    at: tuple[Any, Any, Any],
     place: Any,
     valid: Any,
 ) -> tuple[Any, Any, Any]:
     """The clusters and index positions of places in a row's list of candidates.
 
     Args:
-        clusters_ref, starts_ref, granules_ref: `Candidates`' fields.
-        offsets_ref: `[layers, batch, kv_heads, clusters + 1]`.
+        members: the candidates.
+        at: layer, sequence and kv head.
         place: `[n]` int32.
         valid: `[n]` bool, the places that are in the list.
 
@@ -33,6 +42,7 @@ def find_members(
         number, cluster, position: `[n]` int32, the place in `clusters`, what stands there, and the
             index position; of no meaning where not valid.
     """
+    (clusters_ref, starts_ref, granules_ref, offsets_ref), (layer, b, h) = members, at
     granule = lax.shift_right_logical(place, jnp.full_like(place, GRANULE.bit_length() - 1))
     first = plt.load(granules_ref.at[b, h, granule], mask=valid, other=0)
     following = valid & (granule + 1 < granules_ref.shape[-1])
@@ -59,13 +69,8 @@ def find_members(
 
 
 def find_members_of_granules(
-    clusters_ref: Any,
-    starts_ref: Any,
-    granules_ref: Any,
-    offsets_ref: Any,
-    layer: Any,
-    b: Any,
-    h: Any,
+    members: Members,
+    at: tuple[Any, Any, Any],
     place: Any,
 ) -> tuple[Any, Any]:
     """What `find_members` finds, without a search, where each warp holds a granule.
@@ -76,12 +81,14 @@ def find_members_of_granules(
     depends on fewer reads before it than in a search.
 
     Args:
+        members, at: as there.
         place: `[threads]` int32, rising by one from a multiple of `GRANULE`. Triton gives thread i
             element i.
 
     Returns:
         cluster, position: `[threads]` int32; past the list's end any number that is not negative.
     """
+    (clusters_ref, starts_ref, granules_ref, offsets_ref), (layer, b, h) = members, at
     lane = place & (GRANULE - 1)
     granule = lax.shift_right_logical(place, jnp.full_like(place, GRANULE.bit_length() - 1))
     granule = jnp.minimum(granule, granules_ref.shape[-1] - 1)

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import _pallas, _tuning
 from pallas_kernels._numerics import MASKED
 from pallas_kernels.score_tokens import _by_floats, _by_integers, _query
+from pallas_kernels.score_tokens._members import Members
 from pallas_kernels.select_clusters.reference import Candidates
 
 
@@ -91,7 +92,7 @@ def _kernel(
 
     @pl.when(part * config.block < count)
     def score() -> None:
-        members = clusters_ref, starts_ref, granules_ref, offsets_ref
+        members = Members(clusters_ref, starts_ref, granules_ref, offsets_ref)
         operands = logits_ref, logsumexp_ref, members, codes_ref, scales_ref, (layer, b, h)
         if by_floats:
             [place] = places

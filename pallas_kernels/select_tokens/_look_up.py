@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import _pallas
 from pallas_kernels._numerics import NO_ID
 from pallas_kernels._row import Row
-from pallas_kernels.score_tokens._members import find_members
+from pallas_kernels.score_tokens._members import Members, find_members
 from pallas_kernels.select_tokens._admit import admit, count_rows
 from pallas_kernels.select_tokens._pick import limits
 
@@ -47,10 +47,8 @@ def look_up_rows(
     i = part * block + jnp.arange(block)
     exists, valid = i < room, i < budget
     place = row.load(picked_ref, i, mask=valid)
-    number, cluster, position = find_members(
-        *(clusters_ref, starts_ref, granules_ref, offsets_ref),
-        *(row.layer, row.b, row.h, place, valid),
-    )
+    members = Members(clusters_ref, starts_ref, granules_ref, offsets_ref)
+    number, cluster, position = find_members(members, (row.layer, row.b, row.h), place, valid)
     prompt = plt.load(prompt_tokens_ref.at[row.b])
     in_prompt = lax.div(position, jnp.int32(segment_tokens)) * segment_tokens
     grown = lax.div(position - prompt, jnp.int32(growth_tokens)) * growth_tokens
