@@ -1,5 +1,6 @@
 """The wave buffer: where the rows (a token's key and value for one kv head) of all zones lie."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -68,16 +69,27 @@ class SteadyZone:
 
 
 def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> RowStore:
-    """An empty store of shape `[layers, batch, kv_heads, tokens, 2, head_dim]`."""
+    """An empty store of shape `[layers, batch, kv_heads, tokens, 2, head_dim]`.
+
+    A GPU's store in host memory holds anything until its rows are written.
+    """
     if kind == "device":
         return RowStore(jnp.zeros(shape, dtype))
-    zeros = np.zeros(shape, dtype)
-    if jax.default_backend() == "cpu":
-        # By a program: else the store could be numpy's own memory, which cannot be donated.
-        return RowStore(jax.device_put(zeros, jax.memory.Space.Host))
-    # By none: it would start from a store on the device, which may not have the room.
-    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
-    return RowStore(jax.device_put(zeros, where))
+    return RowStore(_in_host_memory(shape, jnp.dtype(dtype)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _in_host_memory(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """An array in host memory that is written to nowhere but in its first row.
+
+    Of zeros that are moved to host memory and updated there, XLA makes but room on a GPU. Without
+    the update it would make the zeros on the device, which may not have the room; and to copy them
+    from numpy takes longer than to write a prompt's rows (docs/benchmarks.md).
+    """
+    host = jax.memory.Space.Host
+    first = jnp.zeros((*(1 for _ in shape[:-2]), *shape[-2:]), dtype)
+    store, first = jax.device_put((jnp.zeros(shape, dtype), first), host)
+    return lax.dynamic_update_slice(store, first, (0,) * len(shape))
 
 
 def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCache:

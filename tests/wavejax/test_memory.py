@@ -4,7 +4,6 @@ import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import pallas_kernels as ops
@@ -138,20 +137,15 @@ def device_with(monkeypatch, stats):
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
 
 
-def test_a_store_in_host_memory_is_made_by_no_program(caplog, monkeypatch):
-    """Not on a GPU, where it would start from a store on the device, which may not have room."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with jax.log_compiles():
-        store = init_store((1, 2, 3, 12_345, 2, 16), jnp.bfloat16, "host")
-        assert not [record for record in caplog.records if "ompil" in record.message]
-        jax.device_put(np.zeros(12_347), jax.memory.Space.Host)
-        assert [record for record in caplog.records if "ompil" in record.message]
+def test_a_store_in_host_memory():
+    store = init_store((1, 2, 3, 12_345, 2, 16), jnp.bfloat16, "host")
     assert store.rows.sharding.memory_kind == "pinned_host"
     assert store.rows.shape == (1, 2, 3, 12_345, 2, 16)
+    assert store.rows.dtype == jnp.bfloat16
 
 
 def test_a_store_in_host_memory_can_be_donated():
-    """On a CPU too, where a well aligned numpy array's memory could be taken for one."""
+    """Time and again: an array could be made of memory that is not XLA's to write to."""
     zeros = jnp.int32(0)
     for tokens in range(1000, 1020):
         store = init_store((1, 1, 2, tokens, 2, 16), jnp.float32, "host").rows
