@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -70,6 +71,8 @@ class Generator(Parts):
         cache, logits = programs.commit(
             (cache, jnp.zeros((batch, self.model.vocab_size), jnp.float32))
         )
+        # Memory that is refused shows now, not when all has been read and compiled for nothing.
+        jax.block_until_ready(cache)
         by: Any = programs
         if isinstance(self.attention, WaveAttention) and self.attention.staged:
             by, cache = staged, staged.hold_rows(self.attention, cache)
