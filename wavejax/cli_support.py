@@ -82,6 +82,26 @@ def exit_process(status: int) -> NoReturn:
     os._exit(status)
 
 
+def keep_compiled_programs() -> None:
+    """Has JAX keep what it compiles for an accelerator, for later processes to read.
+
+    In the user's cache folder, `wavejax/compiled`; where JAX's own JAX_COMPILATION_CACHE_DIR says
+    another, there. Comes before anything is compiled; starts JAX's device. On a CPU nothing is
+    kept: a program would be for one kind of CPU alone.
+    """
+    set_already = jax.config.values["jax_compilation_cache_dir"]
+    if jax.default_backend() == "cpu" or set_already is not None:
+        return
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = caches / "wavejax" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a read-only folder, or a user without one
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 @contextlib.contextmanager
 def _insistent_interrupts() -> Iterator[None]:
     """Makes Ctrl-C raise KeyboardInterrupt once a second until it ends what it should end.

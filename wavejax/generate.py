@@ -15,6 +15,7 @@ from models.unstacked import unstack_layers
 from wavejax.cli_support import (
     exit_process,
     fields_of,
+    keep_compiled_programs,
     main_guard,
     options_from,
     progress_bar,
@@ -152,6 +153,7 @@ def command(
     plan.check()
     if plan.shrunk is not None:
         print(f"note: store: {plan.need.rows_on}: {plan.reason}", file=sys.stderr)
+    keep_compiled_programs()
     generator = Generator(
         checkpoint.config,
         plan.attention,

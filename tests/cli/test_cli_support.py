@@ -6,13 +6,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import click
+import jax
 import pytest
 from jax.errors import JaxRuntimeError
 
 from models.errors import InputError
-from wavejax.cli_support import bytes_text, fields_of, main_guard, options_from
+from wavejax.cli_support import (
+    bytes_text,
+    fields_of,
+    keep_compiled_programs,
+    main_guard,
+    options_from,
+)
 
 
 def failing(error: BaseException) -> click.Command:
@@ -138,3 +147,53 @@ def test_an_interrupt_that_is_lost_comes_again(capfd: pytest.CaptureFixture[str]
     # And then no more.
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def kept() -> str | None:
+    """Where JAX keeps compiled programs."""
+    return jax.config.values["jax_compilation_cache_dir"]
+
+
+@pytest.fixture
+def kept_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's cache folder, on a machine with a GPU, of someone who set nothing."""
+    before = kept()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(kept_in: Path) -> None:
+    keep_compiled_programs()
+    assert kept() == str(kept_in / "wavejax" / "compiled")
+    assert (kept_in / "wavejax" / "compiled").is_dir()
+
+
+def test_compiled_programs_are_kept_at_home(
+    kept_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keep_compiled_programs()
+    assert kept() == str(tmp_path / ".cache" / "wavejax" / "compiled")
+
+
+def test_where_the_user_keeps_programs_is_left_alone(kept_in: Path, tmp_path: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    keep_compiled_programs()
+    assert kept() == str(tmp_path / "own")
+
+
+def test_no_program_is_kept_on_a_cpu_or_where_none_can_be(
+    kept_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kept_in / "wavejax").write_text("a file in the way")
+    keep_compiled_programs()
+    assert kept() is None
+    (kept_in / "wavejax").unlink()
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    keep_compiled_programs()
+    assert kept() is None
+    assert not (kept_in / "wavejax").exists()

@@ -1,11 +1,24 @@
 """A model whose heads the kernels take."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import TEMPLATE, VOCAB, write_tokenizer
 from tests.models.tiny_models import CONFIGS, make_tensors, write_folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets the processes that tests start share what they compile, tests side by side too."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,12 @@ SMALL += ["--min-candidate-tokens", "256"]
 
 def generate(model: Path, platform: str, *arguments: str) -> list[list[int]]:
     """The token ids of each answer, by the command line in a process of its own."""
+    said = run_generate(model, platform, *arguments)
+    return [answer["token_ids"] for answer in said["answers"]]
+
+
+def run_generate(model: Path, platform: str, *arguments: str) -> dict[str, Any]:
+    """What the command line prints with --json."""
     environment = os.environ | {
         "JAX_PLATFORMS": platform,
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
@@ -41,7 +48,8 @@ def generate(model: Path, platform: str, *arguments: str) -> list[list[int]]:
         [*command, *arguments], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [answer["token_ids"] for answer in json.loads(done.stdout)["answers"]]
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
 
 
 def prompts(folder: Path, characters: tuple[int, ...]) -> list[str]:
@@ -81,6 +89,18 @@ def test_both_stores_say_the_same_in_bfloat16(model, tmp_path):
     host = generate(model, "cuda", *flags, "--store", "host")
     assert host == generate(model, "cuda", *flags, "--store", "device")
     assert len(host[0]) > 16
+
+
+def test_a_second_run_need_not_compile(random_model, tmp_path, monkeypatch):
+    """By what the command keeps in the user's cache folder; the tokens are the same."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = [*prompts(tmp_path, (5000,)), "--max-new-tokens", "100", *SMALL, "--store", "host"]
+    first, second = (run_generate(random_model, "cuda", *flags) for _ in range(2))
+    assert list((tmp_path / "wavejax" / "compiled").iterdir())
+    assert second["answers"] == first["answers"]
+    seconds = [one["facts"]["first_token_seconds"] for one in (first, second)]
+    assert seconds[1] < seconds[0] / 2, seconds
 
 
 CONFIG = WaveConfig(

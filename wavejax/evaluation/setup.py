@@ -10,6 +10,7 @@ import jax
 from models.checkpoint import Checkpoint, find_default_model, open_checkpoint
 from models.errors import InputError
 from models.tokenizer import Tokenizer, load_tokenizer
+from wavejax.cli_support import keep_compiled_programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ def open_subject(model: str | None, dtype: str) -> Subject:
         dtype: "auto" is float32 on a CPU, bfloat16 elsewhere.
     """
     checkpoint = open_checkpoint(model if model is not None else find_default_model())
+    keep_compiled_programs()
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return Subject(checkpoint, load_tokenizer(checkpoint.path), dtype)
