@@ -53,6 +53,8 @@ CASES = (
     Case(shape("phi"), store="host", miss_share=1.0),
     Case(shape("phi", dtype="float32")),
     Case(shape("wide"), codes=False),
+    # Clusters of eight, as short contexts have.
+    Case(shape("smollm2", clusters=1024, max_cluster_size=16), store="host"),
     # Misses, since rows that hit are poison in the store.
     Case(shape("qwen"), miss_share=1.0, cached=False),
     Case(shape("smollm2", dtype="float32"), miss_share=1.0, cached=False),
