@@ -252,8 +252,8 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, as_json: bool) -> None:
 
 main = main_guard(
     command,
-    advice="use a shorter prompt, fewer prompts or a smaller --cache-fraction; "
-    "--plan shows what a run takes",
+    advice="use a shorter prompt, fewer prompts, --store host or, with rows there, a smaller "
+    "--cache-fraction; --plan shows what a run takes",
 )
 
 if __name__ == "__main__":
