@@ -1,4 +1,4 @@
-"""A model whose heads the kernels take."""
+"""What the tests share: a model whose heads the kernels take, and what processes compile."""
 
 import os
 from collections.abc import Iterator
