@@ -48,6 +48,8 @@ class Subject:
 def open_subject(model: str | None, dtype: str) -> Subject:
     """Opens a model: the installed SmolLM2 if none is named; raises InputError.
 
+    Starts JAX's device, for which it has compiled programs kept (`keep_compiled_programs`).
+
     Args:
         model: a path, as for `python -m wavejax.generate`.
         dtype: "auto" is float32 on a CPU, bfloat16 elsewhere.
