@@ -49,11 +49,15 @@ def heuristic(rows: int, clusters: int) -> Config:
     """A config for shapes that were not tuned."""
     whole = _pallas.tile(clusters, 32)
     if whole > MOST_IN_REGISTERS:
-        return Config(chunk=2048, in_registers=False, tile=MOST_IN_REGISTERS)
+        # A larger sample costs less than the contenders that it leaves out.
+        return Config(
+            share=256, chunk=2048, in_registers=False, tile=MOST_IN_REGISTERS, sample=4096
+        )
     # No more programs than processors of a large GPU: they would all do the same in turns.
     parts = min(16, _pallas.tile(max(128 // rows, 1)))
     return Config(
-        share=min(512, whole),
+        # Of few rows, programs enough for a large GPU's processors.
+        share=min(256 if rows * whole <= 128 * 512 else 512, whole),
         chunk=max(whole // parts, 32),
         tile=whole,
         share_warps=max(1, min(4, whole // 256)),

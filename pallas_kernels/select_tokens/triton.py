@@ -58,7 +58,8 @@ def heuristic(candidates: int, max_tokens: int, *, cached: bool) -> Config:
     sample = min(_pallas.tile(candidates // 16, 32), 8192)
     tile = _pallas.tile(most_expected(max_tokens, candidates, sample), 32)
     tile = min(tile, MOST_IN_REGISTERS)
-    block = min(512 if cached else 128, _pallas.tile(max_tokens, 32))
+    block = (512 if max_tokens <= 8192 else 1024) if cached else 128
+    block = min(block, _pallas.tile(max_tokens, 32))
     return Config(
         sample,
         chunk,
@@ -67,7 +68,7 @@ def heuristic(candidates: int, max_tokens: int, *, cached: bool) -> Config:
         sample_warps=max(1, min(16, sample // 256)),
         chunk_warps=max(1, min(4, chunk // 256)),
         pick_warps=max(1, min(32, tile // 128)),
-        block_warps=block // 32,
+        block_warps=min(block // 32, 16),
     )
 
 
