@@ -41,6 +41,12 @@ def ordered_bits(x: Any) -> Any:
     return jnp.where(bits >> 31 == 1, ~bits, bits | (jnp.uint32(1) << 31))
 
 
+def from_ordered_bits(key: Any) -> Any:
+    """The float32 that `ordered_bits` made the key of."""
+    bits = jnp.where(key >> 31 == 1, key ^ (jnp.uint32(1) << 31), ~key)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def heaviest(key: Any, weights: Any, budget: Any) -> Any:
     """Marks the elements of largest key, until their weights reach the budget.
 

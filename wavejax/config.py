@@ -59,6 +59,12 @@ class WaveConfig:
         "least tokens are retrieved, of 80 times as many: four slots for each by default",
     )
 
+    admission_ratio: float = _setting(
+        1.0,
+        "rows in host memory that are not in the row cache are retrieved only if their mass is at "
+        "least so many times that of the least token retrieved, once the cache is full; 1: all",
+    )
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_kind(field.name, getattr(self, field.name), type(field.default))
@@ -80,6 +86,7 @@ class WaveConfig:
             "cache_fraction",
         ):
             _check_range(name, getattr(self, name), 0, 1)
+        _check_range("admission_ratio", self.admission_ratio, 1, 10**9)
         _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)
 
     @classmethod

@@ -132,6 +132,7 @@ def pick_tokens(
         max_tokens=config.most_retrieved(wave.token_ids.shape[-1]),
         segment_tokens=config.segment_tokens,
         growth_tokens=config.growth_tokens,
+        admission_ratio=config.admission_ratio,
     )
 
 

@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas
 from pallas_kernels._bisect import threshold
+from pallas_kernels._numerics import NO_ID
 from pallas_kernels._pairs import list_selected
 from pallas_kernels._row import Row
 
@@ -20,7 +21,7 @@ def admit(
     table: tuple[Any, ...],
     out: tuple[Any, Any, Any],
     victims_ref: Any,
-    found: tuple[Any, Any],
+    found: tuple[Any, Any, Any],
     step: Any,
 ) -> None:
     """Gives missed rows the least recently used slots, by rising slot, as far as there are any.
@@ -30,12 +31,13 @@ def admit(
         table: `RowTable`'s fields.
         out: `Retrieved`'s tokens, slots and hit, of which the slots of misses are written.
         victims_ref: `[batch, kv_heads, slots]` int32, scratch.
-        found: int32 both, rows retrieved, and how many of them hit.
+        found: int32 all, the length of the list of rows, how many of it are retrieved, and how
+            many of these hit.
         step: int32.
     """
-    (count, hits), slots = found, table[1].shape[-1]
+    (listed, count, hits), slots = found, table[1].shape[-1]
     wanted = jnp.minimum(count, slots) - hits
-    pl.when(wanted > 0)(lambda: _admit(row, table, out, victims_ref, count, wanted, step))
+    pl.when(wanted > 0)(lambda: _admit(row, table, out, victims_ref, listed, wanted, step))
 
 
 def _admit(
@@ -43,7 +45,7 @@ def _admit(
     table: tuple[Any, ...],
     out: tuple[Any, Any, Any],
     victims_ref: Any,
-    count: Any,
+    listed: Any,
     wanted: Any,
     step: Any,
 ) -> None:
@@ -91,14 +93,15 @@ def _admit(
     row.barrier()
 
     def enter(i: Any, exists: Any, missed: Any) -> Any:
-        miss = (exists & ~row.load(hit_ref, i, mask=exists)).astype(jnp.int32)
+        token = row.load(tokens_ref, i, mask=exists)
+        miss = exists & ~row.load(hit_ref, i, mask=exists) & (token != NO_ID)
+        miss = miss.astype(jnp.int32)
         nth = missed + jnp.cumsum(miss) - 1
         enters = (miss > 0) & (nth < wanted)
         victim = row.load(victims_ref, nth, mask=enters)
         evicted = row.load(token_of_slot_ref, victim, mask=enters, stacked=True)
         gone = enters & (evicted >= 0)
         row.store(slot_of_token_ref, jnp.full_like(i, -1), evicted, mask=gone, stacked=True)
-        token = row.load(tokens_ref, i, mask=enters)
         row.store(slot_of_token_ref, victim, token, mask=enters, stacked=True)
         row.store(slots_ref, victim, i, mask=enters)
         # A slot's old owner was read by the lane that now writes its new one.
@@ -107,7 +110,7 @@ def _admit(
         row.store(last_used_ref, jnp.full_like(i, step), victim, mask=enters, stacked=True)
         return missed + jnp.sum(miss)
 
-    row.each(count, enter, jnp.int32(0))
+    row.each(listed, enter, jnp.int32(0))
 
 
 def count_rows(

@@ -31,17 +31,23 @@ def _take_all(row: Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: A
 
 
 def _pick(
-    row: Row, lists: tuple[Any, Any, Any], prefix_ref: Any, budget: Any, out_ref: Any, tile: int
+    row: Row,
+    lists: tuple[Any, Any, Any],
+    prefix_ref: Any,
+    budget: Any,
+    out: tuple[Any, Any | None],
+    tile: int,
 ) -> None:
-    """Writes the places of the contenders of the `budget` largest keys to out_ref, rising.
+    """Writes the places of the contenders of the `budget` largest keys, rising, and the least key.
 
     Args:
         lists: keys, places and counts, by chunk.
+        out: where places are written, and the least of their keys if it is asked for.
         prefix_ref: `[batch, kv_heads, chunks]` int32, scratch.
         tile: so many contenders are held in registers; if there are more, each round of the
             bisection reads them again.
     """
-    keys_ref, places_ref, counts_ref = lists
+    (keys_ref, places_ref, counts_ref), (out_ref, least_ref) = lists, out
     chunks = keys_ref.shape[-2]
     nth = jnp.arange(_pallas.tile(chunks))
     counts = row.load(counts_ref, nth, mask=nth < chunks)
@@ -73,13 +79,21 @@ def _pick(
 
         bound, above = threshold(held, budget, low, high + jnp.uint32(1))
 
-        def write(exists: Any, key: Any, place: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            larger, ties = exists & (key > bound), exists & (key == bound)
-            picked, at, state = list_selected(larger, ties, budget - above, state)
-            row.store(out_ref, place, at, mask=picked)
-            return state
+        Picked = tuple[tuple[Any, Any], Any]
 
-        each(write, (jnp.int32(0), jnp.int32(0)))
+        def write(exists: Any, key: Any, place: Any, state: Picked) -> Picked:
+            before, least = state
+            larger, ties = exists & (key > bound), exists & (key == bound)
+            picked, at, before = list_selected(larger, ties, budget - above, before)
+            row.store(out_ref, place, at, mask=picked)
+            if least_ref is not None:
+                key = jnp.where(picked, key, jnp.uint32(2**32 - 1))
+                least = jnp.minimum(least, jnp.min(key))
+            return before, least
+
+        _, least = each(write, ((jnp.int32(0), jnp.int32(0)), jnp.uint32(2**32 - 1)))
+        if least_ref is not None:
+            row.store(least_ref, least)
 
     @pl.when(count <= tile)
     def pick_in_registers() -> None:
@@ -97,7 +111,7 @@ def _pick(
         pick(each)
 
 
-def pick_rows(*refs: Any, tile: int, interpret: bool) -> None:
+def pick_rows(*refs: Any, tile: int, needs_least: bool, interpret: bool) -> None:
     """Lists one row's best contenders: which candidates are retrieved.
 
     Refs:
@@ -106,9 +120,11 @@ def pick_rows(*refs: Any, tile: int, interpret: bool) -> None:
         starts: `Candidates.starts`.
         budget: `[batch, kv_heads]` int32.
         picked: `[batch, kv_heads, max_tokens]` int32, out: the places, rising.
+        least: `[batch, kv_heads]` uint32, out if `needs_least`: the least key that is picked.
         prefix: `[batch, kv_heads, chunks]` int32, scratch.
     """
-    log_mass_ref, starts_ref, budget_ref, picked_ref, *lists, prefix_ref = refs[3:]
+    log_mass_ref, starts_ref, budget_ref, picked_ref, *lists = refs[3:-1]
+    prefix_ref, least_ref = refs[-1], lists.pop() if needs_least else None
     row = Row(
         pl.program_id(1), log_mass_ref.shape[1], None, interpret=interpret, block=min(tile, 2048)
     )
@@ -123,7 +139,7 @@ def pick_rows(*refs: Any, tile: int, interpret: bool) -> None:
 
     @pl.when(budget > 0)
     def pick() -> None:
-        _pick(row, tuple(lists), prefix_ref, budget, picked_ref, tile)
+        _pick(row, tuple(lists), prefix_ref, budget, (picked_ref, least_ref), tile)
 
 
 def limits(

@@ -23,6 +23,7 @@ def select_tokens(
     max_tokens: int,
     segment_tokens: int,
     growth_tokens: int,
+    admission_ratio: float = 1.0,
     implementation: Implementation | None = None,
 ) -> Retrieved:
     """Selects the tokens of most group mass and finds, or makes, their slots in the row cache.
@@ -30,6 +31,12 @@ def select_tokens(
     The selection is exact, ties to the lower index position. Slots of rows not needed in this step
     are given to missed rows, the least recently used first; a missed row that finds none is read
     from the store and not kept.
+
+    With an `admission_ratio` above 1 rows have to be worth reading from the store: one that is not
+    in the cache is retrieved only if its mass is at least so many times that of the least row
+    selected. The others are left to be estimated: they are in `remaining`, and are neither hits nor
+    misses. This holds once a row of the table has missed as often as it has slots; until then its
+    cache fills with all that is selected. See docs/benchmarks.md for what it gains.
 
     Args:
         log_mass: from `score_tokens`.
@@ -43,6 +50,8 @@ def select_tokens(
         layer: which layer of the stacks.
         step: this step's number, greater than all before it.
         max_tokens: length of the result's lists.
+        segment_tokens, growth_tokens: see `prompt_tokens`.
+        admission_ratio: 1 or more; 1 retrieves all that is selected. Of no effect without slots.
     """
     return _dispatch.call(
         "select_tokens",
@@ -60,4 +69,5 @@ def select_tokens(
         max_tokens=max_tokens,
         segment_tokens=segment_tokens,
         growth_tokens=growth_tokens,
+        admission_ratio=admission_ratio,
     )

@@ -1,5 +1,6 @@
 """The semantics of `select_tokens`, in plain JAX."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ class Retrieved(NamedTuple):
     """The rows to attend to exactly, in rising order of their index positions.
 
     Attributes:
-        tokens: `[batch, kv_heads, budget]` int32, rows of the store; NO_ID past the last one.
+        tokens: `[batch, kv_heads, budget]` int32, rows of the store; NO_ID past the last one, and
+            where a row is not worth reading from there.
         slots: `[batch, kv_heads, budget]` int32, the slot to read (a hit) or to admit the row to
             (a miss); NO_ID for a miss that finds no slot and for no row.
         hit: `[batch, kv_heads, budget]` bool.
@@ -57,11 +59,12 @@ class Retrieved(NamedTuple):
 
 def pick_positions(
     log_mass: Array, candidates: Candidates, budget: Array, offsets: Array, max_tokens: int
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Keeps the `budget` candidates of most mass, ties to the lower position, in list order.
 
     Returns:
         positions, clusters: `[batch, kv_heads, max_tokens]` int32; NO_ID past the last one.
+        log_mass: theirs, infinite past the last one.
     """
     positions, clusters = list_members(candidates, offsets, log_mass.shape[-1])
     candidate = (positions != NO_ID).astype(jnp.int32)
@@ -73,7 +76,8 @@ def pick_positions(
     def take(x: Array) -> Array:
         return jnp.where(found, jnp.take_along_axis(x, source, axis=-1), NO_ID)
 
-    return take(positions), take(clusters)
+    masses = jnp.take_along_axis(log_mass, source, axis=-1)
+    return take(positions), take(clusters), jnp.where(found, masses, jnp.inf)
 
 
 def row_budgets(budget: Array, kv_heads: int) -> Array:
@@ -145,6 +149,31 @@ def look_up(
     return jnp.where(hit, found, filled), hit, table
 
 
+def worth_reading(
+    tokens: Array,
+    log_mass: Array,
+    table: RowTable,
+    layer: Array | int,
+    admission_ratio: float,
+) -> Array:
+    """Which rows to read: those that are cached, and others that weigh enough.
+
+    Args:
+        tokens: `[batch, kv_heads, budget]` int32, NO_ID for none.
+        log_mass: theirs, infinite for none.
+        table: before the step. Until its slots have all been given away, every row is read.
+        layer: which layer.
+        admission_ratio: see `pallas_kernels.select_tokens`.
+    """
+    batch, kv_heads, _ = tokens.shape
+    b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
+    capacity, num_slots = table.slot_of_token.shape[-1], table.token_of_slot.shape[-1]
+    cached = table.slot_of_token[layer, b, h, jnp.minimum(tokens, capacity - 1)] >= 0
+    least = jnp.min(log_mass, axis=-1, keepdims=True)
+    filling = table.misses[layer] < num_slots
+    return cached | (log_mass >= least + math.log(admission_ratio)) | filling[..., None]
+
+
 def segment_start(
     positions: Array, prompt_tokens: Array, segment_tokens: int, growth_tokens: int
 ) -> Array:
@@ -178,15 +207,21 @@ def select_tokens(
     max_tokens: int,
     segment_tokens: int,
     growth_tokens: int,
+    admission_ratio: float = 1.0,
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`."""
     batch, kv_heads = log_mass.shape[:2]
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    positions, clusters = pick_positions(log_mass, candidates, budget, offsets[layer], max_tokens)
+    positions, clusters, masses = pick_positions(
+        log_mass, candidates, budget, offsets[layer], max_tokens
+    )
     valid = positions != NO_ID
     ids = token_ids[layer, b, h, jnp.minimum(positions, token_ids.shape[-1] - 1)].astype(jnp.int32)
     start = segment_start(positions, prompt_tokens, segment_tokens, growth_tokens)
     tokens = jnp.where(valid, start + ids, NO_ID)
+    if admission_ratio > 1 and table.token_of_slot.size:
+        valid &= worth_reading(tokens, masses, table, layer, admission_ratio)
+        tokens, clusters = (jnp.where(valid, x, NO_ID) for x in (tokens, clusters))
     slots, hit, table = look_up(tokens, table, layer, step)
     remaining = jnp.diff(offsets[layer], axis=-1).at[b, h, clusters].add(-1, mode="drop")
     hits = jnp.sum(hit, axis=-1, dtype=jnp.int32)

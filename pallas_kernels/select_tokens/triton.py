@@ -86,6 +86,7 @@ def select_tokens(
     max_tokens: int,
     segment_tokens: int,
     growth_tokens: int,
+    admission_ratio: float = 1.0,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Retrieved:
@@ -130,12 +131,14 @@ def select_tokens(
         name="list_contenders",
         num_warps=config.chunk_warps,
     )
-    picked, *_ = call(
-        functools.partial(pick_rows, tile=config.tile, interpret=interpret),
+    choosy = slots > 0 and admission_ratio > 1
+    picked, *rest = call(
+        functools.partial(pick_rows, tile=config.tile, needs_least=choosy, interpret=interpret),
         (*lists, log_mass, candidates.starts, budget),
         (
             of_rows(max_tokens),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lists),
+            *([of_rows(dtype=jnp.uint32)] if choosy else []),
             of_rows(chunks),  # scratch: the chunks' prefix sums
         ),
         1,
@@ -162,6 +165,7 @@ def select_tokens(
             block=config.block,
             threads=32 * config.block_warps,
             cached=slots > 0,
+            admission_ratio=admission_ratio if choosy else 1.0,
             interpret=interpret,
         ),
         (
@@ -177,13 +181,15 @@ def select_tokens(
             prompt_tokens,
             _pallas.scalar(layer),
             _pallas.scalar(step),
+            *rest[len(lists) : -1],  # the least key, if it is asked for
         ),
         (
             *selected,
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in in_place),
-            # Scratch: hits by block, victims.
+            # Scratch: hits by block, victims, and `Dropped`.
             of_rows(parts),
             of_rows(max(slots, 1)),
+            *([of_rows(max_tokens), of_rows(3, parts)] if choosy else []),
         ),
         parts,
         name="look_up_rows",

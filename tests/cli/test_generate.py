@@ -52,7 +52,7 @@ def test_every_setting_has_a_flag(settings: type) -> None:
 def test_flags_reach_attention_and_sampler(
     generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every number one above its default, every share halved, every flag turned."""
+    """Every number one above its default, shares halved, the ratio doubled, every flag turned."""
     from wavejax import generate as module
 
     seen = []
@@ -69,7 +69,9 @@ def test_flags_reach_attention_and_sampler(
             expected[field.name] = not value
             flags.append(f"--no-{flag}" if value else f"--{flag}")
         else:
-            expected[field.name] = value + 1 if isinstance(value, int) else (value or 1) / 2
+            # Of the fields at 1, only the ratio may be more.
+            other = 2.0 if field.name == "admission_ratio" else (value or 1) / 2
+            expected[field.name] = value + 1 if isinstance(value, int) else other
             flags += [f"--{flag}", str(expected[field.name])]
     result = generate("--model", tiny, "--prompt", "x", "--store", "device", *flags)
     assert result.err == "error: seen enough\n"

@@ -79,6 +79,27 @@ class TestOps:
         for after, before in zip(found.table, inputs_of(case).table, strict=True):
             np.testing.assert_array_equal(after[1 - LAYER], before[1 - LAYER])
 
+    def test_only_rows_worth_reading_are_selected(self, case):
+        if not case.cached:
+            pytest.skip("no row cache, so nothing is missed")
+        operands, sizes = arguments("select_tokens", case, inputs_of(case), references_of(case))
+        table = operands[6]
+        # Its slots have all been given away.
+        full = table._replace(misses=jnp.full_like(table.misses, table.token_of_slot.shape[-1]))
+        operands = (*operands[:6], full, *operands[7:])
+
+        def select(implementation):
+            sizes.update(admission_ratio=4.0, implementation=implementation)
+            settings = dict(sizes)
+            return lambda *a: ops.select_tokens(*a, **settings)
+
+        found = run_twice(select(KERNEL), *operands)
+        assert_same(found, jax.jit(select("xla"))(*operands))
+        assert_table_is_inverse(found.table)
+        every = references_of(case)["select_tokens"]
+        assert found.misses.sum() < every.misses.sum() or case.miss_share == 0
+        np.testing.assert_array_equal(found.hits, every.hits)
+
     def test_attend_zones(self, case):
         expected = references_of(case)["attend_zones"]
         found = run_kernel("attend_zones", case)

@@ -126,7 +126,7 @@ def test_score_tokens(group, head_dim, dtype, coded):
     assert error < limit * jnp.linalg.norm(jnp.where(listed, expected, 0))
 
 
-SIZES = ("max_tokens", "segment_tokens", "growth_tokens")
+SIZES = ("max_tokens", "segment_tokens", "growth_tokens", "admission_ratio")
 select = jax.jit(select_tokens.select_tokens, static_argnames=(*SIZES, "config", "interpret"))
 select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=SIZES)
 
@@ -134,16 +134,21 @@ select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=
 # More contenders, or more slots, than registers hold; a cache of few slots, of one and of none; a
 # budget past everything.
 @pytest.mark.parametrize(
-    "slots, most, config",
+    "slots, most, config, admission_ratio",
     [
-        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1)),
-        (1, 10, select_tokens.Config(16, 32, 16, 64, 1, 1, 1, 1)),
-        (0, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1)),
-        (40, 24, select_tokens.Config(32, 64, 32, 4, 1, 1, 1, 1)),
-        (300, 400, None),
+        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1), 1.0),
+        (1, 10, select_tokens.Config(16, 32, 16, 64, 1, 1, 1, 1), 1.0),
+        (0, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1), 1.0),
+        (40, 24, select_tokens.Config(32, 64, 32, 4, 1, 1, 1, 1), 1.0),
+        (300, 400, None, 1.0),
+        # Rows that are not worth reading, of clusters in one block of picks, in two and in more.
+        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1), 3.0),
+        (40, 24, select_tokens.Config(32, 64, 32, 4, 1, 1, 1, 1), 3.0),
+        (5, 24, select_tokens.Config(16, 32, 16, 2, 1, 1, 1, 1), 1.5),
+        (300, 400, None, 3.0),
     ],
 )
-def test_select_tokens_exactly(slots, most, config):
+def test_select_tokens_exactly(slots, most, config, admission_ratio):
     rng = np.random.default_rng(slots)
     clusters = 60
     sizes, offsets = random_sizes(rng, clusters)
@@ -153,7 +158,9 @@ def test_select_tokens_exactly(slots, most, config):
     table = empty_table(row, tokens, slots)
     room = 140
     settings = {"max_tokens": most, "segment_tokens": 4096, "growth_tokens": 8}
-    for step in range(5):
+    settings["admission_ratio"] = admission_ratio
+    dropped = 0
+    for step in range(7):
         selected = jnp.asarray(rng.random((BATCH, HEADS, clusters)) < 0.6)
         candidates = list_candidates(selected, jnp.asarray(sizes[LAYER], jnp.int32), room)
         log_mass = (rng.normal(size=(BATCH, HEADS, room)) * 2 - 9).astype(np.float32)
@@ -179,6 +186,10 @@ def test_select_tokens_exactly(slots, most, config):
             y = functools.reduce(lambda tree, key: getattr(tree, key.name), path, expected)
             np.testing.assert_array_equal(x, y, err_msg=f"{path}, step {step}")
         table = expected.table
+        wanted = jnp.minimum(operands[2].reshape(BATCH, -1), candidates.starts[..., -1])
+        dropped += int(jnp.sum(jnp.minimum(wanted, room) - expected.hits - expected.misses))
+    # While a cache still fills, every row is read.
+    assert (dropped > 0) == (admission_ratio > 1 and slots < 300)
 
 
 def shapes(

@@ -26,6 +26,7 @@ OUT_OF_RANGE = [
     *((name, value, 0, 1) for name in SHARES for value in (-0.01, 1.01, float("nan"), 2)),
     ("max_cluster_size", 31, 32, 65536),  # The default cluster_size is 32.
     ("max_cluster_size", 65537, 32, 65536),
+    *(("admission_ratio", value, 1, 10**9) for value in (0, 0.99, 2e9, float("nan"))),
 ]
 
 
@@ -52,7 +53,7 @@ def test_a_value_of_another_type_is_named_with_the_type(field):
 
 
 def test_every_field_is_checked_and_explained():
-    checked = {*SIZES, *COUNTS, *SHARES, "max_cluster_size", "token_codes"}
+    checked = {*SIZES, *COUNTS, *SHARES, "max_cluster_size", "admission_ratio", "token_codes"}
     assert checked == {field.name for field in dataclasses.fields(WaveConfig)}
     assert all(field.metadata["help"] for field in dataclasses.fields(WaveConfig))
 
@@ -64,6 +65,7 @@ def test_the_ends_of_the_ranges_are_allowed():
     for name in COUNTS:
         assert getattr(WaveConfig(**{name: 0}), name) == 0
     WaveConfig(cluster_size=1, max_cluster_size=1)
+    assert WaveConfig(admission_ratio=1e9).admission_ratio == 1e9
     WaveConfig(segment_tokens=65536, growth_tokens=65536, max_cluster_size=65536)
 
 

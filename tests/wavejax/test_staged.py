@@ -50,10 +50,13 @@ def counts_of(wave):
 
 
 ONE_SLOT = dataclasses.replace(CONFIG, cache_fraction=0.0)
+CHOOSY = dataclasses.replace(CONFIG, cache_fraction=0.02, admission_ratio=2.0)
 
 
-@pytest.mark.slow(50)
-@pytest.mark.parametrize("config", [CONFIG, ONE_SLOT], ids=["cache", "one slot"])
+@pytest.mark.slow(75)
+@pytest.mark.parametrize(
+    "config", [CONFIG, ONE_SLOT, CHOOSY], ids=["cache", "one slot", "rows worth reading"]
+)
 def test_a_ragged_batch_gets_the_tokens_that_rows_in_place_give(config):
     prompts = make_prompts(LENGTHS)
     (state, tokens), (staged, found) = (run(one, prompts) for one in generators(config))

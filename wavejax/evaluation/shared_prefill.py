@@ -22,6 +22,7 @@ _DECODING = (
     "min_retrieved_tokens",
     "min_token_mass",
     "estimation_fraction",
+    "admission_ratio",
 )
 
 

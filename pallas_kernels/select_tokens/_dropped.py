@@ -1,0 +1,95 @@
+"""Picks that are not worth their way from the store: which, and what their clusters get back."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _pallas
+from pallas_kernels._numerics import from_ordered_bits
+from pallas_kernels._row import Row
+
+
+def worth_reading(
+    row: Row, log_mass: Any, least_ref: Any, table: tuple[Any, ...], admission_ratio: float
+) -> Any:
+    """Which picks to read although they are not cached: bool `[block]`.
+
+    Args:
+        row: whose picks.
+        log_mass: float32 `[block]`, theirs.
+        least_ref: `[batch, kv_heads]` uint32, the least key of all picks.
+        table: `RowTable`'s fields, whose misses say whether all slots have been given away.
+        admission_ratio: see `select_tokens`.
+    """
+    least = from_ordered_bits(row.load(least_ref))
+    filling = row.load(table[-1], stacked=True) < jnp.uint32(table[1].shape[-1])
+    return (log_mass >= least + math.log(admission_ratio)) | filling
+
+
+class Dropped:
+    """Counts a row's picks that are not retrieved: a block a program, and all in the last one.
+
+    Attributes:
+        row: whose picks.
+        before: `[batch, kv_heads, max_tokens]` int32, scratch: how many of a block's picks, up to
+            each and with it, are dropped.
+        blocks: `[batch, kv_heads, 3, parts]` int32, scratch: how many of a block's are; how many
+            of those belong to a cluster whose picks begin in an earlier block; and that cluster.
+    """
+
+    def __init__(self, row: Row, before: Any, blocks: Any) -> None:
+        self.row, self.before, self.blocks = row, before, blocks
+
+    def count(self, left: Any, picks: tuple[Any, Any, Any], first: Any, last: Any) -> Any:
+        """How many of its picks in this block a cluster gets back, at the first of them.
+
+        Args:
+            left: bool `[block]`, the picks that are dropped.
+            picks: int32, as for `_count_remaining`.
+            first: bool, the first pick of each cluster.
+            last: int32, where it is True the number of the cluster's last pick.
+        """
+        row, (i, number, cluster) = self.row, picks
+        block, part = i.size, pl.program_id(0)
+        dropped = left.astype(jnp.int32)
+        through = jnp.cumsum(dropped)
+        row.store(self.before, through, i, mask=i < self.before.shape[-1])
+        row.barrier()
+        end = jnp.minimum(last, part * block + (block - 1))
+        back = row.load(self.before, end, mask=first) - (through - dropped)
+
+        leads = i == part * block
+        of_lead = jnp.sum(jnp.where(leads, number, 0))
+        begun_earlier = jnp.sum((leads & ~first).astype(jnp.int32)) > 0
+        before_first = (number == of_lead) & begun_earlier
+        facts = (
+            jnp.sum(dropped),
+            jnp.sum(jnp.where(before_first, dropped, 0)),
+            jnp.sum(jnp.where(leads, cluster, 0)),
+        )
+        for kind, fact in enumerate(facts):
+            row.store(self.blocks, fact, jnp.int32(kind), part)
+        return back
+
+    def finish(self, remaining_ref: Any) -> Any:
+        """Gives clusters back what later blocks dropped of theirs; returns how many are dropped.
+
+        Args:
+            remaining_ref: `[batch, kv_heads, clusters]` int32; other programs' stores are visible.
+        """
+        row, parts = self.row, self.blocks.shape[-1]
+        nth = jnp.arange(_pallas.tile(parts))
+        exists = nth < parts
+        total, back, cluster = (
+            row.load(self.blocks, jnp.int32(kind), nth, mask=exists) for kind in range(3)
+        )
+        # Several blocks may belong to one cluster. Each then writes the sum.
+        alike = cluster[:, None] == cluster[None, :]
+        back = jnp.sum(jnp.where(alike, back[None, :], 0), axis=1)
+        gets = exists & (back > 0)
+        kept = row.load(remaining_ref, cluster, mask=gets)
+        row.barrier()
+        row.store(remaining_ref, kept + back, cluster, mask=gets)
+        return jnp.sum(total)
