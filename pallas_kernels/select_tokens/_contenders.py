@@ -29,8 +29,8 @@ def estimate_threshold(*refs: Any, sample: int) -> None:
     """A key that more candidates should reach than the budget, from a sample of the row.
 
     It is set so low that more than the budget should reach it, by four standard deviations of the
-    sample's count. Whether they do is for `select_rows` to check: it selects among all candidates
-    if not.
+    sample's count. Whether they do is for `pick_rows` to check: it selects among all candidates if
+    not.
 
     Refs:
         log_mass: `[batch, kv_heads, candidates]` float32.

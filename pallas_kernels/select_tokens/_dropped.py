@@ -33,32 +33,32 @@ class Dropped:
 
     Attributes:
         row: whose picks.
-        before: `[batch, kv_heads, max_tokens]` int32, scratch: how many of a block's picks, up to
+        through: `[batch, kv_heads, max_tokens]` int32, scratch: how many of a block's picks, up to
             each and with it, are dropped.
         blocks: `[batch, kv_heads, 3, parts]` int32, scratch: how many of a block's are; how many
             of those belong to a cluster whose picks begin in an earlier block; and that cluster.
     """
 
-    def __init__(self, row: Row, before: Any, blocks: Any) -> None:
-        self.row, self.before, self.blocks = row, before, blocks
+    def __init__(self, row: Row, through: Any, blocks: Any) -> None:
+        self.row, self.through, self.blocks = row, through, blocks
 
     def count(self, left: Any, picks: tuple[Any, Any, Any], first: Any, last: Any) -> Any:
         """How many of its picks in this block a cluster gets back, at the first of them.
 
         Args:
             left: bool `[block]`, the picks that are dropped.
-            picks: int32, as for `_count_remaining`.
-            first: bool, the first pick of each cluster.
-            last: int32, where it is True the number of the cluster's last pick.
+            picks: int32 `[block]` each, as for `_count_remaining`.
+            first: bool `[block]`, the first pick of each cluster.
+            last: int32 `[block]`, where `first` is True the place of the cluster's last pick.
         """
         row, (i, number, cluster) = self.row, picks
         block, part = i.size, pl.program_id(0)
         dropped = left.astype(jnp.int32)
         through = jnp.cumsum(dropped)
-        row.store(self.before, through, i, mask=i < self.before.shape[-1])
+        row.store(self.through, through, i, mask=i < self.through.shape[-1])
         row.barrier()
         end = jnp.minimum(last, part * block + (block - 1))
-        back = row.load(self.before, end, mask=first) - (through - dropped)
+        back = row.load(self.through, end, mask=first) - (through - dropped)
 
         leads = i == part * block
         of_lead = jnp.sum(jnp.where(leads, number, 0))

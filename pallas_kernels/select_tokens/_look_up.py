@@ -38,7 +38,8 @@ def look_up_rows(
     refs = refs[2 + fields :]
     picked_ref, log_mass_ref, clusters_ref, starts_ref, granules_ref, budget_ref = refs[:6]
     offsets_ref, token_ids_ref, prompt_tokens_ref, layer_ref, step_ref = refs[6:11]
-    least_ref, refs = refs[11], refs[11 + choosy :]
+    least_ref = refs[11] if choosy else None
+    refs = refs[11 + choosy :]
     tokens_ref, slots_ref, hit_ref, hits_ref, misses_ref = refs[:5]
     remaining_ref, done_ref, table = *refs[5:7], refs[7 : 7 + fields]
     block_hits_ref, victims_ref, *scratch = refs[7 + fields :]

@@ -89,8 +89,7 @@ class TestOps:
         operands = (*operands[:6], full, *operands[7:])
 
         def select(implementation):
-            sizes.update(admission_ratio=4.0, implementation=implementation)
-            settings = dict(sizes)
+            settings = sizes | {"admission_ratio": 4.0, "implementation": implementation}
             return lambda *a: ops.select_tokens(*a, **settings)
 
         found = run_twice(select(KERNEL), *operands)
