@@ -1,6 +1,6 @@
 """Compares admission ratios: what they miss, and what they cost in accuracy, on real text.
 
-    python scripts/compare_admission.py --context 8192 --budgets 0.009,0.036 --ratios 1,4,16
+    python scripts/compare_admission.py --context 8192 --budgets 0.009 0.036 --ratios 1 4 16
 
 Full attention reads a text; each setting then runs the text's next tokens through decode steps of
 its own, from the same prefill, with rows in host memory behind a row cache. Printed are the mean KL
@@ -38,11 +38,6 @@ from wavejax.prompts import bucket
 PINNED_SHARE = 0.5
 
 
-def numbers(text: str) -> list[float]:
-    """Numbers between commas; raises ValueError."""
-    return [float(part) for part in text.split(",")]
-
-
 def settings(budgets: list[float], ratios: list[float]) -> dict[str, WaveConfig]:
     """Every budget with every ratio; 0 stands for the default budget. RetroInfer's come first."""
     found = {"paper": WaveConfig.paper()}
@@ -60,6 +55,9 @@ def settings(budgets: list[float], ratios: list[float]) -> dict[str, WaveConfig]
 
 def start(state: DecodeState, generator: Generator, room: int, new: int, slots: int) -> DecodeState:
     """A state of the generator's own after full attention's prefill, its cache empty.
+
+    Its index is its own, too: `SharedPrefill` copies one for each state, and rows in host memory
+    are not to be copied by JAX.
 
     Args:
         state: full attention's; not donated.
@@ -122,10 +120,12 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=256, help="of the answer")
     parser.add_argument("--warm-up", type=int, default=64, help="of these, steps not counted")
     parser.add_argument(
-        "--budgets", type=numbers, default=[0.009, 0.036, 0.0],
+        "--budgets", type=float, nargs="+", default=[0.009, 0.036, 0.0],
         help="shares of the tokens that are retrieved; 0: the default, 4096 at least",
     )  # fmt: skip
-    parser.add_argument("--ratios", type=numbers, default=[1.0, 4.0, 16.0], help="of admission")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[1.0, 4.0, 16.0], help="of admission"
+    )
     parser.add_argument(
         "--slots", type=float, default=0.05,
         help="of the row cache, as a share of the tokens; 0: as many as the settings make",
