@@ -77,8 +77,8 @@ def threshold(
     return state[0], state[2]
 
 
-# each(visit, state) -> state: calls visit(exists, key, weight, place, state) for blocks of a row's
-# elements, bool, uint32, int32 and int32 vectors; the elements that do not exist may be anything.
+# each(visit, state) -> state: calls visit(key, weight, place, state) for blocks of a row's
+# elements, uint32, int32 and int32 vectors; what does not exist has no weight.
 Each = Callable[[Callable[..., Any], Any], Any]
 
 
@@ -96,8 +96,8 @@ def cut(each: Each, budget: Any) -> tuple[Any, Any]:
     zero, most = jnp.int32(0), jnp.uint32(2**32 - 1)
 
     def range_of(value: Callable[..., Any]) -> tuple[Any, Any]:
-        def widen(exists: Any, key: Any, weight: Any, place: Any, state: Any) -> Any:
-            counts, x = value(exists & (weight > 0), key, place)
+        def widen(key: Any, weight: Any, place: Any, state: Any) -> Any:
+            counts, x = value(weight > 0, key, place)
             least = jnp.min(jnp.where(counts, x, most))
             largest = jnp.max(jnp.where(counts, x, jnp.uint32(0)))
             return jnp.minimum(state[0], least), jnp.maximum(state[1], largest)
@@ -107,20 +107,20 @@ def cut(each: Each, budget: Any) -> tuple[Any, Any]:
 
     def holders(value: Callable[..., Any]) -> Callable[[Any], Any]:
         def held(bound: Any) -> Any:
-            def add(exists: Any, key: Any, weight: Any, place: Any, total: Any) -> Any:
-                counts, x = value(exists, key, place)
+            def add(key: Any, weight: Any, place: Any, total: Any) -> Any:
+                counts, x = value(True, key, place)
                 return total + jnp.sum(jnp.where(counts & (x >= bound), weight, 0))
 
             return each(add, zero)
 
         return held
 
-    def by_key(exists: Any, key: Any, place: Any) -> tuple[Any, Any]:
-        return exists, key
+    def by_key(counts: Any, key: Any, place: Any) -> tuple[Any, Any]:
+        return counts, key
 
     def largest_below(bound: Any) -> Any:
-        def widen(exists: Any, key: Any, weight: Any, place: Any, largest: Any) -> Any:
-            below = exists & (weight > 0) & (key < bound)
+        def widen(key: Any, weight: Any, place: Any, largest: Any) -> Any:
+            below = (weight > 0) & (key < bound)
             return jnp.maximum(largest, jnp.max(jnp.where(below, key, jnp.uint32(0))))
 
         return each(widen, jnp.uint32(0))
@@ -129,9 +129,9 @@ def cut(each: Each, budget: Any) -> tuple[Any, Any]:
     # Weights seldom add up to the budget exactly, which would end the search early.
     key, above = threshold(holders(by_key), budget, low, high, largest_below=largest_below)
 
-    def by_place(exists: Any, keys: Any, place: Any) -> tuple[Any, Any]:
+    def by_place(counts: Any, keys: Any, place: Any) -> tuple[Any, Any]:
         # Of what has the key, the lower places first.
-        return exists & (keys == key), ~place.astype(jnp.uint32)
+        return counts & (keys == key), ~place.astype(jnp.uint32)
 
     def among_ties() -> Any:
         low, high = range_of(by_place)

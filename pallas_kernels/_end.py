@@ -57,7 +57,7 @@ def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: 
             search reads them again.
     """
     chunks = lists.held.shape[-1]
-    nth, lane = jnp.arange(_pallas.tile(chunks)), jnp.arange(tile)
+    nth = jnp.arange(_pallas.tile(chunks))
     held = jnp.sum(row.load(lists.held, nth, mask=nth < chunks))
     listed = row.load(lists.number)
 
@@ -67,16 +67,20 @@ def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: 
         for i, x in enumerate((key, last, jnp.int32(right))):
             row.store(lists.end, x, jnp.int32(i))
 
-    def add(exists: Any, keys: Any, weights: Any, places: Any, total: Any) -> Any:
-        return total + jnp.sum(jnp.where(exists, weights, 0))
+    def add(keys: Any, weights: Any, places: Any, total: Any) -> Any:
+        return total + jnp.sum(weights)
 
     contended = _by_blocks(_contenders(row, lists, listed), listed, tile)(add, jnp.int32(0))
     right = (held < budget) & (budget <= held + contended)
 
-    @pl.when(right & (listed <= tile))
-    def among_contenders() -> None:
-        elements = _contenders(row, lists, listed)(lane)
+    def among_contenders(tile: int) -> None:
+        elements = _contenders(row, lists, listed)(jnp.arange(tile))
         finish(lambda visit, state: visit(*elements, state), budget - held, 1)
+
+    # Each round of the search takes half as long in half of the tile.
+    few = listed <= tile // 2
+    pl.when(right & few)(lambda: among_contenders(tile // 2))
+    pl.when(right & ~few & (listed <= tile))(lambda: among_contenders(tile))
 
     @pl.when(right & (listed > tile))
     def among_many() -> None:
@@ -106,8 +110,8 @@ def read_end(row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: i
         row.load(lists.number),
     )
 
-    def add(exists: Any, keys: Any, weights: Any, places: Any, state: Any) -> Any:
-        weights = jnp.where(exists & _selects(key, last, keys, places), weights, 0)
+    def add(keys: Any, weights: Any, places: Any, state: Any) -> Any:
+        weights = jnp.where(_selects(key, last, keys, places), weights, 0)
         pair = weights, jnp.where(places < start, weights, 0)
         numbers = sum_pair(*((x > 0).astype(jnp.int32) for x in pair))
         sums = (*map(jnp.sum, pair), *numbers)
@@ -131,18 +135,17 @@ def read_end(row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: i
 
 
 def _contenders(row: Row, lists: Lists, listed: Any) -> Callable[..., Any]:
-    def contenders(i: Any) -> tuple[Any, Any, Any, Any]:
-        exists = i < listed
+    def contenders(i: Any) -> tuple[Any, Any, Any]:
         fields = lists.keys, lists.weights, lists.places
-        keys, weights, places = (row.load(ref, i, mask=exists) for ref in fields)
-        return exists, keys, weights, places
+        keys, weights, places = (row.load(ref, i, mask=i < listed) for ref in fields)
+        return keys, weights, places
 
     return contenders
 
 
 def _everything(load: Load, total: Any) -> Callable[..., Any]:
-    def everything(i: Any) -> tuple[Any, Any, Any, Any]:
-        return i < total, *load(i, i < total), i
+    def everything(i: Any) -> tuple[Any, Any, Any]:
+        return *load(i, i < total), i
 
     return everything
 
@@ -180,12 +183,9 @@ def end_of_all(
         tile: elements that are held in registers.
     """
     place = jnp.arange(tile)
-    exists = place < total
-    keys, weights = load(place, exists)
-    key, last = cut(lambda visit, state: visit(exists, keys, weights, place, state), budget)
-    zero = jnp.int32(0)
-    selected = exists & End(key, last, zero, zero, zero, zero).selects(keys, place)
-    weights = jnp.where(selected, weights, 0)
+    keys, weights = load(place, place < total)
+    key, last = cut(lambda visit, state: visit(keys, weights, place, state), budget)
+    weights = jnp.where(_selects(key, last, keys, place), weights, 0)
     number, earlier = (weights > 0).astype(jnp.int32), place < part * chunk
     return End(
         key,

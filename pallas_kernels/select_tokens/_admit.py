@@ -1,6 +1,6 @@
-"""Finding slots for missed rows: least recently used ones, and the row table's update."""
+"""One program a row: the least recently used slots for missed rows, and the row table's update."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -10,53 +10,88 @@ from pallas_kernels._bisect import threshold
 from pallas_kernels._numerics import NO_ID
 from pallas_kernels._pairs import list_selected
 from pallas_kernels._row import Row
+from pallas_kernels.select_tokens._dropped import Dropped
+from pallas_kernels.select_tokens._look_up import count
+from pallas_kernels.select_tokens._pick import limits
+
+# Slots' ages that a thread looks at at once.
+SLOTS_A_THREAD = 4
 
 # Slots' ages stay in registers while they are no more than so many blocks. With more, every round
 # of the bisection reads them again and waits for each block.
 BLOCKS_IN_REGISTERS = 8
 
 
-def admit(
-    row: Row,
-    table: tuple[Any, ...],
-    out: tuple[Any, Any, Any],
-    victims_ref: Any,
-    found: tuple[Any, Any, Any],
-    step: Any,
-) -> None:
-    """Gives missed rows the least recently used slots, by rising slot, as far as there are any.
+class Admit(NamedTuple):
+    """What `admit_rows` reads and writes; what is written in place is here as it is written.
+
+    Attributes:
+        tokens, hit, block_hits: from `look_up_rows`.
+        starts: `Candidates.starts`.
+        budget: `[batch, kv_heads]` int32.
+        layer, step: as `select_tokens` has them.
+        blocks: what `Dropped` wrote, if rows may be left out.
+        hits, misses: `[batch, kv_heads]` int32, out.
+        victims: `[batch, kv_heads, slots]` int32, scratch.
+        slots: `Retrieved`'s, in place: those of misses are added.
+        slot_of_token, token_of_slot, last_used, hit_count, miss_count: the row table, in place.
+        remaining: from `look_up_rows`, in place, if rows may be left out.
+    """
+
+    tokens: Any
+    hit: Any
+    block_hits: Any
+    starts: Any
+    budget: Any
+    layer: Any
+    step: Any
+    blocks: Any
+    hits: Any
+    misses: Any
+    victims: Any
+    slots: Any
+    slot_of_token: Any
+    token_of_slot: Any
+    last_used: Any
+    hit_count: Any
+    miss_count: Any
+    remaining: Any
+
+
+def admit_rows(refs: Admit, *, candidates: int, threads: int, interpret: bool) -> None:
+    """Gives a row's missed rows the least recently used slots, by rising slot, if there are any.
 
     Args:
-        row: whose rows.
-        table: `RowTable`'s fields.
-        out: `Retrieved`'s tokens, slots and hit, of which the slots of misses are written.
-        victims_ref: `[batch, kv_heads, slots]` int32, scratch.
-        found: int32 all, the length of the list of rows, how many of it are retrieved, and how
-            many of these hit.
-        step: int32.
+        refs: see there.
+        candidates: room for candidates, a row.
+        threads: of the program.
+        interpret: whether the kernel is interpreted.
     """
-    (listed, count, hits), slots = found, table[1].shape[-1]
-    wanted = jnp.minimum(count, slots) - hits
-    pl.when(wanted > 0)(lambda: _admit(row, table, out, victims_ref, listed, wanted, step))
+    row = Row(
+        pl.program_id(1),
+        *(refs.tokens.shape[1], refs.layer[...]),
+        interpret=interpret,
+        block=SLOTS_A_THREAD * threads,
+    )
+    nth = jnp.arange(_pallas.tile(refs.block_hits.shape[-1]))
+    hits = jnp.sum(row.load(refs.block_hits, nth, mask=nth < refs.block_hits.shape[-1]))
+    _, listed = limits(row, refs.starts, refs.budget, (candidates, refs.tokens.shape[-1]))
+    retrieved = listed
+    if refs.blocks is not None:
+        retrieved = listed - Dropped(row, None, refs.blocks).finish(refs.remaining)
+    wanted = jnp.minimum(retrieved, refs.token_of_slot.shape[-1]) - hits
+    pl.when(wanted > 0)(lambda: _admit(row, refs, listed, wanted, refs.step[...]))
+    count(row, refs.hits, refs.hit_count, hits)
+    count(row, refs.misses, refs.miss_count, retrieved - hits)
 
 
-def _admit(
-    row: Row,
-    table: tuple[Any, ...],
-    out: tuple[Any, Any, Any],
-    victims_ref: Any,
-    listed: Any,
-    wanted: Any,
-    step: Any,
-) -> None:
-    """`admit` of the first `wanted` missed rows, at least one."""
-    slot_of_token_ref, token_of_slot_ref, last_used_ref, *_ = table
-    tokens_ref, slots_ref, hit_ref = out
-    slots = token_of_slot_ref.shape[-1]
+def _admit(row: Row, refs: Admit, listed: Any, wanted: Any, step: Any) -> None:
+    """Gives the first `wanted` missed rows, at least one, of so many listed ones their slots."""
+    slots = refs.token_of_slot.shape[-1]
 
     def age(slot: Any, exists: Any) -> Any:
         # Zero for a slot used in this step; the largest one is an empty slot's, step + 1.
-        used = row.load(last_used_ref, slot, mask=exists, stacked=True)
+        used = row.load(refs.last_used, slot, mask=exists, stacked=True)
         return jnp.where(exists, step - used, 0).astype(jnp.uint32)
 
     most = _pallas.tile(slots)
@@ -78,7 +113,7 @@ def _admit(
 
     def list_victims(slot: Any, ages: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
         given, at, state = list_selected(ages > key, ages == key, wanted - above, state)
-        row.store(victims_ref, slot, at, mask=given)
+        row.store(refs.victims, slot, at, mask=given)
         return state
 
     none = jnp.int32(0), jnp.int32(0)
@@ -93,39 +128,21 @@ def _admit(
     row.barrier()
 
     def enter(i: Any, exists: Any, missed: Any) -> Any:
-        token = row.load(tokens_ref, i, mask=exists)
-        miss = exists & ~row.load(hit_ref, i, mask=exists) & (token != NO_ID)
+        token = row.load(refs.tokens, i, mask=exists)
+        miss = exists & ~row.load(refs.hit, i, mask=exists) & (token != NO_ID)
         miss = miss.astype(jnp.int32)
         nth = missed + jnp.cumsum(miss) - 1
         enters = (miss > 0) & (nth < wanted)
-        victim = row.load(victims_ref, nth, mask=enters)
-        evicted = row.load(token_of_slot_ref, victim, mask=enters, stacked=True)
+        victim = row.load(refs.victims, nth, mask=enters)
+        evicted = row.load(refs.token_of_slot, victim, mask=enters, stacked=True)
         gone = enters & (evicted >= 0)
-        row.store(slot_of_token_ref, jnp.full_like(i, -1), evicted, mask=gone, stacked=True)
-        row.store(slot_of_token_ref, victim, token, mask=enters, stacked=True)
-        row.store(slots_ref, victim, i, mask=enters)
+        row.store(refs.slot_of_token, jnp.full_like(i, -1), evicted, mask=gone, stacked=True)
+        row.store(refs.slot_of_token, victim, token, mask=enters, stacked=True)
+        row.store(refs.slots, victim, i, mask=enters)
         # A slot's old owner was read by the lane that now writes its new one.
         row.barrier()
-        row.store(token_of_slot_ref, token, victim, mask=enters, stacked=True)
-        row.store(last_used_ref, jnp.full_like(i, step), victim, mask=enters, stacked=True)
+        row.store(refs.token_of_slot, token, victim, mask=enters, stacked=True)
+        row.store(refs.last_used, jnp.full_like(i, step), victim, mask=enters, stacked=True)
         return missed + jnp.sum(miss)
 
     row.each(listed, enter, jnp.int32(0))
-
-
-def count_rows(
-    row: Row, table: tuple[Any, ...], counts: tuple[Any, Any], found: tuple[Any, Any]
-) -> None:
-    """Writes how many rows hit and missed in this step, and adds them to the table's counters.
-
-    Args:
-        row: whose rows.
-        table: `RowTable`'s fields, or only its counters.
-        counts: `Retrieved`'s hits and misses, written.
-        found: int32 both.
-    """
-    for ref, total_ref, number in zip(counts, table[-2:], found, strict=True):
-        row.store(ref, number)
-        row.store(
-            total_ref, row.load(total_ref, stacked=True) + number.astype(jnp.uint32), stacked=True
-        )

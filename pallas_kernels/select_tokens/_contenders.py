@@ -25,6 +25,35 @@ def most_expected(budget: int, candidates: int, sample: int) -> int:
     return min(candidates, math.ceil((wanted + 3 * math.sqrt(wanted)) * candidates / sample))
 
 
+def draw_sample(*refs: Any, sample: int, block: int) -> None:
+    """Draws a block of a row's sample: one program alone waits long for so many scattered reads.
+
+    Refs:
+        log_mass: `[batch, kv_heads, candidates]` float32.
+        starts: `Candidates.starts`.
+        drawn: `[batch, kv_heads, sample]` uint32, out.
+    """
+    log_mass_ref, starts_ref, drawn_ref = refs
+    row = pl.program_id(1)
+    b, h = row // log_mass_ref.shape[1], row % log_mass_ref.shape[1]
+    i = pl.program_id(0) * block + jnp.arange(block)
+    stride, count = _stride(log_mass_ref, starts_ref, b, h, sample)
+    plt.store(drawn_ref.at[b, h, i], _sampled(log_mass_ref, b, h, stride * i, count))
+
+
+def _stride(log_mass_ref: Any, starts_ref: Any, b: Any, h: Any, sample: int) -> tuple[Any, Any]:
+    """How far apart the sample's candidates are, and how many candidates a row has: int32."""
+    count = plt.load(starts_ref.at[b, h, jnp.int32(starts_ref.shape[-1] - 1)])
+    count = jnp.maximum(jnp.minimum(count, log_mass_ref.shape[-1]), 1)
+    return lax.div(count + (sample - 1), jnp.int32(sample)), count
+
+
+def _sampled(log_mass_ref: Any, b: Any, h: Any, at: Any, count: Any) -> Any:
+    """Keys of the sample's candidates; zero, which is none's, past their end."""
+    log_mass = plt.load(log_mass_ref.at[b, h, at], mask=at < count, other=0)
+    return jnp.where(at < count, ordered_bits(log_mass), 0)
+
+
 def estimate_threshold(*refs: Any, sample: int) -> None:
     """A key that more candidates should reach than the budget, from a sample of the row.
 
@@ -36,20 +65,19 @@ def estimate_threshold(*refs: Any, sample: int) -> None:
         log_mass: `[batch, kv_heads, candidates]` float32.
         starts: `Candidates.starts`.
         budget: `[batch, kv_heads]` int32.
+        drawn: from `draw_sample`, or None.
         lowest: `[batch, kv_heads]` uint32, out.
-        done: `[batch, kv_heads]` int32, out: zero, for `look_up_rows` to count its programs.
     """
-    log_mass_ref, starts_ref, budget_ref, lowest_ref, done_ref = refs
-    kv_heads, room = log_mass_ref.shape[1:]
+    log_mass_ref, starts_ref, budget_ref, drawn_ref, lowest_ref = refs
     row = pl.program_id(1)
-    b, h = row // kv_heads, row % kv_heads
-    count = plt.load(starts_ref.at[b, h, jnp.int32(starts_ref.shape[-1] - 1)])
-    count = jnp.maximum(jnp.minimum(count, room), 1)
+    b, h = row // log_mass_ref.shape[1], row % log_mass_ref.shape[1]
+    stride, count = _stride(log_mass_ref, starts_ref, b, h, sample)
     budget = jnp.minimum(plt.load(budget_ref.at[b, h]), count)
-    stride = lax.div(count + (sample - 1), jnp.int32(sample))
-    at = stride * jnp.arange(sample)
-    sampled = plt.load(log_mass_ref.at[b, h, at], mask=at < count, other=0)
-    sampled = jnp.where(at < count, ordered_bits(sampled), 0)
+    i = jnp.arange(sample)
+    if drawn_ref is not None:
+        sampled = plt.load(drawn_ref.at[b, h, i])
+    else:
+        sampled = _sampled(log_mass_ref, b, h, stride * i, count)
     rank = budget.astype(jnp.float32) / stride.astype(jnp.float32)
     wanted = (rank + DEVIATIONS * jnp.sqrt(rank) + SPARE).astype(jnp.int32)
 
@@ -57,12 +85,11 @@ def estimate_threshold(*refs: Any, sample: int) -> None:
         return jnp.sum((sampled >= key).astype(jnp.int32))
 
     # From zero, which all hold: where the sample is too small, all pass.
-    least = jnp.min(jnp.where(at < count, sampled, jnp.uint32(2**32 - 1)))
+    least = jnp.min(jnp.where(stride * i < count, sampled, jnp.uint32(2**32 - 1)))
     low = jnp.where(wanted > lax.div(count, stride), jnp.uint32(0), least)
     high = jnp.maximum(jnp.max(sampled), low) + jnp.uint32(1)
     lowest, _ = threshold(held, wanted, low, high, resolution=RESOLUTION)
     plt.store(lowest_ref.at[b, h], lowest)
-    plt.store(done_ref.at[b, h], jnp.int32(0))
 
 
 def list_contenders(*refs: Any, chunk: int) -> None:
@@ -111,3 +138,35 @@ def list_contenders(*refs: Any, chunk: int) -> None:
         plt.store(keys_ref.at[b, h, part, at], key, mask=passes)
         plt.store(places_ref.at[b, h, part, at], place, mask=passes)
         plt.store(counts_ref.at[b, h, part], jnp.sum(number))
+
+
+def join_contenders(*refs: Any, block: int) -> None:
+    """Moves a chunk's contenders behind those of the chunks before: then none has to be sought.
+
+    Refs:
+        keys, places, counts: from `list_contenders`.
+        keys, places: `[batch, kv_heads, 1, chunks * chunk]`, out: those of all chunks.
+        count: `[batch, kv_heads, 1]` int32, out: how many there are.
+    """
+    keys_ref, places_ref, counts_ref, *results = refs
+    all_keys_ref, all_places_ref, count_ref = results
+    _, kv_heads, chunks, _ = keys_ref.shape
+    part, row = pl.program_id(0), pl.program_id(1)
+    b, h, first = row // kv_heads, row % kv_heads, jnp.int32(0)
+    nth = jnp.arange(_pallas.tile(chunks))
+    counts = plt.load(counts_ref.at[b, h, nth], mask=nth < chunks, other=0)
+    own = plt.load(counts_ref.at[b, h, part])
+    before = jnp.sum(jnp.where(nth < part, counts, 0))
+
+    def move(i: Any, _: Any) -> None:
+        lane = i * block + jnp.arange(block)
+        at = jnp.where(lane < own, before + lane, NO_ID)
+        for ref, all_ref in ((keys_ref, all_keys_ref), (places_ref, all_places_ref)):
+            moved = plt.load(ref.at[b, h, part, lane], mask=lane < own, other=0)
+            plt.store(all_ref.at[b, h, first, at], moved, mask=lane < own)
+
+    lax.fori_loop(0, lax.div(own + (block - 1), jnp.int32(block)), move, None)
+
+    @pl.when(part == chunks - 1)
+    def count_all() -> None:
+        plt.store(count_ref.at[b, h, first], before + own)

@@ -12,7 +12,7 @@ from pallas_kernels._row import Row
 
 
 def worth_reading(
-    row: Row, log_mass: Any, least_ref: Any, table: tuple[Any, ...], admission_ratio: float
+    row: Row, log_mass: Any, least_ref: Any, filling: Any, admission_ratio: float
 ) -> Any:
     """Which picks to read although they are not cached: bool `[block]`.
 
@@ -20,16 +20,15 @@ def worth_reading(
         row: whose picks.
         log_mass: float32 `[block]`, theirs.
         least_ref: `[batch, kv_heads]` uint32, the least key of all picks.
-        table: `RowTable`'s fields, whose misses say whether all slots have been given away.
+        filling: bool, whether there are slots that have not been given away yet.
         admission_ratio: see `select_tokens`.
     """
     least = from_ordered_bits(row.load(least_ref))
-    filling = row.load(table[-1], stacked=True) < jnp.uint32(table[1].shape[-1])
     return (log_mass >= least + math.log(admission_ratio)) | filling
 
 
 class Dropped:
-    """Counts a row's picks that are not retrieved: a block a program, and all in the last one.
+    """Counts a row's picks that are not retrieved: a block a program, then all by one.
 
     Attributes:
         row: whose picks.
@@ -77,7 +76,7 @@ class Dropped:
         """Gives clusters back what later blocks dropped of theirs; returns how many are dropped.
 
         Args:
-            remaining_ref: `[batch, kv_heads, clusters]` int32; other programs' stores are visible.
+            remaining_ref: `[batch, kv_heads, clusters]` int32; as the blocks' programs left it.
         """
         row, parts = self.row, self.blocks.shape[-1]
         nth = jnp.arange(_pallas.tile(parts))

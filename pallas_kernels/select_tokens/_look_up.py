@@ -1,99 +1,123 @@
 """Several programs a row: the picked candidates' rows, slots and clusters."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
 from pallas_kernels._numerics import NO_ID
 from pallas_kernels._row import Row
 from pallas_kernels.score_tokens._members import Members, find_members
-from pallas_kernels.select_tokens._admit import admit, count_rows
 from pallas_kernels.select_tokens._dropped import Dropped, worth_reading
 from pallas_kernels.select_tokens._pick import limits
 
-# Slots' ages that a thread looks at at once, when slots are to be found for missed rows.
-SLOTS_A_THREAD = 4
+
+class LookUp(NamedTuple):
+    """What `look_up_rows` reads and writes; what is written in place is here as it is written.
+
+    Attributes:
+        picked: from `pick_rows`.
+        log_mass: `[batch, kv_heads, candidates]` float32.
+        clusters, starts, granules: the candidates.
+        budget: `[batch, kv_heads]` int32.
+        offsets, token_ids, prompt_tokens, layer, step: as `select_tokens` has them.
+        slot_of_token, missed: of the row table, if there are slots.
+        least: from `pick_rows`, if rows may be left out.
+        tokens, slots, hit: `Retrieved`'s, out; the slots of hits alone.
+        remaining: `[batch, kv_heads, clusters]` int32, the clusters' sizes, in place.
+        last_used: of the row table, in place, if there are slots.
+        block_hits: `[batch, kv_heads, parts]` int32, out: each program's hits, if there are slots.
+        through, blocks: what `Dropped` writes, if rows may be left out.
+        misses: `[batch, kv_heads]` int32, out, and
+        miss_count: of the row table, in place, if there are no slots: all that is picked is missed.
+    """
+
+    picked: Any
+    log_mass: Any
+    clusters: Any
+    starts: Any
+    granules: Any
+    budget: Any
+    offsets: Any
+    token_ids: Any
+    prompt_tokens: Any
+    layer: Any
+    step: Any
+    slot_of_token: Any
+    missed: Any
+    least: Any
+    tokens: Any
+    slots: Any
+    hit: Any
+    remaining: Any
+    last_used: Any
+    block_hits: Any
+    through: Any
+    blocks: Any
+    misses: Any
+    miss_count: Any
 
 
 def look_up_rows(
-    *refs: Any,
+    refs: LookUp,
+    *,
     segment_tokens: int,
     growth_tokens: int,
     block: int,
-    threads: int,
-    cached: bool,
+    slots: int,
     admission_ratio: float,
     interpret: bool,
 ) -> None:
-    """Looks up a block of a row's picks; the row's last program finds slots for those missed.
+    """Looks up a block of a row's picks.
 
-    `select_tokens` says what the refs are. At an `admission_ratio` of 1 every pick is retrieved.
+    At an `admission_ratio` of 1 every pick is retrieved.
     """
-    # The first ones are written in place: only the results' refs are used.
-    fields, choosy = 5 if cached else 2, admission_ratio > 1
-    refs = refs[2 + fields :]
-    picked_ref, log_mass_ref, clusters_ref, starts_ref, granules_ref, budget_ref = refs[:6]
-    offsets_ref, token_ids_ref, prompt_tokens_ref, layer_ref, step_ref = refs[6:11]
-    least_ref = refs[11] if choosy else None
-    refs = refs[11 + choosy :]
-    tokens_ref, slots_ref, hit_ref, hits_ref, misses_ref = refs[:5]
-    remaining_ref, done_ref, table = *refs[5:7], refs[7 : 7 + fields]
-    block_hits_ref, victims_ref, *scratch = refs[7 + fields :]
-    row = Row(pl.program_id(1), log_mass_ref.shape[1], layer_ref[...], interpret=interpret)
-    part, parts = pl.program_id(0), pl.num_programs(0)
-    room, step = tokens_ref.shape[-1], step_ref[...]
-    _, budget = limits(row, log_mass_ref, starts_ref, budget_ref, room)
+    row = Row(pl.program_id(1), refs.log_mass.shape[1], refs.layer[...], interpret=interpret)
+    part, room = pl.program_id(0), refs.tokens.shape[-1]
+    _, budget = limits(row, refs.starts, refs.budget, (refs.log_mass.shape[-1], room))
 
     i = part * block + jnp.arange(block)
     exists, valid = i < room, i < budget
-    place = row.load(picked_ref, i, mask=valid)
-    members = Members(clusters_ref, starts_ref, granules_ref, offsets_ref)
+    place = row.load(refs.picked, i, mask=valid)
+    members = Members(refs.clusters, refs.starts, refs.granules, refs.offsets)
     number, cluster, position = find_members(members, (row.layer, row.b, row.h), place, valid)
-    prompt = plt.load(prompt_tokens_ref.at[row.b])
+    prompt = plt.load(refs.prompt_tokens.at[row.b])
     in_prompt = lax.div(position, jnp.int32(segment_tokens)) * segment_tokens
     grown = lax.div(position - prompt, jnp.int32(growth_tokens)) * growth_tokens
     start = jnp.where(position < prompt, in_prompt, prompt + grown)
-    ids = row.load(token_ids_ref, position, mask=valid, stacked=True)
+    ids = row.load(refs.token_ids, position, mask=valid, stacked=True)
     token = start + ids.astype(jnp.int32)
     hit, slot = jnp.zeros(block, bool), jnp.full_like(i, NO_ID)
-    if cached:
-        found = row.load(table[0], token, mask=valid, stacked=True)
+    if slots:
+        found = row.load(refs.slot_of_token, token, mask=valid, stacked=True)
         hit = valid & (found >= 0)
         slot = jnp.where(hit, found, NO_ID)
-        row.store(table[2], jnp.full_like(i, step), found, mask=hit, stacked=True)
+        used = jnp.full_like(i, refs.step[...])
+        row.store(refs.last_used, used, found, mask=hit, stacked=True)
+        row.store(refs.block_hits, jnp.sum(hit.astype(jnp.int32)), part)
     kept, dropped = valid, None
-    if choosy:
-        mass = row.load(log_mass_ref, place, mask=valid)
-        kept = valid & (hit | worth_reading(row, mass, least_ref, table, admission_ratio))
-        dropped = Dropped(row, *scratch)
-    row.store(tokens_ref, jnp.where(kept, token, NO_ID), i, mask=exists)
-    row.store(slots_ref, slot, i, mask=exists)
-    row.store(hit_ref, hit, i, mask=exists)
-    remaining_refs, picks = (starts_ref, picked_ref, remaining_ref), (i, number, cluster)
+    if refs.least is not None:
+        mass = row.load(refs.log_mass, place, mask=valid)
+        filling = row.load(refs.missed, stacked=True) < jnp.uint32(slots)
+        worth = worth_reading(row, mass, refs.least, filling, admission_ratio)
+        kept = valid & (hit | worth)
+        dropped = Dropped(row, refs.through, refs.blocks)
+    row.store(refs.tokens, jnp.where(kept, token, NO_ID), i, mask=exists)
+    row.store(refs.slots, slot, i, mask=exists)
+    row.store(refs.hit, hit, i, mask=exists)
+    remaining_refs, picks = (refs.starts, refs.picked, refs.remaining), (i, number, cluster)
     _count_remaining(row, remaining_refs, picks, budget, valid & ~kept, dropped)
+    if not slots:
+        pl.when(part == 0)(lambda: count(row, refs.misses, refs.miss_count, budget))
 
-    out = tokens_ref, slots_ref, hit_ref
-    if not cached:
-        pl.when(part == 0)(
-            lambda: count_rows(row, table, (hits_ref, misses_ref), (jnp.int32(0), budget))
-        )
-        return
-    row.store(block_hits_ref, jnp.sum(hit.astype(jnp.int32)), part)
-    # All of this program's stores come before its count, and all the others' before the last one's.
-    row.barrier()
 
-    @pl.when(row.add(done_ref, 1) == parts - 1)
-    def finish() -> None:
-        nth = jnp.arange(_pallas.tile(block_hits_ref.shape[-1]))
-        hits = jnp.sum(row.load(block_hits_ref, nth, mask=nth < block_hits_ref.shape[-1]))
-        count = budget if dropped is None else budget - dropped.finish(remaining_ref)
-        whole = row.in_blocks(SLOTS_A_THREAD * threads)
-        admit(whole, table, out, victims_ref, (budget, count, hits), step)
-        count_rows(row, table, (hits_ref, misses_ref), (hits, count - hits))
+def count(row: Row, number_ref: Any, total_ref: Any, number: Any) -> None:
+    """Writes how many of a row's rows hit or missed, and adds it to the row table's counter."""
+    row.store(number_ref, number)
+    total = row.load(total_ref, stacked=True) + number.astype(jnp.uint32)
+    row.store(total_ref, total, stacked=True)
 
 
 def _count_remaining(

@@ -1,5 +1,6 @@
 """One program a row: exact selection among contenders."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,28 +53,35 @@ def _pick(
     nth = jnp.arange(_pallas.tile(chunks))
     counts = row.load(counts_ref, nth, mask=nth < chunks)
     count = jnp.sum(counts)
-    row.store(prefix_ref, jnp.cumsum(counts) - counts, nth, mask=nth < chunks)
-    row.barrier()
+    if chunks > 1:
+        row.store(prefix_ref, jnp.cumsum(counts) - counts, nth, mask=nth < chunks)
+        row.barrier()
 
-    def find(i: Any) -> tuple[Any, Any, Any]:
-        """Whether there is an i-th contender of all chunks, its key and its place."""
-        exists = i < count
-        # Of chunks that share a prefix, all but the last are empty: the search finds that one.
-        part = row.search(prefix_ref, chunks, i, exists)
-        at = (part, i - row.load(prefix_ref, part, mask=exists))
-        return exists, row.load(keys_ref, *at, mask=exists), row.load(places_ref, *at, mask=exists)
+    def find(i: Any) -> tuple[Any, Callable[[], Any]]:
+        """Of the i-th contenders of all chunks the key, zero where there is none, and the place."""
+        exists, at = i < count, (jnp.int32(0), i)
+        if chunks > 1:
+            # Of chunks that share a prefix, all but the last are empty: the search finds that one.
+            part = row.search(prefix_ref, chunks, i, exists)
+            at = (part, i - row.load(prefix_ref, part, mask=exists))
+        key = row.load(keys_ref, *at, mask=exists)
+        if chunks == 1:
+            # Read where it is asked for, it takes no registers until then.
+            return key, lambda: row.load(places_ref, *at, mask=exists)
+        place = row.load(places_ref, *at, mask=exists)
+        return key, lambda: place
 
     def pick(each: Any) -> None:
-        def widen(exists: Any, key: Any, _: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        def widen(key: Any, _: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
             low, high = state
-            least = jnp.min(jnp.where(exists, key, jnp.uint32(2**32 - 1)))
+            least = jnp.min(jnp.where(key > 0, key, jnp.uint32(2**32 - 1)))
             return jnp.minimum(low, least), jnp.maximum(high, jnp.max(key))
 
         low, high = each(widen, (jnp.uint32(2**32 - 1), jnp.uint32(0)))
 
         def held(bound: Any) -> Any:
-            def add(exists: Any, key: Any, _: Any, held: Any) -> Any:
-                return held + jnp.sum((exists & (key >= bound)).astype(jnp.int32))
+            def add(key: Any, _: Any, held: Any) -> Any:
+                return held + jnp.sum((key >= bound).astype(jnp.int32))
 
             return each(add, jnp.int32(0))
 
@@ -81,11 +89,11 @@ def _pick(
 
         Picked = tuple[tuple[Any, Any], Any]
 
-        def write(exists: Any, key: Any, place: Any, state: Picked) -> Picked:
+        def write(key: Any, place: Callable[[], Any], state: Picked) -> Picked:
             before, least = state
-            larger, ties = exists & (key > bound), exists & (key == bound)
+            larger, ties = key > bound, key == bound
             picked, at, before = list_selected(larger, ties, budget - above, before)
-            row.store(out_ref, place, at, mask=picked)
+            row.store(out_ref, place(), at, mask=picked)
             if least_ref is not None:
                 key = jnp.where(picked, key, jnp.uint32(2**32 - 1))
                 least = jnp.minimum(least, jnp.min(key))
@@ -128,7 +136,8 @@ def pick_rows(*refs: Any, tile: int, needs_least: bool, interpret: bool) -> None
     row = Row(
         pl.program_id(1), log_mass_ref.shape[1], None, interpret=interpret, block=min(tile, 2048)
     )
-    total, budget = limits(row, log_mass_ref, starts_ref, budget_ref, picked_ref.shape[-1])
+    rooms = log_mass_ref.shape[-1], picked_ref.shape[-1]
+    total, budget = limits(row, starts_ref, budget_ref, rooms)
     counts_ref = lists[2]
     nth = jnp.arange(_pallas.tile(counts_ref.shape[-1]))
     found = jnp.sum(row.load(counts_ref, nth, mask=nth < counts_ref.shape[-1]))
@@ -142,10 +151,15 @@ def pick_rows(*refs: Any, tile: int, needs_least: bool, interpret: bool) -> None
         _pick(row, tuple(lists), prefix_ref, budget, (picked_ref, least_ref), tile)
 
 
-def limits(
-    row: Row, log_mass_ref: Any, starts_ref: Any, budget_ref: Any, room: int
-) -> tuple[Any, Any]:
-    """A row's candidates, and how many of them are retrieved: int32 both."""
+def limits(row: Row, starts_ref: Any, budget_ref: Any, rooms: tuple[int, int]) -> tuple[Any, Any]:
+    """A row's candidates, and how many of them are retrieved: int32 both.
+
+    Args:
+        row: whose.
+        starts_ref: `Candidates.starts`.
+        budget_ref: `[batch, kv_heads]` int32.
+        rooms: for candidates, and for retrieved ones.
+    """
     total = row.load(starts_ref, jnp.int32(starts_ref.shape[-1] - 1))
-    total = jnp.minimum(total, log_mass_ref.shape[-1])
-    return total, jnp.minimum(jnp.minimum(row.load(budget_ref), total), room)
+    total = jnp.minimum(total, rooms[0])
+    return total, jnp.minimum(jnp.minimum(row.load(budget_ref), total), rooms[1])

@@ -1,6 +1,5 @@
 """`select_tokens` as Triton kernels: few candidates contend, the best are picked and looked up."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -10,66 +9,24 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas, _tuning
+from pallas_kernels._rows import Rows
 from pallas_kernels.select_clusters.reference import Candidates
+from pallas_kernels.select_tokens._admit import Admit, admit_rows
+from pallas_kernels.select_tokens._config import Config, heuristic
 from pallas_kernels.select_tokens._contenders import (
+    draw_sample,
     estimate_threshold,
+    join_contenders,
     list_contenders,
-    most_expected,
 )
-from pallas_kernels.select_tokens._look_up import look_up_rows
+from pallas_kernels.select_tokens._look_up import LookUp, look_up_rows
 from pallas_kernels.select_tokens._pick import pick_rows
 from pallas_kernels.select_tokens.reference import Retrieved, RowTable, row_budgets
 
+__all__ = ["Config", "heuristic", "select_tokens"]
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the work is cut.
-
-    Attributes:
-        sample: candidates whose masses set the threshold.
-        chunk: candidates that one program of the second kernel looks through.
-        tile: contenders that the third kernel, one program a row, holds in registers.
-        block: picked rows that a program of the fourth one looks up.
-        sample_warps, chunk_warps, pick_warps, block_warps: the kernels' `num_warps`, see Triton.
-    """
-
-    sample: int = 4096
-    chunk: int = 2048
-    tile: int = 2048
-    block: int = 512
-    sample_warps: int = 16
-    chunk_warps: int = 4
-    pick_warps: int = 16
-    block_warps: int = 16
-
-
-# The most contenders whose keys and places fit in the registers of 32 warps.
-MOST_IN_REGISTERS = 16384
-
-
-def heuristic(candidates: int, max_tokens: int, *, cached: bool) -> Config:
-    """A config for shapes that were not tuned.
-
-    Args:
-        candidates, max_tokens: room for candidates and for retrieved ones, a row.
-        cached: whether there are slots: a row's last program then looks at all of them.
-    """
-    chunk = min(2048, _pallas.tile(candidates, 32))
-    sample = min(_pallas.tile(candidates // 16, 32), 8192)
-    tile = _pallas.tile(most_expected(max_tokens, candidates, sample), 32)
-    tile = min(tile, MOST_IN_REGISTERS)
-    block = (512 if max_tokens <= 8192 else 1024) if cached else 128
-    block = min(block, _pallas.tile(max_tokens, 32))
-    return Config(
-        sample,
-        chunk,
-        tile=tile,
-        block=block,
-        sample_warps=max(1, min(16, sample // 256)),
-        chunk_warps=max(1, min(4, chunk // 256)),
-        pick_warps=max(1, min(32, tile // 128)),
-        block_warps=min(block // 32, 16),
-    )
+# How many of a sample a program draws, and how many contenders of a chunk it moves at once.
+DRAWN = MOVED = 256
 
 
 def select_tokens(
@@ -92,110 +49,194 @@ def select_tokens(
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them."""
     batch, kv_heads, room = log_mass.shape
-    clusters, slots = candidates.clusters.shape[-1], table.token_of_slot.shape[-1]
+    slots = table.token_of_slot.shape[-1]
     config = config or _tuning.config(
         "select_tokens",
-        heuristic(room, max_tokens, cached=slots > 0),
+        heuristic(room, max_tokens),
         rows=batch * kv_heads,
         candidates=room,
         max_tokens=max_tokens,
     )
-    row, budget = (batch, kv_heads), row_budgets(budget, kv_heads)
-    chunks = pl.cdiv(room, config.chunk)
+    rows, budget = Rows((batch, kv_heads), interpret), row_budgets(budget, kv_heads)
+    layer, step = _pallas.scalar(layer), _pallas.scalar(step)
+    # Only then a pick may be left out.
+    choosy = slots > 0 and admission_ratio > 1
+    ranked = log_mass, candidates.starts
+    lists, sizes = _contenders(rows, config, ranked, budget, offsets, layer)
+    picked, least = _pick(rows, config, ranked, lists, budget, max_tokens, choosy)
+    reads = {
+        "picked": picked,
+        "least": least,
+        "log_mass": log_mass,
+        "clusters": candidates.clusters,
+        "starts": candidates.starts,
+        "granules": candidates.granules,
+        "budget": budget,
+        "offsets": offsets,
+        "token_ids": token_ids,
+        "prompt_tokens": prompt_tokens,
+        "layer": layer,
+        "step": step,
+    }
+    look_up = functools.partial(
+        look_up_rows,
+        segment_tokens=segment_tokens,
+        growth_tokens=growth_tokens,
+        block=config.block,
+        slots=slots,
+        admission_ratio=admission_ratio,
+        interpret=interpret,
+    )
+    found, table = _look_up(rows, config, look_up, reads, sizes, table)
+    names = "tokens", "slots", "hit", "remaining", "hits", "misses"
+    return Retrieved(table=table, **{name: found[name] for name in names})
 
-    def of_rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*row, *shape), dtype)
 
-    def call(kernel: Any, operands: Any, out_shape: Any, parts: int, **how: Any) -> Any:
-        how = {"num_stages": 1, "interpret": interpret} | how
-        return _pallas.call(kernel, operands, out_shape, (parts, batch * kv_heads), **how)
+# Keys, places and counts of the contenders, by chunk.
+Contenders = tuple[Array, Array, Array]
 
-    lowest, done = call(
+
+def _contenders(
+    rows: Rows,
+    config: Config,
+    ranked: tuple[Array, Array],
+    budget: Array,
+    offsets: Array,
+    layer: Array,
+) -> tuple[Contenders, Array]:
+    """The contenders of each row, and the clusters' sizes."""
+    log_mass, starts = ranked
+    drawn = None
+    if config.spread:
+        block = min(DRAWN, config.sample)
+        drawn = rows.call(
+            functools.partial(draw_sample, sample=config.sample, block=block),
+            (log_mass, starts),
+            rows.of(config.sample, dtype=jnp.uint32),
+            config.sample // block,
+            name="draw_sample",
+            num_warps=max(1, block // 64),
+        )
+    lowest = rows.call(
         functools.partial(estimate_threshold, sample=config.sample),
-        (log_mass, candidates.starts, budget),
-        (of_rows(dtype=jnp.uint32), of_rows()),
+        (log_mass, starts, budget, drawn),
+        rows.of(dtype=jnp.uint32),
         1,
         name="estimate_threshold",
         num_warps=config.sample_warps,
     )
-    *lists, sizes = call(
+    chunks = pl.cdiv(log_mass.shape[-1], config.chunk)
+    shape = chunks, config.chunk
+    *lists, sizes = rows.call(
         functools.partial(list_contenders, chunk=config.chunk),
-        (log_mass, candidates.starts, lowest, offsets, _pallas.scalar(layer)),
+        (log_mass, starts, lowest, offsets, layer),
         (
-            of_rows(chunks, config.chunk, dtype=jnp.uint32),
-            of_rows(chunks, config.chunk),
-            of_rows(chunks),
-            of_rows(clusters),
+            *(rows.of(*shape, dtype=jnp.uint32), rows.of(*shape), rows.of(chunks)),
+            rows.of(offsets.shape[-1] - 1),
         ),
         chunks,
         name="list_contenders",
         num_warps=config.chunk_warps,
     )
-    choosy = slots > 0 and admission_ratio > 1
-    picked, *rest = call(
-        functools.partial(pick_rows, tile=config.tile, needs_least=choosy, interpret=interpret),
-        (*lists, log_mass, candidates.starts, budget),
+    if config.spread:
+        shape = 1, chunks * config.chunk
+        lists = rows.call(
+            functools.partial(join_contenders, block=min(MOVED, config.chunk)),
+            lists,
+            (rows.of(*shape, dtype=jnp.uint32), rows.of(*shape), rows.of(1)),
+            chunks,
+            name="join_contenders",
+            num_warps=config.chunk_warps,
+        )
+    keys, places, counts = lists
+    return (keys, places, counts), sizes
+
+
+def _pick(
+    rows: Rows,
+    config: Config,
+    ranked: tuple[Array, Array],
+    lists: Contenders,
+    budget: Array,
+    max_tokens: int,
+    needs_least: bool,
+) -> tuple[Array, Array | None]:
+    """The places of what is picked, rising, and the least key of these if it is needed."""
+    tile, interpret = config.tile, rows.interpret
+    picked, *rest = rows.call(
+        functools.partial(pick_rows, tile=tile, needs_least=needs_least, interpret=interpret),
+        (*lists, *ranked, budget),
         (
-            of_rows(max_tokens),
+            rows.of(max_tokens),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lists),
-            *([of_rows(dtype=jnp.uint32)] if choosy else []),
-            of_rows(chunks),  # scratch: the chunks' prefix sums
+            *([rows.of(dtype=jnp.uint32)] if needs_least else []),
+            rows.of(lists[-1].shape[-1]),  # scratch: the chunks' prefix sums
         ),
         1,
         name="pick_rows",
         num_warps=config.pick_warps,
         aliases={i: 1 + i for i in range(len(lists))},
     )
-    # Of a cache without slots there are only the counters.
-    kept = {name: field for name, field in table._asdict().items() if field.size}
-    in_place = (sizes, done, *kept.values())
+    return picked, rest[len(lists)] if needs_least else None
+
+
+def _look_up(
+    rows: Rows,
+    config: Config,
+    look_up: functools.partial[None],
+    reads: dict[str, Any],
+    sizes: Array,
+    table: RowTable,
+) -> tuple[dict[str, Array], RowTable]:
+    """`Retrieved`'s arrays by name, and the row table."""
+    max_tokens, slots = reads["picked"].shape[-1], table.token_of_slot.shape[-1]
     parts = pl.cdiv(max_tokens, config.block)
-    selected = (
-        of_rows(max_tokens),
-        of_rows(max_tokens),
-        of_rows(max_tokens, dtype=jnp.bool_),
-        of_rows(),
-        of_rows(),
+    choosy = reads["least"] is not None
+    in_place = {"remaining": sizes}
+    writes = {
+        "tokens": rows.of(max_tokens),
+        "slots": rows.of(max_tokens),
+        "hit": rows.of(max_tokens, dtype=jnp.bool_),
+    }
+    if slots:
+        reads = reads | {"slot_of_token": table.slot_of_token}
+        in_place["last_used"] = table.last_used
+        writes["block_hits"] = rows.of(parts)
+    else:
+        in_place["miss_count"] = table.misses
+        writes["misses"] = rows.of()
+    if choosy:
+        reads = reads | {"missed": table.misses}
+        writes |= {"through": rows.of(max_tokens), "blocks": rows.of(3, parts)}
+    how = {"num_warps": config.block_warps}
+    found = rows.call_by_name(look_up, LookUp, reads, in_place, writes, parts, **how)
+    if not slots:
+        found["hits"] = jnp.zeros(rows.shape, jnp.int32)
+        return found, table._replace(misses=found["miss_count"])
+
+    known = reads | found
+    reads = {
+        name: known[name]
+        for name in ("tokens", "hit", "block_hits", "starts", "budget", "layer", "step")
+    }
+    in_place = {
+        "slots": found["slots"],
+        "slot_of_token": table.slot_of_token,
+        "token_of_slot": table.token_of_slot,
+        "last_used": found["last_used"],
+        "hit_count": table.hits,
+        "miss_count": table.misses,
+    }
+    if choosy:
+        reads["blocks"], in_place["remaining"] = found["blocks"], found["remaining"]
+    writes = {"hits": rows.of(), "misses": rows.of(), "victims": rows.of(slots)}
+    admit = functools.partial(
+        admit_rows,
+        candidates=known["log_mass"].shape[-1],
+        threads=32 * config.slot_warps,
+        interpret=rows.interpret,
     )
-    results = call(
-        functools.partial(
-            look_up_rows,
-            segment_tokens=segment_tokens,
-            growth_tokens=growth_tokens,
-            block=config.block,
-            threads=32 * config.block_warps,
-            cached=slots > 0,
-            admission_ratio=admission_ratio if choosy else 1.0,
-            interpret=interpret,
-        ),
-        (
-            *in_place,
-            picked,
-            log_mass,
-            candidates.clusters,
-            candidates.starts,
-            candidates.granules,
-            budget,
-            offsets,
-            token_ids,
-            prompt_tokens,
-            _pallas.scalar(layer),
-            _pallas.scalar(step),
-            *rest[len(lists) : -1],  # the least key, if it is asked for
-        ),
-        (
-            *selected,
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in in_place),
-            # Scratch: hits by block, victims, and `Dropped`.
-            of_rows(parts),
-            of_rows(max(slots, 1)),
-            *([of_rows(max_tokens), of_rows(3, parts)] if choosy else []),
-        ),
-        parts,
-        name="look_up_rows",
-        num_warps=config.block_warps,
-        aliases={i: len(selected) + i for i in range(len(in_place))},
-    )
-    tokens, row_slots, hit, hits, misses, remaining = results[:6]
-    table = table._replace(**dict(zip(kept, results[7 : 7 + len(kept)], strict=True)))
-    return Retrieved(tokens, row_slots, hit, remaining, table, hits, misses)
+    how = {"num_warps": config.slot_warps}
+    found |= rows.call_by_name(admit, Admit, reads, in_place, writes, 1, **how)
+    fields = ("slot_of_token", "token_of_slot", "last_used", "hit_count", "miss_count")
+    return found, RowTable(*(found[name] for name in fields))

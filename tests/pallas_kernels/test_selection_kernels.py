@@ -136,15 +136,18 @@ select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=
 @pytest.mark.parametrize(
     "slots, most, config, admission_ratio",
     [
-        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1), 1.0),
-        (1, 10, select_tokens.Config(16, 32, 16, 64, 1, 1, 1, 1), 1.0),
-        (0, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1), 1.0),
-        (40, 24, select_tokens.Config(32, 64, 32, 4, 1, 1, 1, 1), 1.0),
+        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1, 1), 1.0),
+        (1, 10, select_tokens.Config(16, 32, 16, 64, 1, 1, 1, 1, 1), 1.0),
+        (0, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1, 1), 1.0),
+        (40, 24, select_tokens.Config(32, 64, 32, 4, 1, 1, 1, 1, 1), 1.0),
         (300, 400, None, 1.0),
+        # A sample drawn and contenders joined by programs of their own; more than registers hold.
+        (7, 24, select_tokens.Config(32, 32, 64, 32, 1, 1, 1, 1, 1, spread=True), 1.0),
+        (40, 24, select_tokens.Config(64, 16, 16, 4, 1, 1, 1, 1, 1, spread=True), 3.0),
         # Rows that are not worth reading, of clusters in one block of picks, in two and in more.
-        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1), 3.0),
-        (40, 24, select_tokens.Config(32, 64, 32, 4, 1, 1, 1, 1), 3.0),
-        (5, 24, select_tokens.Config(16, 32, 16, 2, 1, 1, 1, 1), 1.5),
+        (7, 24, select_tokens.Config(32, 64, 32, 32, 1, 1, 1, 1, 1), 3.0),
+        (40, 24, select_tokens.Config(32, 64, 32, 4, 1, 1, 1, 1, 1), 3.0),
+        (5, 24, select_tokens.Config(16, 32, 16, 2, 1, 1, 1, 1, 1), 1.5),
         (300, 400, None, 3.0),
     ],
 )
@@ -266,6 +269,30 @@ def test_lowers(op, platform):
         # No slice of a stack is made for a kernel.
         assert "dynamic_slice" not in text
         assert "stablehlo.gather" not in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("slots, admission_ratio", [(0, 1.0), (200, 1.0), (200, 4.0)])
+def test_long_rows_have_kernels_of_many_programs(platform, slots, admission_ratio):
+    function = functools.partial(
+        select_tokens.select_tokens,
+        **KEYWORDS["select_tokens"],
+        admission_ratio=admission_ratio,
+        config=select_tokens.Config(512, 256, spread=True),
+    )
+    text = lower_for(platform, function, *shapes(slots=slots)["select_tokens"])
+    for name, runs in (("draw_sample", True), ("join_contenders", True), ("admit_rows", slots > 0)):
+        assert (name in text) == runs, name
+
+
+def test_only_long_rows_are_spread():
+    assert not select_tokens.heuristic(33_000, 1180).spread
+    assert select_tokens.heuristic(262_209, 9438).spread
+    # What a row's programs found is put together by one of them: not of too many.
+    for most in (1, 30, 1180, 9438, 65_536):
+        config = select_tokens.heuristic(262_209, most)
+        assert most <= 128 * config.block
+        assert config.block <= max(most * 2, 32)
 
 
 @pytest.mark.parametrize("coded", [True, False])

@@ -40,10 +40,12 @@ def test_all_the_work_is_kernels(store, monkeypatch):
         at = {"sequence": jnp.int32(0), "length": jnp.int32(2400)}
         return attention.prefill(jnp.int32(1), query, key, value, state, **at)
 
-    # XLA writes to a store on the device by itself.
+    # XLA writes to a store on the device by itself, and rows there need no slots.
     append = {"append_rows"} if store == "host" else set()
+    admit = {"admit_rows"} if store == "host" else set()
     steps = kernels_of(lower_for("cuda", step, *arrays(2, 1), state))
-    assert steps >= STEP | INDEX | append
+    assert steps >= STEP | INDEX | append | admit
+    assert {"admit_rows"} & steps == admit
     prefills = kernels_of(lower_for("cuda", prefill, *arrays(1, 2500), state))
     assert prefills >= INDEX | append
     assert {"append_rows"} & (steps | prefills) == append
