@@ -80,9 +80,11 @@ def _attention(
     own = {**_OWN.get(name, {}), **budget, **settings}
     if name in _RANKS:
         return SparseAttention(WaveConfig(**own), _RANKS[name])
-    # On the device: it is answers that are compared, not memory.
     make = WaveConfig.paper if name == "paper" else WaveConfig
-    return WaveAttention(make(**own), "device")
+    config = make(**own)
+    # On the device: it is answers that are compared, not memory. What is admitted to the row cache
+    # depends on what is in it.
+    return WaveAttention(config, "device", cached=config.admission_ratio > 1)
 
 
 def _settings(text: str, method: str) -> dict[str, Any]:

@@ -288,6 +288,11 @@ def test_methods_by_name():
     own = parse_methods("oracle[min_retrieved_tokens=9],wave_no_estimation", budget)
     assert own["oracle[min_retrieved_tokens=9]"].config.min_retrieved_tokens == 9
     assert own["wave_no_estimation"].config.estimation_fraction == 0
+    # What is admitted to a row cache depends on what is in it.
+    [choosy] = parse_methods("wave[admission_ratio=16]", budget).values()
+    assert choosy == WaveAttention(
+        WaveConfig(admission_ratio=16.0, **budget), "device", cached=True
+    )
     assert len(parse_methods(",".join(METHODS), budget)) == len(METHODS)
 
 
