@@ -33,7 +33,7 @@ class Config:
     spread: bool = False
 
 
-# The most contenders whose keys and places fit in the registers of 32 warps.
+# The most contenders whose keys fit in the registers of 16 warps, most of them at least.
 MOST_IN_REGISTERS = 16384
 
 
