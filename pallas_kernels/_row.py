@@ -1,6 +1,5 @@
 """One row's view of a kernel's refs: a row is a sequence and a kv head."""
 
-import copy
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,12 +26,6 @@ class Row:
         self.b, self.h, self.layer = row // kv_heads, row % kv_heads, layer
         self.block, self.interpret = block, interpret
         self.lane = jnp.arange(block)
-
-    def in_blocks(self, block: int) -> "Row":
-        """The same row, so many elements visited at once."""
-        other = copy.copy(self)
-        other.block, other.lane = block, jnp.arange(block)
-        return other
 
     def load(self, ref: Any, *at: Any, mask: Any = None, stacked: bool = False) -> Any:
         prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)

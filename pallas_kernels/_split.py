@@ -10,12 +10,12 @@ chunk. If the sample misled, which `find_end` sees, all elements contend.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._bisect import bracket
 from pallas_kernels._row import Row
+from pallas_kernels._rows import Rows
 
 # How many standard deviations of what the sample holds the bracket is wide, each way, and how many
 # of the heaviest elements more: one row in some ten thousand is misjudged, or fewer.
@@ -123,18 +123,14 @@ def split(
     row.store(lists.held, jnp.sum(jnp.where(sure, weights, 0)), part)
 
 
-def list_shapes(rows: tuple[int, int], elements: int, chunks: int) -> Lists:
+def list_shapes(rows: Rows, elements: int, chunks: int) -> Lists:
     """The arrays of `Lists`, as `jax.ShapeDtypeStruct`."""
-
-    def of(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*rows, *shape), dtype)
-
     return Lists(
-        keys=of(elements, dtype=jnp.uint32),
-        places=of(elements),
-        weights=of(elements),
-        number=of(),
-        sure=of(chunks),
-        held=of(chunks),
-        end=of(4),
+        keys=rows.of(elements, dtype=jnp.uint32),
+        places=rows.of(elements),
+        weights=rows.of(elements),
+        number=rows.of(),
+        sure=rows.of(chunks),
+        held=rows.of(chunks),
+        end=rows.of(4),
     )

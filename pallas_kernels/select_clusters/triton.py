@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -14,6 +13,7 @@ from pallas_kernels import _pallas, _tuning
 from pallas_kernels._end import end_of_all, find_end, read_end
 from pallas_kernels._numerics import NO_ID, ordered_bits
 from pallas_kernels._row import Row
+from pallas_kernels._rows import Rows
 from pallas_kernels._split import Lists, find_bracket, list_shapes, split
 from pallas_kernels.select_clusters.reference import GRANULE, Candidates
 
@@ -218,18 +218,13 @@ def select_clusters(
             "larger one, or in_registers=False"
         )
 
-    def of_rows(*size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, kv_heads, *size), dtype)
-
-    def call(kernel: Any, operands: Any, out_shape: Any, parts: int, **how: Any) -> Any:
-        how = {"num_warps": config.num_warps, "num_stages": 1, "interpret": interpret} | how
-        return _pallas.call(kernel, operands, out_shape, (parts, batch * kv_heads), **how)
-
+    rows = Rows((batch, kv_heads), interpret)
+    call = functools.partial(rows.call, num_warps=config.num_warps)
     padded = pl.cdiv(clusters, config.share) * config.share
     keys, sizes = call(
         functools.partial(_rank, config=config),
         (logits, logsumexp, offsets, _pallas.scalar(layer)),
-        (of_rows(padded, dtype=jnp.uint32), of_rows(padded)),
+        (rows.of(padded, dtype=jnp.uint32), rows.of(padded)),
         padded // config.share,
         name="rank_clusters",
         num_warps=config.share_warps,
@@ -238,12 +233,11 @@ def select_clusters(
     chunks = pl.cdiv(clusters, config.chunk)
     found: tuple[Any, ...] = ()
     if not config.in_registers:
-        rows = (batch, kv_heads)
         shapes = list_shapes(rows, clusters, chunks)
         bracket, number = call(
             functools.partial(_bracket, config=config, interpret=interpret),
             operands,
-            (of_rows(2, dtype=jnp.uint32), shapes.number),
+            (rows.of(2, dtype=jnp.uint32), shapes.number),
             1,
             name="bracket_clusters",
         )
@@ -267,10 +261,10 @@ def select_clusters(
         functools.partial(_list, config=config, interpret=interpret),
         (*operands, *found),
         (
-            of_rows(clusters, dtype=jnp.bool_),
-            of_rows(clusters),
-            of_rows(clusters + 1),
-            of_rows(pl.cdiv(max_candidates, GRANULE)),
+            rows.of(clusters, dtype=jnp.bool_),
+            rows.of(clusters),
+            rows.of(clusters + 1),
+            rows.of(pl.cdiv(max_candidates, GRANULE)),
         ),
         chunks,
         name="list_clusters",

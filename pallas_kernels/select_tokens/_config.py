@@ -12,11 +12,11 @@ class Config:
 
     Attributes:
         sample: candidates whose masses set the threshold.
-        chunk: candidates that one program of the second kernel looks through.
-        tile: contenders that the third kernel, one program a row, holds in registers.
-        block: picked rows that a program of the fourth one looks up.
-        sample_warps, chunk_warps, pick_warps, block_warps, slot_warps: the kernels' `num_warps`,
-            see Triton; the last one, one program a row, finds slots.
+        chunk: candidates that a program of `list_contenders` looks through.
+        tile: contenders that `pick_rows`, one program a row, holds in registers.
+        block: picked rows that a program of `look_up_rows` looks up.
+        sample_warps, chunk_warps, pick_warps, block_warps, slot_warps: `num_warps` of
+            `estimate_threshold`, of these three, and of `admit_rows`; see Triton.
         spread: in rows that are long, many programs draw the sample and join the lists of
             contenders, each by a kernel more, which one program a row would take longer for.
     """

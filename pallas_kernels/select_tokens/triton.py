@@ -87,7 +87,14 @@ def select_tokens(
         admission_ratio=admission_ratio,
         interpret=interpret,
     )
-    found, table = _look_up(rows, config, look_up, reads, sizes, table)
+    found = _look_up(rows, config, look_up, reads, sizes, table)
+    if slots:
+        found |= _admit(rows, config, reads, found, table)
+        kept = ("slot_of_token", "token_of_slot", "last_used", "hit_count", "miss_count")
+        table = RowTable(*(found[name] for name in kept))
+    else:
+        found["hits"] = jnp.zeros(rows.shape, jnp.int32)
+        table = table._replace(misses=found["miss_count"])
     names = "tokens", "slots", "hit", "remaining", "hits", "misses"
     return Retrieved(table=table, **{name: found[name] for name in names})
 
@@ -187,38 +194,40 @@ def _look_up(
     reads: dict[str, Any],
     sizes: Array,
     table: RowTable,
-) -> tuple[dict[str, Array], RowTable]:
-    """`Retrieved`'s arrays by name, and the row table."""
-    max_tokens, slots = reads["picked"].shape[-1], table.token_of_slot.shape[-1]
+) -> dict[str, Array]:
+    """What `look_up_rows` writes, by the names of `LookUp`."""
+    max_tokens = reads["picked"].shape[-1]
     parts = pl.cdiv(max_tokens, config.block)
-    choosy = reads["least"] is not None
     in_place = {"remaining": sizes}
     writes = {
         "tokens": rows.of(max_tokens),
         "slots": rows.of(max_tokens),
         "hit": rows.of(max_tokens, dtype=jnp.bool_),
     }
-    if slots:
+    if table.token_of_slot.shape[-1]:
         reads = reads | {"slot_of_token": table.slot_of_token}
         in_place["last_used"] = table.last_used
         writes["block_hits"] = rows.of(parts)
     else:
         in_place["miss_count"] = table.misses
         writes["misses"] = rows.of()
-    if choosy:
+    if reads["least"] is not None:
         reads = reads | {"missed": table.misses}
         writes |= {"through": rows.of(max_tokens), "blocks": rows.of(3, parts)}
-    how = {"num_warps": config.block_warps}
-    found = rows.call_by_name(look_up, LookUp, reads, in_place, writes, parts, **how)
-    if not slots:
-        found["hits"] = jnp.zeros(rows.shape, jnp.int32)
-        return found, table._replace(misses=found["miss_count"])
+    warps = config.block_warps
+    return rows.call_by_name(look_up, LookUp, reads, in_place, writes, parts, num_warps=warps)
 
-    known = reads | found
-    reads = {
-        name: known[name]
-        for name in ("tokens", "hit", "block_hits", "starts", "budget", "layer", "step")
-    }
+
+def _admit(
+    rows: Rows,
+    config: Config,
+    given: dict[str, Any],
+    found: dict[str, Array],
+    table: RowTable,
+) -> dict[str, Array]:
+    """What `admit_rows` writes, by the names of `Admit`; the rest `_look_up` was given or found."""
+    reads: dict[str, Any] = {name: found[name] for name in ("tokens", "hit", "block_hits")}
+    reads |= {name: given[name] for name in ("starts", "budget", "layer", "step")}
     in_place = {
         "slots": found["slots"],
         "slot_of_token": table.slot_of_token,
@@ -227,16 +236,14 @@ def _look_up(
         "hit_count": table.hits,
         "miss_count": table.misses,
     }
-    if choosy:
+    if given["least"] is not None:
         reads["blocks"], in_place["remaining"] = found["blocks"], found["remaining"]
+    slots, warps = table.token_of_slot.shape[-1], config.slot_warps
     writes = {"hits": rows.of(), "misses": rows.of(), "victims": rows.of(slots)}
     admit = functools.partial(
         admit_rows,
-        candidates=known["log_mass"].shape[-1],
-        threads=32 * config.slot_warps,
+        candidates=given["log_mass"].shape[-1],
+        threads=32 * warps,
         interpret=rows.interpret,
     )
-    how = {"num_warps": config.slot_warps}
-    found |= rows.call_by_name(admit, Admit, reads, in_place, writes, 1, **how)
-    fields = ("slot_of_token", "token_of_slot", "last_used", "hit_count", "miss_count")
-    return found, RowTable(*(found[name] for name in fields))
+    return rows.call_by_name(admit, Admit, reads, in_place, writes, 1, num_warps=warps)
