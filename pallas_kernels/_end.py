@@ -187,11 +187,10 @@ def end_of_all(
     key, last = cut(lambda visit, state: visit(keys, weights, place, state), budget)
     weights = jnp.where(_selects(key, last, keys, place), weights, 0)
     number, earlier = (weights > 0).astype(jnp.int32), place < part * chunk
+    count, before = sum_pair(number, jnp.where(earlier, number, 0))
     return End(
-        key,
-        last,
-        count=jnp.sum(number),
+        *(key, last, count),
         weight=jnp.sum(weights),
-        before=jnp.sum(jnp.where(earlier, number, 0)),
+        before=before,
         before_weight=jnp.sum(jnp.where(earlier, weights, 0)),
     )

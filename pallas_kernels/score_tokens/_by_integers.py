@@ -4,8 +4,10 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import _warp
 from pallas_kernels._numerics import LOG2_E
 from pallas_kernels.score_tokens import _products
 from pallas_kernels.score_tokens._members import (
@@ -13,6 +15,7 @@ from pallas_kernels.score_tokens._members import (
     find_members,
     find_members_of_granules,
 )
+from pallas_kernels.score_tokens._query import WORDS
 
 
 def score(
@@ -37,62 +40,72 @@ def score(
         logits_ref, logsumexp_ref, codes_ref, scales_ref: the op's operands.
         members: the candidates.
         at: layer, sequence and kv head.
-        places: for each slice, an even number of them, its places in the list of candidates:
-            `[threads]` int32 each.
+        places: for each slice its places in the list of candidates: `[threads]` int32 each.
         count: int32, how many candidates there are.
         emulate: in plain JAX instead of CUDA's assembly.
     """
     _, b, h = at
     group = logits_ref.shape[2]
+    heads = [(b, h, jnp.int32(g)) for g in range(group)]
     fma = functools.partial(_products.multiply_add, emulate=emulate)
-
-    def find(place: Any) -> tuple[Any, Any]:
-        if emulate:
-            return find_members(members, at, place, place < count)[1:]
-        return find_members_of_granules(members, at, place)
-
     # Past the last one anything is read that is there, so that no load needs a mask.
-    found = [find(place) for place in places]
+    if emulate:
+        found = [find_members(members, at, place, place < count)[1:] for place in places]
+    else:
+        found = find_members_of_granules(members, at, places)
     if codes_ref is not None:
         last = codes_ref.shape[3] - 1
-        found = [(cluster, jnp.minimum(position, last)) for cluster, position in found]
-        products = _of_codes(query[0], codes_ref, at, [x[1] for x in found], emulate)
-        scales = [
-            plt.load(scales_ref.at[*at, position]).astype(jnp.float32) for _, position in found
-        ]
+        positions = [jnp.minimum(position, last) for _, position in found]
+        codes = [_read_codes(codes_ref, at, position, emulate) for position in positions]
+        scales = [plt.load(scales_ref.at[*at, x]).astype(jnp.float32) for x in positions]
+    logits = [[plt.load(logits_ref.at[*head, c]) for head in heads] for c, _ in found]
     # In binary logarithms, for which GPUs have instructions.
-    estimates: list[list[Any]] = [[] for _ in places]
-    for g in range(group):
-        head = (b, h, jnp.int32(g))
-        base = LOG2_E * plt.load(logsumexp_ref.at[head])
-        if codes_ref is not None:
-            factor, shift = (plt.load(ref.at[head]) for ref in query[1:])
-        for s, (cluster, _) in enumerate(found):
-            estimate = fma(plt.load(logits_ref.at[*head, cluster]), LOG2_E, -base)
-            if codes_ref is not None:
-                product = fma(products[s][g].astype(jnp.float32), factor, -shift)
-                estimate = fma(scales[s], product, estimate)
-            estimates[s].append(estimate)
-    return [_products.log_sum_exp2(heads, emulate=emulate) for heads in estimates]
-
-
-def _of_codes(
-    fragments_ref: Any,
-    codes_ref: Any,
-    at: tuple[Any, Any, Any],
-    positions: list[Any],
-    emulate: bool,
-) -> list[list[Any]]:
-    """`_products.products` of the codes at each slice's positions."""
-    _, b, h = at
-    pairs, words = fragments_ref.shape[2], codes_ref.shape[-1]
-    codes = [
-        [plt.load(codes_ref.at[*at, position, jnp.int32(w)]) for w in range(words)]
-        for position in positions
+    bases = [LOG2_E * plt.load(logsumexp_ref.at[head]) for head in heads]
+    estimates = [
+        [fma(x, LOG2_E, -base) for x, base in zip(of_slice, bases, strict=True)]
+        for of_slice in logits
     ]
+    if codes_ref is not None:
+        right = _read_query(query[0], at, places[0].shape[0])
+        if not emulate:
+            words = [word for of_slice in codes for four in of_slice for word in four]
+            read = [*words, *scales, *(x for of_slice in logits for x in of_slice)]
+            # What all products begin with.
+            right[0][0] = _warp.after(right[0][0], read)
+        units = [[plt.load(ref.at[head]) for ref in query[1:]] for head in heads]
+        for s, (words, scale) in enumerate(zip(codes, scales, strict=True)):
+            products = _products.products(words, right, group, emulate=emulate)
+            for g, (product, (factor, shift)) in enumerate(zip(products, units, strict=True)):
+                product = fma(product.astype(jnp.float32), factor, -shift)
+                estimates[s][g] = fma(scale, product, estimates[s][g])
+    return [_products.log_sum_exp2(of_slice, emulate=emulate) for of_slice in estimates]
 
-    def load(lane: Any, *index: int) -> Any:
+
+def _read_query(fragments_ref: Any, at: tuple[Any, Any, Any], threads: int) -> list[list[Any]]:
+    """What lanes hold of the query, as `_products.products` takes it."""
+    _, b, h = at
+    lane = _warp.lanes(threads)
+
+    def load(*index: int) -> Any:
         return plt.load(fragments_ref.at[b, h, *(jnp.int32(i) for i in index), lane])
 
-    multiply = _products.emulated if emulate else _products.products
-    return multiply(codes, load, pairs)
+    rounds, *each = fragments_ref.shape[2:-1]
+    return [[load(r, *index) for index in np.ndindex(*each)] for r in range(rounds)]
+
+
+def _read_codes(codes_ref: Any, at: tuple[Any, Any, Any], position: Any, emulate: bool) -> Any:
+    """Each lane's words of the codes of its quad's tokens, as `_products.products` takes them.
+
+    Args:
+        codes_ref: the op's operand.
+        at: layer, sequence and kv head.
+        position: `[threads]` int32, of the lanes' own tokens.
+        emulate: in plain JAX instead of CUDA's assembly.
+    """
+    words, rows = codes_ref.shape[-1], _products.rows_of_quad(position, emulate=emulate)
+    word = _warp.lanes(position.shape[0]) & (WORDS - 1)
+    # Past the last word the query is zero.
+    return [
+        [plt.load(codes_ref.at[*at, row, jnp.minimum(first + word, words - 1)]) for row in rows]
+        for first in range(0, words, WORDS)
+    ]

@@ -71,8 +71,8 @@ def find_members(
 def find_members_of_granules(
     members: Members,
     at: tuple[Any, Any, Any],
-    place: Any,
-) -> tuple[Any, Any]:
+    places: list[Any],
+) -> list[tuple[Any, Any]]:
     """What `find_members` finds, without a search, where each warp holds a granule.
 
     Each thread reads of one of the clusters after the granule's first where it begins. All of them
@@ -82,39 +82,48 @@ def find_members_of_granules(
 
     Args:
         members, at: as there.
-        place: `[threads]` int32, rising by one from a multiple of `GRANULE`. Triton gives thread i
-            element i.
+        places: `[threads]` int32 each, rising by one from a multiple of `GRANULE`. Triton gives
+            thread i element i. What is read of one does not wait for what is read of another.
 
     Returns:
-        cluster, position: `[threads]` int32; past the list's end any number that is not negative.
+        for each, cluster and position: `[threads]` int32; past the list's end any number that is
+        not negative.
     """
     (clusters_ref, starts_ref, granules_ref, offsets_ref), (layer, b, h) = members, at
-    lane = place & (GRANULE - 1)
-    granule = lax.shift_right_logical(place, jnp.full_like(place, GRANULE.bit_length() - 1))
-    granule = jnp.minimum(granule, granules_ref.shape[-1] - 1)
     clusters = clusters_ref.shape[-1]
-    nth = jnp.minimum(plt.load(granules_ref.at[b, h, granule]) + lane, clusters - 1)
-    begins = plt.load(starts_ref.at[b, h, nth])
+
+    def first_of(place: Any) -> Any:
+        granule = lax.shift_right_logical(place, jnp.full_like(place, GRANULE.bit_length() - 1))
+        granule = jnp.minimum(granule, granules_ref.shape[-1] - 1)
+        return plt.load(granules_ref.at[b, h, granule])
+
+    lane = places[0] & (GRANULE - 1)
+    numbers = [jnp.minimum(first + lane, clusters - 1) for first in map(first_of, places)]
+    starts = [plt.load(starts_ref.at[b, h, n]) for n in numbers]
     # Past the last one there is none.
-    cluster = jnp.minimum(plt.load(clusters_ref.at[b, h, nth]), clusters - 1)
-    shift = plt.load(offsets_ref.at[layer, b, h, cluster]) - begins
-    source = _pallas.assembly(
-        # A distance that is negative shifts the bit out, as a large one does. The first cluster
-        # may begin at the granule's first place, and does not count.
-        """{
-        .reg .b32 bits, upto;
-        shl.b32 bits, 1, $1;
-        redux.sync.or.b32 bits, bits, 0xffffffff;
-        mov.u32 upto, %lanemask_le;
-        and.b32 bits, bits, upto;
-        and.b32 bits, bits, 0xfffffffe;
-        popc.b32 $0, bits;
-        }""",
-        begins - (place - lane),
-        dtype=jnp.int32,
-    )
-    shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
-    cluster, shift = (
-        _pallas.assembly(shuffle, x, source, dtype=jnp.int32) for x in (cluster, shift)
-    )
-    return cluster, place + shift
+    read = [jnp.minimum(plt.load(clusters_ref.at[b, h, n]), clusters - 1) for n in numbers]
+    offsets = [plt.load(offsets_ref.at[layer, b, h, cluster]) for cluster in read]
+    found = []
+    for place, begins, cluster, offset in zip(places, starts, read, offsets, strict=True):
+        source = _pallas.assembly(
+            # A distance that is negative shifts the bit out, as a large one does. The first cluster
+            # may begin at the granule's first place, and does not count.
+            """{
+            .reg .b32 bits, upto;
+            shl.b32 bits, 1, $1;
+            redux.sync.or.b32 bits, bits, 0xffffffff;
+            mov.u32 upto, %lanemask_le;
+            and.b32 bits, bits, upto;
+            and.b32 bits, bits, 0xfffffffe;
+            popc.b32 $0, bits;
+            }""",
+            begins - (place - lane),
+            dtype=jnp.int32,
+        )
+        shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+        own, shift = (
+            _pallas.assembly(shuffle, x, source, dtype=jnp.int32)
+            for x in (cluster, offset - begins)
+        )
+        found.append((own, place + shift))
+    return found

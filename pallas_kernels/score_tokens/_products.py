@@ -1,155 +1,154 @@
 """Products of one-bit codes with an int8 query, on the matrix units, by CUDA's assembly.
 
-All vectors here are as long as a program has threads, so Triton gives each thread one element.
+All vectors here are as long as a program has threads, so Triton gives each thread one element. A
+warp's 32 tokens, one a lane, are two left operands of 16 rows. A row comes from the four lanes of a
+quad, so these read together the codes of each of their four tokens, a word a lane
+(`rows_of_quad`), and get the sums of all four, each lane for its own heads; `_of_own_tokens` gives
+each lane its own token's.
 """
 
 import functools
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _pallas
-from pallas_kernels.score_tokens._query import BYTE, LANES, PHASES
+from pallas_kernels import _pallas, _warp
+from pallas_kernels.score_tokens._query import PHASES, ROUND
 
-# load(lane, pair, phase, word, half): what lanes hold of the right operand, from `_query.pack`.
-Load = Callable[..., Any]
-
-
-def products(words: list[list[Any]], load: Load, pairs: int) -> list[list[Any]]:
-    """The sums of each head's int8 query over the set bits of codes.
-
-    Args:
-        words: for an even number of slices the words of their codes: each `[threads]` uint32.
-        load: reads the query.
-        pairs: of query heads.
-
-    Returns:
-        for each slice 2 * pairs sums: each `[threads]` int32.
-    """
-    size, threads = len(words[0]), words[0][0].shape[0]
-    lane = jnp.arange(threads) % LANES
-    # By slice pair and head pair. In two parts, or the query alone would take 64 registers.
-    sums: dict[tuple[int, int], Any] = {}
-    for phases in (range(PHASES // 2), range(PHASES // 2, PHASES)):
-        steps = [(p, w, half) for p in phases for w in range(size) for half in range(2)]
-        if sums:
-            lane = _after(lane, sums[len(words) - 2, pairs - 1])
-        right = [[load(lane, pair, *step) for step in steps] for pair in range(pairs)]
-        for s in range(0, len(words), 2):
-            left = [_bits(words[i][w], p, half) for p, w, half in steps for i in (s, s + 1)]
-            for pair, of_pair in enumerate(right):
-                sums[s, pair] = _multiply(sums.get((s, pair)), left, of_pair, phases, size)
-    return [
-        [_part(sums[s - s % 2, g // 2], 2 * (s % 2) + g % 2) for g in range(2 * pairs)]
-        for s in range(len(words))
-    ]
+# Rows of a left operand that a lane holds: r and r + 8.
+ROWS = 2
 
 
-def _bits(word: Any, phase: int, half: int) -> Any:
-    """A bit of each byte of a word: bit phase + 4 half, which weighs 2^phase in the result.
-
-    So but for one shift, of all by 4, no bit is shifted by itself.
-    """
-    if half:
-        word = lax.shift_right_logical(word, jnp.uint32(PHASES))
-    return (word & jnp.uint32(0x01010101 << phase)).astype(jnp.int32)
-
-
-def _multiply(before: Any, left: list[Any], right: list[Any], phases: range, words: int) -> Any:
-    """Adds products of two slices' words with two heads' query, in some of the phases.
-
-    Each lane of a warp keeps tokens of its own, though the matrix units take whole rows from four
-    of them: lanes 4 g to 4 g + 3 make up row g of the left operand, each with the bytes of its own
-    word, and column 2 c + j of the right operand holds head j's query where the bytes are those of
-    lane 4 g + c, and zeros elsewhere. So what a lane gets of the product, columns 2 c and 2 c + 1
-    of its row, are both heads' sums over its own word.
+def rows_of_quad(position: Any, *, emulate: bool) -> list[Any]:
+    """The positions of the four tokens of each lane's quad: `[threads]` int32 each.
 
     Args:
-        before: what this gave in the phases before, or None.
-        left: `[phase][word][half][slice]`, from `_bits`: `[threads]` int32 each.
-        right: `[phase][word][half]`, from `_query.pack`: `[threads]` int32 each.
-        phases: which ones.
-        words: of a code.
+        position: `[threads]` int32, each lane's own token's.
+        emulate: in plain JAX instead of CUDA's assembly.
+    """
+    return [_warp.from_quad(position, nth, emulate=emulate) for nth in range(_warp.QUAD)]
+
+
+def products(
+    words: list[list[Any]], query: list[list[Any]], group: int, *, emulate: bool
+) -> list[Any]:
+    """The sums of each head's int8 query over the set bits of the lanes' own tokens' codes.
+
+    Args:
+        words: for every four words of a code, and each token of the quad, the lane's one of them:
+            `[threads]` uint32.
+        query: for every eight heads what lanes hold of the right operands: `[threads]` int32
+            each, by four words, phase and half, from `_query.pack`.
+        group: how many heads there are.
+        emulate: in plain JAX instead of CUDA's assembly.
 
     Returns:
-        `[threads]` int64: four sums of 16 bits, of the first slice for both heads, then of the
-        second one, for the assembly has one result.
+        for each head `[threads]` int32.
     """
-    lines = [".reg .b32 s<4>, low, high;"]
-    sums = "{s0, s1, s2, s3}"
-    operands = [*left, *right]
-    if before is None:
-        lines += [f"mov.b32 s{i}, 0;" for i in range(4)]
-    else:
-        lines += [f"mov.b64 {{low, high}}, ${1 + len(operands)};"]
-        lines += [
-            f"prmt.b32 s{i}, {('low', 'high')[i // 2]}, 0, {SIGNED_HALVES[i % 2]};"
-            for i in range(4)
+    heads: list[Any] = []
+    for first, right in zip(range(0, group, ROUND), query, strict=True):
+        # The even columns of the product are four heads', the odd ones four more.
+        columns = -(-min(group - first, ROUND) // _warp.QUAD)
+        multiply = _emulated if emulate else _multiply
+        tiles = [
+            multiply([four[row : row + ROWS] for four in words], right, columns)
+            for row in range(0, _warp.QUAD, ROWS)
         ]
-        operands.append(before)
-    for phase in phases:
-        # A phase's bits weigh twice as much as those of the one before.
-        lines += [f"add.s32 s{i}, s{i}, s{i};" for i in range(4) if phase]
-        for w in range(words):
-            n = (phase - phases[0]) * words + w
-            a = ", ".join(f"${1 + 4 * n + i}" for i in range(4))
-            b = ", ".join(f"${1 + len(left) + 2 * n + i}" for i in range(2))
+        for sums in zip(*tiles, strict=True):
+            heads += _of_own_tokens(*sums, emulate=emulate)
+    return heads[:group]
+
+
+def _multiply(left: list[list[Any]], right: list[Any], columns: int) -> list[Any]:
+    """Both rows' sums of a lane, as two halves of a word, for one or both of its columns.
+
+    Bit k of each byte of a word takes part as it is, so that it weighs 2^k; but bits 4 to 7 are
+    shifted to 0 to 3. So phase k = 0 to 3 has four bits of each byte's half, and what the phases
+    before gave is doubled for it.
+
+    Args:
+        left: by four words of a code, each row's: `[threads]` uint32.
+        right: by four words, phase and half: `[threads]` int32.
+        columns: how many are asked for.
+    """
+    words = [word for four in left for word in four]
+    lines = [".reg .b32 s<4>, a<4>, low, high;", f".reg .b32 w<{len(words)}>;"]
+    lines += [f"mov.b32 s{i}, 0;" for i in range(4)]
+    lines += [f"shr.u32 w{i}, ${1 + i}, {PHASES};" for i in range(len(words))]
+    needed = [i for i in range(4) if i % ROWS < columns]
+    for phase in range(PHASES):
+        mask = hex(0x01010101 << phase)
+        lines += [f"add.s32 s{i}, s{i}, s{i};" for i in needed if phase]
+        for four in range(len(left)):
+            for row in range(ROWS):
+                word = ROWS * four + row
+                lines += [f"and.b32 a{row}, ${1 + word}, {mask};"]
+                lines += [f"and.b32 a{2 + row}, w{word}, {mask};"]
+            b = 1 + len(words) + 2 * (PHASES * four + phase)
             lines.append(
-                f"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {sums}, {{{a}}}, {{{b}}}, {sums};"
+                "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {s0, s1, s2, s3}, "
+                f"{{a0, a1, a2, a3}}, {{${b}, ${b + 1}}}, {{s0, s1, s2, s3}};"
             )
-    if phases[-1] == PHASES - 1:
-        lines += [f"shr.s32 s{i}, s{i}, {PHASES - 1};" for i in range(4)]
-    lines += [
-        "prmt.b32 low, s0, s1, 0x5410;",
-        "prmt.b32 high, s2, s3, 0x5410;",
-        "mov.b64 $0, {low, high};",
+    lines += [f"shr.s32 s{i}, s{i}, {PHASES - 1};" for i in needed]
+    lines.append("prmt.b32 low, s0, s2, 0x5410;")
+    if columns == 1:
+        lines.append("mov.b32 $0, low;")
+    else:
+        # The assembly has one result.
+        lines += ["prmt.b32 high, s1, s3, 0x5410;", "mov.b64 $0, {low, high};"]
+    text = "{\n" + "\n".join(lines) + "\n}"
+    dtype = jnp.int32 if columns == 1 else jnp.int64
+    found = _pallas.assembly(text, *words, *right, dtype=dtype)
+    if columns == 1:
+        return [found]
+    return [
+        _pallas.assembly(f"{{ .reg .b32 x; mov.b64 {pair}, $1; }}", found, dtype=jnp.int32)
+        for pair in ("{$0, x}", "{x, $0}")
     ]
-    return _pallas.assembly("{\n" + "\n".join(lines) + "\n}", *operands, dtype=jnp.int64)
 
 
-# Selects the lower or the upper half of a word, with its sign.
-SIGNED_HALVES = "0x9910", "0xbb32"
+def _emulated(left: list[list[Any]], right: list[Any], columns: int) -> list[Any]:
+    """What `_multiply` gives, in plain JAX."""
+    sums = [jnp.zeros_like(right[0])] * 4
+    for phase in range(PHASES):
+        sums = [2 * x for x in sums]
+        for four, rows in enumerate(left):
+            bits = [
+                (lax.shift_right_logical(word, jnp.uint32(shift)) & (0x01010101 << phase))
+                for shift in (0, PHASES)
+                for word in rows
+            ]
+            at = 2 * (PHASES * four + phase)
+            added = _warp.multiply_bytes([x.astype(jnp.int32) for x in bits], right[at : at + 2])
+            sums = [x + y for x, y in zip(sums, added, strict=True)]
+    sums = [lax.shift_right_arithmetic(x, jnp.int32(PHASES - 1)) for x in sums]
+    return [(sums[c] & 0xFFFF) | (sums[2 + c] << 16) for c in range(columns)]
 
 
-def _after(lane: Any, sums: Any) -> Any:
-    """The lanes as they are, but not before the sums: what they load takes no registers before."""
-    # The last sum has 15 bits and a sign, so that zero is added.
-    text = (
-        "{ .reg .b32 low, high; mov.b64 {low, high}, $2; prmt.b32 high, high, 0, 0xbb32; "
-        "add.s32 high, high, 32768; shr.s32 high, high, 16; add.s32 $0, $1, high; }"
+def _of_own_tokens(lower: Any, upper: Any, *, emulate: bool) -> list[Any]:
+    """From one head of all of a quad's tokens in each lane to all four heads of the lane's own.
+
+    Args:
+        lower, upper: the head's sums of the quad's tokens 0 and 1, and of 2 and 3, as two halves
+            of a word: `[threads]` int32.
+        emulate: in plain JAX instead of CUDA's assembly.
+
+    Returns:
+        the sums of the heads of the quad's lanes 0 to 3, for the lane's own token.
+    """
+    lane = _warp.lanes(lower.shape[0])
+    odd, second = (lane & 1) == 1, (lane & 2) == 2
+    # Of one of the two tokens, the heads of this lane and of its neighbour.
+    lower, upper = (
+        _warp.join_halves(x, _warp.exchange(x, 1, emulate=emulate), odd, emulate=emulate)
+        for x in (lower, upper)
     )
-    return _pallas.assembly(text, lane, sums, dtype=jnp.int32)
-
-
-def _part(sums: Any, nth: int) -> Any:
-    """One of the four sums that `_multiply` gives: `[threads]` int32."""
-    word, selector = ("low", "high")[nth // 2], SIGNED_HALVES[nth % 2]
-    text = (
-        f"{{ .reg .b32 low, high; mov.b64 {{low, high}}, $1; prmt.b32 $0, {word}, 0, {selector}; }}"
-    )
-    return _pallas.assembly(text, sums, dtype=jnp.int32)
-
-
-def emulated(words: list[list[Any]], load: Load, pairs: int) -> list[list[Any]]:
-    """What `products` gives, in plain JAX."""
-
-    def of_head(of_slice: list[Any], pair: int, head: int) -> Any:
-        total = jnp.zeros(of_slice[0].shape, jnp.int32)
-        for w, word in enumerate(of_slice):
-            for k in range(BYTE):
-                # One of the lanes that hold the head's query.
-                packed = load(jnp.int32(4 * head), pair, k % PHASES, w, k // PHASES)
-                for i in range(4):
-                    bit = lax.shift_right_logical(word, jnp.uint32(k + BYTE * i)) & 1
-                    byte = lax.shift_right_arithmetic(packed << (24 - 8 * i), jnp.int32(24))
-                    total = total + bit.astype(jnp.int32) * byte
-        return total
-
-    return [[of_head(x, g // 2, g % 2) for g in range(2 * pairs)] for x in words]
+    other = _warp.exchange(jnp.where(second, lower, upper), 2, emulate=emulate)
+    pairs = jnp.where(second, other, lower), jnp.where(second, upper, other)
+    return [_warp.half(pair, i, emulate=emulate) for pair in pairs for i in range(2)]
 
 
 def log_sum_exp2(heads: list[Any], *, emulate: bool) -> Any:

@@ -10,13 +10,17 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas
 from pallas_kernels._numerics import LOG2_E, NO_ID
+from pallas_kernels._warp import LANES, QUAD
 from pallas_kernels.encode_tokens.reference import WORD_BITS
 
-# A warp's threads, and how many of a word's bits lie in each of its four bytes.
-LANES, BYTE = 32, 8
+# How many of a word's bits lie in each of its four bytes.
+BYTE = 8
 
 # The kernel multiplies bits 0 to 3 and 4 to 7 of each byte in turn: see `_products`.
 PHASES = BYTE // 2
+
+# A right operand has a column for each of so many query heads, and takes so many words of a code.
+ROUND, WORDS = 8, QUAD
 
 
 def pack(query: Array, *, scale: float, interpret: bool = False) -> tuple[Array, Array, Array]:
@@ -24,30 +28,30 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> tuple[Array,
 
     Bit k + 8 i of a code's word w belongs to dimension 32 w + k + 8 i: shifted by k and masked to
     the lowest bit of each byte, the word is four bits that are multiplied with four int8. A
-    product takes those of a phase p: k = p and k = p + 4. Two query heads go together, and each
-    of them has four of the operand's eight columns: see `_products`.
+    product takes those of a phase p: k = p and k = p + 4, of four words, each from a lane of its
+    own. A lane gets columns 2 c and 2 c + 1 of it: head c of the round is column 2 c, head 4 + c
+    is 2 c + 1.
 
     Args:
         query: `[batch, kv_heads, group, head_dim]`.
         scale: multiplies every product of query and key.
 
     Returns:
-        fragments: `[batch, kv_heads, ceil(group / 2), 4, words, 2, 32]` int32: for each phase, word
-            and k what each lane of a warp holds of the operand, four int8. Zero but for lanes
-            4 (2 c + j) + c: those hold head j's.
+        fragments: `[batch, kv_heads, ceil(group / 8), ceil(words / 4), 4, 2, 32]` int32: for every
+            eight heads, four words, phase and k what each lane of a warp holds of the operand, four
+            int8: lane 4 n + t has column n's for word t. Zero past the group and the head dim.
         factors, shifts: `[batch, kv_heads, group]` float32: the binary logarithm of a token's mass
             grows by its code's scale times (factor * product - shift), `product` being the
             sum of the int8 query over the code's set bits.
     """
     batch, kv_heads, group, head_dim = query.shape
-    words = -(-head_dim // WORD_BITS)
     heads = (batch, kv_heads, group)
-    pairs = pl.cdiv(group, 2)
+    rounds, fours = pl.cdiv(group, ROUND), pl.cdiv(head_dim, WORDS * WORD_BITS)
 
     def kernel(query_ref: Any, fragments_ref: Any, factors_ref: Any, shifts_ref: Any) -> None:
-        b, h, g = _pallas.head_of(pl.program_id(0), kv_heads, 2 * pairs)
+        b, h, g = _pallas.head_of(pl.program_id(0), kv_heads, ROUND * rounds)
         exists = g < group
-        nth = jnp.arange(BYTE * _pallas.tile(words))
+        nth = jnp.arange(BYTE * WORDS * fours)
         k, w = nth % BYTE, nth // BYTE
         parts = []
         for i in range(4):
@@ -63,17 +67,9 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> tuple[Array,
             whole = jnp.floor(part / step + 0.5).astype(jnp.int32)
             total += jnp.sum(whole)
             packed |= (whole & 0xFF) << (8 * i)
-        # The lanes that hold the head's columns, of which there is one in every second four.
-        lane = jnp.arange(LANES // 2)
-        column, row = 2 * (lane // 4) + g % 2, lane % 4
-        value = jnp.where((row == column // 2)[None, :], packed[:, None], 0)
-        word = jnp.where(w < words, w, NO_ID)[:, None]
-        phase, half = (k % PHASES)[:, None], (k // PHASES)[:, None]
-        plt.store(
-            fragments_ref.at[b, h, g // 2, phase, word, half, (4 * column + row)[None, :]],
-            value,
-            mask=jnp.broadcast_to((w < words)[:, None], value.shape),
-        )
+        column = 2 * (g % QUAD) + g % ROUND // QUAD
+        at = (g // ROUND, w // WORDS, k % PHASES, k // PHASES, QUAD * column + w % WORDS)
+        plt.store(fragments_ref.at[b, h, *at], packed)
         unit = (scale * LOG2_E) * step
         head = (b, h, jnp.where(exists, g, NO_ID))
         plt.store(factors_ref.at[head], 2 * unit, mask=exists)
@@ -83,11 +79,11 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> tuple[Array,
         kernel,
         (query,),
         (
-            jax.ShapeDtypeStruct((*heads[:2], pairs, PHASES, words, 2, LANES), jnp.int32),
+            jax.ShapeDtypeStruct((*heads[:2], rounds, fours, PHASES, 2, LANES), jnp.int32),
             jax.ShapeDtypeStruct(heads, jnp.float32),
             jax.ShapeDtypeStruct(heads, jnp.float32),
         ),
-        (batch * kv_heads * 2 * pairs,),
+        (batch * kv_heads * ROUND * rounds,),
         name="pack_query",
         num_warps=1,
         interpret=interpret,

@@ -22,7 +22,7 @@ class Config:
     """How the work is cut.
 
     Attributes:
-        block: candidates that a program scores; with integers an even number of its threads.
+        block: candidates that a program scores; with integers a multiple of its threads.
         integers: multiply the codes with an int8 query, in CUDA's assembly; otherwise with
             bfloat16 parts of the query, by Triton's `dot`.
         num_warps: see Triton.
@@ -38,16 +38,21 @@ class Config:
         return 32 * self.num_warps
 
 
-def heuristic(candidates: int, dtype: str) -> Config:
+def heuristic(rows: int, candidates: int, dtype: str) -> Config:
     """A config for shapes that were not tuned.
+
+    Args:
+        rows, candidates: how many rows, and room for how many candidates of each.
+        dtype: of the scales.
 
     An int8 query errs about as much as a bfloat16 one. Where the scales are float32, as in a
     model that is, it would be the largest error.
     """
     if dtype == "float32" or not _pallas.on_cuda():
         return Config(min(128, _pallas.tile(candidates, _pallas.DOT_TILE)), integers=False)
-    block = min(512, _pallas.tile(candidates, 64))
-    return Config(block, num_warps=min(4, block // 64))
+    # Four candidates a thread; two where they are few, for programs enough for a large GPU.
+    block = min(256, _pallas.tile(candidates, 32))
+    return Config(block, num_warps=min(4 if rows * candidates <= 2**19 else 2, block // 32))
 
 
 def _kernel(
@@ -76,7 +81,7 @@ def _kernel(
     count = plt.load(starts_ref.at[b, h, jnp.int32(starts_ref.shape[-1] - 1)])
     by_floats = codes_ref is not None and not config.integers
     # CUDA's assembly takes one candidate a thread at a time.
-    size = config.threads if config.integers and not emulate else config.block
+    size = config.threads if config.integers else config.block
     firsts = range(0, config.block, size)
     places = [part * config.block + first + jnp.arange(size) for first in firsts]
 
@@ -140,15 +145,16 @@ def score_tokens(
     dtype = jnp.dtype(jnp.float32 if scales is None else scales.dtype).name
     config = config or _tuning.config(
         "score_tokens",
-        heuristic(max_candidates, dtype),
+        heuristic(batch * kv_heads, max_candidates, dtype),
+        rows=batch * kv_heads,
         candidates=max_candidates,
         head_dim=head_dim,
         group=group,
         dtype=dtype,
     )
-    if config.integers and config.block % (2 * config.threads):
+    if config.integers and config.block % config.threads:
         raise ValueError(
-            f"score_tokens: a block of {config.block} candidates is no even number of "
+            f"score_tokens: a block of {config.block} candidates is no multiple of "
             f"{config.threads} threads; give one, or integers=False"
         )
     if codes is None:

@@ -313,8 +313,8 @@ def test_only_an_int8_query_takes_cudas_assembly(coded):
 
 def test_a_block_that_threads_do_not_share_evenly_is_said():
     function = functools.partial(score_tokens.score_tokens, **KEYWORDS["score_tokens"])
-    function = functools.partial(function, config=score_tokens.Config(128, num_warps=4))
-    with pytest.raises(ValueError, match="a block of 128 candidates is no even number of 128"):
+    function = functools.partial(function, config=score_tokens.Config(64, num_warps=4))
+    with pytest.raises(ValueError, match="a block of 64 candidates is no multiple of 128"):
         jax.eval_shape(function, *shapes()["score_tokens"])
 
 
