@@ -1,4 +1,4 @@
-"""What the lanes of a warp do together, by CUDA's assembly; each also in plain JAX, for tests.
+"""What the lanes of a warp do together, by CUDA's assembly; for tests also in plain JAX.
 
 All vectors here are as long as a program has threads, so Triton gives each thread one element.
 """
@@ -13,10 +13,22 @@ from pallas_kernels import _pallas
 # A warp's threads; four that follow each other share a row of a matrix.
 LANES, QUAD = 32, 4
 
+# How prmt picks the four bytes of a word, the lowest one last: 0 to 3 are x's, 4 to 7 y's, and 8
+# more than a number repeats that byte's sign. Both lower halves, y's above; the upper ones, x's
+# above; the lower half or the upper one alone, with its sign.
+LOWER_HALVES, UPPER_HALVES = 0x5410, 0x3276
+SIGNED_HALVES = "0x9910", "0xbb32"
+
 
 def lanes(threads: int) -> Any:
     """Each thread's number in its warp: `[threads]` int32."""
     return jnp.arange(threads) % LANES
+
+
+def from_lane(x: Any, lane: Any) -> Any:
+    """What the warp's lane of that number has: `[threads]` int32, as x and `lane`."""
+    shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+    return _pallas.assembly(shuffle, x, lane, dtype=jnp.int32)
 
 
 def from_quad(x: Any, nth: int, *, emulate: bool) -> Any:
@@ -49,8 +61,7 @@ def join_halves(x: Any, y: Any, upper: Any, *, emulate: bool) -> Any:
         ones = jnp.int32(0xFFFF)
         low = (x & ones) | (y << 16)
         return jnp.where(upper, lax.shift_right_logical(y, jnp.int32(16)) | (x & ~ones), low)
-    # Bytes 0 to 3 are x's, 4 to 7 are y's, the lowest of the result stands last.
-    selector = jnp.where(upper, jnp.int32(0x3276), jnp.int32(0x5410))
+    selector = jnp.where(upper, jnp.int32(UPPER_HALVES), jnp.int32(LOWER_HALVES))
     return _pallas.assembly("prmt.b32 $0, $1, $2, $3;", x, y, selector, dtype=jnp.int32)
 
 
@@ -58,8 +69,7 @@ def half(x: Any, nth: int, *, emulate: bool) -> Any:
     """The lower or the upper half of a word, with its sign: `[threads]` int32."""
     if emulate:
         return lax.shift_right_arithmetic(x << (16 * (1 - nth)), jnp.int32(16))
-    selector = ("0x9910", "0xbb32")[nth]  # 8 more than a byte's number repeats its sign.
-    return _pallas.assembly(f"prmt.b32 $0, $1, 0, {selector};", x, dtype=jnp.int32)
+    return _pallas.assembly(f"prmt.b32 $0, $1, 0, {SIGNED_HALVES[nth]};", x, dtype=jnp.int32)
 
 
 def after(x: Any, read: list[Any]) -> Any:

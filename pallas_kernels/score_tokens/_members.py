@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
+from pallas_kernels import _pallas, _warp
 from pallas_kernels.select_clusters.reference import GRANULE
 
 
@@ -120,10 +120,6 @@ def find_members_of_granules(
             begins - (place - lane),
             dtype=jnp.int32,
         )
-        shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
-        own, shift = (
-            _pallas.assembly(shuffle, x, source, dtype=jnp.int32)
-            for x in (cluster, offset - begins)
-        )
+        own, shift = (_warp.from_lane(x, source) for x in (cluster, offset - begins))
         found.append((own, place + shift))
     return found

@@ -54,3 +54,22 @@ def test_a_quad_shares_its_positions():
     lane = np.arange(_warp.LANES)
     for nth, row in enumerate(_products.rows_of_quad(jnp.asarray(position), emulate=True)):
         np.testing.assert_array_equal(row, position[lane - lane % 4 + nth])
+
+
+def permuted(x, y, selector):
+    """What prmt makes of two words: the selector's nibbles pick bytes, 8 more a byte's sign."""
+    word = np.array([x, y], np.uint32).view(np.uint8)
+    picks = [selector >> shift & 0xF for shift in range(0, 16, 4)]
+    found = [0xFF * (word[p & 7] >> 7) if p & 8 else word[p] for p in picks]
+    return int(np.array(found, np.uint8).view(np.int32)[0])
+
+
+def test_the_assembly_picks_the_halves_that_plain_jax_does():
+    x, y = 0x8001_7FFE, 0x1234_9ABC
+    words = [jnp.asarray([word], jnp.uint32).astype(jnp.int32) for word in (x, y)]
+    for upper, selector in ((False, _warp.LOWER_HALVES), (True, _warp.UPPER_HALVES)):
+        [plain] = _warp.join_halves(*words, jnp.asarray([upper]), emulate=True)
+        assert permuted(x, y, selector) == plain
+    for nth, expected in enumerate((0x7FFE, 0x8001 - 2**16)):
+        assert permuted(x, 0, int(_warp.SIGNED_HALVES[nth], 16)) == expected
+        assert _warp.half(words[0], nth, emulate=True)[0] == expected
