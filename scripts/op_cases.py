@@ -128,8 +128,10 @@ class StepBench:
         x, scores, shape = self.inputs, self.made("score_clusters"), self.shape
 
         def call(layer: Array, operands: Any, state: Any) -> tuple[Any, Any]:
+            query, *rest = operands
+            operands = _anew(query, layer), *rest, layer
             most = shape.max_candidates
-            result = run("score_tokens", *operands, layer, scale=shape.scale, max_candidates=most)
+            result = run("score_tokens", *operands, scale=shape.scale, max_candidates=most)
             return result, state
 
         operands = (
@@ -222,16 +224,15 @@ class StepBench:
 
         def call(layer: Array, x: StepInputs, state: Any) -> tuple[Any, Any]:
             table, cache_rows = state
-            scores = run(
-                "score_clusters", x.query, x.centroids, x.offsets, layer, scale=shape.scale
-            )
+            query = _anew(x.query, layer)
+            scores = run("score_clusters", query, x.centroids, x.offsets, layer, scale=shape.scale)
             chosen = run(
                 *("select_clusters", *scores, x.offsets, layer, x.candidate_budget),
                 max_candidates=shape.max_candidates,
             )
             log_mass = run(
                 "score_tokens",
-                rotate(x.query),
+                rotate(query),
                 *scores,
                 chosen,
                 *(x.offsets, x.codes, x.scales, layer),
@@ -248,19 +249,24 @@ class StepBench:
             )
             zones = run(
                 "attend_zones",
-                *(x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
+                *(query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
                 *(retrieved.tokens, retrieved.slots, retrieved.hit, scores.logits, x.value_sums),
                 *(x.offsets, retrieved.remaining, layer),
                 scale=shape.scale,
             )
             output, _ = run("merge_states", zones.outputs, zones.logsumexps)
             counts = (retrieved.hits, retrieved.misses)
-            return (output.astype(x.query.dtype), *counts), (retrieved.table, zones.cache_rows)
+            return (output.astype(query.dtype), *counts), (retrieved.table, zones.cache_rows)
 
         moved = self.case("score_clusters").bytes + self.zone_bytes()
         moved += shape.rows * shape.candidates * (4 * x.codes.shape[-1] + x.scales.dtype.itemsize)
         state = (_copy(x.table), jnp.copy(x.cache_rows))
         return OpCase(call, x, self.links, moved, state)
+
+
+def _anew(query: Array, layer: Array) -> Array:
+    """The query as one that only this layer has: else XLA rotates it once for all of a chain."""
+    return jax.lax.optimization_barrier((query, layer))[0]
 
 
 def _copy(tree: Any) -> Any:
