@@ -12,7 +12,8 @@ class Config:
 
     Attributes:
         sample: candidates whose masses set the threshold.
-        chunk: candidates that a program of `list_contenders` looks through.
+        chunk: candidates that a program of `list_contenders` looks through; more than eight a
+            thread take longer.
         tile: contenders that `pick_rows`, one program a row, holds in registers.
         block: picked rows that a program of `look_up_rows` looks up.
         sample_warps, chunk_warps, pick_warps, block_warps, slot_warps: `num_warps` of
@@ -26,7 +27,7 @@ class Config:
     tile: int = 2048
     block: int = 128
     sample_warps: int = 16
-    chunk_warps: int = 4
+    chunk_warps: int = 8
     pick_warps: int = 16
     block_warps: int = 4
     slot_warps: int = 16
@@ -56,7 +57,7 @@ def heuristic(candidates: int, max_tokens: int) -> Config:
         tile=tile,
         block=block,
         sample_warps=max(1, min(16, sample // 256)),
-        chunk_warps=max(1, min(4, chunk // 256)),
+        chunk_warps=max(1, min(8, chunk // 256)),
         pick_warps=max(1, min(16, tile // 128)),
         block_warps=min(block // 32, 16),
         spread=long,

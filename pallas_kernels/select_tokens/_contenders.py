@@ -1,5 +1,6 @@
 """Before one program a row selects: candidates that are surely not selected are dropped."""
 
+import functools
 import math
 from typing import Any
 
@@ -92,7 +93,7 @@ def estimate_threshold(*refs: Any, sample: int) -> None:
     plt.store(lowest_ref.at[b, h], lowest)
 
 
-def list_contenders(*refs: Any, chunk: int) -> None:
+def list_contenders(*refs: Any, chunk: int, threads: int) -> None:
     """Lists a chunk's candidates of the lowest key or a larger one.
 
     Refs:
@@ -129,15 +130,27 @@ def list_contenders(*refs: Any, chunk: int) -> None:
 
     @pl.when(part * chunk < count)
     def list_some() -> None:
-        place = part * chunk + jnp.arange(chunk)
-        key = plt.load(log_mass_ref.at[b, h, place], mask=place < count, other=0)
-        key = ordered_bits(key)
-        passes = (place < count) & (key >= plt.load(lowest_ref.at[b, h]))
-        number = passes.astype(jnp.int32)
-        at = jnp.where(passes, jnp.cumsum(number) - 1, NO_ID)
-        plt.store(keys_ref.at[b, h, part, at], key, mask=passes)
-        plt.store(places_ref.at[b, h, part, at], place, mask=passes)
-        plt.store(counts_ref.at[b, h, part], jnp.sum(number))
+        # Each thread has a run of places, so that one sum over the threads serves all of them:
+        # of a chunk as a vector, Triton makes one for every element of a thread.
+        lanes = min(threads, chunk)
+        run = chunk // lanes
+        first = part * chunk + run * jnp.arange(lanes)
+        places = [first + j for j in range(run)]
+        lowest = plt.load(lowest_ref.at[b, h])
+        keys, marks = [], []
+        for place in places:
+            key = plt.load(log_mass_ref.at[b, h, place], mask=place < count, other=0)
+            keys.append(ordered_bits(key))
+            marks.append((place < count) & (keys[-1] >= lowest))
+        numbers = [passes.astype(jnp.int32) for passes in marks]
+        own = functools.reduce(jnp.add, numbers)
+        before = jnp.cumsum(own) - own
+        for key, place, passes, number in zip(keys, places, marks, numbers, strict=True):
+            at = jnp.where(passes, before, NO_ID)
+            plt.store(keys_ref.at[b, h, part, at], key, mask=passes)
+            plt.store(places_ref.at[b, h, part, at], place, mask=passes)
+            before += number
+        plt.store(counts_ref.at[b, h, part], jnp.sum(own))
 
 
 def join_contenders(*refs: Any, block: int) -> None:
