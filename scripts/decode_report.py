@@ -14,6 +14,9 @@ COLUMNS = (
     *("to host", "hits", "host MB", "GB/s", "prefill s", "growth ms", "kernels ms"),
 )
 
+# By the batch asked for, in the order of their first results.
+STYLES = ("-", ":", "--", "-.")
+
 
 def label(result: dict[str, Any]) -> str:
     """The attention's name, and where wave attention's rows are."""
@@ -80,22 +83,30 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Tokens a second by context, a line for each attention, store and batch asked for."""
-    lines: dict[str, list[tuple[int, float, int]]] = {}
+    """Tokens a second by context: a colour for each attention and store, a dash for each batch."""
+    lines: dict[tuple[str, Any], list[tuple[int, float, int]]] = {}
     for one in results:
         if "tokens_per_s" in one:
-            name = f"{label(one)}, batch {one['batch_asked']}"
-            lines.setdefault(name, []).append((one["context"], one["tokens_per_s"], one["batch"]))
+            key = label(one), one["batch_asked"]
+            lines.setdefault(key, []).append((one["context"], one["tokens_per_s"], one["batch"]))
     figure, axes = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
-    for name, points in lines.items():
-        x, y, batches = zip(*sorted(points), strict=True)
-        style = "--" if name.startswith("full") else "-"
-        axes.plot(x, y, style, marker="o", label=name)
-        if name.endswith(("max", "common")):
-            for at, speed, batch in zip(x, y, batches, strict=True):
-                axes.annotate(str(batch), (at, speed), xytext=(0, 5), textcoords="offset points")
+    names, batches = (list(dict.fromkeys(key[i] for key in lines)) for i in range(2))
+    for (name, batch), points in lines.items():
+        x, y, held = zip(*sorted(points), strict=True)
+        axes.plot(
+            x,
+            y,
+            color=f"C{names.index(name)}",
+            linestyle=STYLES[batches.index(batch) % len(STYLES)],
+            marker="o",
+            label=f"{name}, batch {batch}",
+        )
+        if batch in ("max", "common"):
+            for at, speed, count in zip(x, y, held, strict=True):
+                axes.annotate(str(count), (at, speed), xytext=(0, 5), textcoords="offset points")
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("tokens/s, all sequences")
+    axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     if lines:
         axes.legend(fontsize="small")
