@@ -51,7 +51,8 @@ def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention
         budget: settings of all of them.
 
     Raises:
-        InputError: a name or a field is not known, or a value does not fit its field.
+        InputError: a name or a field is not known, a value does not fit its field, or the method
+            has no use for it.
     """
     found = {}
     for spec in re.split(r",(?![^\[]*\])", text):
@@ -74,6 +75,11 @@ def _attention(
         if settings:
             raise InputError(f"{FULL} has no settings, but {settings} were given")
         return DenseAttention()
+    if "admission_ratio" in settings and (name in _RANKS or name == "ablation"):
+        raise InputError(
+            f"{name} has no row cache, so it admits nothing to one; leave admission_ratio out, or "
+            "give it to wave"
+        )
     if name == "ablation":
         parts = {part: settings.pop(part) for part in _PARTS if part in settings}
         return AblatedAttention(WaveConfig(**{**budget, **settings}), "device", **parts)

@@ -307,6 +307,8 @@ def test_methods_by_name():
         ("wave[token_codes=2]", "token_codes is '2'; it must be of type bool"),
         ("wave[retrieval_fraction=2]", "retrieval_fraction is 2.0; it must be from 0 to 1"),
         ("full[cluster_size=2]", "full has no settings"),
+        ("ablation[admission_ratio=16]", "ablation has no row cache"),
+        ("quest[admission_ratio=16]", "quest has no row cache"),
     ],
 )
 def test_bad_methods_are_refused(text, said):
