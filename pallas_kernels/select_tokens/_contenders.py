@@ -1,6 +1,7 @@
 """Before one program a row selects: candidates that are surely not selected are dropped."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -134,8 +135,8 @@ def list_contenders(*refs: Any, chunk: int, threads: int) -> None:
         # of a chunk as a vector, Triton makes one for every element of a thread.
         lanes = min(threads, chunk)
         run = chunk // lanes
-        first = part * chunk + run * jnp.arange(lanes)
-        places = [first + j for j in range(run)]
+        first = run * jnp.arange(lanes)
+        places = [part * chunk + (first + j) for j in range(run)]
         lowest = plt.load(lowest_ref.at[b, h])
         keys, marks = [], []
         for place in places:
@@ -144,13 +145,14 @@ def list_contenders(*refs: Any, chunk: int, threads: int) -> None:
             marks.append((place < count) & (keys[-1] >= lowest))
         numbers = [passes.astype(jnp.int32) for passes in marks]
         own = functools.reduce(jnp.add, numbers)
-        before = jnp.cumsum(own) - own
-        for key, place, passes, number in zip(keys, places, marks, numbers, strict=True):
+        through = jnp.cumsum(own)
+        befores = list(itertools.accumulate(numbers[:-1], jnp.add, initial=through - own))
+        number = jnp.max(through)
+        for key, place, passes, before in zip(keys, places, marks, befores, strict=True):
             at = jnp.where(passes, before, NO_ID)
             plt.store(keys_ref.at[b, h, part, at], key, mask=passes)
             plt.store(places_ref.at[b, h, part, at], place, mask=passes)
-            before += number
-        plt.store(counts_ref.at[b, h, part], jnp.sum(own))
+        plt.store(counts_ref.at[b, h, part], number)
 
 
 def join_contenders(*refs: Any, block: int) -> None:
