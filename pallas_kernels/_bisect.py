@@ -12,9 +12,6 @@ ALL = -(2**30)
 # `cut`'s last place where everything at the key is marked: no place is larger.
 ANY_PLACE = 2**31 - 1
 
-# How fine a sample's bounds are set, in steps of the keys: 2^-6 of a mass's logarithm near 10.
-RESOLUTION = 2**14
-
 # Once the range is this small, few keys are left in it: they are tried one by one, largest first.
 SNAP_RANGE = 2**12
 
@@ -141,45 +138,3 @@ def cut(each: Each, budget: Any) -> tuple[Any, Any]:
     # Not the bare number: Triton's branches do not yield constants.
     every = jnp.where(above == ALL, jnp.int32(ANY_PLACE), above)
     return key, lax.cond(above == ALL, lambda: every, among_ties)
-
-
-def bracket(
-    held: Callable[[Any, Any], tuple[Any, Any]], least: Any, most: Any, low: Any, high: Any
-) -> tuple[Any, Any]:
-    """Two keys between which a threshold surely lies, from what a sample holds.
-
-    Args:
-        held: from two uint32 keys to what the sample's elements of each, or of larger keys, weigh:
-            int32 both.
-        least, most: float32, what the elements above the threshold weigh in the sample, at least
-            and at most.
-        low, high: uint32, the least key of the sample, and more than the largest.
-
-    Returns:
-        lower, upper: uint32: what has a key under `lower` is surely not selected, what has `upper`
-            or a larger one is. Where the sample tells nothing, 0 and 2^32 - 1.
-    """
-    State = tuple[Any, Any, Any, Any]
-
-    def halve(state: State) -> State:
-        low1, high1, low2, high2 = state
-        middle1 = low1 + lax.shift_right_logical(high1 - low1, jnp.uint32(1))
-        middle2 = low2 + lax.shift_right_logical(high2 - low2, jnp.uint32(1))
-        held1, held2 = (x.astype(jnp.float32) for x in held(middle1, middle2))
-        # The largest key that still holds `most`, and the least one that holds less than `least`.
-        return (
-            jnp.where(held1 >= most, middle1, low1),
-            jnp.where(held1 >= most, high1, middle1),
-            jnp.where(held2 >= least, middle2, low2),
-            jnp.where(held2 >= least, high2, middle2),
-        )
-
-    all_held, _ = held(low, low)
-    state = lax.while_loop(
-        lambda s: jnp.maximum(s[1] - s[0], s[3] - s[2]) > jnp.uint32(RESOLUTION),
-        halve,
-        (low, high, low, high),
-    )
-    lower = jnp.where(all_held.astype(jnp.float32) >= most, state[0], jnp.uint32(0))
-    upper = jnp.where(least > 0, state[3], jnp.uint32(2**32 - 1))
-    return lower, upper

@@ -8,9 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas
-from pallas_kernels._bisect import Each, cut
+from pallas_kernels._bisect import ANY_PLACE, Each, cut
 from pallas_kernels._pairs import sum_pair
 from pallas_kernels._row import Row
+from pallas_kernels._search import last_key
 from pallas_kernels._split import Lists, Load
 
 # Contenders that `read_end` reads at once.
@@ -43,7 +44,9 @@ def _selects(key: Any, last: Any, keys: Any, places: Any) -> Any:
     return (keys > key) | ((keys == key) & (places <= last))
 
 
-def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: int) -> None:
+def find_end(
+    row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: int, threads: int
+) -> None:
     """Finds the end of a row's selection; one program a row.
 
     Args:
@@ -55,14 +58,15 @@ def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: 
             weigh together.
         tile: so many contenders are held in registers. Where there are more, each round of the
             search reads them again.
+        threads: of the program.
     """
     chunks = lists.held.shape[-1]
     nth = jnp.arange(_pallas.tile(chunks))
     held = jnp.sum(row.load(lists.held, nth, mask=nth < chunks))
     listed = row.load(lists.number)
 
-    def finish(each: Each, budget: Any, right: int) -> None:
-        key, last = cut(each, budget)
+    def finish(end: tuple[Any, Any], right: int) -> None:
+        key, last = end
         key = lax.bitcast_convert_type(key, jnp.int32)
         for i, x in enumerate((key, last, jnp.int32(right))):
             row.store(lists.end, x, jnp.int32(i))
@@ -74,8 +78,8 @@ def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: 
     right = (held < budget) & (budget <= held + contended)
 
     def among_contenders(tile: int) -> None:
-        elements = _contenders(row, lists, listed)(jnp.arange(tile))
-        finish(lambda visit, state: visit(*elements, state), budget - held, 1)
+        elements = map(_contenders(row, lists, listed), places_of_threads(tile, threads))
+        finish(_cut_in_registers(row, list(elements), budget - held), 1)
 
     # Each round of the search takes half as long in half of the tile.
     few = listed <= tile // 2
@@ -84,11 +88,12 @@ def find_end(row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: 
 
     @pl.when(right & (listed > tile))
     def among_many() -> None:
-        finish(_by_blocks(_contenders(row, lists, listed), listed, tile), budget - held, 1)
+        each = _by_blocks(_contenders(row, lists, listed), listed, tile)
+        finish(cut(each, budget - held), 1)
 
     @pl.when(~right)
     def among_all() -> None:
-        finish(_by_blocks(_everything(load, total), total, tile), budget, 0)
+        finish(cut(_by_blocks(_everything(load, total), total, tile), budget), 0)
 
 
 def read_end(row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: int) -> End:
@@ -170,6 +175,7 @@ def end_of_all(
     budget: Any,
     chunk: int,
     tile: int,
+    threads: int,
 ) -> End:
     """The end of a row's selection, found in registers and by every program for itself.
 
@@ -181,16 +187,54 @@ def end_of_all(
         budget: int32, as for `find_end`.
         chunk: elements that are a program's.
         tile: elements that are held in registers.
+        threads: of the program.
     """
-    place = jnp.arange(tile)
-    keys, weights = load(place, place < total)
-    key, last = cut(lambda visit, state: visit(keys, weights, place, state), budget)
-    weights = jnp.where(_selects(key, last, keys, place), weights, 0)
-    number, earlier = (weights > 0).astype(jnp.int32), place < part * chunk
-    count, before = sum_pair(number, jnp.where(earlier, number, 0))
+    elements = []
+    for place in places_of_threads(tile, threads):
+        elements.append((*load(place, place < total), place))
+    key, last = _cut_in_registers(row, elements, budget)
+    zero = jnp.zeros(threads, jnp.int32)
+    sums = [zero] * 4
+    for keys, weights, place in elements:
+        weights = jnp.where(_selects(key, last, keys, place), weights, 0)
+        number, earlier = (weights > 0).astype(jnp.int32), place < part * chunk
+        own = number, jnp.where(earlier, number, 0), weights, jnp.where(earlier, weights, 0)
+        sums = [x + y for x, y in zip(sums, own, strict=True)]
+    count, before = sum_pair(*sums[:2])
     return End(
         *(key, last, count),
-        weight=jnp.sum(weights),
+        weight=jnp.sum(sums[2]),
         before=before,
-        before_weight=jnp.sum(jnp.where(earlier, weights, 0)),
+        before_weight=jnp.sum(sums[3]),
     )
+
+
+def _cut_in_registers(row: Row, elements: list[Any], budget: Any) -> tuple[Any, Any]:
+    """`cut` of elements of which each thread has some.
+
+    Args:
+        row: whose.
+        elements: keys, weights and places, `[threads]` each.
+        budget: int32, at least 1.
+    """
+    keys, weights, places = zip(*elements, strict=True)
+    end = last_key(keys, weights, budget, interpret=row.interpret)
+
+    def among_ties() -> Any:
+        # Of what has the key, the lower places first.
+        tied = [
+            jnp.where(key == end.key, ~place.astype(jnp.uint32), 0)
+            for key, place in zip(keys, places, strict=True)
+        ]
+        last = last_key(tied, weights, budget - end.above, interpret=row.interpret)
+        return jnp.max((~last.key).astype(jnp.int32))
+
+    ties = jnp.max(end.ties)
+    # Not the bare number: Triton's branches do not yield constants.
+    every = jnp.maximum(ties, jnp.int32(ANY_PLACE))
+    return jnp.max(end.key), lax.cond(ties > 1, among_ties, lambda: every)
+
+
+def places_of_threads(tile: int, threads: int) -> list[Any]:
+    """Which elements each thread has, one of each vector, of so many: `[threads]` int32 each."""
+    return [first + jnp.arange(threads) for first in range(0, tile, threads)]

@@ -7,19 +7,23 @@ what lies above, chunk by chunk, and lists what lies between, the *contenders*, 
 chunk. If the sample misled, which `find_end` sees, all elements contend.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._bisect import bracket
 from pallas_kernels._row import Row
 from pallas_kernels._rows import Rows
+from pallas_kernels._search import last_key
 
 # How many standard deviations of what the sample holds the bracket is wide, each way, and how many
 # of the heaviest elements more: one row in some ten thousand is misjudged, or fewer.
 DEVIATIONS, SPARE = 4.0, 8.0
+
+# How fine the bracket's bounds are set, in bits of the keys: 2^-6 of a mass's logarithm near 10.
+FINE = 14
 
 # load(i, exists) -> (keys, weights): of the row's elements i, uint32 and int32; what does not exist
 # has no weight.
@@ -55,42 +59,49 @@ def find_bracket(
     total: Any,
     budget: Any,
     sample: int,
+    threads: int,
 ) -> None:
     """Writes a row's bracket and resets the number of its contenders; one program a row.
 
     Args:
         row: whose elements.
-        bracket_ref: `[batch, kv_heads, 2]` uint32, out; see `_bisect.bracket`.
+        bracket_ref: `[batch, kv_heads, 2]` uint32, out: what has a key under the first one is
+            surely not selected, what has the second one or a larger one is.
         number_ref: `Lists.number`, out.
         load: reads elements.
         total: int32, the row's elements.
         budget: int32, what the selected elements should weigh.
         sample: how many elements, spread over the row, set it.
+        threads: of the program.
     """
     row.store(number_ref, jnp.int32(0))
     stride = lax.div(total + (sample - 1), jnp.int32(sample))
-    # The middle of each stride.
-    at = stride * jnp.arange(sample) + (stride >> 1)
-    keys, weights = load(at, at < total)
-    weights = jnp.where(at < total, weights, 0)
-    counts = weights > 0
-
-    def held(key1: Any, key2: Any) -> tuple[Any, Any]:
-        first, second = (jnp.where(keys >= key, weights, 0) for key in (key1, key2))
-        return jnp.sum(first), jnp.sum(second)
-
-    low = jnp.min(jnp.where(counts, keys, jnp.uint32(2**32 - 1)))
-    high = jnp.max(jnp.where(counts, keys, jnp.uint32(0)))
-    heaviest = jnp.max(weights).astype(jnp.float32)
+    keys, weights = [], []
+    for nth in range(0, sample, threads):
+        # The middle of each stride.
+        at = stride * (nth + jnp.arange(threads)) + (stride >> 1)
+        key, weight = load(at, at < total)
+        keys.append(key)
+        weights.append(jnp.where(at < total, weight, 0))
+    heaviest = jnp.max(functools.reduce(jnp.maximum, weights)).astype(jnp.float32)
     rank = budget.astype(jnp.float32) / jnp.maximum(stride, 1).astype(jnp.float32)
     # The variance of a sum of so many weights is the sum of their squares, as a rule.
-    each = weights.astype(jnp.float32)
-    squares = rank * jnp.sum(each * each) / jnp.maximum(jnp.sum(each), 1.0)
-    margin = DEVIATIONS * jnp.sqrt(squares) + SPARE * heaviest
-    low = jnp.minimum(low, high)
-    found = bracket(held, rank - margin, rank + margin, low, high + jnp.uint32(1))
-    for i, key in enumerate(found):
-        row.store(bracket_ref, key, jnp.int32(i))
+    each = [weight.astype(jnp.float32) for weight in weights]
+    held = jnp.sum(functools.reduce(jnp.add, each))
+    squares = rank * jnp.sum(functools.reduce(jnp.add, (x * x for x in each)))
+    margin = DEVIATIONS * jnp.sqrt(squares / jnp.maximum(held, 1.0)) + SPARE * heaviest
+    least, most = rank - margin, rank + margin
+
+    def find(weight: Any) -> Any:
+        weight = jnp.maximum(jnp.ceil(weight).astype(jnp.int32), 1)
+        return last_key(keys, weights, weight, fine=FINE, interpret=row.interpret).key
+
+    # The largest key that still holds `most`, and one that holds less than `least`; where the
+    # sample tells nothing, the bounds of all keys.
+    lower = jnp.where(held >= most, find(most), jnp.uint32(0))
+    upper = jnp.where(least > 0, find(least) + jnp.uint32(2**FINE), jnp.uint32(2**32 - 1))
+    for i, key in enumerate((lower, upper)):
+        row.store(bracket_ref, key, jnp.full(threads, i))
 
 
 def split(

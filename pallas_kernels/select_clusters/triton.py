@@ -29,7 +29,8 @@ class Config:
             with the whole row in registers. If not, kernels before it do, see `_split`.
         tile: clusters that are held in registers: all, or those that contend.
         sample: clusters whose masses tell which contend.
-        share_warps, num_warps: `num_warps` of the first kernel and of the others, see Triton.
+        share_warps, end_warps, num_warps: `num_warps` of the first kernel, of the one that finds a
+            row's end, and of the others, see Triton.
     """
 
     share: int = 512
@@ -38,6 +39,7 @@ class Config:
     tile: int = 8192
     sample: int = 2048
     share_warps: int = 4
+    end_warps: int = 16
     num_warps: int = 8
 
 
@@ -118,7 +120,7 @@ def _bracket(*refs: Any, config: Config, interpret: bool) -> None:
     row, ranked, (bracket_ref, number_ref) = _row_of(refs, interpret)
     find_bracket(
         *(row, bracket_ref, number_ref, ranked.load, ranked.clusters, ranked.budget),
-        config.sample,
+        *(config.sample, 32 * config.num_warps),
     )
 
 
@@ -132,7 +134,8 @@ def _split(*refs: Any, config: Config, interpret: bool) -> None:
 def _end(*refs: Any, config: Config, interpret: bool) -> None:
     row, ranked, lists = _row_of(refs, interpret)
     budget = jnp.maximum(ranked.budget, 1)
-    find_end(row, Lists(*lists), ranked.load, ranked.clusters, budget, config.tile)
+    sizes = config.tile, 32 * config.end_warps
+    find_end(row, Lists(*lists), ranked.load, ranked.clusters, budget, *sizes)
 
 
 def _list(*refs: Any, config: Config, interpret: bool) -> None:
@@ -144,7 +147,8 @@ def _list(*refs: Any, config: Config, interpret: bool) -> None:
         least = jnp.maximum(budget, 1)
 
         def find(tile: int) -> Any:
-            return end_of_all(row, part, ranked.load, ranked.clusters, least, config.chunk, tile)
+            sizes = config.chunk, tile, 32 * config.num_warps
+            return end_of_all(row, part, ranked.load, ranked.clusters, least, *sizes)
 
         # There is room for more clusters than are in use: half of the tile may hold them.
         half = config.tile // 2
@@ -255,6 +259,7 @@ def select_clusters(
             shapes.end,
             1,
             name="find_last_cluster",
+            num_warps=config.end_warps,
         )
         found = (*lists, end)
     results = call(

@@ -11,11 +11,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas
-from pallas_kernels._bisect import threshold
 from pallas_kernels._numerics import NO_ID, ordered_bits
+from pallas_kernels._search import last_key
 
-# How fine the sample's threshold is set, in steps of the keys: 2^-7 of a mass's logarithm.
-RESOLUTION = 2**16
+# How fine the sample's threshold is set, in bits of the keys: 2^-7 of a mass's logarithm.
+FINE = 16
 # How many standard deviations of the sample's count it is set lower, and how many tokens.
 DEVIATIONS, SPARE = 4, 8
 
@@ -56,7 +56,7 @@ def _sampled(log_mass_ref: Any, b: Any, h: Any, at: Any, count: Any) -> Any:
     return jnp.where(at < count, ordered_bits(log_mass), 0)
 
 
-def estimate_threshold(*refs: Any, sample: int) -> None:
+def estimate_threshold(*refs: Any, sample: int, threads: int, interpret: bool) -> None:
     """A key that more candidates should reach than the budget, from a sample of the row.
 
     It is set so low that more than the budget should reach it, by four standard deviations of the
@@ -75,23 +75,20 @@ def estimate_threshold(*refs: Any, sample: int) -> None:
     b, h = row // log_mass_ref.shape[1], row % log_mass_ref.shape[1]
     stride, count = _stride(log_mass_ref, starts_ref, b, h, sample)
     budget = jnp.minimum(plt.load(budget_ref.at[b, h]), count)
-    i = jnp.arange(sample)
-    if drawn_ref is not None:
-        sampled = plt.load(drawn_ref.at[b, h, i])
-    else:
-        sampled = _sampled(log_mass_ref, b, h, stride * i, count)
+    sampled = []
+    for first in range(0, sample, threads):
+        i = first + jnp.arange(threads)
+        if drawn_ref is not None:
+            sampled.append(plt.load(drawn_ref.at[b, h, i], mask=i < sample, other=0))
+        else:
+            sampled.append(_sampled(log_mass_ref, b, h, stride * i, count))
     rank = budget.astype(jnp.float32) / stride.astype(jnp.float32)
     wanted = (rank + DEVIATIONS * jnp.sqrt(rank) + SPARE).astype(jnp.int32)
-
-    def held(key: Any) -> Any:
-        return jnp.sum((sampled >= key).astype(jnp.int32))
-
-    # From zero, which all hold: where the sample is too small, all pass.
-    least = jnp.min(jnp.where(stride * i < count, sampled, jnp.uint32(2**32 - 1)))
-    low = jnp.where(wanted > lax.div(count, stride), jnp.uint32(0), least)
-    high = jnp.maximum(jnp.max(sampled), low) + jnp.uint32(1)
-    lowest, _ = threshold(held, wanted, low, high, resolution=RESOLUTION)
-    plt.store(lowest_ref.at[b, h], lowest)
+    found = last_key(sampled, None, wanted, fine=FINE, interpret=interpret)
+    # Where the sample is too small, all pass.
+    lowest = jnp.where(wanted > lax.div(count, stride), jnp.uint32(0), found.key)
+    here = jnp.full(threads, b), jnp.full(threads, h)
+    plt.store(lowest_ref.at[here], lowest)
 
 
 def list_contenders(*refs: Any, chunk: int, threads: int) -> None:

@@ -1,17 +1,25 @@
 """One program a row: exact selection among contenders."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas
 from pallas_kernels._bisect import threshold
 from pallas_kernels._numerics import ordered_bits
-from pallas_kernels._pairs import list_selected
+from pallas_kernels._pairs import halves, list_selected
 from pallas_kernels._row import Row
+from pallas_kernels._search import last_key
+
+# Contenders that follow each other and are one thread's: one sum over the threads serves all of
+# them, and more would lie too far apart to be read together.
+RUN = 4
 
 
 def _take_all(row: Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: Any) -> None:
@@ -38,6 +46,7 @@ def _pick(
     budget: Any,
     out: tuple[Any, Any | None],
     tile: int,
+    threads: int,
 ) -> None:
     """Writes the places of the contenders of the `budget` largest keys, rising, and the least key.
 
@@ -47,6 +56,7 @@ def _pick(
         prefix_ref: `[batch, kv_heads, chunks]` int32, scratch.
         tile: so many contenders are held in registers; if there are more, each round of the
             bisection reads them again.
+        threads: of the program.
     """
     (keys_ref, places_ref, counts_ref), (out_ref, least_ref) = lists, out
     chunks = keys_ref.shape[-2]
@@ -105,8 +115,33 @@ def _pick(
 
     @pl.when(count <= tile)
     def pick_in_registers() -> None:
-        contenders = find(jnp.arange(tile))
-        pick(lambda visit, state: visit(*contenders, state))
+        run = min(max(tile // threads, 1), RUN)
+        block = run * jnp.arange(threads)
+        blocks = [
+            [find(first + block + j) for j in range(run)] for first in range(0, tile, run * threads)
+        ]
+        keys = [key for of_block in blocks for key, _ in of_block]
+        end = last_key(keys, None, budget, interpret=row.interpret)
+        wanted, before = budget - end.above, jnp.int32(0)
+        for i, of_block in enumerate(blocks):
+            marks = [(key > end.key, key == end.key) for key, _ in of_block]
+            pairs = [
+                above.astype(jnp.int32) | (tied.astype(jnp.int32) << 16) for above, tied in marks
+            ]
+            own = functools.reduce(jnp.add, pairs)
+            befores = itertools.accumulate(
+                pairs[:-1], jnp.add, initial=before + jnp.cumsum(own) - own
+            )
+            for (_, place), (above, tied), pair in zip(of_block, marks, befores, strict=True):
+                above_before, ties_before = halves(pair)
+                picked = above | (tied & (ties_before < wanted))
+                at = above_before + jnp.minimum(ties_before, wanted)
+                row.store(out_ref, place(), at, mask=picked)
+            if i + 1 < len(blocks):
+                before += jnp.sum(own)
+        if least_ref is not None:
+            here = jnp.full(threads, row.b), jnp.full(threads, row.h)
+            plt.store(least_ref.at[here], end.key)
 
     @pl.when(count > tile)
     def pick_in_memory() -> None:
@@ -119,7 +154,7 @@ def _pick(
         pick(each)
 
 
-def pick_rows(*refs: Any, tile: int, needs_least: bool, interpret: bool) -> None:
+def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret: bool) -> None:
     """Lists one row's best contenders: which candidates are retrieved.
 
     Refs:
@@ -148,7 +183,7 @@ def pick_rows(*refs: Any, tile: int, needs_least: bool, interpret: bool) -> None
 
     @pl.when(budget > 0)
     def pick() -> None:
-        _pick(row, tuple(lists), prefix_ref, budget, (picked_ref, least_ref), tile)
+        _pick(row, tuple(lists), prefix_ref, budget, (picked_ref, least_ref), tile, threads)
 
 
 def limits(row: Row, starts_ref: Any, budget_ref: Any, rooms: tuple[int, int]) -> tuple[Any, Any]:

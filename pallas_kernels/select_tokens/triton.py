@@ -125,7 +125,12 @@ def _contenders(
             num_warps=max(1, block // 64),
         )
     lowest = rows.call(
-        functools.partial(estimate_threshold, sample=config.sample),
+        functools.partial(
+            estimate_threshold,
+            sample=config.sample,
+            threads=32 * config.sample_warps,
+            interpret=rows.interpret,
+        ),
         (log_mass, starts, budget, drawn),
         rows.of(dtype=jnp.uint32),
         1,
@@ -169,9 +174,15 @@ def _pick(
     needs_least: bool,
 ) -> tuple[Array, Array | None]:
     """The places of what is picked, rising, and the least key of these if it is needed."""
-    tile, interpret = config.tile, rows.interpret
+    pick = functools.partial(
+        pick_rows,
+        tile=config.tile,
+        threads=32 * config.pick_warps,
+        needs_least=needs_least,
+        interpret=rows.interpret,
+    )
     picked, *rest = rows.call(
-        functools.partial(pick_rows, tile=tile, needs_least=needs_least, interpret=interpret),
+        pick,
         (*lists, *ranked, budget),
         (
             rows.of(max_tokens),
