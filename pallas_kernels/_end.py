@@ -12,7 +12,7 @@ from pallas_kernels._bisect import ANY_PLACE, Each, cut
 from pallas_kernels._pairs import sum_pair
 from pallas_kernels._row import Row
 from pallas_kernels._search import last_key
-from pallas_kernels._split import Lists, Load
+from pallas_kernels._split import Lists, Load, places_of_threads
 
 # Contenders that `read_end` reads at once.
 READ_TILE = 1024
@@ -71,11 +71,7 @@ def find_end(
         for i, x in enumerate((key, last, jnp.int32(right))):
             row.store(lists.end, x, jnp.int32(i))
 
-    def add(keys: Any, weights: Any, places: Any, total: Any) -> Any:
-        return total + jnp.sum(weights)
-
-    contended = _by_blocks(_contenders(row, lists, listed), listed, tile)(add, jnp.int32(0))
-    right = (held < budget) & (budget <= held + contended)
+    right = (held < budget) & (budget <= held + row.load(lists.contended))
 
     def among_contenders(tile: int) -> None:
         elements = map(_contenders(row, lists, listed), places_of_threads(tile, threads))
@@ -118,21 +114,25 @@ def read_end(row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: i
     def add(keys: Any, weights: Any, places: Any, state: Any) -> Any:
         weights = jnp.where(_selects(key, last, keys, places), weights, 0)
         pair = weights, jnp.where(places < start, weights, 0)
-        numbers = sum_pair(*((x > 0).astype(jnp.int32) for x in pair))
-        sums = (*map(jnp.sum, pair), *numbers)
-        return tuple(x + y for x, y in zip(state, sums, strict=True))
+        numbers = [(x > 0).astype(jnp.int32) for x in pair]
+        return tuple(x + y for x, y in zip(state, (*pair, *numbers), strict=True))
+
+    def together(each: Each) -> Any:
+        # One sum over the threads for all blocks.
+        zeros = jnp.zeros(READ_TILE, jnp.int32)
+        return tuple(jnp.sum(x) for x in each(add, (zeros,) * 4))
 
     def among_contenders() -> Any:
         def of_sure(ref: Any) -> list[Any]:
             sure = row.load(ref, nth, mask=nth < chunks)
             return [jnp.sum(sure), jnp.sum(jnp.where(nth < part, sure, 0))]
 
-        start = of_sure(lists.held) + of_sure(lists.sure)
-        return _by_blocks(_contenders(row, lists, listed), listed, READ_TILE)(add, tuple(start))
+        sure = of_sure(lists.held) + of_sure(lists.sure)
+        found = together(_by_blocks(_contenders(row, lists, listed), listed, READ_TILE))
+        return tuple(x + y for x, y in zip(sure, found, strict=True))
 
     def among_all() -> Any:
-        zeros = (jnp.int32(0),) * 4
-        return _by_blocks(_everything(load, total), total, READ_TILE)(add, zeros)
+        return together(_by_blocks(_everything(load, total), total, READ_TILE))
 
     sums = lax.cond(right, among_contenders, among_all)
     weight, before_weight, count, before = sums
@@ -167,33 +167,18 @@ def _by_blocks(elements: Callable[..., Any], count: Any, tile: int) -> Each:
     return each
 
 
-def end_of_all(
-    row: Row,
-    part: Any,
-    load: Load,
-    total: Any,
-    budget: Any,
-    chunk: int,
-    tile: int,
-    threads: int,
-) -> End:
+def end_of_all(row: Row, part: Any, elements: list[Any], budget: Any, chunk: int) -> End:
     """The end of a row's selection, found in registers and by every program for itself.
 
     Args:
         row: whose elements.
         part: which chunk is the program's.
-        load: reads elements.
-        total: int32, the row's elements, at most `tile`.
+        elements: all of the row's: keys, weights and places, `[threads]` each.
         budget: int32, as for `find_end`.
         chunk: elements that are a program's.
-        tile: elements that are held in registers.
-        threads: of the program.
     """
-    elements = []
-    for place in places_of_threads(tile, threads):
-        elements.append((*load(place, place < total), place))
     key, last = _cut_in_registers(row, elements, budget)
-    zero = jnp.zeros(threads, jnp.int32)
+    zero = jnp.zeros_like(elements[0][-1])
     sums = [zero] * 4
     for keys, weights, place in elements:
         weights = jnp.where(_selects(key, last, keys, place), weights, 0)
@@ -233,8 +218,3 @@ def _cut_in_registers(row: Row, elements: list[Any], budget: Any) -> tuple[Any, 
     # Not the bare number: Triton's branches do not yield constants.
     every = jnp.maximum(ties, jnp.int32(ANY_PLACE))
     return jnp.max(end.key), lax.cond(ties > 1, among_ties, lambda: every)
-
-
-def places_of_threads(tile: int, threads: int) -> list[Any]:
-    """Which elements each thread has, one of each vector, of so many: `[threads]` int32 each."""
-    return [first + jnp.arange(threads) for first in range(0, tile, threads)]

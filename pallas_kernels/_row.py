@@ -61,14 +61,21 @@ class Row:
 
         return lax.fori_loop(0, self.blocks(count), of_block, state)
 
-    def search(self, ref: Any, size: int, value: Any, mask: Any) -> Any:
-        """The last i with ref[i] <= value, for each lane, in a rising list of `size`."""
+    def search(self, ref: Any, size: int, values: list[Any], masks: list[Any]) -> list[Any]:
+        """The last i with ref[i] <= value, for each lane, in a rising list of `size`.
 
-        def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
-            first, last = bounds
-            middle = (first + last + 1) >> 1
-            right = self.load(ref, middle, mask=mask) <= value
-            return jnp.where(right, middle, first), jnp.where(right, last, middle - 1)
+        Of several vectors at once, so that none waits for the reads of another.
+        """
 
-        bounds = jnp.zeros_like(value), jnp.full_like(value, size - 1)
+        def halve(_: Any, bounds: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+            firsts, lasts = bounds
+            middles = [(first + last + 1) >> 1 for first, last in zip(firsts, lasts, strict=True)]
+            read = [self.load(ref, x, mask=mask) for x, mask in zip(middles, masks, strict=True)]
+            right = [x <= value for x, value in zip(read, values, strict=True)]
+            return (
+                list(map(jnp.where, right, middles, firsts)),
+                list(map(jnp.where, right, lasts, [x - 1 for x in middles])),
+            )
+
+        bounds = [jnp.zeros_like(x) for x in values], [jnp.full_like(x, size - 1) for x in values]
         return lax.fori_loop(0, (size - 1).bit_length(), halve, bounds)[0]

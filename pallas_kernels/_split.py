@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels._row import Row
 from pallas_kernels._rows import Rows
@@ -35,7 +34,7 @@ class Lists(NamedTuple):
 
     Attributes:
         keys, places, weights: `[batch, kv_heads, elements]`, each row's contenders, in any order.
-        number: `[batch, kv_heads]`, how many there are.
+        number, contended: `[batch, kv_heads]`, how many there are, and their weights' sum.
         sure, held: `[batch, kv_heads, chunks]`, how many elements of each chunk are surely
             selected, and their weights' sum.
         end: `[batch, kv_heads, 4]`, the key and the last place of the selection's end (see `End`),
@@ -46,6 +45,7 @@ class Lists(NamedTuple):
     places: Any
     weights: Any
     number: Any
+    contended: Any
     sure: Any
     held: Any
     end: Any
@@ -54,37 +54,31 @@ class Lists(NamedTuple):
 def find_bracket(
     row: Row,
     bracket_ref: Any,
-    number_ref: Any,
-    load: Load,
-    total: Any,
+    counters: tuple[Any, Any],
+    load: Callable[[Any], tuple[Any, Any]],
+    total: int,
     budget: Any,
     sample: int,
     threads: int,
 ) -> None:
-    """Writes a row's bracket and resets the number of its contenders; one program a row.
+    """Writes a row's bracket and resets what its contenders are counted by; one program a row.
 
     Args:
         row: whose elements.
         bracket_ref: `[batch, kv_heads, 2]` uint32, out: what has a key under the first one is
             surely not selected, what has the second one or a larger one is.
-        number_ref: `Lists.number`, out.
-        load: reads elements.
-        total: int32, the row's elements.
+        counters: `Lists.number` and `Lists.contended`, out.
+        load: reads elements of the sample: keys and weights, as `Load`.
+        total: the row's elements.
         budget: int32, what the selected elements should weigh.
-        sample: how many elements, spread over the row, set it.
+        sample: how many elements set it, each `sample_stride`-th of the row.
         threads: of the program.
     """
-    row.store(number_ref, jnp.int32(0))
-    stride = lax.div(total + (sample - 1), jnp.int32(sample))
-    keys, weights = [], []
-    for nth in range(0, sample, threads):
-        # The middle of each stride.
-        at = stride * (nth + jnp.arange(threads)) + (stride >> 1)
-        key, weight = load(at, at < total)
-        keys.append(key)
-        weights.append(jnp.where(at < total, weight, 0))
+    for ref in counters:
+        row.store(ref, jnp.int32(0))
+    keys, weights = zip(*(load(i) for i in places_of_threads(sample, threads)), strict=True)
     heaviest = jnp.max(functools.reduce(jnp.maximum, weights)).astype(jnp.float32)
-    rank = budget.astype(jnp.float32) / jnp.maximum(stride, 1).astype(jnp.float32)
+    rank = budget.astype(jnp.float32) / sample_stride(total, sample)
     # The variance of a sum of so many weights is the sum of their squares, as a rule.
     each = [weight.astype(jnp.float32) for weight in weights]
     held = jnp.sum(functools.reduce(jnp.add, each))
@@ -102,6 +96,16 @@ def find_bracket(
     upper = jnp.where(least > 0, find(least) + jnp.uint32(2**FINE), jnp.uint32(2**32 - 1))
     for i, key in enumerate((lower, upper)):
         row.store(bracket_ref, key, jnp.full(threads, i))
+
+
+def sample_stride(total: int, sample: int) -> int:
+    """How far apart the elements of a sample are; it has the middle one of each stride."""
+    return max(1, -(-total // sample))
+
+
+def places_of_threads(tile: int, threads: int) -> list[Any]:
+    """Which elements each thread has, one of each vector, of so many: `[threads]` int32 each."""
+    return [first + jnp.arange(threads) for first in range(0, tile, threads)]
 
 
 def split(
@@ -127,6 +131,7 @@ def split(
     number = contends.astype(jnp.int32)
     # In which order the programs come is left to chance, and makes no difference.
     at = jnp.cumsum(number) - number + row.add(lists.number, jnp.sum(number))
+    row.add(lists.contended, jnp.sum(jnp.where(contends, weights, 0)))
     row.store(lists.keys, keys, at, mask=contends)
     row.store(lists.places, place, at, mask=contends)
     row.store(lists.weights, weights, at, mask=contends)
@@ -141,6 +146,7 @@ def list_shapes(rows: Rows, elements: int, chunks: int) -> Lists:
         places=rows.of(elements),
         weights=rows.of(elements),
         number=rows.of(),
+        contended=rows.of(),
         sure=rows.of(chunks),
         held=rows.of(chunks),
         end=rows.of(4),

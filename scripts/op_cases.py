@@ -13,7 +13,6 @@ from jax import Array
 
 import pallas_kernels as ops
 from pallas_kernels._dispatch import Implementation
-from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.select_tokens import RowTable
 from pallas_kernels.specs import StepShape
 from pallas_kernels.testing import StepInputs, make_step
@@ -225,14 +224,18 @@ class StepBench:
         def call(layer: Array, x: StepInputs, state: Any) -> tuple[Any, Any]:
             table, cache_rows = state
             query = _anew(x.query, layer)
-            scores = run("score_clusters", query, x.centroids, x.offsets, layer, scale=shape.scale)
+            *scores, rotated = run(
+                *("score_clusters", query, x.centroids, x.offsets, layer),
+                scale=shape.scale,
+                rotated=True,
+            )
             chosen = run(
                 *("select_clusters", *scores, x.offsets, layer, x.candidate_budget),
                 max_candidates=shape.max_candidates,
             )
             log_mass = run(
                 "score_tokens",
-                rotate(query),
+                rotated,
                 *scores,
                 chosen,
                 *(x.offsets, x.codes, x.scales, layer),
@@ -250,13 +253,13 @@ class StepBench:
             zones = run(
                 "attend_zones",
                 *(query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
-                *(retrieved.tokens, retrieved.slots, retrieved.hit, scores.logits, x.value_sums),
+                *(retrieved.tokens, retrieved.slots, retrieved.hit, scores[0], x.value_sums),
                 *(x.offsets, retrieved.remaining, layer),
                 scale=shape.scale,
             )
-            output, _ = run("merge_states", zones.outputs, zones.logsumexps)
+            output, _ = run("merge_states", zones.outputs, zones.logsumexps, dtype=query.dtype)
             counts = (retrieved.hits, retrieved.misses)
-            return (output.astype(query.dtype), *counts), (retrieved.table, zones.cache_rows)
+            return (output, *counts), (retrieved.table, zones.cache_rows)
 
         moved = self.case("score_clusters").bytes + self.zone_bytes()
         moved += shape.rows * shape.candidates * (4 * x.codes.shape[-1] + x.scales.dtype.itemsize)

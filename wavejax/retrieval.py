@@ -33,7 +33,8 @@ def retrieve(
     Args:
         config: the settings.
         query: one decode step's queries, grouped by the kv head that they share.
-        scores: of the clusters, from `score_clusters`; with `min_token_mass`, `of_all_tokens`.
+        scores: of the clusters, from `score_clusters`, best with the rotated query; with
+            `min_token_mass`, `of_all_tokens`.
         wave: the index.
         table: the row cache's.
         layer: which layer.
@@ -45,7 +46,7 @@ def retrieve(
     """
     chosen = choose_clusters(config, scores, wave, layer)
     log_mass = ops.score_tokens(
-        rotate(query),
+        rotate(query) if scores.rotated is None else scores.rotated,
         scores.logits,
         scores.logsumexp,
         chosen,
@@ -97,7 +98,8 @@ def choose_clusters(
 ) -> Candidates:
     """The best clusters, whose tokens are the candidates."""
     return ops.select_clusters(
-        *scores,
+        scores.logits,
+        scores.logsumexp,
         wave.offsets,
         layer,
         budgets(config, wave.tokens)[1],
@@ -151,7 +153,9 @@ def to_estimate(
         return jnp.zeros_like(retrieved.remaining)
     budget = budgets(config, wave.tokens)[0] + _share(fraction, wave.tokens)
     # Only whether a cluster is selected is asked: no room is needed for a list.
-    near = ops.select_clusters(*scores, wave.offsets, layer, budget, max_candidates=1)
+    near = ops.select_clusters(
+        scores.logits, scores.logsumexp, wave.offsets, layer, budget, max_candidates=1
+    )
     return jnp.where(near.selected, retrieved.remaining, 0)
 
 

@@ -254,11 +254,11 @@ def _finish(
         jnp.concatenate([all_else, part[None]])
         for all_else, part in zip(zones[:2], missed, strict=True)
     )
-    output, _ = ops.merge_states(*parts)
+    output, _ = ops.merge_states(*parts, dtype=query.dtype)
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     cached = wave.cache.rows.at[layer, b, h, slots].set(block, mode="drop")
     wave = dataclasses.replace(wave, cache=dataclasses.replace(wave.cache, rows=cached))
-    output = output.astype(query.dtype).reshape(batch, 1, -1, query.shape[-1])
+    output = output.reshape(batch, 1, -1, query.shape[-1])
     return decoder.leave_layer(model, decoder.pick_layer(params, layer), hidden, output), wave
 
 

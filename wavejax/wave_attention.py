@@ -209,8 +209,8 @@ class WaveAttention:
         `advance` after the last one."""
         selection, state = self.select(layer, query, key, value, state)
         zones, state = self.attend(layer, selection, state)
-        output, _ = ops.merge_states(zones.outputs, zones.logsumexps)
-        return output.astype(query.dtype).reshape(query.shape), state
+        output, _ = ops.merge_states(zones.outputs, zones.logsumexps, dtype=query.dtype)
+        return output.reshape(query.shape), state
 
     def select(
         self,
@@ -228,7 +228,14 @@ class WaveAttention:
         state = dataclasses.replace(state, steady=buffer.push_rows(state.steady, layer, rows))
         wave, cache = state.index, state.cache
 
-        scores = ops.score_clusters(grouped, wave.centroids, wave.offsets, layer, scale=scale)
+        scores = ops.score_clusters(
+            grouped,
+            wave.centroids,
+            wave.offsets,
+            layer,
+            scale=scale,
+            rotated=wave.codes is not None,
+        )
         retrieved = self.retrieve(layer, grouped, scores, state)
         estimated = retrieval.to_estimate(self.config, scores, retrieved, wave, layer)
         cache = RowCache(cache.rows, retrieved.table)

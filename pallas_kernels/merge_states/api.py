@@ -1,5 +1,7 @@
 """Public function of the op `merge_states`."""
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import _dispatch
@@ -11,6 +13,7 @@ def merge_states(
     outputs: Float[Array, "parts batch kv_heads group head_dim"],
     logsumexps: Float[Array, "parts batch kv_heads group"],
     *,
+    dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> tuple[
     Float[Array, "batch kv_heads group head_dim"],
@@ -22,9 +25,11 @@ def merge_states(
         outputs: float32, each part's softmax-weighted mean of values.
         logsumexps: float32, each part's log of the sum of exponentials; about -1e30 for a part
             with nothing in it, whose output is not read.
+        dtype: of the union's output.
 
     Returns:
-        output, logsumexp: float32, of the union; zeros and about -1e30 where all parts are empty.
+        output, logsumexp: in `dtype` and float32, of the union; zeros and about -1e30 where all
+            parts are empty.
     """
     return _dispatch.call(
         "merge_states",
@@ -32,4 +37,5 @@ def merge_states(
         {"xla": reference.merge_states, "triton": triton.merge_states},
         outputs,
         logsumexps,
+        dtype=dtype,
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 
 from pallas_kernels import _pallas, _tuning
 from pallas_kernels._numerics import MASKED, log_sum_exp
@@ -39,6 +40,7 @@ def merge_states(
     outputs: Array,
     logsumexps: Array,
     *,
+    dtype: DTypeLike = jnp.float32,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
@@ -93,14 +95,14 @@ def merge_states(
             merged = step(jnp.int32(0), start)
         else:
             merged = lax.fori_loop(0, pl.cdiv(parts, tile), step, start)
-        plt.store(output.at[*at, d], merged, mask=d < head_dim)
+        plt.store(output.at[*at, d], merged.astype(dtype), mask=d < head_dim)
         logsumexp[*at] = total
 
     output, logsumexp = _pallas.call(
         kernel,
         [outputs, logsumexps],
         (
-            jax.ShapeDtypeStruct(outputs.shape[1:], jnp.float32),
+            jax.ShapeDtypeStruct(outputs.shape[1:], dtype),
             jax.ShapeDtypeStruct(logsumexps.shape[1:], jnp.float32),
         ),
         (pl.cdiv(head_dim, dims), batch * kv_heads * group),

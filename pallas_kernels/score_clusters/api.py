@@ -15,6 +15,7 @@ def score_clusters(
     layer: Int[Array, ""] | int,
     *,
     scale: float,
+    rotated: bool = False,
     implementation: Implementation | None = None,
 ) -> ClusterScores:
     """Scores every cluster's centroid for every query head (RetroInfer, section 4.2).
@@ -26,6 +27,8 @@ def score_clusters(
             use have none.
         layer: which layer of the stacks.
         scale: multiplies every product; 1/sqrt(head_dim) for most models.
+        rotated: rotate the query too, as `score_tokens` wants it. On a GPU that takes no time of
+            its own: programs of the same kernel do it beside the others.
         implementation: see `pallas_kernels._dispatch.call`.
     """
     return _dispatch.call(
@@ -37,4 +40,5 @@ def score_clusters(
         offsets,
         layer,
         scale=scale,
+        rotated=rotated,
     )

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels._numerics import MASKED, log_count, log_sum_exp
+from pallas_kernels.encode_tokens.reference import rotate
+from pallas_kernels.score_tokens._query import PackedQuery
 
 
 class ClusterScores(NamedTuple):
@@ -17,14 +19,22 @@ class ClusterScores(NamedTuple):
         logsumexp: `[batch, kv_heads, group]` float32, log of the sum over clusters of
             size * exp(logit): what normalises one query head's masses. About -1e30 where there
             are no clusters.
+        rotated: the query as `score_tokens` takes it; None if it was not asked for.
     """
 
     logits: Array
     logsumexp: Array
+    rotated: Array | PackedQuery | None = None
 
 
 def score_clusters(
-    query: Array, centroids: Array, offsets: Array, layer: Array | int, *, scale: float
+    query: Array,
+    centroids: Array,
+    offsets: Array,
+    layer: Array | int,
+    *,
+    scale: float,
+    rotated: bool = False,
 ) -> ClusterScores:
     """See `pallas_kernels.score_clusters`."""
     sizes = jnp.diff(offsets[layer], axis=-1)[:, :, None, :]
@@ -32,4 +42,5 @@ def score_clusters(
         "bhgd,bhcd->bhgc", query, centroids[layer], preferred_element_type=jnp.float32
     )
     logits = jnp.where(sizes > 0, logits, MASKED)
-    return ClusterScores(logits, log_sum_exp(logits + log_count(sizes), axis=-1))
+    logsumexp = log_sum_exp(logits + log_count(sizes), axis=-1)
+    return ClusterScores(logits, logsumexp, rotate(query) if rotated else None)

@@ -12,7 +12,14 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas, _tuning
 from pallas_kernels._numerics import MASKED, log_sum_exp
+from pallas_kernels.encode_tokens.reference import rotate
 from pallas_kernels.score_clusters.reference import ClusterScores
+from pallas_kernels.score_tokens._query import (
+    PackedQuery,
+    packed_shapes,
+    rotate_and_pack,
+    rotations,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +54,35 @@ def _kernel(
     centroids_ref: Any,
     offsets_ref: Any,
     layer_ref: Any,
+    rotations_ref: Any,
     logits_ref: Any,
     partial_ref: Any,
-    *,
+    *packed_refs: Any,
     scale: float,
     config: Config,
 ) -> None:
+    kv_heads = query_ref.shape[1]
+    part, row = pl.program_id(0), pl.program_id(1)
+    refs = query_ref, centroids_ref, offsets_ref, layer_ref, logits_ref, partial_ref
+    if rotations_ref is None:
+        _score(refs, part, row, scale=scale, config=config)
+        return
+
+    # First, since it takes longer to begin than the others.
+    @pl.when(part == 0)
+    def turn() -> None:
+        at = row // kv_heads, row % kv_heads
+        packed = PackedQuery(*packed_refs)
+        rotate_and_pack(query_ref, rotations_ref, packed, *at, scale=scale)
+
+    pl.when(part > 0)(lambda: _score(refs, part - 1, row, scale=scale, config=config))
+
+
+def _score(refs: tuple[Any, ...], part: Any, row: Any, *, scale: float, config: Config) -> None:
+    """Scores a run of a row's clusters."""
+    query_ref, centroids_ref, offsets_ref, layer_ref, logits_ref, partial_ref = refs
     _, kv_heads, group, head_dim = query_ref.shape
     clusters = centroids_ref.shape[3]
-    part, row = pl.program_id(0), pl.program_id(1)
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
     g = jnp.arange(_pallas.DOT_TILE)[:, None]
     dim = jnp.arange(_pallas.tile(head_dim))
@@ -114,6 +141,7 @@ def score_clusters(
     layer: Array | int,
     *,
     scale: float,
+    rotated: bool = False,
     config: Config | None = None,
     interpret: bool = False,
 ) -> ClusterScores:
@@ -137,19 +165,29 @@ def score_clusters(
     )
     parts = pl.cdiv(clusters, config.block * config.blocks)
     heads = (batch, kv_heads, group)
-    logits, partial = _pallas.call(
+    # As `score_tokens` multiplies codes: with float32 scales it takes the query as it is.
+    packs = rotated and dtype != "float32" and query.dtype != jnp.float32 and _pallas.on_cuda()
+    shapes = packed_shapes(*query.shape) if packs else ()
+    logits, partial, *packed = _pallas.call(
         functools.partial(_kernel, scale=scale, config=config),
-        (query.astype(centroids.dtype), centroids, offsets, _pallas.scalar(layer)),
+        (
+            *(query.astype(centroids.dtype), centroids, offsets, _pallas.scalar(layer)),
+            jnp.asarray(rotations(head_dim)) if packs else None,
+        ),
         (
             jax.ShapeDtypeStruct((*heads, clusters), jnp.float32),
             jax.ShapeDtypeStruct((*heads, parts), jnp.float32),
+            *shapes,
         ),
-        (parts, rows),
+        (parts + packs, rows),
         name="score_clusters",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
     )
+    turned: Array | PackedQuery | None = PackedQuery(*packed) if packs else None
+    if rotated and not packs:
+        turned = rotate(query)
     # One kernel, where XLA would make three of it.
     logsumexp = _pallas.call(
         _combine,
@@ -160,4 +198,4 @@ def score_clusters(
         num_warps=1,
         interpret=interpret,
     )
-    return ClusterScores(logits, logsumexp)
+    return ClusterScores(logits, logsumexp, turned)

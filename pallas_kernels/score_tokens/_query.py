@@ -1,9 +1,12 @@
 """The rotated query in the forms that the kernels multiply codes with."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -11,7 +14,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import _pallas
 from pallas_kernels._numerics import LOG2_E, NO_ID
 from pallas_kernels._warp import LANES, QUAD
-from pallas_kernels.encode_tokens.reference import WORD_BITS
+from pallas_kernels.encode_tokens.reference import WORD_BITS, rotation
 
 # How many of a word's bits lie in each of its four bytes.
 BYTE = 8
@@ -23,8 +26,8 @@ PHASES = BYTE // 2
 ROUND, WORDS = 8, QUAD
 
 
-def pack(query: Array, *, scale: float, interpret: bool = False) -> tuple[Array, Array, Array]:
-    """The query in int8, as the right operands of the matrix units' products with codes.
+class PackedQuery(NamedTuple):
+    """The rotated query in int8, as the right operands of the matrix units' products with codes.
 
     Bit k + 8 i of a code's word w belongs to dimension 32 w + k + 8 i: shifted by k and masked to
     the lowest bit of each byte, the word is four bits that are multiplied with four int8. A
@@ -32,11 +35,7 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> tuple[Array,
     own. A lane gets columns 2 c and 2 c + 1 of it: head c of the round is column 2 c, head 4 + c
     is 2 c + 1.
 
-    Args:
-        query: `[batch, kv_heads, group, head_dim]`.
-        scale: multiplies every product of query and key.
-
-    Returns:
+    Attributes:
         fragments: `[batch, kv_heads, ceil(group / 8), ceil(words / 4), 4, 2, 32]` int32: for every
             eight heads, four words, phase and k what each lane of a warp holds of the operand, four
             int8: lane 4 n + t has column n's for word t. Zero past the group and the head dim.
@@ -44,51 +43,141 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> tuple[Array,
             grows by its code's scale times (factor * product - shift), `product` being the
             sum of the int8 query over the code's set bits.
     """
-    batch, kv_heads, group, head_dim = query.shape
-    heads = (batch, kv_heads, group)
+
+    fragments: Any
+    factors: Any
+    shifts: Any
+
+
+def packed_shapes(batch: int, kv_heads: int, group: int, head_dim: int) -> PackedQuery:
+    """The arrays' shapes, as `jax.ShapeDtypeStruct`."""
     rounds, fours = pl.cdiv(group, ROUND), pl.cdiv(head_dim, WORDS * WORD_BITS)
+    heads = (batch, kv_heads, group)
+    return PackedQuery(
+        jax.ShapeDtypeStruct((*heads[:2], rounds, fours, PHASES, 2, LANES), jnp.int32),
+        jax.ShapeDtypeStruct(heads, jnp.float32),
+        jax.ShapeDtypeStruct(heads, jnp.float32),
+    )
 
-    def kernel(query_ref: Any, fragments_ref: Any, factors_ref: Any, shifts_ref: Any) -> None:
-        b, h, g = _pallas.head_of(pl.program_id(0), kv_heads, ROUND * rounds)
-        exists = g < group
-        nth = jnp.arange(BYTE * WORDS * fours)
-        k, w = nth % BYTE, nth // BYTE
+
+def dimensions(head_dim: int, arange: Callable[[int], Any] = jnp.arange) -> list[Any]:
+    """The dimensions that a word's four bytes are of: four of `[words * 8]`, by word and bit."""
+    nth = arange(BYTE * WORDS * pl.cdiv(head_dim, WORDS * WORD_BITS))
+    return [WORD_BITS * (nth // BYTE) + BYTE * i + nth % BYTE for i in range(4)]
+
+
+def write_packed(parts: list[Any], refs: PackedQuery, b: Any, h: Any, *, scale: float) -> None:
+    """Packs the rotated query of one kv head; all threads of a program together.
+
+    Args:
+        parts: of the dimensions of `dimensions` the query, `[16, words * 8]` float32 each; zero
+            past the group and the head dim.
+        refs: what is written.
+        b, h: sequence and kv head.
+        scale: multiplies every product of query and key.
+    """
+    group, rounds = refs.factors.shape[-1], refs.fragments.shape[2]
+    g = jnp.arange(_pallas.MAX_GROUP)
+    largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, parts)), axis=1)
+    step = jnp.maximum(largest, 1e-30) / 127
+    # To the nearest: a conversion alone would cut off what is behind the point.
+    whole = [jnp.floor(part / step[:, None] + 0.5).astype(jnp.int32) for part in parts]
+    total = jnp.sum(functools.reduce(jnp.add, whole), axis=1)
+    packed = functools.reduce(jnp.bitwise_or, ((x & 0xFF) << (8 * i) for i, x in enumerate(whole)))
+    nth = jnp.arange(packed.shape[1])
+    k, w = nth % BYTE, nth // BYTE
+    column = 2 * (g % QUAD) + g % ROUND // QUAD
+    lane = QUAD * column[:, None] + (w % WORDS)[None, :]
+    exists = g < ROUND * rounds
+    r = jnp.where(exists, g // ROUND, NO_ID)[:, None]
+    at = (r, (w // WORDS)[None, :], (k % PHASES)[None, :], (k // PHASES)[None, :], lane)
+    mask = jnp.broadcast_to(exists[:, None], packed.shape)
+    plt.store(refs.fragments.at[b, h, *at], packed, mask=mask)
+    unit = (scale * LOG2_E) * step
+    head = (b, h, jnp.where(g < group, g, NO_ID))
+    plt.store(refs.factors.at[head], 2 * unit, mask=g < group)
+    plt.store(refs.shifts.at[head], unit * total.astype(jnp.float32), mask=g < group)
+
+
+def pack(query: Array, *, scale: float, interpret: bool = False) -> PackedQuery:
+    """Packs a rotated query.
+
+    Args:
+        query: `[batch, kv_heads, group, head_dim]`.
+        scale: multiplies every product of query and key.
+        interpret: see `_pallas.call`.
+    """
+    batch, kv_heads, group, head_dim = query.shape
+
+    def kernel(query_ref: Any, *refs: Any) -> None:
+        b, h = pl.program_id(0) // kv_heads, pl.program_id(0) % kv_heads
+        g = jnp.arange(_pallas.MAX_GROUP)[:, None]
         parts = []
-        for i in range(4):
-            dim = WORD_BITS * w + BYTE * i + k
-            part = plt.load(query_ref.at[b, h, g, dim], mask=exists & (dim < head_dim), other=0)
+        for dim in dimensions(head_dim):
+            exists = (g < group) & (dim < head_dim)[None, :]
+            part = plt.load(query_ref.at[b, h, g, dim[None, :]], mask=exists, other=0)
             parts.append(part.astype(jnp.float32))
-        peaks = [jnp.max(jnp.abs(part)) for part in parts]
-        largest = jnp.maximum(jnp.maximum(peaks[0], peaks[1]), jnp.maximum(peaks[2], peaks[3]))
-        step = jnp.maximum(largest, 1e-30) / 127
-        packed, total = jnp.zeros(nth.shape, jnp.int32), jnp.int32(0)
-        for i, part in enumerate(parts):
-            # To the nearest: a conversion alone would cut off what is behind the point.
-            whole = jnp.floor(part / step + 0.5).astype(jnp.int32)
-            total += jnp.sum(whole)
-            packed |= (whole & 0xFF) << (8 * i)
-        column = 2 * (g % QUAD) + g % ROUND // QUAD
-        at = (g // ROUND, w // WORDS, k % PHASES, k // PHASES, QUAD * column + w % WORDS)
-        plt.store(fragments_ref.at[b, h, *at], packed)
-        unit = (scale * LOG2_E) * step
-        head = (b, h, jnp.where(exists, g, NO_ID))
-        plt.store(factors_ref.at[head], 2 * unit, mask=exists)
-        plt.store(shifts_ref.at[head], unit * total.astype(jnp.float32), mask=exists)
+        write_packed(parts, PackedQuery(*refs), b, h, scale=scale)
 
-    fragments, factors, shifts = _pallas.call(
+    packed: PackedQuery = _pallas.call(
         kernel,
         (query,),
-        (
-            jax.ShapeDtypeStruct((*heads[:2], rounds, fours, PHASES, 2, LANES), jnp.int32),
-            jax.ShapeDtypeStruct(heads, jnp.float32),
-            jax.ShapeDtypeStruct(heads, jnp.float32),
-        ),
-        (batch * kv_heads * ROUND * rounds,),
+        packed_shapes(batch, kv_heads, group, head_dim),
+        (batch * kv_heads,),
         name="pack_query",
-        num_warps=1,
+        num_warps=4,
         interpret=interpret,
     )
-    return fragments, factors, shifts
+    return packed
+
+
+@functools.cache
+def rotations(head_dim: int) -> np.ndarray:
+    """The rotation's rows by the bytes that they end in: `[2, 4, head_dim, words * 8]` bfloat16.
+
+    As a sum of two parts, which hold 16 bits of a float32.
+    """
+    matrix, tables = rotation(head_dim), []
+    for dim in dimensions(head_dim, np.arange):
+        rows = matrix[np.minimum(dim, head_dim - 1)]
+        tables.append(np.where(dim[:, None] < head_dim, rows, 0).T)
+    exact = np.stack(tables)
+    first = exact.astype(jnp.bfloat16)
+    return np.stack([first, (exact - first.astype(np.float32)).astype(jnp.bfloat16)])
+
+
+def rotate_and_pack(
+    query_ref: Any, rotations_ref: Any, refs: PackedQuery, b: Any, h: Any, *, scale: float
+) -> None:
+    """Rotates and packs the query of one kv head; all threads of a program together.
+
+    Args:
+        query_ref: `[batch, kv_heads, group, head_dim]` bfloat16 or float16.
+        rotations_ref: `rotations`.
+        refs: what is written.
+        b, h: sequence and kv head.
+        scale: multiplies every product of query and key.
+    """
+    group, head_dim = query_ref.shape[2:]
+    g, d = jnp.arange(_pallas.MAX_GROUP)[:, None], jnp.arange(_pallas.tile(head_dim))
+    exists = (g < group) & (d < head_dim)[None, :]
+    query = plt.load(query_ref.at[b, h, g, d[None, :]], mask=exists, other=0)
+    halves = [query]
+    if query.dtype != jnp.bfloat16:
+        halves = _pallas.split_bfloat16(query.astype(jnp.float32), 2)
+    n = jnp.arange(rotations_ref.shape[-1])[None, :]
+    mask = jnp.broadcast_to((d < head_dim)[:, None], (d.size, n.size))
+    parts = []
+    for i in range(4):
+        tables = [
+            plt.load(
+                rotations_ref.at[jnp.int32(j), jnp.int32(i), d[:, None], n], mask=mask, other=0
+            )
+            for j in range(2)
+        ]
+        products = (_pallas.dot(half, table) for table in tables for half in halves)
+        parts.append(functools.reduce(jnp.add, products))
+    write_packed(parts, refs, b, h, scale=scale)
 
 
 def split(query: Array) -> Array:

@@ -5,11 +5,12 @@ from jaxtyping import Array, Float, Int, UInt32
 from pallas_kernels import _dispatch
 from pallas_kernels._dispatch import Implementation
 from pallas_kernels.score_tokens import reference, triton
+from pallas_kernels.score_tokens._query import PackedQuery
 from pallas_kernels.select_clusters.reference import Candidates
 
 
 def score_tokens(
-    rotated_query: Float[Array, "batch kv_heads group head_dim"],
+    rotated_query: Float[Array, "batch kv_heads group head_dim"] | PackedQuery,
     logits: Float[Array, "batch kv_heads group clusters"],
     logsumexp: Float[Array, "batch kv_heads group"],
     candidates: Candidates,
@@ -30,7 +31,8 @@ def score_tokens(
     logsumexp), summed over the query heads that share the kv head.
 
     Args:
-        rotated_query: R q, with the rotation that the codes were made with.
+        rotated_query: R q, with the rotation that the codes were made with; or what
+            `score_clusters` makes of it with `rotated=True`.
         logits, logsumexp: from `score_clusters`.
         candidates: from `select_clusters`.
         offsets: as in `score_clusters`.

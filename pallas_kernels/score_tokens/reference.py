@@ -6,6 +6,7 @@ from jax import Array, lax
 
 from pallas_kernels._numerics import MASKED, NO_ID, log_sum_exp
 from pallas_kernels.encode_tokens.reference import unpack_signs
+from pallas_kernels.score_tokens._query import PackedQuery
 from pallas_kernels.select_clusters.reference import Candidates
 
 
@@ -39,7 +40,7 @@ def list_members(
 
 
 def score_tokens(
-    rotated_query: Array,
+    rotated_query: Array | PackedQuery,
     logits: Array,
     logsumexp: Array,
     candidates: Candidates,
@@ -51,7 +52,13 @@ def score_tokens(
     scale: float,
     max_candidates: int,
 ) -> Array:
-    """See `pallas_kernels.score_tokens`."""
+    """See `pallas_kernels.score_tokens`.
+
+    Raises:
+        NotImplementedError: for a packed query.
+    """
+    if isinstance(rotated_query, PackedQuery):
+        raise NotImplementedError("score_tokens: in plain JAX the query is not packed; rotate it")
     batch, kv_heads, _, num_clusters = logits.shape
     positions, clusters = list_members(candidates, offsets[layer], max_candidates)
     safe_cluster = jnp.minimum(clusters, num_clusters - 1)

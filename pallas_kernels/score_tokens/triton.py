@@ -12,8 +12,10 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas, _tuning
 from pallas_kernels._numerics import MASKED
+from pallas_kernels.encode_tokens.reference import WORD_BITS
 from pallas_kernels.score_tokens import _by_floats, _by_integers, _query
 from pallas_kernels.score_tokens._members import Members
+from pallas_kernels.score_tokens._query import PackedQuery
 from pallas_kernels.select_clusters.reference import Candidates
 
 
@@ -118,7 +120,7 @@ def _kernel(
 
 
 def score_tokens(
-    rotated_query: Array,
+    rotated_query: Array | PackedQuery,
     logits: Array,
     logsumexp: Array,
     candidates: Candidates,
@@ -136,13 +138,21 @@ def score_tokens(
 
     Raises:
         NotImplementedError: for head dims and groups that the kernel is not made for.
-        ValueError: the config's block is none of what `Config` says.
+        ValueError: the config's block is none of what `Config` says, or a packed query meets a
+            config without integers.
     """
-    batch, kv_heads, group, head_dim = rotated_query.shape
-    _pallas.check_heads("score_tokens", group, head_dim, rotated_query.dtype)
+    batch, kv_heads, group, _ = logits.shape
+    packed = isinstance(rotated_query, PackedQuery)
+    # A packed query does not say its head dim; any from the codes' last word takes the same.
+    head_dim = WORD_BITS * codes.shape[-1] if packed and codes is not None else 0
+    if not isinstance(rotated_query, PackedQuery):
+        head_dim = rotated_query.shape[-1]
+        _pallas.check_heads("score_tokens", group, head_dim, rotated_query.dtype)
     if codes is not None and scales is None:
         raise NotImplementedError("score_tokens: codes without scales")
     dtype = jnp.dtype(jnp.float32 if scales is None else scales.dtype).name
+    if packed:
+        dtype = jnp.dtype(jnp.bfloat16).name
     config = config or _tuning.config(
         "score_tokens",
         heuristic(batch * kv_heads, max_candidates, dtype),
@@ -157,8 +167,12 @@ def score_tokens(
             f"score_tokens: a block of {config.block} candidates is no multiple of "
             f"{config.threads} threads; give one, or integers=False"
         )
+    if packed and not config.integers:
+        raise ValueError("score_tokens: a packed query is of integers, the config has none")
     if codes is None:
         query: tuple[Any, Any, Any] = (None, None, None)
+    elif isinstance(rotated_query, PackedQuery):
+        query = rotated_query
     elif config.integers:
         query = _query.pack(rotated_query, scale=scale, interpret=interpret)
     else:

@@ -14,7 +14,14 @@ from pallas_kernels._end import end_of_all, find_end, read_end
 from pallas_kernels._numerics import NO_ID, ordered_bits
 from pallas_kernels._row import Row
 from pallas_kernels._rows import Rows
-from pallas_kernels._split import Lists, find_bracket, list_shapes, split
+from pallas_kernels._split import (
+    Lists,
+    find_bracket,
+    list_shapes,
+    places_of_threads,
+    sample_stride,
+    split,
+)
 from pallas_kernels.select_clusters.reference import GRANULE, Candidates
 
 
@@ -69,7 +76,7 @@ def heuristic(rows: int, clusters: int) -> Config:
 
 def _rank(*refs: Any, config: Config) -> None:
     """Keys in the order of group mass, and sizes; both zero for a cluster without members."""
-    logits_ref, logsumexp_ref, offsets_ref, layer_ref, keys_ref, sizes_ref = refs
+    logits_ref, logsumexp_ref, offsets_ref, layer_ref, keys_ref, sizes_ref, *sampled = refs
     _, kv_heads, group, clusters = logits_ref.shape
     part, row = pl.program_id(0), pl.program_id(1)
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
@@ -86,9 +93,17 @@ def _rank(*refs: Any, config: Config) -> None:
         peak = jnp.maximum(peak, heads[-1])
     mass = sum(jnp.exp(x - peak) for x in heads)
     keys = ordered_bits(peak + jnp.log(mass))
+    keys = jnp.where(sizes > 0, keys, 0)
     # The arrays are padded to whole programs, so that no store of theirs needs a mask.
-    plt.store(keys_ref.at[b, h, c], jnp.where(sizes > 0, keys, 0))
+    plt.store(keys_ref.at[b, h, c], keys)
     plt.store(sizes_ref.at[b, h, c], sizes)
+    if sampled:
+        # Here they are at hand; one program alone waits long for so many scattered reads.
+        stride = sample_stride(clusters, config.sample)
+        drawn = exists & (c % stride == stride // 2)
+        at = (b, h, jnp.where(drawn, c // stride, NO_ID))
+        for ref, x in zip(sampled, (keys, sizes), strict=True):
+            plt.store(ref.at[at], x, mask=drawn)
 
 
 class _Ranked:
@@ -105,6 +120,10 @@ class _Ranked:
         first = jnp.minimum(jnp.int32(cluster), self.clusters)
         return self.row.load(self.offsets, first, stacked=True) == self.tokens
 
+    def element(self, c: Any) -> tuple[Any, Any, Any]:
+        """Clusters' keys, weights and places."""
+        return *self.load(c, c < self.clusters), c
+
     def load(self, c: Any, exists: Any) -> tuple[Any, Any]:
         exists = exists & (c < self.clusters)
         return self.row.load(self.keys, c, mask=exists), self.row.load(self.sizes, c, mask=exists)
@@ -117,17 +136,22 @@ def _row_of(refs: Any, interpret: bool) -> tuple[Row, _Ranked, Any]:
 
 
 def _bracket(*refs: Any, config: Config, interpret: bool) -> None:
-    row, ranked, (bracket_ref, number_ref) = _row_of(refs, interpret)
-    find_bracket(
-        *(row, bracket_ref, number_ref, ranked.load, ranked.clusters, ranked.budget),
-        *(config.sample, 32 * config.num_warps),
-    )
+    row, ranked, refs = _row_of(refs, interpret)
+    keys_ref, sizes_ref, bracket_ref, *counters = refs
+    clusters = ranked.offsets.shape[-1] - 1
+    stride = sample_stride(clusters, config.sample)
+
+    def load(i: Any) -> tuple[Any, Any]:
+        exists = stride * i + stride // 2 < clusters
+        return row.load(keys_ref, i, mask=exists), row.load(sizes_ref, i, mask=exists)
+
+    sizes = config.sample, 32 * config.num_warps
+    find_bracket(row, bracket_ref, tuple(counters), load, clusters, ranked.budget, *sizes)
 
 
 def _split(*refs: Any, config: Config, interpret: bool) -> None:
-    row, ranked, (bracket_ref, _, *lists) = _row_of(refs, interpret)
-    keys, places, weights, number, sure, held = lists
-    written = Lists(keys, places, weights, number, sure, held, None)
+    row, ranked, (bracket_ref, _, _, *lists) = _row_of(refs, interpret)
+    written = Lists._make([*lists, None])
     split(row, pl.program_id(0), written, bracket_ref, ranked.load, ranked.clusters, config.chunk)
 
 
@@ -144,15 +168,18 @@ def _list(*refs: Any, config: Config, interpret: bool) -> None:
     *found, selected_ref, clusters_ref, starts_ref, granules_ref = refs
     part, budget, clusters = pl.program_id(0), ranked.budget, selected_ref.shape[-1]
     if config.in_registers:
-        least = jnp.maximum(budget, 1)
-
-        def find(tile: int) -> Any:
-            sizes = config.chunk, tile, 32 * config.num_warps
-            return end_of_all(row, part, ranked.load, ranked.clusters, least, *sizes)
-
+        places = places_of_threads(config.tile, 32 * config.num_warps)
+        half = max(len(places) // 2, 1)
         # There is room for more clusters than are in use: half of the tile may hold them.
-        half = config.tile // 2
-        end = lax.cond(ranked.none_from(half), lambda: find(half), lambda: find(config.tile))
+        lower, upper = places[:half], places[half:]
+        near = [ranked.element(place) for place in lower]
+
+        def find(*rest: Any) -> Any:
+            elements = [*near, *map(ranked.element, rest)]
+            return end_of_all(row, part, elements, jnp.maximum(budget, 1), config.chunk)
+
+        some_above = ~ranked.none_from(half * 32 * config.num_warps)
+        end = lax.cond(some_above, lambda: find(*upper), find)
     else:
         end = read_end(row, part, Lists(*found), ranked.load, ranked.clusters, config.chunk)
     some = budget > 0
@@ -225,10 +252,13 @@ def select_clusters(
     rows = Rows((batch, kv_heads), interpret)
     call = functools.partial(rows.call, num_warps=config.num_warps)
     padded = pl.cdiv(clusters, config.share) * config.share
-    keys, sizes = call(
+    shapes = [rows.of(padded, dtype=jnp.uint32), rows.of(padded)]
+    if not config.in_registers:
+        shapes += [rows.of(config.sample, dtype=jnp.uint32), rows.of(config.sample)]
+    keys, sizes, *sampled = call(
         functools.partial(_rank, config=config),
         (logits, logsumexp, offsets, _pallas.scalar(layer)),
-        (rows.of(padded, dtype=jnp.uint32), rows.of(padded)),
+        tuple(shapes),
         padded // config.share,
         name="rank_clusters",
         num_warps=config.share_warps,
@@ -237,26 +267,26 @@ def select_clusters(
     chunks = pl.cdiv(clusters, config.chunk)
     found: tuple[Any, ...] = ()
     if not config.in_registers:
-        shapes = list_shapes(rows, clusters, chunks)
-        bracket, number = call(
+        lists_of = list_shapes(rows, clusters, chunks)
+        bracket, *counters = call(
             functools.partial(_bracket, config=config, interpret=interpret),
-            operands,
-            (rows.of(2, dtype=jnp.uint32), shapes.number),
+            (*operands, *sampled),
+            (rows.of(2, dtype=jnp.uint32), lists_of.number, lists_of.contended),
             1,
             name="bracket_clusters",
         )
         lists = call(
             functools.partial(_split, config=config, interpret=interpret),
-            (*operands, bracket, number),
-            shapes[:-1],
+            (*operands, bracket, *counters),
+            lists_of[:-1],
             chunks,
             name="split_clusters",
-            aliases={6: 3},
+            aliases={6: 3, 7: 4},
         )
         end = call(
             functools.partial(_end, config=config, interpret=interpret),
             (*operands, *lists),
-            shapes.end,
+            lists_of.end,
             1,
             name="find_last_cluster",
             num_warps=config.end_warps,

@@ -22,10 +22,10 @@ from pallas_kernels._search import last_key
 RUN = 4
 
 
-def _take_all(row: Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: Any) -> None:
+def _take_all(row: Row, lists: tuple[Any, Any], log_mass_ref: Any, total: Any) -> None:
     """Makes every candidate a contender: where too few are, the sample misled."""
-    keys_ref, places_ref, counts_ref = lists
-    chunks, chunk = keys_ref.shape[-2:]
+    keys_ref, places_ref = lists
+    chunk = keys_ref.shape[-1]
 
     def copy(place: Any, exists: Any, _: Any) -> None:
         part = lax.div(place, jnp.int32(chunk))
@@ -34,14 +34,14 @@ def _take_all(row: Row, lists: tuple[Any, Any, Any], log_mass_ref: Any, total: A
         row.store(places_ref, place, part, place - part * chunk, mask=exists)
 
     row.each(total, copy)
-    nth = jnp.arange(_pallas.tile(chunks))
-    row.store(counts_ref, jnp.clip(total - nth * chunk, 0, chunk), nth, mask=nth < chunks)
     row.barrier()
 
 
 def _pick(
     row: Row,
-    lists: tuple[Any, Any, Any],
+    lists: tuple[Any, Any],
+    counts: Any,
+    count: Any,
     prefix_ref: Any,
     budget: Any,
     out: tuple[Any, Any | None],
@@ -51,35 +51,45 @@ def _pick(
     """Writes the places of the contenders of the `budget` largest keys, rising, and the least key.
 
     Args:
-        lists: keys, places and counts, by chunk.
+        lists: keys and places, by chunk.
+        counts, count: int32, how many contenders each chunk has, and all of them.
         out: where places are written, and the least of their keys if it is asked for.
         prefix_ref: `[batch, kv_heads, chunks]` int32, scratch.
         tile: so many contenders are held in registers; if there are more, each round of the
             bisection reads them again.
         threads: of the program.
     """
-    (keys_ref, places_ref, counts_ref), (out_ref, least_ref) = lists, out
-    chunks = keys_ref.shape[-2]
-    nth = jnp.arange(_pallas.tile(chunks))
-    counts = row.load(counts_ref, nth, mask=nth < chunks)
-    count = jnp.sum(counts)
+    (keys_ref, places_ref), (out_ref, least_ref) = lists, out
+    chunks, nth = keys_ref.shape[-2], jnp.arange(counts.shape[0])
     if chunks > 1:
         row.store(prefix_ref, jnp.cumsum(counts) - counts, nth, mask=nth < chunks)
         row.barrier()
 
-    def find(i: Any) -> tuple[Any, Callable[[], Any]]:
+    def find(vectors: list[Any]) -> list[tuple[Any, Callable[[], Any]]]:
         """Of the i-th contenders of all chunks the key, zero where there is none, and the place."""
-        exists, at = i < count, (jnp.int32(0), i)
+        exist = [i < count for i in vectors]
         if chunks > 1:
             # Of chunks that share a prefix, all but the last are empty: the search finds that one.
-            part = row.search(prefix_ref, chunks, i, exists)
-            at = (part, i - row.load(prefix_ref, part, mask=exists))
-        key = row.load(keys_ref, *at, mask=exists)
-        if chunks == 1:
-            # Read where it is asked for, it takes no registers until then.
-            return key, lambda: row.load(places_ref, *at, mask=exists)
-        place = row.load(places_ref, *at, mask=exists)
-        return key, lambda: place
+            parts = row.search(prefix_ref, chunks, vectors, exist)
+            firsts = [
+                row.load(prefix_ref, part, mask=mask)
+                for part, mask in zip(parts, exist, strict=True)
+            ]
+            ats = [(part, i - x) for part, i, x in zip(parts, vectors, firsts, strict=True)]
+        else:
+            ats = [(jnp.int32(0), i) for i in vectors]
+        keys = [row.load(keys_ref, *at, mask=mask) for at, mask in zip(ats, exist, strict=True)]
+
+        def read(nth: int) -> Any:
+            return row.load(places_ref, *ats[nth], mask=exist[nth])
+
+        # Of one chunk read where they are asked for: they take no registers until then. Of more,
+        # they are on their way with the keys.
+        places = [read(nth) for nth in range(len(keys))] if chunks > 1 else None
+        return [
+            (key, functools.partial(places.__getitem__ if places else read, nth))
+            for nth, key in enumerate(keys)
+        ]
 
     def pick(each: Any) -> None:
         def widen(key: Any, _: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -117,9 +127,9 @@ def _pick(
     def pick_in_registers() -> None:
         run = min(max(tile // threads, 1), RUN)
         block = run * jnp.arange(threads)
-        blocks = [
-            [find(first + block + j) for j in range(run)] for first in range(0, tile, run * threads)
-        ]
+        firsts = range(0, tile, run * threads)
+        found = find([first + block + j for first in firsts for j in range(run)])
+        blocks = [found[i : i + run] for i in range(0, len(found), run)]
         keys = [key for of_block in blocks for key, _ in of_block]
         end = last_key(keys, None, budget, interpret=row.interpret)
         wanted, before = budget - end.above, jnp.int32(0)
@@ -147,7 +157,7 @@ def _pick(
     def pick_in_memory() -> None:
         def each(visit: Any, state: Any) -> Any:
             def of_block(i: Any, state: Any) -> Any:
-                return visit(*find(i * tile + jnp.arange(tile)), state)
+                return visit(*find([i * tile + jnp.arange(tile)])[0], state)
 
             return lax.fori_loop(0, lax.div(count + (tile - 1), jnp.int32(tile)), of_block, state)
 
@@ -158,7 +168,7 @@ def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret:
     """Lists one row's best contenders: which candidates are retrieved.
 
     Refs:
-        keys, places, counts: from `list_contenders`, written in place.
+        keys, places, counts: from `list_contenders`, the first two written in place.
         log_mass: `[batch, kv_heads, candidates]` float32.
         starts: `Candidates.starts`.
         budget: `[batch, kv_heads]` int32.
@@ -166,24 +176,27 @@ def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret:
         least: `[batch, kv_heads]` uint32, out if `needs_least`: the least key that is picked.
         prefix: `[batch, kv_heads, chunks]` int32, scratch.
     """
-    log_mass_ref, starts_ref, budget_ref, picked_ref, *lists = refs[3:-1]
+    counts_ref, log_mass_ref, starts_ref, budget_ref, picked_ref, *lists = refs[2:-1]
     prefix_ref, least_ref = refs[-1], lists.pop() if needs_least else None
     row = Row(
         pl.program_id(1), log_mass_ref.shape[1], None, interpret=interpret, block=min(tile, 2048)
     )
     rooms = log_mass_ref.shape[-1], picked_ref.shape[-1]
     total, budget = limits(row, starts_ref, budget_ref, rooms)
-    counts_ref = lists[2]
+    keys_ref, places_ref = lists
     nth = jnp.arange(_pallas.tile(counts_ref.shape[-1]))
-    found = jnp.sum(row.load(counts_ref, nth, mask=nth < counts_ref.shape[-1]))
-
-    @pl.when(found < budget)
-    def take_all() -> None:
-        _take_all(row, tuple(lists), log_mass_ref, total)
+    counts = row.load(counts_ref, nth, mask=nth < counts_ref.shape[-1])
+    found = jnp.sum(counts)
+    few = found < budget
+    pl.when(few)(lambda: _take_all(row, (keys_ref, places_ref), log_mass_ref, total))
+    chunk = keys_ref.shape[-1]
+    counts = jnp.where(few, jnp.clip(total - nth * chunk, 0, chunk), counts)
+    count = jnp.where(few, total, found)
 
     @pl.when(budget > 0)
     def pick() -> None:
-        _pick(row, tuple(lists), prefix_ref, budget, (picked_ref, least_ref), tile, threads)
+        out = picked_ref, least_ref
+        _pick(row, (keys_ref, places_ref), counts, count, prefix_ref, budget, out, tile, threads)
 
 
 def limits(row: Row, starts_ref: Any, budget_ref: Any, rooms: tuple[int, int]) -> tuple[Any, Any]:

@@ -186,16 +186,16 @@ def _pick(
         (*lists, *ranked, budget),
         (
             rows.of(max_tokens),
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lists),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lists[:2]),
             *([rows.of(dtype=jnp.uint32)] if needs_least else []),
             rows.of(lists[-1].shape[-1]),  # scratch: the chunks' prefix sums
         ),
         1,
         name="pick_rows",
         num_warps=config.pick_warps,
-        aliases={i: 1 + i for i in range(len(lists))},
+        aliases={0: 1, 1: 2},
     )
-    return picked, rest[len(lists)] if needs_least else None
+    return picked, rest[2] if needs_least else None
 
 
 def _look_up(

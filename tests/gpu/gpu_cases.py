@@ -94,10 +94,10 @@ def arguments(op: str, case: Case, x: StepInputs, made: dict[str, Any]) -> tuple
     if op == "score_clusters":
         return (x.query, x.centroids, x.offsets, layer), {"scale": s.scale}
     if op == "select_clusters":
-        operands = (*scores, x.offsets, layer, x.candidate_budget)
+        operands = (*scores[:2], x.offsets, layer, x.candidate_budget)
         return operands, {"max_candidates": s.max_candidates}
     if op == "score_tokens":
-        operands = (x.rotated_query, *scores, chosen, x.offsets, x.codes, x.scales, layer)
+        operands = (x.rotated_query, *scores[:2], chosen, x.offsets, x.codes, x.scales, layer)
         return operands, {"scale": s.scale, "max_candidates": s.max_candidates}
     if op == "select_tokens":
         operands = (made["score_tokens"], chosen, x.retrieved_budget, x.offsets, x.token_ids)

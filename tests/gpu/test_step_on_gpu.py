@@ -9,7 +9,6 @@ import pytest
 
 import pallas_kernels as ops
 from pallas_kernels._numerics import MASKED
-from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.testing import make_step
 from tests.gpu.gpu_cases import SEED, assert_close, assert_table_is_inverse, shape, upcast
@@ -22,14 +21,16 @@ KERNEL = "triton"
 def step(x, table, cache_rows, layer, now, *, shape, implementation):
     """The ops as the engine chains them: output, what was retrieved, table and cache rows."""
     named = {"implementation": implementation}
-    scores = ops.score_clusters(x.query, x.centroids, x.offsets, layer, scale=shape.scale, **named)
+    *scores, rotated = ops.score_clusters(
+        x.query, x.centroids, x.offsets, layer, scale=shape.scale, rotated=True, **named
+    )
     chosen = ops.select_clusters(
         *(*scores, x.offsets, layer, x.candidate_budget),
         max_candidates=shape.max_candidates,
         **named,
     )
     log_mass = ops.score_tokens(
-        rotate(x.query),
+        rotated,
         *scores,
         chosen,
         *(x.offsets, x.codes, x.scales, layer),
@@ -47,7 +48,7 @@ def step(x, table, cache_rows, layer, now, *, shape, implementation):
     )
     zones = ops.attend_zones(
         *(x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
-        *(retrieved.tokens, retrieved.slots, retrieved.hit, scores.logits, x.value_sums),
+        *(retrieved.tokens, retrieved.slots, retrieved.hit, scores[0], x.value_sums),
         *(x.offsets, retrieved.remaining, layer),
         scale=shape.scale,
         **named,

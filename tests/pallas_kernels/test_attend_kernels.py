@@ -222,6 +222,9 @@ def test_merge_states(parts, head_dim):
     np.testing.assert_array_equal(found[0][0, 0, :2], 0)
     # The parts are summed one after the other here, in float32.
     assert_close(found, merge_reference.merge_states(*args), 3e-6)
+    rounded = jax.jit(functools.partial(merge, dtype=jnp.bfloat16), **QUICKLY)(*args)
+    np.testing.assert_array_equal(rounded[0], found[0].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(rounded[1], found[1])
 
 
 def shapes(head_dim, dtype, group=4):

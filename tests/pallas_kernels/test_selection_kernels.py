@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels._numerics import MASKED
+from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.score_clusters import reference as score_clusters_reference
 from pallas_kernels.score_clusters import triton as score_clusters
+from pallas_kernels.score_tokens import _query
 from pallas_kernels.score_tokens import reference as score_tokens_reference
 from pallas_kernels.score_tokens import triton as score_tokens
 from pallas_kernels.select_clusters import Candidates, list_candidates
@@ -46,9 +48,41 @@ def test_score_clusters(group, head_dim, clusters, blocks):
     expected = score_clusters_reference.score_clusters(
         query, jnp.asarray(centroids), offsets, LAYER, scale=0.1
     )
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(found[:2], expected[:2], strict=True):
         np.testing.assert_array_equal(x > MASKED / 2, y > MASKED / 2)
         np.testing.assert_allclose(x, y, atol=3e-6)
+
+
+@pytest.mark.parametrize("group, head_dim, dtype", [(1, 64, "bfloat16"), (7, 96, "float16")])
+def test_score_clusters_rotates_the_query(group, head_dim, dtype):
+    rng = np.random.default_rng(head_dim)
+    _, offsets = random_sizes(rng, 40)
+    query = jnp.asarray(rng.normal(size=(BATCH, HEADS, group, head_dim)), dtype)
+    centroids = jnp.asarray(rng.normal(size=(LAYERS, BATCH, HEADS, 40, head_dim)), dtype)
+    operands, config = (query, centroids, offsets, LAYER), score_clusters.Config(32)
+    score = functools.partial(
+        score_clusters.score_clusters, *operands, scale=0.1, config=config, interpret=True
+    )
+    found, plain = score(rotated=True), score()
+    assert plain.rotated is None
+    for x, y in zip(found[:2], plain[:2], strict=True):
+        np.testing.assert_array_equal(x, y)
+    # What XLA rotates and the other kernel packs, but for what int8 rounds the other way.
+    expected = _query.pack(rotate(query), scale=0.1, interpret=True)
+    for x, y in zip(found.rotated[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-2)
+    codes = [np.asarray(x.fragments).view(np.int8).astype(int) for x in (found.rotated, expected)]
+    assert np.abs(codes[0] - codes[1]).max() <= 1
+    assert (codes[0] != codes[1]).mean() < 0.02
+    assert codes[1].any()
+    upcast = score_clusters.score_clusters(
+        *(query.astype(jnp.float32), centroids.astype(jnp.float32), offsets, LAYER),
+        scale=0.1,
+        rotated=True,
+        config=config,
+        interpret=True,
+    )
+    np.testing.assert_array_equal(upcast.rotated, rotate(query.astype(jnp.float32)))
 
 
 # In registers, by several programs, also where half of the tile holds all in use; by a sample that
