@@ -2,7 +2,7 @@
 
 A bisection on ordered bits takes a round for each bit of the answer, and each round waits for a sum
 over all threads. Bins settle `BITS` of them at once: each thread adds its elements to bins in the
-processor's shared memory, and every warp finds for itself the bin in which the selection ends.
+processor's shared memory, and one warp finds the bin in which the selection ends.
 Neither is in Pallas' Triton backend (jax 0.11), so it is a piece of CUDA's assembly.
 """
 
@@ -103,25 +103,27 @@ def _by_bisection(keys: Sequence[Any], weights: Sequence[Any] | None, budget: An
 def _assembly(number: int, weighted: bool, threads: int, fine: int) -> str:
     """PTX: $0 the result, then so many keys, the budget, and the keys' weights if they have any.
 
-    Three histograms take turns: while one is filled the next one is cleared, and the barrier after
-    that parts both from what is read. So a pass has one barrier.
+    Two histograms take turns: while one is filled the next one is cleared. The first warp alone
+    finds the bin: all of them together would wait for each other.
     """
     warps = threads // _warp.LANES
     keys = [f"${1 + i}" for i in range(number)]
     weights = [f"${2 + number + i}" if weighted else "1" for i in range(number)]
+    counts_ties = fine == 0
     lines = [
         ".reg .pred inside, full, last;",
-        ".reg .b32 least, most, range, shift, want, above, bin, at, next, own, sum, x, y;",
-        ".reg .b32 lane, warp, thread, clear, mine, base, ends;",
+        ".reg .b32 least, most, range, shift, want, above, ties, bin, at, own, sum, x, y;",
+        ".reg .b32 lane, warp, thread, clear, base, ends, found;",
         f".reg .b32 n<{BINS_A_LANE}>;",
-        f".shared .align 16 .b32 bins[{3 * BINS}];",
+        f".shared .align 16 .b32 bins[{2 * BINS}];",
         f".shared .align 16 .b32 both[{2 * _warp.LANES}];",
-        f".shared .align 16 .b32 counts[{_warp.LANES}];",
+        ".shared .align 16 .b32 result[4];",
         "mov.u32 thread, %tid.x;",
         "and.b32 lane, thread, 31;",
         "shr.u32 warp, thread, 5;",
         "mov.u32 base, bins;",
         "mov.u32 ends, both;",
+        "mov.u32 found, result;",
         f"mov.b32 want, ${1 + number};",
         "mov.b32 above, 0;",
         # The least and the largest key. One less, so that zero, which is none's, is the largest.
@@ -137,18 +139,15 @@ def _assembly(number: int, weighted: bool, threads: int, fine: int) -> str:
     lines += [
         "redux.sync.min.u32 least, least, 0xffffffff;",
         "redux.sync.max.u32 most, most, 0xffffffff;",
-        "shl.b32 clear, thread, 2;",
-        "add.u32 clear, clear, base;",
+        "mad.lo.u32 clear, thread, 4, base;",
         # Whoever still reads from an earlier call must be done.
         "bar.sync 0;",
-        "shl.b32 x, warp, 3;",
-        "add.u32 x, x, ends;",
+        "mad.lo.u32 x, warp, 8, ends;",
         "st.shared.v2.b32 [x], {least, most};",
         *_clear("clear", threads),
         "bar.sync 0;",
         f"and.b32 x, lane, {warps - 1};",
-        "shl.b32 x, x, 3;",
-        "add.u32 x, x, ends;",
+        "mad.lo.u32 x, x, 8, ends;",
         "ld.shared.v2.b32 {least, most}, [x];",
         "redux.sync.min.u32 least, least, 0xffffffff;",
         "redux.sync.max.u32 most, most, 0xffffffff;",
@@ -158,28 +157,26 @@ def _assembly(number: int, weighted: bool, threads: int, fine: int) -> str:
         "clz.b32 shift, range;",
         f"sub.s32 shift, {32 - BITS}, shift;",
         "max.s32 shift, shift, 0;",
-        f"mul.lo.u32 mine, lane, {4 * BINS_A_LANE};",
         "mov.b32 at, 0;",
         "pass:",
         "add.u32 own, base, at;",
-        f"add.u32 next, at, {4 * BINS};",
-        f"setp.ge.u32 last, next, {12 * BINS};",
-        "selp.b32 next, 0, next, last;",
+        f"xor.b32 at, at, {4 * BINS};",
     ]
     for key, weight in zip(keys, weights, strict=True):
         lines += [
             f"sub.u32 x, {key}, least;",
             "setp.le.u32 inside, x, range;",
             "shr.u32 x, x, shift;",
-            "shl.b32 x, x, 2;",
-            "add.u32 x, x, own;",
+            "mad.lo.u32 x, x, 4, own;",
             f"@inside red.shared.add.u32 [x], {weight};",
         ]
     lines += [
-        "add.u32 x, clear, next;",
+        "add.u32 x, clear, at;",
         *_clear("x", threads),
         "bar.sync 0;",
-        "add.u32 x, own, mine;",
+        "setp.ne.u32 inside, warp, 0;",
+        "@inside bra know;",
+        f"mad.lo.u32 x, lane, {4 * BINS_A_LANE}, own;",
     ]
     for i in range(0, BINS_A_LANE, 4):
         four = ", ".join(f"n{i + j}" for j in range(4))
@@ -202,6 +199,7 @@ def _assembly(number: int, weighted: bool, threads: int, fine: int) -> str:
         "sub.u32 sum, sum, own;",
         "mov.b32 bin, 0;",
         "mov.b32 own, sum;",
+        "mov.b32 ties, 0;",
     ]
     # Down the lane's bins, for as long as those above do not hold enough.
     for i in reversed(range(BINS_A_LANE)):
@@ -209,14 +207,19 @@ def _assembly(number: int, weighted: bool, threads: int, fine: int) -> str:
             "setp.lt.u32 full, sum, want;",
             f"@full mov.b32 bin, {i};",
             "@full mov.b32 own, sum;",
+            f"@full mov.b32 ties, n{i};",
             f"add.u32 sum, sum, n{i};",
         ]
     lines += [
-        "shfl.sync.idx.b32 bin, bin, x, 31, 0xffffffff;",
-        "shfl.sync.idx.b32 own, own, x, 31, 0xffffffff;",
+        f"mad.lo.u32 bin, lane, {BINS_A_LANE}, bin;",
+        "setp.eq.u32 full, x, lane;",
+        "mov.b32 y, 0;",
+        "@full st.shared.v4.b32 [found], {bin, own, ties, y};",
+        "know:",
+        "bar.sync 0;",
+        "ld.shared.v4.b32 {bin, own, ties, y}, [found];",
         "add.u32 above, above, own;",
         "sub.u32 want, want, own;",
-        f"mad.lo.u32 bin, x, {BINS_A_LANE}, bin;",
         "shl.b32 bin, bin, shift;",
         "add.u32 least, least, bin;",
         f"setp.le.s32 last, shift, {fine};",
@@ -228,32 +231,31 @@ def _assembly(number: int, weighted: bool, threads: int, fine: int) -> str:
         "min.u32 range, range, y;",
         f"sub.s32 shift, shift, {BITS};",
         "max.s32 shift, shift, 0;",
-        "mov.b32 at, next;",
         "bra.uni pass;",
         "done:",
-        "mov.b32 sum, 0;",
     ]
-    if not fine:
+    if counts_ties and weighted:
+        # A bin holds weights; how many elements have the key is counted.
+        lines.append("mov.b32 sum, 0;")
         for key in keys:
             lines += [f"setp.eq.u32 full, {key}, least;", "@full add.u32 sum, sum, 1;"]
         lines += [
             "redux.sync.add.s32 sum, sum, 0xffffffff;",
-            "mov.u32 x, counts;",
-            "mad.lo.u32 y, warp, 4, x;",
-            "st.shared.b32 [y], sum;",
+            "mad.lo.u32 x, warp, 4, ends;",
+            "st.shared.b32 [x], sum;",
             "bar.sync 0;",
-            f"and.b32 y, lane, {warps - 1};",
-            "mad.lo.u32 y, y, 4, x;",
-            "ld.shared.b32 y, [y];",
+            f"and.b32 x, lane, {warps - 1};",
+            "mad.lo.u32 x, x, 4, ends;",
+            "ld.shared.b32 ties, [x];",
             f"setp.lt.u32 full, lane, {warps};",
-            "selp.b32 y, y, 0, full;",
-            "redux.sync.add.s32 sum, y, 0xffffffff;",
+            "selp.b32 ties, ties, 0, full;",
+            "redux.sync.add.s32 ties, ties, 0xffffffff;",
         ]
     lines += [
         "setp.lt.u32 full, lane, 16;",
-        "selp.b32 sum, above, sum, full;",
+        "selp.b32 x, above, ties, full;",
         "setp.lt.u32 full, lane, 8;",
-        "selp.b32 $0, least, sum, full;",
+        "selp.b32 $0, least, x, full;",
     ]
     return "{\n" + "\n".join(lines) + "\n}"
 
