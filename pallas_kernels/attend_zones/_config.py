@@ -82,4 +82,6 @@ def heuristic(
         cluster_tile=cluster_tile,
         steady_tile=row_tile,
         num_warps=4 if row_bytes <= 256 else 8,
+        # Where a program has few tiles, to load two ahead takes longer than it gains.
+        num_stages=2 if tiles[1] <= LEAST_TILES * estimated else 3,
     )
