@@ -92,6 +92,9 @@ def look_up_rows(
     hit, slot = jnp.zeros(block, bool), jnp.full_like(i, NO_ID)
     if slots:
         found = row.load(refs.slot_of_token, token, mask=valid, stacked=True)
+    # While the slots are on their way.
+    runs = _find_runs(row, refs.starts, refs.picked, i, number, budget)
+    if slots:
         hit = valid & (found >= 0)
         slot = jnp.where(hit, found, NO_ID)
         used = jnp.full_like(i, refs.step[...])
@@ -107,8 +110,11 @@ def look_up_rows(
     row.store(refs.tokens, jnp.where(kept, token, NO_ID), i, mask=exists)
     row.store(refs.slots, slot, i, mask=exists)
     row.store(refs.hit, hit, i, mask=exists)
-    remaining_refs, picks = (refs.starts, refs.picked, refs.remaining), (i, number, cluster)
-    _count_remaining(row, remaining_refs, picks, budget, valid & ~kept, dropped)
+    first, last, size = runs
+    back: Any = 0
+    if dropped is not None:
+        back = dropped.count(valid & ~kept, (i, number, cluster), first, last)
+    row.store(refs.remaining, size - (last + 1 - i) + back, cluster, mask=first)
     if not slots:
         pl.when(part == 0)(lambda: count(row, refs.misses, refs.miss_count, budget))
 
@@ -120,29 +126,26 @@ def count(row: Row, number_ref: Any, total_ref: Any, number: Any) -> None:
     row.store(total_ref, total, stacked=True)
 
 
-def _count_remaining(
-    row: Row,
-    refs: tuple[Any, Any, Any],
-    picks: tuple[Any, Any, Any],
-    budget: Any,
-    left: Any,
-    dropped: Dropped | None,
-) -> None:
-    """Writes what each cluster keeps of which tokens are picked.
+def _find_runs(
+    row: Row, starts_ref: Any, picked_ref: Any, i: Any, number: Any, budget: Any
+) -> tuple[Any, Any, Any]:
+    """Where the picks of a cluster end: they are listed by cluster, so a cluster's are a run.
 
-    Picks are listed by cluster, so a cluster's are a run. The thread with the first of them
-    searches for the last one.
+    The thread with the first of them searches for the last one.
 
     Args:
         row: whose picks.
-        refs: `Candidates.starts`; all picked places; and the clusters' sizes, written.
-        picks: int32, each pick's number in the list of picks, its cluster's number in the list of
-            candidates, and its cluster.
+        starts_ref: `Candidates.starts`.
+        picked_ref: all picked places.
+        i, number: int32, each pick's number in the list of picks, and its cluster's number in the
+            list of candidates.
         budget: int32, how many picks there are.
-        left: bool, the picks that are not retrieved.
-        dropped: counts these, if there may be any.
+
+    Returns:
+        first: bool, which picks are their clusters' first ones; and where they are
+        last: int32, the number of the cluster's last pick,
+        size: int32, the cluster's tokens.
     """
-    (starts_ref, picked_ref, remaining_ref), (i, number, cluster) = refs, picks
     valid = i < budget
     begins = row.load(starts_ref, number, mask=valid)
     ends = row.load(starts_ref, number + 1, mask=valid)
@@ -159,5 +162,4 @@ def _count_remaining(
 
     width = jnp.max(jnp.where(first, ends - begins, 0))
     last, *_ = lax.while_loop(lambda bounds: bounds[2] > 0, halve, (i, most, width))
-    back = 0 if dropped is None else dropped.count(left, picks, first, last)
-    row.store(remaining_ref, ends - begins - (last + 1 - i) + back, cluster, mask=first)
+    return first, last, ends - begins
