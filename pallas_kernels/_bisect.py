@@ -23,7 +23,6 @@ def threshold(
     high: Any,
     *,
     largest_below: Callable[[Any], Any] | None = None,
-    resolution: int = 1,
 ) -> tuple[Any, Any]:
     """The largest key whose holders, with all of a larger key, reach the budget.
 
@@ -38,12 +37,11 @@ def threshold(
         high: uint32, more than the largest.
         largest_below: from a uint32 key to the largest one below it that an element has. For
             weights that seldom add up to the budget exactly, it saves the last rounds.
-        resolution: how far below the threshold the result may lie.
 
     Returns:
         key: uint32; `low` where everything together does not reach the budget.
         above: int32, the weights held by larger keys, or `ALL` where the budget is held exactly
-            at the key. Of no meaning at a resolution other than 1.
+            at the key.
     """
     State = tuple[Any, Any, Any]
 
@@ -65,12 +63,12 @@ def threshold(
         # Halving as well bounds the rounds, however many keys there are in the range.
         return lax.cond(reached, lambda s: s, halve, state)
 
-    coarse = resolution if largest_below is None else SNAP_RANGE
+    coarse = 1 if largest_below is None else SNAP_RANGE
     state = lax.while_loop(
         lambda s: s[1] - s[0] > jnp.uint32(coarse), halve, (low, high, jnp.int32(0))
     )
     if largest_below is not None:
-        state = lax.while_loop(lambda s: s[1] - s[0] > jnp.uint32(resolution), snap, state)
+        state = lax.while_loop(lambda s: s[1] - s[0] > jnp.uint32(1), snap, state)
     return state[0], state[2]
 
 

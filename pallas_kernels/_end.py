@@ -1,5 +1,6 @@
 """Where a row's selection ends, exactly: the last steps of what `_split` begins."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,30 +10,31 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas
 from pallas_kernels._bisect import ANY_PLACE, Each, cut
-from pallas_kernels._pairs import sum_pair
 from pallas_kernels._row import Row
 from pallas_kernels._search import last_key
 from pallas_kernels._split import Lists, Load, places_of_threads
+from pallas_kernels._sums import sum_together
 
 # Contenders that `read_end` reads at once.
 READ_TILE = 1024
 
 
 class End(NamedTuple):
-    """Where a row's selection ends.
+    """Where a row's selection ends: numbers, or `[threads]` of them, the same in all threads.
 
     Attributes:
         key, last: uint32 and int32: selected is what has a larger key, or this key and a place of
             at most `last`.
-        count, weight: int32, how many elements are selected, and their weights' sum.
-        before, before_weight: int32, the same of the elements before the program's chunk.
+        count, before: int32, how many elements are selected, and of these how many lie before the
+            program's chunk.
+        weight, before_weight: int32, the same of their weights.
     """
 
     key: Any
     last: Any
     count: Any
-    weight: Any
     before: Any
+    weight: Any
     before_weight: Any
 
     def selects(self, keys: Any, places: Any) -> Any:
@@ -71,72 +73,94 @@ def find_end(
         for i, x in enumerate((key, last, jnp.int32(right))):
             row.store(lists.end, x, jnp.int32(i))
 
-    right = (held < budget) & (budget <= held + row.load(lists.contended))
+    def is_right(contended: Any) -> Any:
+        return (held < budget) & (budget <= held + contended)
 
-    def among_contenders(tile: int) -> None:
-        elements = map(_contenders(row, lists, listed), places_of_threads(tile, threads))
-        finish(_cut_in_registers(row, list(elements), budget - held), 1)
+    def among_contenders(tile: int) -> Any:
+        places = places_of_threads(tile, threads)
+        elements = list(map(_contenders(row, lists, listed), places))
+        right = is_right(
+            jnp.sum(functools.reduce(jnp.add, (weights for _, weights, _ in elements)))
+        )
 
-    # Each round of the search takes half as long in half of the tile.
-    few = listed <= tile // 2
-    pl.when(right & few)(lambda: among_contenders(tile // 2))
-    pl.when(right & ~few & (listed <= tile))(lambda: among_contenders(tile))
+        @pl.when(right)
+        def find() -> None:
+            key, last = _cut_in_registers(row, elements, budget - held)
+            finish((jnp.max(key), jnp.max(last)), 1)
 
-    @pl.when(right & (listed > tile))
-    def among_many() -> None:
+        return right
+
+    def among_many() -> Any:
         each = _by_blocks(_contenders(row, lists, listed), listed, tile)
-        finish(cut(each, budget - held), 1)
+        right = is_right(
+            each(lambda keys, weights, places, sum_: sum_ + jnp.sum(weights), jnp.int32(0))
+        )
+        pl.when(right)(lambda: finish(cut(each, budget - held), 1))
+        return right
+
+    # Half of the tile takes half as long.
+    right = lax.cond(
+        listed <= tile // 2,
+        lambda: among_contenders(tile // 2),
+        lambda: lax.cond(listed <= tile, lambda: among_contenders(tile), among_many),
+    )
 
     @pl.when(~right)
     def among_all() -> None:
         finish(cut(_by_blocks(_everything(load, total), total, tile), budget), 0)
 
 
-def read_end(row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: int) -> End:
+def read_end(
+    row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: int, threads: int
+) -> End:
     """The end that `find_end` found, with what is selected before this program's chunk.
 
     Args:
         row: whose.
         part: which chunk is the program's.
         lists: from `split` and `find_end`.
-        load, total: as for `find_end`.
+        load, total, threads: as for `find_end`.
         chunk: elements that are a program's, as for `split`.
     """
     chunks, start = lists.sure.shape[-1], part * chunk
-    nth = jnp.arange(_pallas.tile(chunks))
     key, last, right = (row.load(lists.end, jnp.int32(i)) for i in range(3))
     key, right, listed = (
         lax.bitcast_convert_type(key, jnp.uint32),
         right > 0,
         row.load(lists.number),
     )
+    none = (jnp.zeros(threads, jnp.int32),) * 4
 
-    def add(keys: Any, weights: Any, places: Any, state: Any) -> Any:
-        weights = jnp.where(_selects(key, last, keys, places), weights, 0)
-        pair = weights, jnp.where(places < start, weights, 0)
-        numbers = [(x > 0).astype(jnp.int32) for x in pair]
-        return tuple(x + y for x, y in zip(state, (*pair, *numbers), strict=True))
+    def among(elements: Callable[..., Any], count: Any) -> Any:
+        def of_block(i: Any, sums: Any) -> Any:
+            places = places_of_threads(READ_TILE, threads)
+            every = [elements(i * READ_TILE + place) for place in places]
+            return tuple(_count_selected(sums, key, last, every, start))
 
-    def together(each: Each) -> Any:
-        # One sum over the threads for all blocks.
-        zeros = jnp.zeros(READ_TILE, jnp.int32)
-        return tuple(jnp.sum(x) for x in each(add, (zeros,) * 4))
+        return lax.fori_loop(
+            0, lax.div(count + (READ_TILE - 1), jnp.int32(READ_TILE)), of_block, none
+        )
 
     def among_contenders() -> Any:
-        def of_sure(ref: Any) -> list[Any]:
-            sure = row.load(ref, nth, mask=nth < chunks)
-            return [jnp.sum(sure), jnp.sum(jnp.where(nth < part, sure, 0))]
+        sums = among(_contenders(row, lists, listed), listed)
+        for nth in places_of_threads(_pallas.tile(chunks), threads):
+            sure, held = (row.load(ref, nth, mask=nth < chunks) for ref in (lists.sure, lists.held))
+            own = sure, jnp.where(nth < part, sure, 0), held, jnp.where(nth < part, held, 0)
+            sums = tuple(map(jnp.add, sums, own))
+        return sums
 
-        sure = of_sure(lists.held) + of_sure(lists.sure)
-        found = together(_by_blocks(_contenders(row, lists, listed), listed, READ_TILE))
-        return tuple(x + y for x, y in zip(sure, found, strict=True))
+    sums = lax.cond(right, among_contenders, lambda: among(_everything(load, total), total))
+    return End(key, last, *sum_together(sums, interpret=row.interpret))
 
-    def among_all() -> Any:
-        return together(_by_blocks(_everything(load, total), total, READ_TILE))
 
-    sums = lax.cond(right, among_contenders, among_all)
-    weight, before_weight, count, before = sums
-    return End(key, last, count, weight, before, before_weight)
+def _count_selected(sums: Any, key: Any, last: Any, elements: list[Any], start: Any) -> list[Any]:
+    """Each thread's share of `End`'s sums, with these elements added."""
+    for keys, weights, places in elements:
+        weights = jnp.where(_selects(key, last, keys, places), weights, 0)
+        number, earlier = (weights > 0).astype(jnp.int32), places < start
+        own = number, jnp.where(earlier, number, 0), weights, jnp.where(earlier, weights, 0)
+        sums = list(map(jnp.add, sums, own))
+    return list(sums)
 
 
 def _contenders(row: Row, lists: Lists, listed: Any) -> Callable[..., Any]:
@@ -178,24 +202,13 @@ def end_of_all(row: Row, part: Any, elements: list[Any], budget: Any, chunk: int
         chunk: elements that are a program's.
     """
     key, last = _cut_in_registers(row, elements, budget)
-    zero = jnp.zeros_like(elements[0][-1])
-    sums = [zero] * 4
-    for keys, weights, place in elements:
-        weights = jnp.where(_selects(key, last, keys, place), weights, 0)
-        number, earlier = (weights > 0).astype(jnp.int32), place < part * chunk
-        own = number, jnp.where(earlier, number, 0), weights, jnp.where(earlier, weights, 0)
-        sums = [x + y for x, y in zip(sums, own, strict=True)]
-    count, before = sum_pair(*sums[:2])
-    return End(
-        *(key, last, count),
-        weight=jnp.sum(sums[2]),
-        before=before,
-        before_weight=jnp.sum(sums[3]),
-    )
+    none = [jnp.zeros_like(elements[0][-1])] * 4
+    sums = _count_selected(none, key, last, elements, part * chunk)
+    return End(key, last, *sum_together(sums, interpret=row.interpret))
 
 
 def _cut_in_registers(row: Row, elements: list[Any], budget: Any) -> tuple[Any, Any]:
-    """`cut` of elements of which each thread has some.
+    """`cut` of elements of which each thread has some: `[threads]`, the same in all threads.
 
     Args:
         row: whose.
@@ -212,9 +225,8 @@ def _cut_in_registers(row: Row, elements: list[Any], budget: Any) -> tuple[Any, 
             for key, place in zip(keys, places, strict=True)
         ]
         last = last_key(tied, weights, budget - end.above, interpret=row.interpret)
-        return jnp.max((~last.key).astype(jnp.int32))
+        return (~last.key).astype(jnp.int32)
 
-    ties = jnp.max(end.ties)
     # Not the bare number: Triton's branches do not yield constants.
-    every = jnp.maximum(ties, jnp.int32(ANY_PLACE))
-    return jnp.max(end.key), lax.cond(ties > 1, among_ties, lambda: every)
+    every = jnp.maximum(end.ties, ANY_PLACE)
+    return end.key, lax.cond(jnp.max(end.ties) > 1, among_ties, lambda: every)

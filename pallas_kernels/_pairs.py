@@ -11,11 +11,6 @@ def halves(pair: Any) -> tuple[Any, Any]:
     return pair & 0xFFFF, lax.shift_right_logical(pair, jnp.full_like(pair, 16))
 
 
-def sum_pair(first: Any, second: Any) -> tuple[Any, Any]:
-    """Two sums, each less than 2^15, for the price of one."""
-    return halves(jnp.sum(first | (second << 16)))
-
-
 def list_selected(
     above: Any, ties: Any, wanted_ties: Any, so_far: tuple[Any, Any]
 ) -> tuple[Any, Any, tuple[Any, Any]]:

@@ -34,7 +34,7 @@ class Lists(NamedTuple):
 
     Attributes:
         keys, places, weights: `[batch, kv_heads, elements]`, each row's contenders, in any order.
-        number, contended: `[batch, kv_heads]`, how many there are, and their weights' sum.
+        number: `[batch, kv_heads]`, how many there are.
         sure, held: `[batch, kv_heads, chunks]`, how many elements of each chunk are surely
             selected, and their weights' sum.
         end: `[batch, kv_heads, 4]`, the key and the last place of the selection's end (see `End`),
@@ -45,7 +45,6 @@ class Lists(NamedTuple):
     places: Any
     weights: Any
     number: Any
-    contended: Any
     sure: Any
     held: Any
     end: Any
@@ -54,28 +53,27 @@ class Lists(NamedTuple):
 def find_bracket(
     row: Row,
     bracket_ref: Any,
-    counters: tuple[Any, Any],
+    number_ref: Any,
     load: Callable[[Any], tuple[Any, Any]],
     total: int,
     budget: Any,
     sample: int,
     threads: int,
 ) -> None:
-    """Writes a row's bracket and resets what its contenders are counted by; one program a row.
+    """Writes a row's bracket and resets the number of its contenders; one program a row.
 
     Args:
         row: whose elements.
         bracket_ref: `[batch, kv_heads, 2]` uint32, out: what has a key under the first one is
             surely not selected, what has the second one or a larger one is.
-        counters: `Lists.number` and `Lists.contended`, out.
+        number_ref: `Lists.number`, out.
         load: reads elements of the sample: keys and weights, as `Load`.
         total: the row's elements.
         budget: int32, what the selected elements should weigh.
         sample: how many elements set it, each `sample_stride`-th of the row.
         threads: of the program.
     """
-    for ref in counters:
-        row.store(ref, jnp.int32(0))
+    row.store(number_ref, jnp.int32(0))
     keys, weights = zip(*(load(i) for i in places_of_threads(sample, threads)), strict=True)
     heaviest = jnp.max(functools.reduce(jnp.maximum, weights)).astype(jnp.float32)
     rank = budget.astype(jnp.float32) / sample_stride(total, sample)
@@ -131,7 +129,6 @@ def split(
     number = contends.astype(jnp.int32)
     # In which order the programs come is left to chance, and makes no difference.
     at = jnp.cumsum(number) - number + row.add(lists.number, jnp.sum(number))
-    row.add(lists.contended, jnp.sum(jnp.where(contends, weights, 0)))
     row.store(lists.keys, keys, at, mask=contends)
     row.store(lists.places, place, at, mask=contends)
     row.store(lists.weights, weights, at, mask=contends)
@@ -146,7 +143,6 @@ def list_shapes(rows: Rows, elements: int, chunks: int) -> Lists:
         places=rows.of(elements),
         weights=rows.of(elements),
         number=rows.of(),
-        contended=rows.of(),
         sure=rows.of(chunks),
         held=rows.of(chunks),
         end=rows.of(4),

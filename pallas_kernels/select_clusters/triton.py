@@ -22,6 +22,7 @@ from pallas_kernels._split import (
     sample_stride,
     split,
 )
+from pallas_kernels.select_clusters._list import list_chunk
 from pallas_kernels.select_clusters.reference import GRANULE, Candidates
 
 
@@ -60,17 +61,22 @@ def heuristic(rows: int, clusters: int) -> Config:
     if whole > MOST_IN_REGISTERS:
         # A larger sample costs less than the contenders that it leaves out.
         return Config(
-            share=256, chunk=2048, in_registers=False, tile=MOST_IN_REGISTERS, sample=4096
+            share=256,
+            chunk=1024,
+            in_registers=False,
+            tile=MOST_IN_REGISTERS,
+            sample=4096,
+            num_warps=16,
         )
     # No more programs than processors of a large GPU: they would all do the same in turns.
-    parts = min(16, _pallas.tile(max(128 // rows, 1)))
+    chunk = max(whole // min(16, _pallas.tile(max(128 // rows, 1))), 32)
     return Config(
         # Of few rows, programs enough for a large GPU's processors.
         share=min(256 if rows * whole <= 128 * 512 else 512, whole),
-        chunk=max(whole // parts, 32),
+        chunk=chunk,
         tile=whole,
         share_warps=max(1, min(4, whole // 256)),
-        num_warps=max(1, min(8, whole // 512)),
+        num_warps=max(1, min(16 if chunk > 8 * 256 else 8, whole // 512)),
     )
 
 
@@ -137,7 +143,7 @@ def _row_of(refs: Any, interpret: bool) -> tuple[Row, _Ranked, Any]:
 
 def _bracket(*refs: Any, config: Config, interpret: bool) -> None:
     row, ranked, refs = _row_of(refs, interpret)
-    keys_ref, sizes_ref, bracket_ref, *counters = refs
+    keys_ref, sizes_ref, bracket_ref, number_ref = refs
     clusters = ranked.offsets.shape[-1] - 1
     stride = sample_stride(clusters, config.sample)
 
@@ -146,11 +152,11 @@ def _bracket(*refs: Any, config: Config, interpret: bool) -> None:
         return row.load(keys_ref, i, mask=exists), row.load(sizes_ref, i, mask=exists)
 
     sizes = config.sample, 32 * config.num_warps
-    find_bracket(row, bracket_ref, tuple(counters), load, clusters, ranked.budget, *sizes)
+    find_bracket(row, bracket_ref, number_ref, load, clusters, ranked.budget, *sizes)
 
 
 def _split(*refs: Any, config: Config, interpret: bool) -> None:
-    row, ranked, (bracket_ref, _, _, *lists) = _row_of(refs, interpret)
+    row, ranked, (bracket_ref, _, *lists) = _row_of(refs, interpret)
     written = Lists._make([*lists, None])
     split(row, pl.program_id(0), written, bracket_ref, ranked.load, ranked.clusters, config.chunk)
 
@@ -166,9 +172,10 @@ def _list(*refs: Any, config: Config, interpret: bool) -> None:
     """Lists a chunk's selected clusters, from where those of the chunks before it end."""
     row, ranked, refs = _row_of(refs, interpret)
     *found, selected_ref, clusters_ref, starts_ref, granules_ref = refs
-    part, budget, clusters = pl.program_id(0), ranked.budget, selected_ref.shape[-1]
+    part, budget = pl.program_id(0), ranked.budget
+    threads = 32 * config.num_warps
     if config.in_registers:
-        places = places_of_threads(config.tile, 32 * config.num_warps)
+        places = places_of_threads(config.tile, threads)
         half = max(len(places) // 2, 1)
         # There is room for more clusters than are in use: half of the tile may hold them.
         lower, upper = places[:half], places[half:]
@@ -178,43 +185,12 @@ def _list(*refs: Any, config: Config, interpret: bool) -> None:
             elements = [*near, *map(ranked.element, rest)]
             return end_of_all(row, part, elements, jnp.maximum(budget, 1), config.chunk)
 
-        some_above = ~ranked.none_from(half * 32 * config.num_warps)
-        end = lax.cond(some_above, lambda: find(*upper), find)
+        end = lax.cond(ranked.none_from(half * threads), find, lambda: find(*upper))
     else:
-        end = read_end(row, part, Lists(*found), ranked.load, ranked.clusters, config.chunk)
-    some = budget > 0
-    c = part * config.chunk + jnp.arange(config.chunk)
-    exists = c < clusters
-    keys, sizes = ranked.load(c, exists)
-    marked = some & (sizes > 0) & end.selects(keys, c)
-    number = marked.astype(jnp.int32)
-    kept = jnp.where(marked, sizes, 0)
-    place = end.before + jnp.cumsum(number) - 1
-    start = end.before_weight + jnp.cumsum(kept) - kept
-    row.store(selected_ref, marked, c, mask=exists)
-    row.store(clusters_ref, c, place, mask=marked)
-    row.store(starts_ref, start, place, mask=marked)
-    first = lax.div(start + (GRANULE - 1), jnp.int32(GRANULE))
-    granules = granules_ref.shape[-1]
-
-    def write_granule(j: Any, _: Any) -> None:
-        granule = first + j
-        begins = marked & (granule * GRANULE < start + kept) & (granule < granules)
-        row.store(granules_ref, place, granule, mask=begins)
-
-    lax.fori_loop(0, lax.div(jnp.max(kept), jnp.int32(GRANULE)) + 1, write_granule, None)
-
-    # Past the lists' ends each program fills its share.
-    count, tokens = jnp.where(some, end.count, 0), jnp.where(some, end.weight, 0)
-    rest = exists & (c >= count)
-    row.store(clusters_ref, jnp.full_like(c, NO_ID), c, mask=rest)
-    row.store(starts_ref, jnp.full_like(c, tokens), c, mask=rest)
-    row.store(starts_ref, tokens, jnp.int32(clusters))
-    share = pl.cdiv(granules, pl.cdiv(clusters, config.chunk))
-    lane = jnp.arange(_pallas.tile(share))
-    granule = part * share + lane
-    rest = (lane < share) & (granule < granules) & (granule * GRANULE >= tokens)
-    row.store(granules_ref, jnp.full_like(granule, jnp.maximum(count - 1, 0)), granule, mask=rest)
+        sizes = config.chunk, threads
+        end = read_end(row, part, Lists(*found), ranked.load, ranked.clusters, *sizes)
+    listed = selected_ref, clusters_ref, starts_ref, granules_ref
+    list_chunk(row, ranked.load, end, budget > 0, listed, chunk=config.chunk, threads=threads)
 
 
 def select_clusters(
@@ -268,20 +244,20 @@ def select_clusters(
     found: tuple[Any, ...] = ()
     if not config.in_registers:
         lists_of = list_shapes(rows, clusters, chunks)
-        bracket, *counters = call(
+        bracket, number = call(
             functools.partial(_bracket, config=config, interpret=interpret),
             (*operands, *sampled),
-            (rows.of(2, dtype=jnp.uint32), lists_of.number, lists_of.contended),
+            (rows.of(2, dtype=jnp.uint32), lists_of.number),
             1,
             name="bracket_clusters",
         )
         lists = call(
             functools.partial(_split, config=config, interpret=interpret),
-            (*operands, bracket, *counters),
+            (*operands, bracket, number),
             lists_of[:-1],
             chunks,
             name="split_clusters",
-            aliases={6: 3, 7: 4},
+            aliases={6: 3},
         )
         end = call(
             functools.partial(_end, config=config, interpret=interpret),

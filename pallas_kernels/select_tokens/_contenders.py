@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import _pallas
 from pallas_kernels._numerics import NO_ID, ordered_bits
 from pallas_kernels._search import last_key
+from pallas_kernels._sums import scan_together
 
 # How fine the sample's threshold is set, in bits of the keys: 2^-7 of a mass's logarithm.
 FINE = 16
@@ -91,7 +92,7 @@ def estimate_threshold(*refs: Any, sample: int, threads: int, interpret: bool) -
     plt.store(lowest_ref.at[here], lowest)
 
 
-def list_contenders(*refs: Any, chunk: int, threads: int) -> None:
+def list_contenders(*refs: Any, chunk: int, threads: int, interpret: bool) -> None:
     """Lists a chunk's candidates of the lowest key or a larger one.
 
     Refs:
@@ -130,26 +131,26 @@ def list_contenders(*refs: Any, chunk: int, threads: int) -> None:
     def list_some() -> None:
         # Each thread has a run of places, so that one sum over the threads serves all of them:
         # of a chunk as a vector, Triton makes one for every element of a thread.
-        lanes = min(threads, chunk)
-        run = chunk // lanes
-        first = run * jnp.arange(lanes)
-        places = [part * chunk + (first + j) for j in range(run)]
+        run = max(chunk // threads, 1)
+        nths = [run * jnp.arange(threads) + j for j in range(run)]
+        places = [part * chunk + nth for nth in nths]
+        exist = [(nth < chunk) & (i < count) for nth, i in zip(nths, places, strict=True)]
         lowest = plt.load(lowest_ref.at[b, h])
         keys, marks = [], []
-        for place in places:
-            key = plt.load(log_mass_ref.at[b, h, place], mask=place < count, other=0)
+        for place, exists in zip(places, exist, strict=True):
+            key = plt.load(log_mass_ref.at[b, h, place], mask=exists, other=0)
             keys.append(ordered_bits(key))
-            marks.append((place < count) & (keys[-1] >= lowest))
+            marks.append(exists & (keys[-1] >= lowest))
         numbers = [passes.astype(jnp.int32) for passes in marks]
         own = functools.reduce(jnp.add, numbers)
-        through = jnp.cumsum(own)
-        befores = list(itertools.accumulate(numbers[:-1], jnp.add, initial=through - own))
-        number = jnp.max(through)
+        [(earlier, number)] = scan_together([own], interpret=interpret)
+        befores = list(itertools.accumulate(numbers[:-1], jnp.add, initial=earlier))
         for key, place, passes, before in zip(keys, places, marks, befores, strict=True):
             at = jnp.where(passes, before, NO_ID)
             plt.store(keys_ref.at[b, h, part, at], key, mask=passes)
             plt.store(places_ref.at[b, h, part, at], place, mask=passes)
-        plt.store(counts_ref.at[b, h, part], number)
+        here = (jnp.full(threads, x) for x in (b, h, part))
+        plt.store(counts_ref.at[*here], number)
 
 
 def join_contenders(*refs: Any, block: int) -> None:

@@ -10,12 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
+from pallas_kernels import _pallas, _warp
 from pallas_kernels._bisect import threshold
 from pallas_kernels._numerics import ordered_bits
 from pallas_kernels._pairs import halves, list_selected
 from pallas_kernels._row import Row
 from pallas_kernels._search import last_key
+from pallas_kernels._sums import scan_together
 
 # Contenders that follow each other and are one thread's: one sum over the threads serves all of
 # them, and more would lie too far apart to be read together.
@@ -132,23 +133,27 @@ def _pick(
         blocks = [found[i : i + run] for i in range(0, len(found), run)]
         keys = [key for of_block in blocks for key, _ in of_block]
         end = last_key(keys, None, budget, interpret=row.interpret)
-        wanted, before = budget - end.above, jnp.int32(0)
-        for i, of_block in enumerate(blocks):
-            marks = [(key > end.key, key == end.key) for key, _ in of_block]
-            pairs = [
-                above.astype(jnp.int32) | (tied.astype(jnp.int32) << 16) for above, tied in marks
-            ]
-            own = functools.reduce(jnp.add, pairs)
-            befores = itertools.accumulate(
-                pairs[:-1], jnp.add, initial=before + jnp.cumsum(own) - own
-            )
-            for (_, place), (above, tied), pair in zip(of_block, marks, befores, strict=True):
+        wanted = budget - end.above
+        marks = [[(key > end.key, key == end.key) for key, _ in of_block] for of_block in blocks]
+        pairs = [
+            [above.astype(jnp.int32) | (tied.astype(jnp.int32) << 16) for above, tied in of_block]
+            for of_block in marks
+        ]
+        own = [functools.reduce(jnp.add, of_block) for of_block in pairs]
+        # Of one chunk the places are read only now, all before the first one is used.
+        places = [[place() for _, place in of_block] for of_block in blocks]
+        if chunks == 1 and not row.interpret and _pallas.on_cuda():
+            own[0] = _warp.after(own[0], [place for of_block in places for place in of_block])
+        before = jnp.zeros(threads, jnp.int32)
+        scanned = scan_together(own, interpret=row.interpret)
+        for i, (earlier, total) in enumerate(scanned):
+            through = itertools.accumulate(pairs[i][:-1], jnp.add, initial=before + earlier)
+            before += total
+            for place, (above, tied), pair in zip(places[i], marks[i], through, strict=True):
                 above_before, ties_before = halves(pair)
                 picked = above | (tied & (ties_before < wanted))
                 at = above_before + jnp.minimum(ties_before, wanted)
-                row.store(out_ref, place(), at, mask=picked)
-            if i + 1 < len(blocks):
-                before += jnp.sum(own)
+                row.store(out_ref, place, at, mask=picked)
         if least_ref is not None:
             here = jnp.full(threads, row.b), jnp.full(threads, row.h)
             plt.store(least_ref.at[here], end.key)

@@ -140,7 +140,12 @@ def _contenders(
     chunks = pl.cdiv(log_mass.shape[-1], config.chunk)
     shape = chunks, config.chunk
     *lists, sizes = rows.call(
-        functools.partial(list_contenders, chunk=config.chunk, threads=32 * config.chunk_warps),
+        functools.partial(
+            list_contenders,
+            chunk=config.chunk,
+            threads=32 * config.chunk_warps,
+            interpret=rows.interpret,
+        ),
         (log_mass, starts, lowest, offsets, layer),
         (
             *(rows.of(*shape, dtype=jnp.uint32), rows.of(*shape), rows.of(chunks)),

@@ -1,4 +1,4 @@
-"""Where a selection ends, found by a program's threads together on a CUDA GPU."""
+"""What a program's threads find and sum together, on a CUDA GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas
 from pallas_kernels._search import last_key
+from pallas_kernels._sums import scan_together, sum_together
 
 pytestmark = pytest.mark.gpu
 
@@ -88,3 +89,31 @@ def test_last_key(kind, number, threads, weighted):
         if key:
             assert found[1][row, 0] == above
             assert found[2][row, 0] == (keys[row] == key).sum()
+
+
+@pytest.mark.parametrize("number, threads", [(1, 32), (3, 256), (8, 512), (20, 128)])
+def test_sums_over_threads(number, threads):
+    values = np.random.default_rng(threads).integers(-9, 2**20, (4, number, threads), np.int32)
+
+    def kernel(values_ref, sums_ref, before_ref, totals_ref):
+        row, lane = pl.program_id(0), jnp.arange(threads)
+        read = [plt.load(values_ref.at[row, jnp.int32(i), lane]) for i in range(number)]
+        sums = sum_together(read, interpret=False)
+        before, totals = zip(*scan_together(read, interpret=False), strict=True)
+        for ref, found in ((sums_ref, sums), (before_ref, before), (totals_ref, totals)):
+            for i, x in enumerate(found):
+                plt.store(ref.at[row, jnp.int32(i), lane], x)
+
+    shape = jax.ShapeDtypeStruct(values.shape, jnp.int32)
+    sums, before, totals = _pallas.call(
+        kernel,
+        (jnp.asarray(values),),
+        (shape,) * 3,
+        (4,),
+        name="sums",
+        num_warps=threads // 32,
+    )
+    through = values.cumsum(-1, dtype=np.int32)
+    for x in (sums, totals):
+        np.testing.assert_array_equal(x, np.broadcast_to(through[..., -1:], values.shape))
+    np.testing.assert_array_equal(before, through - values)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import _pallas
 from pallas_kernels._numerics import MASKED
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.score_clusters import reference as score_clusters_reference
@@ -276,7 +277,7 @@ def shapes(
 
 
 KEYWORDS = {
-    "score_clusters": {"scale": 0.1},
+    "score_clusters": {"scale": 0.1, "rotated": True},
     "select_clusters": {"max_candidates": 1024},
     "score_tokens": {"scale": 0.1, "max_candidates": 1024},
     "select_tokens": {"max_tokens": 100, "segment_tokens": 2048, "growth_tokens": 256},
@@ -291,15 +292,16 @@ MODULES = {
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 @pytest.mark.parametrize("op", MODULES)
-def test_lowers(op, platform):
-    keywords = dict(KEYWORDS[op])
-    if platform == "rocm" and op == "score_tokens":
-        # What it takes on a GPU that is not NVIDIA's.
-        keywords["config"] = score_tokens.Config(128, integers=False)
-    function = functools.partial(getattr(MODULES[op], op), **keywords)
+def test_lowers(op, platform, monkeypatch):
+    # Only NVIDIA's GPUs take CUDA's assembly.
+    monkeypatch.setattr(_pallas, "on_cuda", lambda: platform == "cuda")
+    function = functools.partial(getattr(MODULES[op], op), **KEYWORDS[op])
     for changes in ({}, {"group": 7, "head_dim": 96, "dtype": "float32", "slots": 0}):
         text = lower_for(platform, function, *shapes(**changes)[op])
         assert "triton" in text
+        if platform == "rocm":
+            traced = jax.make_jaxpr(function)(*shapes(**changes)[op])
+            assert "inline_asm" not in str(traced)
         # No slice of a stack is made for a kernel.
         assert "dynamic_slice" not in text
         assert "stablehlo.gather" not in text
