@@ -118,7 +118,10 @@ def wave_reads(
     kv_heads, head_dim = wave.centroids.shape[2], query.shape[-1]
     grouped = query.reshape(query.shape[0], kv_heads, -1, head_dim)
     scale = scale_of(query)
-    scores = ops.score_clusters(grouped, wave.centroids, wave.offsets, layer, scale=scale)
+    coded = wave.codes is not None
+    scores = ops.score_clusters(
+        grouped, wave.centroids, wave.offsets, layer, scale=scale, rotated=coded
+    )
     retrieved = attention.retrieve(layer, grouped, scores, state)
     sinks = steady.sink_tokens[:, None]
     indexed_end = sinks + wave.tokens[:, None]
