@@ -153,6 +153,11 @@ def on_cuda() -> bool:
     return jax.default_backend() != "gpu" or jax.devices()[0].device_kind.startswith("NVIDIA")
 
 
+def takes_assembly(interpret: bool) -> bool:
+    """Whether a kernel may hold CUDA's assembly: not interpreted, nor for others' GPUs."""
+    return not interpret and on_cuda()
+
+
 def check_heads(op: str, group: int, head_dim: int, *dtypes: Any) -> None:
     """Raises NotImplementedError for heads that the kernels are not made for."""
     if head_dim not in HEAD_DIMS:

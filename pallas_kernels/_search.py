@@ -54,7 +54,7 @@ def last_key(
     """
     threads = keys[0].shape[0]
     budget = jnp.broadcast_to(jnp.asarray(budget, jnp.int32), (threads,))
-    if interpret or not _pallas.on_cuda():
+    if not _pallas.takes_assembly(interpret):
         return _by_bisection(keys, weights, budget)
     operands = [*keys, budget, *(weights or ())]
     text = _bins.search(len(keys), weights is not None, threads, fine)

@@ -23,7 +23,7 @@ def sum_together(values: Sequence[Any], *, interpret: bool) -> list[Any]:
         `[threads]` int32 each, the same in all threads.
     """
     threads, number = values[0].shape[0], len(values)
-    if interpret or not _pallas.on_cuda():
+    if not _pallas.takes_assembly(interpret):
         return [jnp.broadcast_to(jnp.sum(x), (threads,)) for x in values]
     warps = threads // _warp.LANES
     lines = [
@@ -72,7 +72,7 @@ def scan_together(values: Sequence[Any], *, interpret: bool) -> list[tuple[Any, 
         for each, `[threads]` int32: what the threads before have, and what all threads have.
     """
     threads, number = values[0].shape[0], len(values)
-    if interpret or not _pallas.on_cuda():
+    if not _pallas.takes_assembly(interpret):
         through = [jnp.cumsum(x) for x in values]
         return [
             (y - x, jnp.zeros_like(x) + jnp.sum(x)) for x, y in zip(values, through, strict=True)

@@ -142,7 +142,7 @@ def _pick(
         own = [functools.reduce(jnp.add, of_block) for of_block in pairs]
         # Of one chunk the places are read only now, all before the first one is used.
         places = [[place() for _, place in of_block] for of_block in blocks]
-        if chunks == 1 and not row.interpret and _pallas.on_cuda():
+        if chunks == 1 and _pallas.takes_assembly(row.interpret):
             own[0] = _warp.after(own[0], [place for of_block in places for place in of_block])
         before = jnp.zeros(threads, jnp.int32)
         scanned = scan_together(own, interpret=row.interpret)
