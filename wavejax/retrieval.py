@@ -17,6 +17,27 @@ from wavejax.config import WaveConfig
 from wavejax.index import WaveIndex
 
 
+def score_clusters(
+    query: Float[Array, "batch kv_heads group head_dim"],
+    wave: WaveIndex,
+    layer: Int[Array, ""],
+    *,
+    scale: float,
+) -> ClusterScores:
+    """Scores the index's clusters; where it has codes, the query is rotated for them too.
+
+    Args:
+        query: one decode step's queries, grouped by the kv head that they share.
+        wave: the index.
+        layer: which layer.
+        scale: multiplies every product of query and key.
+    """
+    coded = wave.codes is not None
+    return ops.score_clusters(
+        query, wave.centroids, wave.offsets, layer, scale=scale, rotated=coded
+    )
+
+
 def retrieve(
     config: WaveConfig,
     query: Float[Array, "batch kv_heads group head_dim"],
@@ -33,8 +54,7 @@ def retrieve(
     Args:
         config: the settings.
         query: one decode step's queries, grouped by the kv head that they share.
-        scores: of the clusters, from `score_clusters`, best with the rotated query; with
-            `min_token_mass`, `of_all_tokens`.
+        scores: of the clusters, from `score_clusters`; with `min_token_mass`, `of_all_tokens`.
         wave: the index.
         table: the row cache's.
         layer: which layer.

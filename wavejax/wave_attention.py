@@ -228,14 +228,7 @@ class WaveAttention:
         state = dataclasses.replace(state, steady=buffer.push_rows(state.steady, layer, rows))
         wave, cache = state.index, state.cache
 
-        scores = ops.score_clusters(
-            grouped,
-            wave.centroids,
-            wave.offsets,
-            layer,
-            scale=scale,
-            rotated=wave.codes is not None,
-        )
+        scores = retrieval.score_clusters(grouped, wave, layer, scale=scale)
         retrieved = self.retrieve(layer, grouped, scores, state)
         estimated = retrieval.to_estimate(self.config, scores, retrieved, wave, layer)
         cache = RowCache(cache.rows, retrieved.table)

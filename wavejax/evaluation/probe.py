@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-import pallas_kernels as ops
 from models.parameters import Params
 from pallas_kernels._numerics import MASKED, NO_ID
+from wavejax import retrieval
 from wavejax._pytree import state as pytree
 from wavejax.dense_attention import DenseAttention, DenseState
 from wavejax.evaluation.baselines import SparseAttention
@@ -118,10 +118,7 @@ def wave_reads(
     kv_heads, head_dim = wave.centroids.shape[2], query.shape[-1]
     grouped = query.reshape(query.shape[0], kv_heads, -1, head_dim)
     scale = scale_of(query)
-    coded = wave.codes is not None
-    scores = ops.score_clusters(
-        grouped, wave.centroids, wave.offsets, layer, scale=scale, rotated=coded
-    )
+    scores = retrieval.score_clusters(grouped, wave, layer, scale=scale)
     retrieved = attention.retrieve(layer, grouped, scores, state)
     sinks = steady.sink_tokens[:, None]
     indexed_end = sinks + wave.tokens[:, None]
