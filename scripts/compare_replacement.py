@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from models.errors import InputError
 from wavejax.replacement import study
+from wavejax.replacement.simulate import PAGE_BYTES
 from wavejax.replacement.trace import Trace
 
 
@@ -29,6 +30,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--warm-up", type=int, default=64, help="steps not counted")
     parser.add_argument("--row-bytes", type=int, default=512, help="to count pages: head dim 128")
+    parser.add_argument("--page-bytes", type=int, default=PAGE_BYTES, help="of the host's memory")
     parser.add_argument(
         "--unit-policies", nargs="+", default=["LRU", study.OPTIMUM], help="to run on groups too"
     )
@@ -70,7 +72,8 @@ def compare(arguments: argparse.Namespace) -> int:
         for trace in traces:
             method = trace.about["method"]
             reads = study.run(
-                trace, cases[method], arguments.row_bytes, arguments.warm_up, bar.update
+                *(trace, cases[method], arguments.row_bytes, arguments.warm_up, bar.update),
+                page_bytes=arguments.page_bytes,
             )
             by_method[method].append(reads)
     results = {
@@ -84,7 +87,8 @@ def compare(arguments: argparse.Namespace) -> int:
         print(study.policy_table(results, method), end="\n\n")
         for policy in arguments.unit_policies:
             for share in arguments.unit_shares:
-                print(study.unit_table(results, method, policy, share), end="\n\n")
+                table = study.unit_table(results, method, policy, share, arguments.page_bytes)
+                print(table, end="\n\n")
     if arguments.json:
         text = json.dumps(
             {"traces": [trace.about for trace in traces], "reads": study.as_json(results)}, indent=1

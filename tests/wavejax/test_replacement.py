@@ -135,15 +135,17 @@ def test_rows_missed_units_read_and_pages():
     rows = np.array([[0, 1, 9], [1, 2, NO_ROW]], np.int32)[:, None, None]
     order = np.array([[[9, 1, 0, 2, 3, 4, 5, 6, 7, 8]]])
     trace = Trace(rows, order, {})
-    by_token = simulate(Uses(trace, 2, "token", 2048), policies()["LRU"](), 9, 0)
+    by_token = simulate(Uses(trace, 2, "token", 2048, 4096), policies()["LRU"](), 9, 0)
     # Units {0, 1}, {8, 9} are missed at first, then {2, 3}; each is a page of its own.
     assert (by_token.missed, by_token.read, by_token.pages) == (4 / 2, 6 / 2, 3 / 2)
-    by_cluster = simulate(Uses(trace, 2, "cluster", 2048), policies()["LRU"](), 9, 0)
+    by_cluster = simulate(Uses(trace, 2, "cluster", 2048, 4096), policies()["LRU"](), 9, 0)
     # 9 and 1 are neighbours, 0 and 2 are: the second step misses nothing.
     assert (by_cluster.missed, by_cluster.read, by_cluster.pages) == (3 / 2, 4 / 2, 2 / 2)
     # Rows of 3000 bytes straddle pages: row 0 lies in page 0, rows 1 and 2 in pages 0 to 2.
-    straddling = simulate(Uses(trace, 1, "token", 3000), policies()["LRU"](), 9, 0)
+    straddling = simulate(Uses(trace, 1, "token", 3000, 4096), policies()["LRU"](), 9, 0)
     assert straddling.pages == (len({0, 1, 6, 7}) + len({1, 2})) / 2
+    # All ten rows in one page: each step misses in it once.
+    assert simulate(Uses(trace, 1, "token", 3000), policies()["LRU"](), 9, 0).pages == 2 / 2
 
 
 def test_keep_best_breaks_ties_by_the_lower_unit():

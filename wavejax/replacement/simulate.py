@@ -8,7 +8,8 @@ import numpy as np
 from wavejax.replacement.policies import Clock, Optimum
 from wavejax.replacement.trace import NO_ROW, Trace
 
-PAGE_BYTES = 4096  # of host memory, as its addresses are translated
+# Of host memory: rows so near each other share a translation of addresses (docs/benchmarks.md).
+PAGE_BYTES = 65536
 Order = Literal["token", "cluster"]
 
 
@@ -20,7 +21,7 @@ class Reads:
         wanted: rows retrieved.
         missed: rows of them not in the cache: what attention waits for.
         read: rows read: whole units.
-        pages: distinct pages of 4 KB that these lie in.
+        pages: distinct pages of the host's memory that these lie in.
     """
 
     wanted: float
@@ -39,7 +40,14 @@ class Uses:
         pages: `[lanes, units, 2]` int32, the first and last page of each unit.
     """
 
-    def __init__(self, trace: Trace, size: int, order: Order, row_bytes: int):
+    def __init__(
+        self,
+        trace: Trace,
+        size: int,
+        order: Order,
+        row_bytes: int,
+        page_bytes: int = PAGE_BYTES,
+    ):
         steps = trace.rows.shape[0]
         tokens = trace.order.shape[-1]
         lanes = trace.rows.reshape(steps, -1, trace.rows.shape[-1]).swapaxes(0, 1)
@@ -59,8 +67,9 @@ class Uses:
             counts = self.rows[:, lane]
             np.add.at(counts, (step, compact), 1)  # into `self.rows`: a view
             start = units * size * row_bytes
-            self.pages[lane, : len(units), 0] = start // PAGE_BYTES
-            self.pages[lane, : len(units), 1] = (start + size * row_bytes - 1) // PAGE_BYTES
+            self.pages[lane, : len(units), 0] = start // page_bytes
+            last = (start + size * row_bytes - 1) // page_bytes
+            self.pages[lane, : len(units), 1] = last
         self.size = size
         self.tokens = tokens
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from models.errors import InputError
 from wavejax.replacement.policies import policies
-from wavejax.replacement.simulate import Order, Reads, Uses, simulate
+from wavejax.replacement.simulate import PAGE_BYTES, Order, Reads, Uses, simulate
 from wavejax.replacement.trace import Trace
 
 OPTIMUM = "optimum"
@@ -60,6 +60,7 @@ def run(
     row_bytes: int,
     warm_up: int,
     progress: Callable[[], Any],
+    page_bytes: int = PAGE_BYTES,
 ) -> dict[Case, Reads]:
     """Simulates the cases on a trace; `progress` is called after each.
 
@@ -72,7 +73,7 @@ def run(
     make = policies()
     by_unit = sorted(cases, key=lambda case: (case.order, case.size))
     for (order, size), group in itertools.groupby(by_unit, key=lambda c: (c.order, c.size)):
-        uses = Uses(trace, size, order, row_bytes)
+        uses = Uses(trace, size, order, row_bytes, page_bytes)
         for case in group:
             policy = OPTIMUM if case.policy == OPTIMUM else make[case.policy]()
             slots = max(1, round(case.share * uses.tokens / size))
@@ -109,12 +110,18 @@ def policy_table(results: dict[Case, Reads], method: str) -> str:
     return "\n".join(lines)
 
 
-def unit_table(results: dict[Case, Reads], method: str, policy: str, share: float) -> str:
+def unit_table(
+    results: dict[Case, Reads],
+    method: str,
+    policy: str,
+    share: float,
+    page_bytes: int = PAGE_BYTES,
+) -> str:
     """What each unit misses and reads at one cache size, in Markdown."""
     lines = [
         f"{method}: units, {policy}, a cache of {share:.0%}; a step and head",
         "",
-        "| unit | rows missed | rows read | pages of 4 KB |",
+        f"| unit | rows missed | rows read | pages of {page_bytes / 1024:g} KB |",
         "| --- | --- | --- | --- |",
     ]
     for size, order in UNITS:
