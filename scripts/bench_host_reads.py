@@ -3,8 +3,8 @@
     python scripts/bench_host_reads.py
 
 What limits such reads is not bytes alone. It matters over how much memory the rows are scattered,
-how many of them lie side by side, in which order they are read, and how many are asked for at once:
-host addresses are translated, and what remembers translations covers only so much memory.
+how many of them lie near each other, in which order they are read, and how many are asked for at
+once: host addresses are translated, and what remembers translations covers only so much memory.
 """
 
 import argparse
@@ -71,39 +71,48 @@ def draw(
     count: int,
     shape: tuple[int, int, int],
     together: int,
+    within: int,
     order: str,
 ) -> np.ndarray:
-    """Numbers of rows out of so many, some side by side: `[tiles, programs, tile]`.
+    """Numbers of rows out of so many, some near each other: `[tiles, programs, tile]`.
 
     Args:
         rng: draws them.
         count: rows that there are.
         shape: the result's.
-        together: rows side by side.
+        together: rows of one window.
+        within: a window's rows; as many as `together`: those lie side by side.
         order: "random"; "rising", so that all programs read close together at any time; or "lists",
             by rising segments in each of `LISTS` regions that all are read at once, as a decode
             step reads what its heads miss.
     """
     tiles, programs, tile = shape
     wanted = tiles * programs * tile // together
+
+    def fill(windows: np.ndarray) -> np.ndarray:
+        """The rows read of each window: one of each of as many equal parts of it."""
+        parts = np.arange(together) * within // together
+        somewhere = rng.integers(0, within // together, (*windows.shape, together))
+        return windows[..., None] * within + parts + somewhere
+
     if order == "lists":
-        region, each = count // LISTS // together, wanted // LISTS
+        region, each = count // LISTS // within, wanted // LISTS
         first = np.stack([rng.permutation(region)[:each] + i * region for i in range(LISTS)])
-        by_segment = np.argsort(first // (SEGMENT // together), axis=1, kind="stable")
-        first = np.take_along_axis(first, by_segment, axis=1) * together
-        numbers = (first[:, :, None] + np.arange(together)).reshape(LISTS, tiles, -1, tile)
-        return numbers.transpose(1, 2, 0, 3).reshape(shape)
-    first = rng.permutation(count // together)[:wanted] * together
+        by_segment = np.argsort(first // max(SEGMENT // within, 1), axis=1, kind="stable")
+        numbers = fill(np.take_along_axis(first, by_segment, axis=1))
+        return numbers.reshape(LISTS, tiles, -1, tile).transpose(1, 2, 0, 3).reshape(shape)
+    first = rng.permutation(count // within)[:wanted]
     if order == "rising":
         first.sort()
-    return (first[:, None] + np.arange(together)).reshape(shape)
+    return fill(first).reshape(shape)
 
 
 def main() -> None:
     """Prints the rate for every combination of what the options list."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", default="0.5,1,2,4.3")
-    parser.add_argument("--together", default="1,2,4,8", help="rows side by side")
+    parser.add_argument("--together", default="1,2,4,8", help="rows of one window")
+    parser.add_argument("--within", default="1", help="rows of a window, or as many as --together")
     parser.add_argument("--orders", default="random,rising,lists")
     parser.add_argument("--programs", default="256", help="that read at once")
     parser.add_argument("--tiles", default="32", help="rows that a program asks for at once")
@@ -113,7 +122,7 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         parser.error(f"there is no GPU to read with: JAX runs on {jax.default_backend()}")
     rng = np.random.default_rng(0)
-    numbers = (arguments.together, arguments.programs, arguments.tiles)
+    numbers = (arguments.together, arguments.within, arguments.programs, arguments.tiles)
     kinds = list(
         itertools.product(
             *([int(n) for n in each.split(",")] for each in numbers), arguments.orders.split(",")
@@ -123,20 +132,21 @@ def main() -> None:
         count = int(gigabytes * 1e9) // (2 * ROW)
         rows = jnp.ones((count, ROW), jnp.bfloat16)
         rows = jax.block_until_ready(jax.device_put(rows, jax.memory.Space.Host))
-        for together, programs, tile, order in kinds:
+        for together, window, programs, tile, order in kinds:
+            within = max(window, together)
             tiles = -(-arguments.rows // (programs * tile))
             wanted = tiles * programs * tile
             seconds = []
             for _ in range(4):
                 shape = tiles, programs, tile
-                drawn = [draw(rng, count, shape, together, order) for _ in range(READS)]
+                drawn = [draw(rng, count, shape, together, within, order) for _ in range(READS)]
                 drawn = jax.block_until_ready([jnp.asarray(x, jnp.int32) for x in drawn])
                 start = time.perf_counter()
                 jax.block_until_ready(read(rows, drawn))
                 seconds.append(time.perf_counter() - start)
             rate = READS * wanted * 2 * ROW / min(seconds[1:]) / 1e9
-            kind = {"gigabytes": gigabytes, "together": together, "programs": programs}
-            kind |= {"tile": tile, "order": order, "gb_per_s": round(rate, 1)}
+            kind = {"gigabytes": gigabytes, "together": together, "within": within}
+            kind |= {"programs": programs, "tile": tile, "order": order, "gb_per_s": round(rate, 1)}
             print(kind, flush=True)
             if arguments.out:
                 with arguments.out.open("a") as out:
