@@ -142,17 +142,16 @@ def score_tokens(
             config without integers.
     """
     batch, kv_heads, group, _ = logits.shape
-    packed = isinstance(rotated_query, PackedQuery)
-    # A packed query does not say its head dim; any from the codes' last word takes the same.
-    head_dim = WORD_BITS * codes.shape[-1] if packed and codes is not None else 0
-    if not isinstance(rotated_query, PackedQuery):
+    if isinstance(rotated_query, PackedQuery):
+        # It does not say its head dim; any from the codes' last word takes the same.
+        head_dim = 0 if codes is None else WORD_BITS * codes.shape[-1]
+        dtype = "bfloat16"
+    else:
         head_dim = rotated_query.shape[-1]
         _pallas.check_heads("score_tokens", group, head_dim, rotated_query.dtype)
+        dtype = "float32" if scales is None else jnp.dtype(scales.dtype).name
     if codes is not None and scales is None:
         raise NotImplementedError("score_tokens: codes without scales")
-    dtype = jnp.dtype(jnp.float32 if scales is None else scales.dtype).name
-    if packed:
-        dtype = jnp.dtype(jnp.bfloat16).name
     config = config or _tuning.config(
         "score_tokens",
         heuristic(batch * kv_heads, max_candidates, dtype),
@@ -167,15 +166,14 @@ def score_tokens(
             f"score_tokens: a block of {config.block} candidates is no multiple of "
             f"{config.threads} threads; give one, or integers=False"
         )
-    if packed and not config.integers:
-        raise ValueError("score_tokens: a packed query is of integers, the config has none")
-    if codes is None:
-        query: tuple[Any, Any, Any] = (None, None, None)
-    elif isinstance(rotated_query, PackedQuery):
-        query = rotated_query
-    elif config.integers:
+    query: tuple[Any, Any, Any] = (None, None, None)
+    if isinstance(rotated_query, PackedQuery):
+        if not config.integers:
+            raise ValueError("score_tokens: a packed query is of integers, the config has none")
+        query = rotated_query if codes is not None else query
+    elif codes is not None and config.integers:
         query = _query.pack(rotated_query, scale=scale, interpret=interpret)
-    else:
+    elif codes is not None:
         query = (_query.split(rotated_query), None, None)
     return _pallas.call(
         functools.partial(

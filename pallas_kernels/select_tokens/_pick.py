@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -22,6 +22,8 @@ from pallas_kernels._sums import scan_together
 # them, and more would lie too far apart to be read together.
 RUN = 4
 
+LARGEST = 2**32 - 1  # of keys
+
 
 def _take_all(row: Row, lists: tuple[Any, Any], log_mass_ref: Any, total: Any) -> None:
     """Makes every candidate a contender: where too few are, the sample misled."""
@@ -38,135 +40,149 @@ def _take_all(row: Row, lists: tuple[Any, Any], log_mass_ref: Any, total: Any) -
     row.barrier()
 
 
-def _pick(
-    row: Row,
-    lists: tuple[Any, Any],
-    counts: Any,
-    count: Any,
-    prefix_ref: Any,
-    budget: Any,
-    out: tuple[Any, Any | None],
-    tile: int,
-    threads: int,
-) -> None:
-    """Writes the places of the contenders of the `budget` largest keys, rising, and the least key.
+class _Contenders(NamedTuple):
+    """A row's contenders, by chunk.
 
-    Args:
-        lists: keys and places, by chunk.
-        counts, count: int32, how many contenders each chunk has, and all of them.
-        out: where places are written, and the least of their keys if it is asked for.
-        prefix_ref: `[batch, kv_heads, chunks]` int32, scratch.
-        tile: so many contenders are held in registers; if there are more, each round of the
-            bisection reads them again.
-        threads: of the program.
+    Attributes:
+        row: whose.
+        keys_ref, places_ref: `[batch, kv_heads, chunks, chunk]`, from `list_contenders`.
+        prefix_ref: `[batch, kv_heads, chunks]` int32: how many come before each chunk's, if there
+            are several.
+        count: int32, of all chunks.
     """
-    (keys_ref, places_ref), (out_ref, least_ref) = lists, out
-    chunks, nth = keys_ref.shape[-2], jnp.arange(counts.shape[0])
-    if chunks > 1:
-        row.store(prefix_ref, jnp.cumsum(counts) - counts, nth, mask=nth < chunks)
-        row.barrier()
 
-    def find(vectors: list[Any]) -> list[tuple[Any, Callable[[], Any]]]:
+    row: Row
+    keys_ref: Any
+    places_ref: Any
+    prefix_ref: Any
+    count: Any
+
+    @property
+    def chunks(self) -> int:
+        return int(self.keys_ref.shape[-2])
+
+    def count_before(self, counts: Any) -> None:
+        """Writes how many come before each chunk's, given how many each has."""
+        nth = jnp.arange(counts.shape[0])
+        if self.chunks > 1:
+            before = jnp.cumsum(counts) - counts
+            self.row.store(self.prefix_ref, before, nth, mask=nth < self.chunks)
+            self.row.barrier()
+
+    def find(self, vectors: list[Any]) -> list[tuple[Any, Callable[[], Any]]]:
         """Of the i-th contenders of all chunks the key, zero where there is none, and the place."""
-        exist = [i < count for i in vectors]
-        if chunks > 1:
+        row, exist = self.row, [i < self.count for i in vectors]
+        if self.chunks > 1:
             # Of chunks that share a prefix, all but the last are empty: the search finds that one.
-            parts = row.search(prefix_ref, chunks, vectors, exist)
+            parts = row.search(self.prefix_ref, self.chunks, vectors, exist)
             firsts = [
-                row.load(prefix_ref, part, mask=mask)
+                row.load(self.prefix_ref, part, mask=mask)
                 for part, mask in zip(parts, exist, strict=True)
             ]
             ats = [(part, i - x) for part, i, x in zip(parts, vectors, firsts, strict=True)]
         else:
             ats = [(jnp.int32(0), i) for i in vectors]
-        keys = [row.load(keys_ref, *at, mask=mask) for at, mask in zip(ats, exist, strict=True)]
+        keys = [
+            row.load(self.keys_ref, *at, mask=mask) for at, mask in zip(ats, exist, strict=True)
+        ]
 
         def read(nth: int) -> Any:
-            return row.load(places_ref, *ats[nth], mask=exist[nth])
+            return row.load(self.places_ref, *ats[nth], mask=exist[nth])
 
         # Of one chunk read where they are asked for: they take no registers until then. Of more,
         # they are on their way with the keys.
-        places = [read(nth) for nth in range(len(keys))] if chunks > 1 else None
+        places = [read(nth) for nth in range(len(keys))] if self.chunks > 1 else None
         return [
             (key, functools.partial(places.__getitem__ if places else read, nth))
             for nth, key in enumerate(keys)
         ]
 
-    def pick(each: Any) -> None:
-        def widen(key: Any, _: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            low, high = state
-            least = jnp.min(jnp.where(key > 0, key, jnp.uint32(2**32 - 1)))
-            return jnp.minimum(low, least), jnp.maximum(high, jnp.max(key))
 
-        low, high = each(widen, (jnp.uint32(2**32 - 1), jnp.uint32(0)))
+class _Picked(NamedTuple):
+    """Where a row's picks are written: places, rising, and the least key if it is asked for."""
 
-        def held(bound: Any) -> Any:
-            def add(key: Any, _: Any, held: Any) -> Any:
-                return held + jnp.sum((key >= bound).astype(jnp.int32))
+    places_ref: Any
+    least_ref: Any | None
 
-            return each(add, jnp.int32(0))
 
-        bound, above = threshold(held, budget, low, high + jnp.uint32(1))
+def _pick_in_registers(
+    contenders: _Contenders, budget: Any, out: _Picked, tile: int, threads: int
+) -> None:
+    """Picks the contenders of the `budget` largest keys, of no more than `tile` of them."""
+    row = contenders.row
+    run = min(max(tile // threads, 1), RUN)
+    block = run * jnp.arange(threads)
+    firsts = range(0, tile, run * threads)
+    found = contenders.find([first + block + j for first in firsts for j in range(run)])
+    blocks = [found[i : i + run] for i in range(0, len(found), run)]
+    keys = [key for of_block in blocks for key, _ in of_block]
+    end = last_key(keys, None, budget, interpret=row.interpret)
+    wanted = budget - end.above
+    marks = [[(key > end.key, key == end.key) for key, _ in of_block] for of_block in blocks]
+    pairs = [
+        [above.astype(jnp.int32) | (tied.astype(jnp.int32) << 16) for above, tied in of_block]
+        for of_block in marks
+    ]
+    own = [functools.reduce(jnp.add, of_block) for of_block in pairs]
+    # Of one chunk the places are read only now, all before the first one is used.
+    places = [[place() for _, place in of_block] for of_block in blocks]
+    if contenders.chunks == 1 and _pallas.takes_assembly(row.interpret):
+        own[0] = _warp.after(own[0], [place for of_block in places for place in of_block])
+    before = jnp.zeros(threads, jnp.int32)
+    scanned = scan_together(own, interpret=row.interpret)
+    for i, (earlier, total) in enumerate(scanned):
+        through = itertools.accumulate(pairs[i][:-1], jnp.add, initial=before + earlier)
+        before += total
+        for place, (above, tied), pair in zip(places[i], marks[i], through, strict=True):
+            above_before, ties_before = halves(pair)
+            picked = above | (tied & (ties_before < wanted))
+            at = above_before + jnp.minimum(ties_before, wanted)
+            row.store(out.places_ref, place, at, mask=picked)
+    if out.least_ref is not None:
+        here = jnp.full(threads, row.b), jnp.full(threads, row.h)
+        plt.store(out.least_ref.at[here], end.key)
 
-        Picked = tuple[tuple[Any, Any], Any]
 
-        def write(key: Any, place: Callable[[], Any], state: Picked) -> Picked:
-            before, least = state
-            larger, ties = key > bound, key == bound
-            picked, at, before = list_selected(larger, ties, budget - above, before)
-            row.store(out_ref, place(), at, mask=picked)
-            if least_ref is not None:
-                key = jnp.where(picked, key, jnp.uint32(2**32 - 1))
-                least = jnp.minimum(least, jnp.min(key))
-            return before, least
+def _pick_in_memory(contenders: _Contenders, budget: Any, out: _Picked, tile: int) -> None:
+    """The same of any number: each round of a bisection reads them again, `tile` at a time."""
+    row = contenders.row
 
-        _, least = each(write, ((jnp.int32(0), jnp.int32(0)), jnp.uint32(2**32 - 1)))
-        if least_ref is not None:
-            row.store(least_ref, least)
+    def each(visit: Any, state: Any) -> Any:
+        def of_block(i: Any, state: Any) -> Any:
+            return visit(*contenders.find([i * tile + jnp.arange(tile)])[0], state)
 
-    @pl.when(count <= tile)
-    def pick_in_registers() -> None:
-        run = min(max(tile // threads, 1), RUN)
-        block = run * jnp.arange(threads)
-        firsts = range(0, tile, run * threads)
-        found = find([first + block + j for first in firsts for j in range(run)])
-        blocks = [found[i : i + run] for i in range(0, len(found), run)]
-        keys = [key for of_block in blocks for key, _ in of_block]
-        end = last_key(keys, None, budget, interpret=row.interpret)
-        wanted = budget - end.above
-        marks = [[(key > end.key, key == end.key) for key, _ in of_block] for of_block in blocks]
-        pairs = [
-            [above.astype(jnp.int32) | (tied.astype(jnp.int32) << 16) for above, tied in of_block]
-            for of_block in marks
-        ]
-        own = [functools.reduce(jnp.add, of_block) for of_block in pairs]
-        # Of one chunk the places are read only now, all before the first one is used.
-        places = [[place() for _, place in of_block] for of_block in blocks]
-        if chunks == 1 and _pallas.takes_assembly(row.interpret):
-            own[0] = _warp.after(own[0], [place for of_block in places for place in of_block])
-        before = jnp.zeros(threads, jnp.int32)
-        scanned = scan_together(own, interpret=row.interpret)
-        for i, (earlier, total) in enumerate(scanned):
-            through = itertools.accumulate(pairs[i][:-1], jnp.add, initial=before + earlier)
-            before += total
-            for place, (above, tied), pair in zip(places[i], marks[i], through, strict=True):
-                above_before, ties_before = halves(pair)
-                picked = above | (tied & (ties_before < wanted))
-                at = above_before + jnp.minimum(ties_before, wanted)
-                row.store(out_ref, place, at, mask=picked)
-        if least_ref is not None:
-            here = jnp.full(threads, row.b), jnp.full(threads, row.h)
-            plt.store(least_ref.at[here], end.key)
+        blocks = lax.div(contenders.count + (tile - 1), jnp.int32(tile))
+        return lax.fori_loop(0, blocks, of_block, state)
 
-    @pl.when(count > tile)
-    def pick_in_memory() -> None:
-        def each(visit: Any, state: Any) -> Any:
-            def of_block(i: Any, state: Any) -> Any:
-                return visit(*find([i * tile + jnp.arange(tile)])[0], state)
+    def widen(key: Any, _: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        low, high = state
+        least = jnp.min(jnp.where(key > 0, key, jnp.uint32(LARGEST)))
+        return jnp.minimum(low, least), jnp.maximum(high, jnp.max(key))
 
-            return lax.fori_loop(0, lax.div(count + (tile - 1), jnp.int32(tile)), of_block, state)
+    def held(bound: Any) -> Any:
+        def add(key: Any, _: Any, held: Any) -> Any:
+            return held + jnp.sum((key >= bound).astype(jnp.int32))
 
-        pick(each)
+        return each(add, jnp.int32(0))
+
+    low, high = each(widen, (jnp.uint32(LARGEST), jnp.uint32(0)))
+    bound, above = threshold(held, budget, low, high + jnp.uint32(1))
+
+    Written = tuple[tuple[Any, Any], Any]
+
+    def write(key: Any, place: Callable[[], Any], state: Written) -> Written:
+        before, least = state
+        larger, ties = key > bound, key == bound
+        picked, at, before = list_selected(larger, ties, budget - above, before)
+        row.store(out.places_ref, place(), at, mask=picked)
+        if out.least_ref is not None:
+            key = jnp.where(picked, key, jnp.uint32(LARGEST))
+            least = jnp.minimum(least, jnp.min(key))
+        return before, least
+
+    _, least = each(write, ((jnp.int32(0), jnp.int32(0)), jnp.uint32(LARGEST)))
+    if out.least_ref is not None:
+        row.store(out.least_ref, least)
 
 
 def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret: bool) -> None:
@@ -180,6 +196,8 @@ def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret:
         picked: `[batch, kv_heads, max_tokens]` int32, out: the places, rising.
         least: `[batch, kv_heads]` uint32, out if `needs_least`: the least key that is picked.
         prefix: `[batch, kv_heads, chunks]` int32, scratch.
+
+    Up to `tile` contenders are held in registers; if there are more, they are read again and again.
     """
     counts_ref, log_mass_ref, starts_ref, budget_ref, picked_ref, *lists = refs[2:-1]
     prefix_ref, least_ref = refs[-1], lists.pop() if needs_least else None
@@ -200,8 +218,11 @@ def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret:
 
     @pl.when(budget > 0)
     def pick() -> None:
-        out = picked_ref, least_ref
-        _pick(row, (keys_ref, places_ref), counts, count, prefix_ref, budget, out, tile, threads)
+        contenders = _Contenders(row, keys_ref, places_ref, prefix_ref, count)
+        contenders.count_before(counts)
+        out = _Picked(picked_ref, least_ref)
+        pl.when(count <= tile)(lambda: _pick_in_registers(contenders, budget, out, tile, threads))
+        pl.when(count > tile)(lambda: _pick_in_memory(contenders, budget, out, tile))
 
 
 def limits(row: Row, starts_ref: Any, budget_ref: Any, rooms: tuple[int, int]) -> tuple[Any, Any]:
