@@ -169,7 +169,10 @@ def score_tokens(
     query: tuple[Any, Any, Any] = (None, None, None)
     if isinstance(rotated_query, PackedQuery):
         if not config.integers:
-            raise ValueError("score_tokens: a packed query is of integers, the config has none")
+            raise ValueError(
+                "score_tokens: a packed query is of integers, the config has none; give one with "
+                "integers=True, or the rotated query"
+            )
         query = rotated_query if codes is not None else query
     elif codes is not None and config.integers:
         query = _query.pack(rotated_query, scale=scale, interpret=interpret)

@@ -46,7 +46,8 @@ class Dropped:
 
         Args:
             left: bool `[block]`, the picks that are dropped.
-            picks: int32 `[block]` each, as for `_count_remaining`.
+            picks: int32 `[block]` each: a pick's number in the list of picks, its cluster's number
+                in the list of candidates, and its cluster.
             first: bool `[block]`, the first pick of each cluster.
             last: int32 `[block]`, where `first` is True the place of the cluster's last pick.
         """

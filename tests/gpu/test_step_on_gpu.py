@@ -19,7 +19,7 @@ KERNEL = "triton"
 
 
 # Of what is picked, the share that may differ from what a float32 reference picks: the query that
-# ranks is rounded to int8, so tokens at the end of the budget change places (0.3 % or less).
+# ranks is rounded to int8, so tokens at the end of the budget change places.
 BORDERLINE = 0.01
 
 

@@ -354,6 +354,14 @@ def test_a_block_that_threads_do_not_share_evenly_is_said():
         jax.eval_shape(function, *shapes()["score_tokens"])
 
 
+def test_a_packed_query_wants_integers():
+    function = functools.partial(score_tokens.score_tokens, **KEYWORDS["score_tokens"])
+    function = functools.partial(function, config=score_tokens.Config(16, integers=False))
+    query, *others = shapes()["score_tokens"]
+    with pytest.raises(ValueError, match="integers=True, or the rotated query"):
+        jax.eval_shape(function, _query.packed_shapes(*query.shape), *others)
+
+
 def test_a_tile_that_is_too_small_is_said():
     config = select_clusters.Config(chunk=32, in_registers=True, tile=64)
     function = functools.partial(

@@ -37,7 +37,8 @@ class Uses:
 
     Attributes:
         rows: `[steps, lanes, units]` uint8, how many rows of each unit a step asks for.
-        pages: `[lanes, units, 2]` int32, the first and last page of each unit.
+        pages: `[lanes, units, 2]` int32, the first and last page of each unit: of `page_bytes`, in
+            a store whose rows take `row_bytes`.
     """
 
     def __init__(
