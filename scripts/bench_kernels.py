@@ -26,6 +26,7 @@ from pallas_kernels.testing import make_step, with_misses
 
 SECTIONS = (*STEP_OPS, "step", "full_attention", "misses", "build")
 MISS_SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+MISS_LISTS = 10  # of rows to read, which the calls of a program take in turn
 
 # What each figure must reach and what it aims at. Rates count as shares of the copy ceiling.
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
@@ -79,23 +80,33 @@ def bench_full_attention(shape: StepShape) -> dict[str, Any]:
 
 
 def bench_misses(shape: StepShape, run: Run, timing: dict[str, Any]) -> dict[str, Any]:
-    """`attend_zones` with a store in pinned host memory, at several shares of misses."""
+    """`attend_zones` with a store in pinned host memory, at several shares of misses.
+
+    Each call of a program asks for other rows than the call before: by the same ones it would be
+    measured how fast rows come that were read a moment ago.
+    """
     bench = StepBench(shape, run, layers=1)
     inputs = bench.inputs
     host = jax.block_until_ready(jax.device_put(inputs.store, jax.memory.Space.Host))
     # The store stays out of the program that draws the lists.
-    bench.inputs = inputs = inputs._replace(store=jnp.zeros((0,), inputs.store.dtype))
+    inputs = inputs._replace(store=jnp.zeros((0,), inputs.store.dtype))
+    bench.inputs = inputs._replace(store=host)
+    case = bench.case("attend_zones")
+
+    def call(lists: tuple[Array, ...], operands: Any, state: Array) -> tuple[Any, Array]:
+        before, after = operands
+        return case.call(jnp.int32(0), (before, (*lists, *after)), state)
+
+    before, after = case.operands
     row = 2 * shape.head_dim * host.dtype.itemsize
-    call: Any = None
     points: dict[str, Any] = {}
     for share in MISS_SHARES:
-        drawn = with_misses(inputs, shape, 7, jnp.float32(share))
-        bench.inputs = drawn._replace(store=host)
-        missed = row * int(jnp.sum((drawn.tokens < shape.tokens) & ~drawn.hit))
-        case = bench.case("attend_zones")
-        # One program for all the shares.
-        call = call or case.call
-        took, _ = time_calls(call, case.operands, case.state, links=case.links, **timing)
+        drawn = [with_misses(inputs, shape, 7 + i, jnp.float32(share)) for i in range(MISS_LISTS)]
+        rows = sum(int(jnp.sum((x.tokens < shape.tokens) & ~x.hit)) for x in drawn)
+        missed = row * rows / len(drawn)
+        links = tuple((x.tokens, x.slots, x.hit) for x in drawn)
+        state = jnp.copy(inputs.cache_rows)
+        took, _ = time_calls(call, (before, after[3:]), state, links=links, **timing)
         points[f"{share:.2f}"] = {
             "us": took.median * 1e6,
             "missed_bytes": missed,
