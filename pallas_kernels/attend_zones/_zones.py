@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import _pallas
 from pallas_kernels._numerics import LOG2_E, MASKED, NO_ID
 from pallas_kernels.attend_zones._config import Config
+from pallas_kernels.attend_zones._roles import choose_part
 
 # How many tiles' logits are read at once to find the greatest.
 LOGIT_TILES = 4
@@ -38,11 +39,13 @@ class Refs(NamedTuple):
     offsets: Any
     remaining: Any
     layer: Any
+    claims_before: Any
     outputs: Any
     logsumexps: Any
     cache: Any
     missed_tokens: Any
     missed_slots: Any
+    claims: Any
 
 
 class Program:
@@ -54,8 +57,14 @@ class Program:
         self.refs, self.config, self.with_sink, self.scale = refs, config, with_sink, scale
         self.interpret = interpret
         batch, kv_heads, group, head_dim = refs.query.shape
-        self.part = pl.program_id(0) // (batch * kv_heads)
-        row = pl.program_id(0) % (batch * kv_heads)
+        number, rows = pl.program_id(0), batch * kv_heads
+        if refs.claims is not None:
+            missed = config.missed_splits * rows
+            others = sum(config.splits) * rows - missed
+            threads = 32 * config.num_warps
+            number = choose_part(refs.claims, missed, others, threads, interpret)
+        self.part = number // rows
+        row = number % rows
         self.b, self.h = row // kv_heads, row % kv_heads
         self.row = (refs.layer[...], self.b, self.h)
         self.d = jnp.arange(_pallas.tile(head_dim))[None, :]

@@ -9,6 +9,7 @@ from jax import Array
 
 from pallas_kernels import _pallas, _tuning
 from pallas_kernels.attend_zones._config import Config, heuristic
+from pallas_kernels.attend_zones._roles import by_processor
 from pallas_kernels.attend_zones._zones import Program, Refs
 from pallas_kernels.attend_zones.reference import ZoneStates
 
@@ -38,6 +39,7 @@ def attend_zones(
 ) -> ZoneStates:
     """See `pallas_kernels.attend_zones`. Each part is one program's share of one zone:
     first the parts of the missed rows, then of the hits, the estimated and the steady zone.
+    Which program takes which matters where missed rows come from host memory: see `_roles`.
     Without a row cache the store's rows are read as hits are.
 
     Raises:
@@ -78,6 +80,8 @@ def attend_zones(
     if not cached:
         config = dataclasses.replace(config, missed_splits=0)
     parts = sum(config.splits)
+    missed = config.missed_splits * batch * kv_heads
+    choosing = cached and by_processor(store, missed)
 
     with_sink = sink.size > 0
     operands = [
@@ -96,19 +100,25 @@ def attend_zones(
         offsets,
         remaining,
         _pallas.scalar(layer),
+        jnp.zeros(missed + 1, jnp.int32) if choosing else None,
     ]
     results = [
         jax.ShapeDtypeStruct((parts, *query.shape), jnp.float32),
         jax.ShapeDtypeStruct((parts, *query.shape[:3]), jnp.float32),
     ]
+    aliases: dict[int, int] = {}
     if cached:
         # The missed rows' tokens and slots, without the hits between them.
         scratch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
         cache = jax.ShapeDtypeStruct(cache_rows.shape, cache_rows.dtype)
         results += [cache, scratch, scratch]
+        aliases[Refs._fields.index("cache_before")] = 2
+    if choosing:
+        results.append(jax.ShapeDtypeStruct((missed + 1,), jnp.int32))
+        aliases[Refs._fields.index("claims_before")] = len(results) - 1
 
     def kernel(*refs: Any) -> None:
-        # A cache that is not there leaves no refs behind.
+        # Results that are not there leave no refs behind.
         missing = (None,) * (len(Refs._fields) - len(refs))
         Program(Refs(*refs, *missing), config, with_sink, scale, interpret).run()
 
@@ -120,7 +130,7 @@ def attend_zones(
         name="attend_zones",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        aliases={Refs._fields.index("cache_before"): 2} if cached else {},
+        aliases=aliases,
         interpret=interpret,
     )
     return ZoneStates(outputs, logsumexps, rest[0] if cached else cache_rows)
