@@ -24,7 +24,7 @@ REMEMBERED_BYTES = 4_500_000_000
 
 
 def by_processor(store: Any, missed: int) -> bool:
-    """Whether programs are to choose: rows on the host, not too many, and few enough parts.
+    """Whether programs are to choose: for rows on the host, not too many, of few enough parts.
 
     Args:
         store: `[layers, b, h, n, 2, d]`, all rows of all layers, since all are read in a step.
@@ -37,22 +37,20 @@ def by_processor(store: Any, missed: int) -> bool:
     return on_host and few and _pallas.on_cuda()
 
 
-def claimants(missed: int, others: int) -> int:
-    """How many programs choose their part: those that begin at once, two on each processor."""
-    return missed + min(others, max(2 * PROCESSORS - missed, missed))
-
-
 def choose_part(claims_ref: Any, missed: int, others: int, threads: int, interpret: bool) -> Array:
     """The part that this program takes, of `missed + others`: each is taken by one program.
 
     Args:
         claims_ref: `[missed + 1]` int32, zero before the first program begins: how many have asked
             for each part of the missed rows, and for any other one.
-        missed, others: parts of missed rows, which are the first ones, and all others.
+        missed, others: parts of missed rows, which are the first ones and no more than
+            `PROCESSORS`, and all others.
         threads: of a program.
         interpret: whether the kernel is interpreted.
     """
-    number, choosing = pl.program_id(0), claimants(missed, others)
+    number = pl.program_id(0)
+    # Those that begin at once, two on each processor; all parts of missed rows are among theirs.
+    choosing = min(missed + others, 2 * PROCESSORS)
     # Two processors side by side are of one GPC, and the next two of the next one: where there are
     # enough, two share a part.
     pair = 2 if 2 * missed <= PROCESSORS else 1
