@@ -3,7 +3,7 @@
 A missed row waits for the translation of its address. What has been translated is remembered by the
 part of the GPU (one GPC of eight) that asked, for some 0.8 GB, and a launch may begin with any of
 them. So there each processor takes the same part of the missed rows in every call
-(docs/benchmarks.md, "What a single row waits for").
+(docs/host-rows.md, "What a single row waits for").
 """
 
 import math

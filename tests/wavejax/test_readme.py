@@ -1,9 +1,11 @@
-"""What the README says is so: its example runs, its picture is there, its flags exist."""
+"""What the README says is so: its examples run, its flags exist; all links lead somewhere."""
 
 import contextlib
 import io
 import re
 from pathlib import Path
+
+import pytest
 
 from models import checkpoint
 from tests.cli.conftest import TEMPLATE, TINY, write_tokenizer
@@ -12,6 +14,7 @@ from wavejax import generate
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 ONE_OP, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -33,9 +36,22 @@ def test_the_example_of_one_op_runs(capsys):
     assert capsys.readouterr().out == "(1, 8, 4, 512) (1, 8, 4)\n"
 
 
-def test_links_lead_to_files():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).is_file(), target
+def anchors(page):
+    """What the headings of a page are called in links, by GitHub's rule."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
 
 
 def test_flags_exist():

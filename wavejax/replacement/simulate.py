@@ -8,7 +8,7 @@ import numpy as np
 from wavejax.replacement.policies import Clock, Optimum
 from wavejax.replacement.trace import NO_ROW, Trace
 
-# Of host memory: rows so near each other share a translation of addresses (docs/benchmarks.md).
+# Of host memory: rows so near each other share a translation of addresses (docs/host-rows.md).
 PAGE_BYTES = 65536
 Order = Literal["token", "cluster"]
 
