@@ -59,7 +59,9 @@ class SharedPrefill:
 
     def _index(self, generator: Generator, attention: WaveAttention) -> Any:
         plain = {name: getattr(WaveConfig(), name) for name in _DECODING}
-        # The room for an index does not depend on what decoding asks for.
+        # The room for an index does not depend on what decoding asks for, but a row cache's does.
+        if attention.has_cache:
+            del plain["min_retrieved_tokens"]
         config = dataclasses.replace(attention.config, **plain)
         builder = WaveAttention(config, attention.store, attention.fetch, cached=attention.cached)
         if builder != self._builder:

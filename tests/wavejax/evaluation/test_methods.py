@@ -317,11 +317,18 @@ def test_bad_methods_are_refused(text, said):
     assert said in str(caught.value)
 
 
-def test_a_shared_prefill_keeps_whether_there_is_a_row_cache():
-    """Traces of which rows are retrieved are read from a cache's slots."""
+@pytest.mark.parametrize("least", [0, 16])
+def test_a_shared_prefill_has_the_row_cache_that_the_method_has(least):
+    """Traces of which rows are retrieved are read from its slots, and its size decides what is."""
+    params, prompts = make_params(), make_prompts([200])
     full = Generator(MODEL, DenseAttention())
-    shared = SharedPrefill(full.start(make_params(), make_prompts([200]), 8), 256, 8)
+    shared = SharedPrefill(full.start(params, prompts, 8), bucket(200), 8)
+    config = dataclasses.replace(CONFIG, min_retrieved_tokens=least)
     for cached in (True, False):
-        attention = WaveAttention(CONFIG, store="device", cached=cached)
-        table = shared.state(Generator(MODEL, attention)).cache.cache.table
-        assert (table.token_of_slot.size > 0) == cached
+        generator = Generator(MODEL, WaveAttention(config, store="device", cached=cached))
+        found, expected = (
+            state.cache.cache.table.token_of_slot.shape[-1]
+            for state in (shared.state(generator), generator.start(params, prompts, 8))
+        )
+        assert found == expected
+        assert (found > 0) == cached
