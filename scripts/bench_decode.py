@@ -158,7 +158,8 @@ def command(
 
     # Before anything starts JAX's device.
     all_kinds = [attention for _, _, attention in choices]
-    set_memory_limits(pinned_bytes(sizes_of, all_kinds, max(lengths), sizes, new_tokens))
+    stored = "bfloat16" if dtype == "auto" else dtype  # as on a GPU; others pin nothing
+    set_memory_limits(pinned_bytes(sizes_of, all_kinds, max(lengths), sizes, new_tokens, stored))
     gpu = jax.default_backend() == "gpu"
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"

@@ -144,6 +144,7 @@ def pinned_bytes(
     context: int,
     batches: Sequence[int | str],
     new_tokens: int,
+    dtype: str,
 ) -> int:
     """Host memory that XLA should be allowed to pin, at a longest context and these batches."""
     waves = [one for one in attentions if isinstance(one, WaveAttention)]
@@ -153,5 +154,5 @@ def pinned_bytes(
     numbers = [batch for batch in batches if isinstance(batch, int)]
     if len(numbers) < len(batches):
         return int(PINNED_SHARE * host_available())
-    need = memory_need(model, pinned[0], max(numbers), context, new_tokens, "bfloat16")
+    need = memory_need(model, pinned[0], max(numbers), context, new_tokens, dtype)
     return need.pinned + STAGING_BYTES

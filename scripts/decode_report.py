@@ -11,7 +11,7 @@ from wavejax.evaluation.plots import pyplot
 
 COLUMNS = (
     *("tokens", "batch", "attention", "ms/step", "floor", "tokens/s", "to full"),
-    *("to host", "hits", "host MB", "GB/s", "prefill s", "growth ms", "kernels ms"),
+    *("to host", "hits", "host MB", "GB/s of step", "prefill s", "growth ms", "kernels ms"),
 )
 
 # By the batch asked for, in the order of their first results.
@@ -67,7 +67,7 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             _number(one.get("host_ratio"), ".2f", "x"),
             _number(one.get("hit_ratio"), ".1%"),
             _number(one["bytes_per_step"]["host"] / 1e6 or None, ".1f"),
-            _number(one.get("host_gb_per_s") or None, ".1f"),
+            _number(one.get("host_gb_per_s_of_step") or None, ".1f"),
             _number(one["prefill"].get("seconds"), ".2f"),
             _number(growth.get("amortised_ms_per_step"), ".3f"),
             _number(kernels.get("kernels_ms_per_step"), ".2f"),

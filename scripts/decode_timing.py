@@ -190,7 +190,7 @@ def time_decoding(
             "stride": decoder.stride,
             "tried": tried,
             "retrieved_share": retrieved / counts.attended if counts.attended else None,
-            "host_gb_per_s": moved["host"] / step / 1e9,
+            "host_gb_per_s_of_step": moved["host"] / step / 1e9,
         }
     return found
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wavejax import WaveAttention
+
 ROOT = Path(__file__).parents[1]
 TINY = [
     *("--local-tokens", "8", "--growth-tokens", "64", "--cluster-size", "4"),
@@ -97,6 +99,18 @@ def test_a_mistake_is_one_line():
     done = bench("--batches", "1,most")
     assert done.returncode == 2
     assert done.stderr == "error: --batches: 'most' is no number from 1 up or any of max, common\n"
+
+
+def test_as_much_may_be_pinned_as_the_rows_take(load):
+    script, model = load("decode_configurations"), load("decode_model").SHAPES["llama-3-8b"]
+    attention = WaveAttention(store="host", fetch="in_place")
+    narrow, wide = (
+        script.pinned_bytes(model, [attention], 122_880, [1, 2], 0, dtype)
+        for dtype in ("bfloat16", "float32")
+    )
+    numbers = 2 * model.num_layers * model.num_kv_heads * 122_880 * 2 * model.head_dim
+    assert narrow >= 2 * numbers
+    assert wide >= 4 * numbers
 
 
 def test_the_largest_batch_is_found(load):
