@@ -135,6 +135,7 @@ def command(
         "haystack_sha256": material.haystack.sha256,
         "seed": seed,
         "answers": answers,
+        "defaults": dataclasses.asdict(DEFAULTS),
         **budget,
     }
     folder = Records(out, settings, run_facts())

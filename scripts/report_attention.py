@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from models.errors import InputError
 from wavejax.cli_support import main_guard, progress_bar
+from wavejax.config import WaveConfig
 from wavejax.evaluation import attention_report, plots
 from wavejax.evaluation.bench import Bench
 from wavejax.evaluation.haystack import MANUAL, load_haystack
@@ -103,6 +104,7 @@ def command(
         "haystack": material.haystack.name,
         "haystack_sha256": material.haystack.sha256,
         "seed": seed,
+        "defaults": dataclasses.asdict(WaveConfig()),
     }
     folder = Records(out, settings, run_facts())
     records = click.get_current_context().with_resource(folder)

@@ -207,6 +207,24 @@ def test_records_are_not_written_twice(tmp_path):
         assert again.done == {("a", 1, 0, "full")}
 
 
+def test_settings_that_differ_and_that_are_damaged_are_said(tmp_path):
+    record = {"task": "a", "length": 1, "index": 0, "method": "full"}
+    with Records(tmp_path, {"defaults": {"least": 1, "most": 2}}, {}) as first:
+        first.append([record])
+    with pytest.raises(InputError, match=r"whose defaults\.most is 2, not 3: give another --out"):
+        Records(tmp_path, {"defaults": {"least": 1, "most": 3}}, {})
+    settings = tmp_path / "settings.json"
+    settings.write_text("")
+    with pytest.raises(InputError, match="does not hold an evaluation's settings"):
+        Records(tmp_path, {"seed": 1}, {})
+    settings.unlink()
+    with Records(tmp_path, {"seed": 1}, {}) as again:
+        assert again.records == [record]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(".lock", "records.jsonl", "settings.json")
+    ]
+
+
 def test_batches_have_one_size():
     assert [list(block) for block in blocks(5, 2)] == [[0, 1], [2, 3], [4, 5]]
     assert [list(block) for block in blocks(9, 8)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]

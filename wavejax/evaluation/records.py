@@ -74,19 +74,30 @@ class Records:
         path = self.folder / SETTINGS
         runs = []
         if path.exists():
-            known = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+                known["settings"], known["runs"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{path} does not hold an evaluation's settings: give another --out, or remove "
+                    f"it to go on with the records beside it"
+                ) from None
             for name in sorted(settings.keys() | known["settings"].keys()):
                 there, here = known["settings"].get(name), settings.get(name)
                 if there != here:
+                    what, there, here = _difference(name, there, here)
                     raise InputError(
-                        f"{self.folder} holds an evaluation whose {name} is {there!r}, not "
+                        f"{self.folder} holds an evaluation whose {what} is {there!r}, not "
                         f"{here!r}: give another --out, or the same settings to go on with it"
                     )
             runs = known["runs"]
         stamp = datetime.datetime.now(datetime.UTC).date().isoformat()
         runs.append(run | {"date": stamp})
         text = json.dumps({"settings": settings, "runs": runs}, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
+        # What is there stays whole if this is interrupted.
+        fresh = path.with_suffix(".new")
+        fresh.write_text(text + "\n", encoding="utf-8")
+        fresh.replace(path)
 
     def _read(self) -> Iterator[dict[str, Any]]:
         path = self.folder / RECORDS
@@ -99,6 +110,15 @@ class Records:
             path.write_bytes(whole)
         for line in whole.splitlines():
             yield json.loads(line)
+
+
+def _difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    """Of settings that differ what to name, and both values; of a group the first that differs."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for inner in sorted(there.keys() | here.keys()):
+            if there.get(inner) != here.get(inner):
+                return f"{name}.{inner}", there.get(inner), here.get(inner)
+    return name, there, here
 
 
 def key_of(record: dict[str, Any]) -> Key:

@@ -72,21 +72,31 @@ def summarise(records: Sequence[dict[str, Any]]) -> str:
 
 
 def scoretable(records: Sequence[dict[str, Any]], length: int) -> str:
-    """Scores of 100 by task (rows) and method; their average over the tasks that full can do."""
+    """Scores of 100 by task (rows) and method; their average over the tasks that full can do.
+
+    Behind a score by fewer samples than others have is their number.
+    """
     scores = values_of(records, "score", length)
     methods = _in_order(scores)
     able, unable = able_tasks(scores)
+    counts = _sample_counts(scores)
     rows = []
     for task in [*able, *unable]:
         groups = [list(scores[method].get(task, {}).values()) for method in methods]
-        count = max(map(len, groups))
-        rows.append([f"{task} ({count})", *(_points([group]) for group in groups)])
+        cells = [
+            _points([group]) + (f" ({len(group)})" if 0 < len(group) < counts[task] else "")
+            for group in groups
+        ]
+        rows.append([f"{task} ({counts[task]})", *cells])
     if able:
         averages, differences = [], []
         for method in methods:
-            common = [task for task in able if task in scores[method]]
-            groups = [list(scores[method][task].values()) for task in common]
-            averages.append(_points(groups) if len(common) == len(able) else "")
+            groups = [list(scores[method].get(task, {}).values()) for task in able]
+            # An average over fewer samples, or fewer tasks, is not one to compare.
+            whole = all(
+                len(group) == counts[task] for group, task in zip(groups, able, strict=True)
+            )
+            averages.append(_points(groups) if whole else "")
             pairs = _against_full(scores, method, able)
             complete = method != FULL and len(pairs) == len(able)
             differences.append(_points(pairs, signed=True) if complete else "")
@@ -110,9 +120,12 @@ def agreementtable(records: Sequence[dict[str, Any]], length: int) -> str:
     found = {field: values_of(records, field, length) for field, _, _ in fields.values()}
     nll = values_of(records, "nll", length)
     methods = _in_order(found["kl"])
+    counts = _sample_counts(found["kl"])
     rows = []
     for method in methods:
-        row = [method]
+        samples = sum(map(len, found["kl"][method].values()))
+        part = f" ({samples} of {sum(counts.values())} samples)"
+        row = [method + part * (samples < sum(counts.values()))]
         for field, scale, digits in fields.values():
             tasks = found[field].get(method, {})
             groups = [[scale * x for x in values.values()] for values in tasks.values()]
@@ -121,6 +134,15 @@ def agreementtable(records: Sequence[dict[str, Any]], length: int) -> str:
         row.append(f"{np.exp(np.mean(list(text.values()))):.3f}" if text else "")
         rows.append(row)
     return table(["forced to say full attention's answer", *fields, "perplexity"], rows)
+
+
+def _sample_counts(values: dict[str, Values]) -> dict[str, int]:
+    """How many samples each task has, by whichever method has them."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for tasks in values.values():
+        for task, samples in tasks.items():
+            found[task] |= samples.keys()
+    return {task: len(samples) for task, samples in found.items()}
 
 
 def _against_full(scores: dict[str, Values], method: str, tasks: list[str]) -> list[list[float]]:

@@ -53,6 +53,16 @@ def test_scores_by_task_average_and_difference():
     assert "Not in the average, since full attention scores below 10: hard" in text
 
 
+def test_fewer_samples_than_others_have_are_not_averaged():
+    text = summarise([one for one in RECORDS if one["method"] == "full" or one["index"] < 2])
+    assert cells(text, "a (4)")[1].endswith(" (2)")
+    assert not cells(text, "a (4)")[0].endswith(")")
+    assert [cell != "" for cell in cells(text, "average")] == [True, False]
+    # Sample by sample they can be compared.
+    assert cells(text, "against full")[1] == "+0.0 ± 12.5"
+    assert "| wave (6 of 12 samples) " in text
+
+
 def test_agreement_and_perplexity():
     long = [record("perplexity", "wave", i, None, length=200, kept=0.5) for i in range(3)]
     text = summarise(long)
