@@ -67,20 +67,32 @@ def measure(
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: recall, error and KL by method and budget, and the heads of most error.
+    """Markdown: for each length recall, error and KL by method and budget, and the worst heads.
 
     Args:
-        records: fields of `AttentionFigures`, and `method`, `name`, `fraction`.
+        records: fields of `AttentionFigures`, and `task`, `length`, `name`, `fraction`.
     """
+    parts = []
+    for length, of_length in by_length(records).items():
+        parts += [f"## {length} tokens", *_tables(of_length)]
+    parts.append(
+        "Means over tasks, samples, tokens, layers and heads; ±: half the width of the 95 % "
+        "interval, by bootstrap over the samples of each task. Recall: of the mass, what lies on "
+        "tokens read exactly.\n"
+    )
+    return "\n\n".join(parts)
+
+
+def _tables(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The figures of one length, and the heads of most error."""
     rows, worst = [], []
     for (name, fraction), group in by_method_and_budget(records).items():
-        figures = {
-            field: [np.mean(record[field]) for record in group]
-            for field in ("recall", "error", "kl")
-        }
         cells = []
-        for values in figures.values():
-            mean, half = bootstrap([values])
+        for field in ("recall", "error", "kl"):
+            by_task: dict[str, list[float]] = defaultdict(list)
+            for record in group:
+                by_task[record["task"]].append(float(np.mean(record[field])))
+            mean, half = bootstrap(list(by_task.values()))
             cells.append(f"{mean:.4f}" if np.isnan(half) else f"{mean:.4f} ± {half:.4f}")
         rows.append([name, f"{fraction:.2%}", str(len(group)), *cells])
         error = np.mean([record["error"] for record in group], axis=0)
@@ -89,18 +101,23 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> str:
         listed = ", ".join(f"{layer}.{head}: {error[layer, head]:.2f}" for layer, head in heads)
         worst.append([name, f"{fraction:.2%}", listed])
     headers = ["method", "budget", "samples", "recall of mass", "relative error", "KL, nats"]
-    return "\n\n".join(
-        [
-            table(headers, rows),
-            table(["method", "budget", "heads of most error (layer.head: error)"], worst),
-            "Means over samples, tokens, layers and heads; ±: half the width of the 95 % interval, "
-            "by bootstrap over samples. Recall: of the mass, what lies on tokens read exactly.\n",
-        ]
-    )
+    return [
+        table(headers, rows),
+        table(["method", "budget", "heads of most error (layer.head: error)"], worst),
+    ]
 
 
 def plot_all(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Writes the plots: by budget, by layer at the middle budget, by generated length."""
+    """Writes the plots: by budget, by layer at the middle budget, by generated length.
+
+    Each length has its own; with several, their names end with it.
+    """
+    lengths = by_length(records)
+    for length, of_length in lengths.items():
+        _plot(of_length, folder, f"_{length}" if len(lengths) > 1 else "")
+
+
+def _plot(records: Sequence[Mapping[str, Any]], folder: Path, suffix: str) -> None:
     groups = by_method_and_budget(records)
     for field, label, log in (
         ("recall", "recall of attention mass", False),
@@ -110,7 +127,7 @@ def plot_all(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
         points: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for (name, fraction), group in groups.items():
             points[name].append((fraction, float(np.mean([record[field] for record in group]))))
-        plots.plot_by_budget(points, label, folder / f"{field}_by_budget.png", log=log)
+        plots.plot_by_budget(points, label, folder / f"{field}_by_budget{suffix}.png", log=log)
     fractions = sorted({fraction for _, fraction in groups})
     middle = fractions[len(fractions) // 2]
     at = f"retrieving {middle:.2%}"
@@ -120,7 +137,7 @@ def plot_all(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
             name: np.mean([record[field] for record in group], axis=0)
             for name, group in of_middle.items()
         }
-        path = folder / f"{field}_by_layer.png"
+        path = folder / f"{field}_by_layer{suffix}.png"
         plots.plot_by_layer(by_layer, f"{label}, {at}; band: over heads", path)
     for field in ("recall", "error", "kl"):
         by_position = {}
@@ -130,8 +147,18 @@ def plot_all(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
             longest = max(map(len, chunks))
             by_position[name] = np.mean([row for row in chunks if len(row) == longest], axis=0)
         if all(len(means) > 1 for means in by_position.values()):
-            path = folder / f"{field}_by_position.png"
+            path = folder / f"{field}_by_position{suffix}.png"
             plots.plot_by_position(by_position, CHUNK, f"{field}, {at}", path, log=field == "kl")
+
+
+def by_length(
+    records: Sequence[Mapping[str, Any]],
+) -> dict[int, list[Mapping[str, Any]]]:
+    """The records grouped by length, the shortest first."""
+    groups: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in records:
+        groups[record["length"]].append(record)
+    return dict(sorted(groups.items()))
 
 
 def by_method_and_budget(

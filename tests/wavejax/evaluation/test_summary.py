@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from wavejax.evaluation import plots
+from wavejax.evaluation import attention_report, plots
 from wavejax.evaluation.summary import able_tasks, bootstrap, summarise, values_of
 
 
@@ -106,3 +106,18 @@ def test_plots_are_written(tmp_path):
     plots.plot_by_position(by_position, 128, "y", tmp_path / "d.png")
     for name in "abcd":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_attention_is_reported_by_length():
+    def of(length, task, kl):
+        heads = {"recall": [[0.5, 0.75]], "error": [[0.25, 0.125]]}
+        return {"task": task, "length": length, "name": "wave", "fraction": 0.01, "kl": kl} | heads
+
+    rows = [(100, "a", 0.5), (100, "a", 0.25), (100, "b", 0.125), (900, "a", 1.0)]
+    text = attention_report.summarise([of(*row) for row in rows])
+    short, long = text.split("## 900 tokens")
+    assert short.startswith("## 100 tokens")
+    # Each task weighs the same, however many samples it has.
+    assert cells(short, "wave")[:2] == ["1.00%", "3"]
+    assert cells(short, "wave")[4].startswith("0.2500 ± ")
+    assert cells(long, "wave") == ["1.00%", "1", "0.6250", "0.1875", "1.0000"]
