@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from record_traces import SAMPLER, agreement, cut_text
-from tabulate import tabulate
 from tqdm import tqdm
 
 from models.checkpoint import find_default_model, open_checkpoint
@@ -29,7 +28,9 @@ from models.tokenizer import load_tokenizer
 from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
 from wavejax.buffer import init_cache
 from wavejax.evaluation.haystack import MANUAL, load_haystack
+from wavejax.evaluation.setup import check_context, make_room_for
 from wavejax.evaluation.shared_prefill import build_index
+from wavejax.evaluation.summary import tabulate
 from wavejax.memory import host_available, set_memory_limits
 from wavejax.programs import DecodeState, Params, commit
 from wavejax.prompts import bucket
@@ -141,9 +142,12 @@ def main() -> int:
                 f"--warm-up {arguments.warm_up}, --new-tokens {new} and --context "
                 f"{arguments.context} must rise, from 1"
             )
+        tabulate()  # Not to be found missing after hours.
+        make_room_for(arguments.json)
         cases = settings(arguments.budgets, arguments.ratios)
         path = arguments.model or find_default_model()
         checkpoint, tokenizer = open_checkpoint(path), load_tokenizer(path)
+        check_context(checkpoint, arguments.context, new)
         haystack = load_haystack([arguments.haystack])
         prompt, answer = cut_text(tokenizer, haystack, arguments.context - new, new, 0)
         set_memory_limits(int(PINNED_SHARE * host_available()))
@@ -163,7 +167,7 @@ def main() -> int:
         found = measure(generator, params, own, tokens, expected, arguments.warm_up)
         results.append({"settings": name} | found)
         tqdm.write(json.dumps(results[-1]))
-    print(tabulate(results, headers="keys", floatfmt=".4g"))
+    print(tabulate()(results, headers="keys", floatfmt=".4g"))
     if arguments.json:
         about = {
             "model": path.name,

@@ -15,7 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.errors import InputError
+from wavejax.evaluation.setup import make_room_for
 from wavejax.replacement import study
+from wavejax.replacement.policies import policies
 from wavejax.replacement.simulate import PAGE_BYTES
 from wavejax.replacement.trace import Trace
 
@@ -49,6 +51,11 @@ def main() -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Simulates, prints and writes."""
+    known = [*policies(), study.OPTIMUM]
+    for name in arguments.unit_policies:
+        if name not in known:
+            raise InputError(f"--unit-policies: {name!r} is none of {', '.join(known)}")
+    make_room_for(arguments.json, arguments.plot)
     files = [
         file
         for given in arguments.traces
@@ -57,6 +64,9 @@ def compare(arguments: argparse.Namespace) -> int:
     if not files:
         raise InputError("no traces there; record some with scripts/record_traces.py")
     traces = [Trace.load(file) for file in files]
+    for file, trace in zip(files, traces, strict=True):
+        if not {"method", "kl"} <= trace.about.keys():
+            raise InputError(f"{file} does not say its method and KL; record_traces.py writes both")
     by_method = collections.defaultdict(list)
     cases = {
         trace.about["method"]: study.cases_of(

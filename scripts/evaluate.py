@@ -25,7 +25,7 @@ from wavejax.evaluation.methods import DEFAULT_METHODS, METHODS, parse_methods
 from wavejax.evaluation.records import Records, blocks
 from wavejax.evaluation.samples import Material, Task
 from wavejax.evaluation.setup import Subject, open_subject, parse_numbers, run_facts
-from wavejax.evaluation.summary import summarise
+from wavejax.evaluation.summary import summarise, tabulate
 from wavejax.evaluation.tasks import TASKS, parse_tasks
 
 # Longer answers take so much memory for full attention's logits that fewer fit side by side.
@@ -120,6 +120,7 @@ def command(
     }
     attentions = parse_methods(methods, budget)
     chosen, sizes = parse_tasks(tasks), parse_numbers(lengths, int, "lengths")
+    tabulate()  # Not to be found missing after hours.
     if plotted:
         plots.pyplot()
     subject = open_subject(model, dtype)

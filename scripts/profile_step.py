@@ -44,7 +44,12 @@ def main() -> None:
     parser.add_argument("--shapes", default="A,A1,1M", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--implementation", choices=["triton", "xla"], default="triton")
     arguments = parser.parse_args()
-    for name in arguments.shapes.split(","):
+    if jax.default_backend() != "gpu":
+        parser.error(f"there is no GPU to profile: JAX runs on {jax.default_backend()}")
+    for name in (names := arguments.shapes.split(",")):
+        if name not in SHAPES:
+            parser.error(f"--shapes: {name!r} is none of {', '.join(SHAPES)}")
+    for name in names:
         case = StepBench(SHAPES[name], by_api(arguments.implementation)).step()
         program, state = chain(case.call, CALLS), case.state
         links, state = jax.device_put((case.links, state), jax.devices()[0])

@@ -26,6 +26,7 @@ from models.errors import InputError
 from models.tokenizer import Tokenizer, load_tokenizer
 from wavejax import DenseAttention, Generator, Sampler, WaveConfig
 from wavejax.evaluation.haystack import MANUAL, Haystack, load_haystack, paragraphs
+from wavejax.evaluation.setup import check_context, make_room_for
 from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.generator import NO_TOKEN
 from wavejax.prompts import bucket
@@ -127,6 +128,7 @@ def main() -> int:
     try:
         path = arguments.model or find_default_model()
         checkpoint = open_checkpoint(path)
+        check_context(checkpoint, arguments.context, arguments.new_tokens)
         tokenizer = load_tokenizer(path)
         haystack = load_haystack([arguments.haystack])
         prompt_tokens = arguments.context - arguments.new_tokens
@@ -134,11 +136,11 @@ def main() -> int:
             cut_text(tokenizer, haystack, prompt_tokens, arguments.new_tokens, sample)
             for sample in range(arguments.samples if arguments.answer == "text" else 0)
         ]
+        make_room_for(arguments.out / "trace.npz")
         params = checkpoint.load_params(arguments.dtype)
     except InputError as error:
         print("error:", error, file=sys.stderr)
         return 2
-    arguments.out.mkdir(parents=True, exist_ok=True)
     # Without a stop token: every answer has the same length.
     full = Generator(checkpoint.config, DenseAttention(), SAMPLER)
     for sample in range(arguments.samples):

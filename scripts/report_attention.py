@@ -24,6 +24,7 @@ from wavejax.evaluation.methods import FULL, parse_methods
 from wavejax.evaluation.records import Records
 from wavejax.evaluation.samples import Material
 from wavejax.evaluation.setup import open_subject, parse_numbers, run_facts
+from wavejax.evaluation.summary import tabulate
 from wavejax.evaluation.tasks import parse_tasks
 
 
@@ -89,6 +90,7 @@ def command(
                 raise InputError(f"{FULL} is what the methods are compared with: leave it out")
             attentions[f"{name} at {fraction:g}"] = attention
             facts[f"{name} at {fraction:g}"] = {"name": name, "fraction": fraction}
+    tabulate()  # Not to be found missing after hours.
     if plotted:
         plots.pyplot()
     subject = open_subject(model, dtype)

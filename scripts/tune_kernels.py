@@ -164,6 +164,13 @@ def main() -> None:
         parser.error(f"there is no GPU to tune for: JAX runs on {jax.default_backend()}")
     deadline = time.monotonic() + arguments.budget_seconds
     shapes, ops = arguments.shapes.split(","), arguments.ops.split(",")
+    for option, given, known in (
+        ("--shapes", shapes, SHAPES),
+        ("--ops", ops, (*STEP_OPS, "attend_dense")),
+    ):
+        for name in given:
+            if name not in known:
+                parser.error(f"{option}: {name!r} is none of {', '.join(known)}")
     left = len(shapes) * len(ops)
     for name in shapes:
         bench = StepBench(SHAPES[name], by_api(None))

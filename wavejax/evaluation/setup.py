@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,6 +45,36 @@ class Subject:
         context = self.checkpoint.config.max_context
         if length > context:
             raise InputError(f"length {length} is above the model's context, {context} tokens")
+
+
+def make_room_for(*files: Path | None) -> None:
+    """Makes the folders of files that will be written in the end; raises InputError."""
+    for file in files:
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+                raise InputError(f"cannot write {file}: name a file in a folder of yours")
+        except OSError as error:
+            raise InputError(f"cannot write {file}: {error.strerror}") from error
+
+
+def check_context(checkpoint: Checkpoint, context: int, new_tokens: int) -> None:
+    """Raises InputError for an answer that leaves no prompt, or more than the model was made for.
+
+    Args:
+        checkpoint: the model's.
+        context: tokens of prompt and answer together.
+        new_tokens: of the answer.
+    """
+    if not 0 < new_tokens < context:
+        raise InputError(
+            f"--new-tokens {new_tokens} must be from 1 and less than --context {context}"
+        )
+    most = checkpoint.config.max_context
+    if context > most:
+        raise InputError(f"--context {context} is above the model's context, {most} tokens")
 
 
 def open_subject(model: str | None, dtype: str) -> Subject:

@@ -175,8 +175,14 @@ def _in_order(by_method: dict[str, Any]) -> list[str]:
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
+    text: str = tabulate()(rows, headers, tablefmt="github", disable_numparse=True)
+    return text
+
+
+def tabulate() -> Any:
+    """The function `tabulate.tabulate`; InputError where it is not installed."""
     try:
         from tabulate import tabulate
     except ImportError as error:
         raise InputError("tables need tabulate: pip install 'wavejax[evaluation]'") from error
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return tabulate

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Trace:
             with np.load(file) as arrays:
                 rows, order = arrays["rows"], arrays["order"]
                 about = json.loads(str(arrays["about"]))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"{file} is not a trace: {error}; record one first") from None
         none = rows == np.iinfo(rows.dtype).max
         return cls(np.where(none, NO_ROW, rows.astype(np.int32)), order.astype(np.int32), about)
