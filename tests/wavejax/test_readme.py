@@ -1,8 +1,10 @@
 """What the README says is so: its examples run, its flags exist; all links lead somewhere."""
 
 import contextlib
+import importlib
 import io
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,11 @@ def test_flags_exist():
     known = {flag for option in generate.command.params for flag in [*option.opts, "--help"]}
     known |= {flag for option in generate.command.params for flag in option.secondary_opts}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
+
+
+def test_commands_have_names_of_their_own():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for name, where in project["scripts"].items():
+        module, function = where.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+        assert f"`{name}`" in README
