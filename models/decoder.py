@@ -6,6 +6,7 @@ steps one by one, for a caller that wants to do something between two layers (sh
 layer's cache).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +223,16 @@ def unembed(
     return _linear(hidden, table, jnp.float32)
 
 
+def mlp_block(tokens: int) -> int:
+    """How many of a prompt's padded tokens the MLP treats at once: all of a short one's.
+
+    Of a longer one's as large a part as goes evenly into them, up to `MLP_BLOCK`: a prompt's padded
+    length (`wavejax.prompts.bucket`) has large powers of two in it. Of other lengths all.
+    """
+    part = math.gcd(tokens, MLP_BLOCK)
+    return tokens if tokens <= MLP_BLOCK or 8 * part < MLP_BLOCK else part
+
+
 def _by_blocks(function: Callable[[Array], Array], hidden: Array) -> Array:
     """Applies what treats each token alone, to blocks of a long prompt's tokens one after another.
 
@@ -229,9 +240,10 @@ def _by_blocks(function: Callable[[Array], Array], hidden: Array) -> Array:
     the largest array of all.
     """
     batch, tokens, size = hidden.shape
-    if tokens <= MLP_BLOCK or tokens % MLP_BLOCK:
+    block = mlp_block(tokens)
+    if block == tokens:
         return function(hidden)
-    blocks = hidden.reshape(batch, tokens // MLP_BLOCK, MLP_BLOCK, size).swapaxes(0, 1)
+    blocks = hidden.reshape(batch, tokens // block, block, size).swapaxes(0, 1)
     return jax.lax.map(function, blocks).swapaxes(0, 1).reshape(batch, tokens, size)
 
 

@@ -11,7 +11,7 @@ import psutil
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
-from models.decoder import MLP_BLOCK
+from models.decoder import mlp_block
 from models.parameters import parameter_shapes
 from wavejax.buffer import StoreKind
 from wavejax.causal_attention import query_block
@@ -165,8 +165,7 @@ def _prefill_workspace(
     # The layer's input and output, and the input before, for which progress is waited.
     residual = 3 * model.hidden_size * itemsize * room
     # The MLP's gate, up and their product, of a block of tokens or of them all.
-    whole = room <= MLP_BLOCK or room % MLP_BLOCK != 0
-    mlp = 3 * model.intermediate_size * itemsize * (room if whole else MLP_BLOCK)
+    mlp = 3 * model.intermediate_size * itemsize * mlp_block(room)
     mlp += model.hidden_size * itemsize * room
     # Query, key and value, each as computed and heads first; the sections' outputs, and these
     # side by side; the logits of one block of queries, as they are, exponentiated, and rounded.
