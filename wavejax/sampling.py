@@ -34,8 +34,11 @@ class Sampler:
     min_p: float = _setting(0.0, "leave out tokens less probable than this share of the best one's")
 
     def __post_init__(self) -> None:
-        if not (0 <= self.temperature < math.inf):
-            raise InputError(f"temperature is {self.temperature}; it must be 0 or more, and finite")
+        # Logits divided by less, or more, would not stay apart in float32.
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
+            raise InputError(
+                f"temperature is {self.temperature}; it must be 0, or from 1e-6 to 1e6"
+            )
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; it must be a whole number, 0 or more")
         if not 0 < self.top_p <= 1:

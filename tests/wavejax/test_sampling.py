@@ -151,6 +151,9 @@ def test_top_k_beyond_the_vocabulary_and_minus_infinity() -> None:
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        # Logits by less or more do not stay apart in float32.
+        ("temperature", 1e-39),
+        ("temperature", 1e300),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
