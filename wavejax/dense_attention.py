@@ -51,6 +51,10 @@ class DenseAttention:
         """Sequences that have no room for another token."""
         return state.tokens >= state.keys.shape[3]
 
+    def remaining(self, state: DenseState) -> Int[Array, " batch"]:
+        """How many tokens more each sequence has room for."""
+        return state.keys.shape[3] - state.tokens
+
     def prefill(
         self,
         layer: Int[Array, ""],

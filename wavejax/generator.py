@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models import unstacked
+from models.errors import InputError
 from models.parameters import Params
 from wavejax import programs, staged
 from wavejax.facts import Facts, facts_of
@@ -51,19 +52,26 @@ class Generator(Parts):
     ) -> DecodeState:
         """Reads the prompts, one by one, and builds their caches.
 
-        Prompts do not share a program run, so each gets what it would get alone.
+        Prompts do not share a program run, so each gets what it would get alone; but by wave
+        attention only where the room, which is the same for all, makes clusters of the same size
+        (`WaveConfig.cluster_sizes`).
 
         Args:
             params: the model's parameters, their layers stacked or unstacked; so in all methods.
             prompts: token ids, at least one each.
             max_new_tokens: room to generate so many tokens each.
-            seed: of the sampler.
+            seed: of the sampler, an int32.
             progress: called with (layers done, layers in all) as the layers of all prompts finish.
 
         Raises:
-            InputError: there is no prompt, one is empty, or a token is not the model's.
+            InputError: there is no prompt, one is empty, a token is not the model's, `seed` is no
+                int32, or `max_new_tokens` is negative.
         """
         check_prompts(prompts, self.model.vocab_size)
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+        if not -(2**31) <= seed < 2**31:
+            raise InputError(f"seed is {seed}; it must be from -2^31 to 2^31 - 1")
         batch = len(prompts)
         dtype = params["params"]["embedding"].dtype
         rooms = [bucket(len(prompt)) for prompt in prompts]
@@ -151,7 +159,12 @@ class Generator(Parts):
         Returns:
             the new state, and the tokens, NO_TOKEN where a sequence had stopped before: after a
             stop token, or where the room that `start` made was full.
+
+        Raises:
+            InputError: `steps` is negative.
         """
+        if steps < 0:
+            raise InputError(f"steps is {steps}; it must be 0 or more")
         if self.staged:
             return staged.decode_n(self, params, state, steps)
         # The room is a power of two, so that a remainder of steps needs no program of its own.
@@ -164,18 +177,32 @@ class Generator(Parts):
     ) -> tuple[DecodeState, Float[Array, "steps batch vocab"]]:
         """Runs given tokens through the decode step (teacher forcing); donates `state`.
 
+        A sequence whose `finished` is set forgets its tokens.
+
         Returns:
             the new state, and the logits from which each of the tokens would have been drawn.
+
+        Raises:
+            InputError: there is no room for so many tokens; not where the state is traced.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
+        if not isinstance(state.finished, jax.core.Tracer):
+            cache = state.cache.wave if self.staged else state.cache
+            left = np.asarray(self.attention.remaining(cache))[~np.asarray(state.finished)]
+            if left.size and len(tokens) > left.min():
+                raise InputError(
+                    f"{len(tokens)} tokens are more than there is room for, {left.min()}: give "
+                    "`start` a larger max_new_tokens"
+                )
         run = staged.force if self.staged else programs.force
         return run(self, params, state, tokens)
 
     def feed(self, params: Params, state: DecodeState, tokens: Int[Array, " batch"]) -> DecodeState:
         """Runs one given token of each sequence: a decode step, to be compiled by the caller.
 
-        A sequence whose `finished` is set forgets its token. With `fetch="staged"` it compiles its
-        programs itself, and cannot be compiled into another.
+        A sequence whose `finished` is set forgets its token; so should one that has no room left
+        (`attention.remaining`), which is for the caller to see. With `fetch="staged"` it compiles
+        its programs itself, and cannot be compiled into another.
         """
         run = staged.feed if self.staged else programs.feed
         return run(self, params, state, tokens)

@@ -65,8 +65,16 @@ def cluster_capacity(config: WaveConfig, segments: list[int], growths: int) -> i
     """Room for the clusters of these prompt segments and of so many growth segments."""
     counts = collections.Counter(segments)
     counts[config.growth_tokens] += growths
-    sizes = config.cluster_sizes(sum(size * count for size, count in counts.items()))
-    return max(1, sum(count * capacity(size, *sizes) for size, count in counts.items()))
+    tokens = sum(size * count for size, count in counts.items())
+    sizes = config.cluster_sizes(tokens)
+    most = sum(count * capacity(size, *sizes) for size, count in counts.items())
+    if config.growth_tokens % sizes[0]:
+        # A short prompt beside a long one may grow into the long one's room, and segments of growth
+        # then have more clusters a token than a prompt's.
+        growths = tokens // config.growth_tokens + 1
+        each = -(-config.growth_tokens // sizes[0])
+        most = max(most, growths * each + len(segments) + tokens // sizes[1])
+    return max(1, most)
 
 
 def init_index(
@@ -232,13 +240,20 @@ def append_segments(
     return dataclasses.replace(
         index,
         centroids=centroids,
-        value_sums=index.value_sums.at[at].set(clusters.value_sums.astype(dtype), mode="drop"),
+        value_sums=index.value_sums.at[at].set(_finite(clusters.value_sums, dtype), mode="drop"),
         offsets=index.offsets.at[layer, sequence].set(offsets),
         num_clusters=index.num_clusters.at[layer, sequence].set(ends[-1]),
         codes=codes,
         scales=scales,
         token_ids=write(index.token_ids, clusters.order),
     )
+
+
+def _finite(sums: Array, dtype: DTypeLike) -> Array:
+    """Sums in the dtype, none of which is infinite: float16 ends at 65,504."""
+    most = float(jnp.finfo(dtype).max)
+    # Of wider dtypes nothing is to be cut off, and no program changes.
+    return (jnp.clip(sums, -most, most) if most < 1e30 else sums).astype(dtype)
 
 
 def _write(stack: Array, block: Array, layer: Array, sequence: Array, start: Array | int) -> Array:

@@ -97,7 +97,7 @@ def make_plan(
 
     "auto" keeps the rows on the device while they fit, where they need no cache; else in host
     memory, with as large a cache, up to what was asked for, as the device has room for. A cache's
-    size never changes what is computed.
+    size changes what is computed only with an `admission_ratio` above 1.
 
     Args:
         model: the model's sizes.

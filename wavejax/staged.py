@@ -108,6 +108,8 @@ def decode_n(
             drawn,
         )
         tokens.append(shown)
+    if not steps:
+        return state, nothing[None][:0]
     return state, jnp.stack(tokens + [nothing] * (steps - len(tokens)))
 
 
@@ -119,7 +121,7 @@ def force(
     for step in tokens:
         logits.append(state.logits)
         state = feed(generator, params, state, step)
-    return state, jnp.stack(logits)
+    return state, jnp.stack(logits) if logits else state.logits[None][:0]
 
 
 def feed(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import jax.numpy as jnp
 from jax import Array
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from models.config import ModelConfig
+from models.errors import InputError
 from pallas_kernels.attend_zones import ZoneStates
 from pallas_kernels.score_clusters import ClusterScores
 from pallas_kernels.select_tokens import Retrieved
@@ -36,12 +38,23 @@ class WaveAttention:
             from layer to layer (`wavejax.staged`). None takes the best that the platform can.
         cached: whether there is a row cache before a store on the device too, which needs none. One
             in host memory has a cache always.
+
+    Raises:
+        InputError: `store` or `fetch` is none of these.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
     store: StoreKind = "host"
     fetch: Fetch | None = None
     cached: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("store", self.store, get_args(StoreKind)),
+            ("fetch", self.fetch, (None, *get_args(Fetch))),
+        ):
+            if value not in known:
+                raise InputError(f"{name} is {value!r}; it must be one of {known}")
 
     @property
     def has_cache(self) -> bool:
@@ -99,6 +112,12 @@ class WaveAttention:
     def is_full(self, state: WaveState) -> Bool[Array, " batch"]:
         """Sequences that have no room for another token: neither in the window nor to grow."""
         return self._window_is_full(state) & ~self._has_room(state)
+
+    def remaining(self, state: WaveState) -> Int[Array, " batch"]:
+        """How many tokens more each sequence has room for."""
+        growth = self.config.growth_tokens
+        growths = (state.index.token_ids.shape[-1] - state.index.tokens) // growth
+        return self.config.window_tokens - state.steady.window_tokens + growth * growths
 
     def due(self, state: WaveState) -> Bool[Array, " batch"]:
         """Sequences whose index the next `grow` grows."""
@@ -253,12 +272,14 @@ class WaveAttention:
         self, layer: Int[Array, ""], selection: Selection, state: WaveState
     ) -> tuple[ZoneStates, WaveState]:
         """The second half of `decode`, up to the merging: reads rows and admits the missed ones."""
+        # A full sequence's window has no room for the step's own row.
+        window_tokens = jnp.minimum(state.steady.window_tokens + 1, self.config.window_tokens)
         zones = ops.attend_zones(
             selection.query,
             state.steady.sink,
             state.steady.sink_tokens,
             state.steady.window,
-            state.steady.window_tokens + 1,
+            window_tokens,
             state.store.rows,
             state.cache.rows,
             selection.tokens,
