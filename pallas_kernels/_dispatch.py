@@ -5,6 +5,11 @@ from typing import Any, Literal
 
 import jax
 
+from pallas_kernels import _pallas
+
+# The least compute capability that has the kernels' instructions.
+OLDEST_GPU = 8
+
 Implementation = Literal["xla", "triton"]
 
 
@@ -19,8 +24,9 @@ def call(
 
     Args:
         op: the op's name, for messages.
-        implementation: None picks the kernel on a CUDA GPU where there is one, and falls back to
-            "xla" only where the kernel raises NotImplementedError.
+        implementation: None picks the kernel on a CUDA GPU where there is one, of compute
+            capability 8.0 or later, and falls back to "xla" only where the kernel raises
+            NotImplementedError.
         implementations: the op's functions by name; "xla" is always there.
 
     Raises:
@@ -33,9 +39,20 @@ def call(
                 f"{op}: no implementation {implementation!r}; there is: {known}"
             )
         return implementations[implementation](*args, **kwargs)
-    if "triton" in implementations and jax.default_backend() == "gpu":
+    if "triton" in implementations and _takes_kernels():
         try:
             return implementations["triton"](*args, **kwargs)
         except NotImplementedError:
             pass
     return implementations["xla"](*args, **kwargs)
+
+
+def _takes_kernels() -> bool:
+    """Whether JAX's default device is a GPU, and no NVIDIA one that is too old."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    # Asked of an NVIDIA GPU only: of others JAX gives other strings.
+    if not _pallas.on_cuda():
+        return True
+    return int(str(device.compute_capability).split(".")[0]) >= OLDEST_GPU
