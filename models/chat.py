@@ -11,6 +11,19 @@ import jinja2.sandbox
 
 from models.errors import InputError
 
+# A broken template may raise any of these: it does arithmetic, indexing and calls of its own, and
+# is turned into Python, which calls itself only so deep (RuntimeError) and nests so far.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    SyntaxError,
+)
+
 
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks the answers for training; here its body is simply written."""
@@ -75,8 +88,7 @@ def apply_chat(
                 add_generation_prompt=add_generation_prompt,
             )
         )
-    # A broken template may raise any of these: it does arithmetic, indexing and calls of its own.
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+    except _TEMPLATE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"the model's chat template failed ({reason}): pass the prompt as it is (--raw)"

@@ -1,5 +1,6 @@
 """A .gguf file as a model: its config, its tensors' names, and their decoding."""
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -11,6 +12,7 @@ from jaxtyping import Float, Shaped
 from models.config import ModelConfig, RopeScaling, unknown_architecture, yarn_attention_factor
 from models.errors import InputError
 from models.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from models.hf_config import is_number, scaled_context, token_id
 from models.parameters import Path
 from models.tensor_source import TensorSource
 
@@ -104,7 +106,7 @@ def _config(path: FilePath, header: GgufHeader) -> ModelConfig:
     architecture = metadata.get("general.architecture", "unnamed")
     if architecture not in _ARCHITECTURES:
         raise InputError(f"{path}: {unknown_architecture(str(architecture))}")
-    if metadata.get("split.count", 1) > 1:
+    if _number(path, metadata, "split.count", 1) > 1:
         raise InputError(f"{path} is one of several parts; join them (llama-gguf-split --merge)")
     keys = _Keys(path, metadata, architecture)
     if keys.number("expert_count", 0):
@@ -119,9 +121,8 @@ def _config(path: FilePath, header: GgufHeader) -> ModelConfig:
         raise InputError(f"{path}: RoPE on a part of each head is not supported")
     max_context = keys.integer("context_length")
     scaling = _rope_scaling(path, keys, header, max_context)
-    if scaling is not None and scaling.kind == "yarn":
-        max_context = max(max_context, int(scaling.factor * scaling.original_context))
-    stop_keys = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
+    max_context = scaled_context(max_context, scaling, str(path))
+    stop_ids = (_token_id(path, metadata, kind) for kind in ("eos", "eot", "eom"))
     return ModelConfig(
         architecture=architecture,
         vocab_size=tensors["token_embd.weight"].shape[0],
@@ -138,19 +139,27 @@ def _config(path: FilePath, header: GgufHeader) -> ModelConfig:
         tie_embeddings="output.weight" not in tensors,
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
-        stop_token_ids=tuple(dict.fromkeys(metadata[k] for k in stop_keys if k in metadata)),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        stop_token_ids=tuple(dict.fromkeys(index for index in stop_ids if index is not None)),
+        bos_token_id=_token_id(path, metadata, "bos"),
     )
+
+
+def _token_id(path: FilePath, metadata: Mapping[str, Any], kind: str) -> int | None:
+    """The id of the token that the metadata name as bos, eos, eot or eom; None if they do not."""
+    name = f"tokenizer.ggml.{kind}_token_id"
+    return token_id(metadata[name], f"{path}: {name}") if name in metadata else None
 
 
 def _rope_scaling(
     path: FilePath, keys: "_Keys", header: GgufHeader, max_context: int
 ) -> RopeScaling | None:
-    kind = keys.metadata.get(f"{keys.architecture}.rope.scaling.type", "none")
-    legacy = keys.number("rope.scale_linear", 1.0)
-    factor = keys.number("rope.scaling.factor", 1.0)
-    if kind == "none" and legacy != 1.0:
-        kind, factor = "linear", legacy
+    # As in llama.cpp, a file that states no type has linear scaling, rope.scale_linear is the
+    # factor's older name, and a factor of 0 stands for none. An explicit "none" overrides both.
+    kind = keys.metadata.get(f"{keys.architecture}.rope.scaling.type", "linear")
+    legacy = keys.number("rope.scale_linear", 0.0)
+    factor = keys.number("rope.scaling.factor", legacy) or 1.0
+    if kind == "linear" and factor == 1.0:
+        kind = "none"
     if _DIVISORS in header.tensors:
         if kind != "none":
             raise InputError(f"{path}: {_DIVISORS} beside {kind} RoPE scaling is not supported")
@@ -184,18 +193,23 @@ class _Keys:
         self.path, self.metadata, self.architecture = path, metadata, architecture
 
     def number(self, key: str, default: float | int | None = None) -> float:
-        name = f"{self.architecture}.{key}"
-        value = self.metadata.get(name, default)
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]  # some files repeat a number for each layer
-        if value is None:
-            raise InputError(f"{self.path}: its metadata lacks {name}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{self.path}: {name} is {value!r}; expected one number")
-        return float(value)
+        return _number(self.path, self.metadata, f"{self.architecture}.{key}", default)
 
     def integer(self, key: str, default: int | None = None) -> int:
         return int(self.number(key, default))
+
+
+def _number(
+    path: FilePath, metadata: Mapping[str, Any], name: str, default: float | int | None = None
+) -> float:
+    value = metadata.get(name, default)
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]  # some files repeat a number for each layer
+    if value is None:
+        raise InputError(f"{path}: its metadata lacks {name}")
+    if not is_number(value):
+        raise InputError(f"{path}: {name} is {reprlib.repr(value)}; expected one number")
+    return float(value)
 
 
 def _check_decodable(path: FilePath, name: str, tensor: GgufTensor) -> None:

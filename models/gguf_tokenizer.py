@@ -1,5 +1,6 @@
 """Builds a tokenizer from the metadata of a GGUF file."""
 
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tokenizers.models import BPE
 
 from models.errors import InputError
 from models.gguf_header import read_gguf_header
+from models.hf_config import token_id
 
 # How a text is cut before byte pairs are merged, by the names that GGUF files use. The patterns are
 # part of the models: other cuts give other tokens than those that a model was trained on.
@@ -38,6 +40,10 @@ _GPT2_NAMES = ("gpt-2", "gpt2", "default")
 _WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "tekken")
 SUPPORTED_PRE_TOKENIZERS = tuple(sorted([*_PATTERNS, *_GPT2_NAMES, "smollm"]))
 SUPPORTED_MODELS = ("gpt2", "llama")
+_LLAMA3_TOKENS = 128256  # by which a file of Llama 3 is known that names no pre-tokenizer
+# What the metadata must be where they are there at all.
+_ARRAYS = ("ggml.tokens", "ggml.token_type", "ggml.scores", "ggml.merges")
+_TEXTS = ("ggml.pre", "chat_template")
 
 
 def read_gguf_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -47,15 +53,22 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[st
     `add_bos_token`, `chat_template`), and `stop_token_ids`.
     Raises InputError if the file is none, is damaged, or holds a kind of tokenizer unknown here.
     """
+    whole = read_gguf_header(Path(path)).metadata
     metadata = {
         name.removeprefix("tokenizer."): value
-        for name, value in read_gguf_header(Path(path)).metadata.items()
+        for name, value in whole.items()
         if name.startswith("tokenizer.")
     }
 
+    _check_kinds(path, metadata)
     tokens = metadata.get("ggml.tokens")
     if not tokens:
         raise InputError(f"{path} holds no tokenizer (no tokenizer.ggml.tokens)")
+    ids = {
+        name: token_id(metadata[key], f"{path}: tokenizer.{key}")
+        for name in ("bos", "eos", "eot", "eom")
+        if (key := f"ggml.{name}_token_id") in metadata
+    }
     kind = metadata.get("ggml.model")
     if kind not in SUPPORTED_MODELS:
         raise InputError(
@@ -63,7 +76,10 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[st
         )
     try:
         if kind == "gpt2":
-            backend, add_bos = _byte_level_bpe(metadata)
+            name = metadata.get("ggml.pre") or _unnamed_pre_tokenizer(
+                whole.get("general.architecture"), len(tokens)
+            )
+            backend, add_bos = _byte_level_bpe(metadata, name)
         else:
             backend, add_bos = _sentencepiece_bpe(metadata), True
     except InputError as error:
@@ -84,22 +100,37 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[st
         )
 
     def token_of(name: str) -> str | None:
-        index = metadata.get(f"ggml.{name}_token_id")
+        index = ids.get(name)
         return tokens[index] if index is not None and index < len(tokens) else None
 
-    ends = [metadata.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return backend, {
         "bos_token": token_of("bos"),
         "eos_token": token_of("eos"),
         "add_bos_token": metadata.get("ggml.add_bos_token", add_bos),
         "chat_template": metadata.get("chat_template"),
-        "stop_token_ids": [int(end) for end in ends if end is not None],
+        "stop_token_ids": [index for name, index in ids.items() if name != "bos"],
     }
 
 
-def _byte_level_bpe(metadata: dict[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
+def _check_kinds(path: str | Path, metadata: dict[str, Any]) -> None:
+    for names, kind, expected in ((_ARRAYS, list, "an array"), (_TEXTS, str, "a text")):
+        for name in names:
+            if name in metadata and not isinstance(metadata[name], kind):
+                given = reprlib.repr(metadata[name])
+                raise InputError(f"{path}: tokenizer.{name} is {given}; expected {expected}")
+
+
+def _unnamed_pre_tokenizer(architecture: Any, num_tokens: int) -> str:
+    """The pre-tokenizer of a byte-level file that names none, as old files do."""
+    if architecture in ("qwen2", "qwen3"):
+        return "qwen2"
+    if architecture == "llama" and num_tokens == _LLAMA3_TOKENS:
+        return "llama-bpe"
+    return "default"
+
+
+def _byte_level_bpe(metadata: dict[str, Any], name: str) -> tuple[tokenizers.Tokenizer, bool]:
     """GPT-2's kind: merges over bytes. Also returns whether it adds BOS if the file is silent."""
-    name = metadata.get("ggml.pre", "default")
     if name in _GPT2_NAMES:
         split: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     elif name == "smollm":
@@ -145,7 +176,8 @@ def _sentencepiece_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
         merges = merges_from_scores(tokens, metadata["ggml.scores"])
     else:
         raise InputError("the tokenizer lacks its scores (tokenizer.ggml.scores)")
-    unknown = int(metadata.get("ggml.unknown_token_id", 0))
+    key = "ggml.unknown_token_id"
+    unknown = token_id(metadata.get(key, 0), f"tokenizer.{key}")
     backend = tokenizers.Tokenizer(
         BPE(
             vocab=_vocabulary(tokens),

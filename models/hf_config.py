@@ -1,5 +1,7 @@
 """A Hugging Face config.json as a ModelConfig."""
 
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +39,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Here transformers adds the bias to the output projection too, for which the decoder has none.
 _NEUTRAL_BIAS = ("llama", "mistral", "qwen3")
 _DEFAULT_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+# Token ids and positions are int32.
+_LIMIT = 2**31
 
 
 def config_from_hf(
@@ -63,10 +68,8 @@ def config_from_hf(
     max_positions = _integer(config, "max_position_embeddings", _DEFAULT_CONTEXT[architecture])
     num_layers = _integer(config, "num_hidden_layers")
     theta, scaling = _rope(config, max_positions)
-    max_context = max_positions
-    if scaling is not None and scaling.kind == "yarn":
-        # Qwen's documents add YaRN without changing max_position_embeddings.
-        max_context = max(max_context, int(scaling.factor * scaling.original_context))
+    # Qwen's documents add YaRN without changing max_position_embeddings.
+    max_context = scaled_context(max_positions, scaling, "config.json")
     window = _sliding_window(config, architecture, num_layers)
     return ModelConfig(
         architecture=architecture,
@@ -85,14 +88,53 @@ def config_from_hf(
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         stop_token_ids=_stop_token_ids(config, generation_config or {}),
-        bos_token_id=_first(config.get("bos_token_id")),
+        bos_token_id=_bos_token_id(config),
     )
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number that a float holds: no NaN, infinity or longer integer."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max
+
+
+def token_id(value: Any, where: str) -> int:
+    """`value` if it is a token id; InputError that begins with `where` if it is not."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LIMIT:
+        raise InputError(
+            f"{where} is {reprlib.repr(value)}; expected a token id (a whole number from 0 to "
+            f"{_LIMIT - 1})"
+        )
+    return value
+
+
+def token_ids(value: Any, where: str) -> list[int]:
+    """The token ids that a JSON file states: none (null), one, or a list; else InputError."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    return [token_id(index, where) for index in ids]
+
+
+def scaled_context(context: int, scaling: RopeScaling | None, where: str) -> int:
+    """The tokens of context that YaRN makes of `context`; InputError where that is absurd."""
+    if scaling is None or scaling.kind != "yarn":
+        return context
+    scaled = scaling.factor * scaling.original_context
+    if not scaled < _LIMIT:
+        raise InputError(
+            f"{where}: RoPE scaling's factor {scaling.factor} makes a context of {scaled:g} "
+            f"tokens; expected fewer than {_LIMIT}"
+        )
+    return max(context, int(scaled))
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     name = config.get("model_type")
     if not name:
         classes = config.get("architectures") or ["unnamed"]
+        if not isinstance(classes, list):
+            raise InputError(
+                f"config.json: architectures is {reprlib.repr(classes)}; expected a list of names"
+            )
         name = str(classes[0]).removesuffix("ForCausalLM").lower()
     if name not in SUPPORTED_ARCHITECTURES:
         raise InputError(unknown_architecture(str(name)))
@@ -113,11 +155,11 @@ def _refuse_what_is_not_supported(config: Mapping[str, Any], architecture: str) 
 
 def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """RoPE's theta and scaling from either spelling."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(given, Mapping) or any(isinstance(value, dict) for value in given.values()):
+    parameters = config.get("rope_parameters") or {}
+    given = config.get("rope_scaling") or parameters
+    if not all(map(_is_flat, (given, parameters))):
         raise InputError("config.json: RoPE settings that differ by layer type are not supported")
     settings = {key: value for key, value in given.items() if value is not None}
-    parameters = config.get("rope_parameters") or {}
     theta = settings.get("rope_theta", parameters.get("rope_theta", config.get("rope_theta")))
     theta = 10000.0 if theta is None else _number({"rope_theta": theta}, "rope_theta")
     if settings.get("partial_rotary_factor", 1) != 1:
@@ -148,13 +190,19 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
     )
 
 
+def _is_flat(settings: Any) -> bool:
+    return isinstance(settings, Mapping) and not any(
+        isinstance(value, dict) for value in settings.values()
+    )
+
+
 def _yarn(settings: Mapping[str, Any], original: int, max_positions: int) -> RopeScaling:
     factor = _number(settings, "factor", max_positions / max(original, 1))
-    mscale, mscale_all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
+    mscale, mscale_all_dim = (_number(settings, key, 0.0) for key in ("mscale", "mscale_all_dim"))
     attention_factor = yarn_attention_factor(factor)
     if mscale and mscale_all_dim:
-        attention_factor = yarn_attention_factor(factor, float(mscale)) / yarn_attention_factor(
-            factor, float(mscale_all_dim)
+        attention_factor = yarn_attention_factor(factor, mscale) / yarn_attention_factor(
+            factor, mscale_all_dim
         )
     return RopeScaling(
         "yarn",
@@ -170,9 +218,13 @@ def _yarn(settings: Mapping[str, Any], original: int, max_positions: int) -> Rop
 def _sliding_window(config: Mapping[str, Any], architecture: str, num_layers: int) -> int | None:
     """The window in tokens, or None where no layer slides one."""
     layer_types = config.get("layer_types") or []
-    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if not isinstance(layer_types, list):
+        raise InputError(
+            f"config.json: layer_types is {reprlib.repr(layer_types)}; expected a list of names"
+        )
+    unknown = sorted({str(kind) for kind in layer_types if kind not in _LAYER_TYPES})
     if unknown:
-        raise InputError(f"config.json: layer_types {sorted(unknown)} are not supported")
+        raise InputError(f"config.json: layer_types {unknown} are not supported")
     window = config.get("sliding_window", 4096 if architecture == "mistral" else None)
     if architecture == "mistral":
         slides = True
@@ -183,21 +235,23 @@ def _sliding_window(config: Mapping[str, Any], architecture: str, num_layers: in
     elif layer_types:
         slides = "sliding_attention" in layer_types
     else:
-        slides = config.get("max_window_layers", 28) < num_layers
+        slides = _integer(config, "max_window_layers", 28) < num_layers
         window = config.get("sliding_window", 4096)
     return _integer({"sliding_window": window}, "sliding_window") if slides and window else None
 
 
-def _stop_token_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
-    found: list[int] = []
-    for config in configs:
-        ids = config.get("eos_token_id")
-        found += [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+def _stop_token_ids(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any]
+) -> tuple[int, ...]:
+    found = token_ids(config.get("eos_token_id"), "config.json: eos_token_id")
+    found += token_ids(
+        generation_config.get("eos_token_id"), "generation_config.json: eos_token_id"
+    )
     return tuple(dict.fromkeys(found))
 
 
-def _first(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
+def _bos_token_id(config: Mapping[str, Any]) -> int | None:
+    return next(iter(token_ids(config.get("bos_token_id"), "config.json: bos_token_id")), None)
 
 
 def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -212,6 +266,6 @@ def _number(values: Mapping[str, Any], key: str, default: float | None = None) -
     value = default if value is None else value
     if value is None:
         raise InputError(f"config.json: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) == float("inf"):
-        raise InputError(f"config.json: {key} is {value!r}; expected a number")
+    if not is_number(value):
+        raise InputError(f"config.json: {key} is {reprlib.repr(value)}; expected a number")
     return float(value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import tokenizers
 from models.chat import apply_chat
 from models.errors import InputError
 from models.gguf_tokenizer import read_gguf_tokenizer
+from models.hf_config import token_ids
 
 # Tokens that end a turn or a text, by the names that model families gave them. A chat model may
 # name only one of them as its end of text, and yet end its answer with another.
@@ -174,7 +176,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         bos_token=bos_token,
         eos_token=eos_token,
         stop_ids=_stop_ids(backend, eos_token, config),
-        chat_template=_default_template(config.get("chat_template")),
+        chat_template=config.get("chat_template") or None,
     )
 
 
@@ -186,15 +188,21 @@ def _stop_ids(
     names = [name for name in END_TOKENS if name in special]
     if eos_token is not None:
         names.append(eos_token)
-    return frozenset([*map(backend.token_to_id, names), *config.get("stop_token_ids", [])])
+    return frozenset([*map(backend.token_to_id, names), *config["stop_token_ids"]])
 
 
-def _default_template(template: Any) -> str | None:
-    """One template from what a configuration holds: a string, or a list of named ones."""
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default", next(iter(named.values()), None))
-    return template if isinstance(template, str) and template else None
+def _default_template(given: Any, file: Path) -> str | None:
+    """One template from what `file` holds: a text, or a list of named ones. Raises InputError."""
+    template = given
+    if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
+        defaults = [entry for entry in given if entry.get("name") == "default"]
+        template = next((entry.get("template") for entry in [*defaults, *given]), None)
+    if template is not None and not isinstance(template, str):
+        raise InputError(
+            f"{file}: chat_template is {reprlib.repr(given)}; expected a text, or a list of "
+            '{"name": text, "template": text}'
+        )
+    return template
 
 
 def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -211,25 +219,45 @@ def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{file} is not a tokenizer: {_one_line(error)}") from error
+    # Whoever saved the file may have left on what cuts or fills texts to a training run's length.
+    backend.no_truncation()
+    backend.no_padding()
 
-    config = {**_read_json(folder / "special_tokens_map.json")}
-    config.update(_read_json(folder / "tokenizer_config.json"))
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    ends = _read_json(folder / "generation_config.json").get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []
-    config["stop_token_ids"] = [*config.get("stop_token_ids", []), *ends]
+    file, generation = folder / "tokenizer_config.json", folder / "generation_config.json"
+    config = _read_json(folder / "special_tokens_map.json") | _read_json(file)
+    template = _read_text(folder / "chat_template.jinja")
+    if template is None:
+        template = _default_template(config.get("chat_template"), file)
+    config["chat_template"] = template
+    config["stop_token_ids"] = [
+        *token_ids(config.get("stop_token_ids"), f"{file}: stop_token_ids"),
+        *token_ids(_read_json(generation).get("eos_token_id"), f"{generation}: eos_token_id"),
+    ]
     return backend, config
+
+
+def _read_text(file: Path) -> str | None:
+    """What a text file holds; None if there is no such file. Raises InputError."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8: {_one_line(error)}") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file. Raises InputError."""
-    if not file.is_file():
+    text = _read_text(file)
+    if text is None:
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # also UnicodeDecodeError
+        content = json.loads(text)
+        # Half of a surrogate pair, which JSON can spell out, is in no text: this raises.
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a JSON {type(content).__name__}, expected an object")

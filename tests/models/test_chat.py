@@ -36,6 +36,9 @@ def test_templates(template: str, text: str) -> None:
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ 'a' + 1 }}", "chat template failed"),
         ("{{ messages.append(1) }}", "chat template failed"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% if true %}" * 120 + "{% endif %}" * 120, "too many levels"),
+        ("{{ cycler().next() }}", "at least one item"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "chat template failed"),
     ],
 )

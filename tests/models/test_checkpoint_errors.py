@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import signal
 import struct
 from collections.abc import Callable
@@ -163,6 +164,15 @@ def test_gguf_that_is_not_supported(tmp_path: Path) -> None:
     message_of(with_metadata(llama__rope__scaling__type="longrope"), "'longrope'", "yarn")
     message_of(with_metadata(llama__block_count=None), "lacks llama.block_count")
     message_of(with_metadata(llama__block_count="many"), "llama.block_count is 'many'")
+    message_of(with_metadata(llama__block_count=math.nan), "llama.block_count is nan")
+    message_of(with_metadata(llama__context_length=math.nan), "llama.context_length is nan")
+    message_of(with_metadata(split__count="x"), "split.count is 'x'; expected one number")
+    for kind in ("bos", "eos", "eot"):
+        name = f"tokenizer.ggml.{kind}_token_id"
+        for value in ("2", 2.0, [2], 2**32 - 1):
+            message_of(with_metadata(**{name: value}), str(path), f"{name} is", "a token id")
+    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 1e30}
+    message_of(with_metadata(**yarn), str(path), "makes a context of", "fewer than")
     window = with_metadata(llama__attention__sliding_window=17)
     assert window().config.max_context == 17
     message_of(with_metadata(llama__block_count=2**32 - 1), "4294967295 layers")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from models.checkpoint import find_default_model, open_checkpoint, write_orbax
+from models.config import RopeScaling
 from models.decoder import Decoder
 from models.gguf_file import half_split_rows, read_gguf_tensor
 from models.gguf_header import GgufTensor
@@ -212,6 +213,29 @@ def test_gguf_rope_scaling(tmp_path: Path) -> None:
     given, expected = (open_checkpoint(tmp_path / name).config for name in ("yarn.gguf", "yarn"))
     assert given.rope_scaling == expected.rope_scaling
     assert given.max_context == expected.max_context == 256
+
+
+@pytest.mark.parametrize(
+    "said, factor",
+    [
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling.type": "linear", "scale_linear": 2.0}, 2.0),
+        ({"scaling.factor": 0.0}, None),
+        ({"scaling.factor": 1.0}, None),
+        ({"scale_linear": 1.0}, None),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.type": "none", "scale_linear": 4.0}, None),
+    ],
+)
+def test_gguf_rope_scaling_without_type(
+    said: dict[str, Any], factor: float | None, tmp_path: Path
+) -> None:
+    metadata = {f"llama.rope.{key}": value for key, value in said.items()}
+    write_gguf(tmp_path / "model.gguf", *tiny("llama"), metadata=metadata)
+    expected = None if factor is None else RopeScaling("linear", factor=factor)
+    assert open_checkpoint(tmp_path / "model.gguf").config.rope_scaling == expected
 
 
 def open_folder_without_scaling(

@@ -1,5 +1,6 @@
 """config.json: both spellings are read, and nothing that matters is ignored."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests.models import tiny_models
 LLAMA = tiny_models.CONFIGS["llama"]
 QWEN2 = tiny_models.CONFIGS["qwen2"]
 MISTRAL = tiny_models.CONFIGS["mistral"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize("name", tiny_models.CONFIGS)
@@ -59,6 +61,18 @@ def test_both_spellings_of_rope(name: str) -> None:
         ({"head_dim": 15}, "even"),
         ({"rope_theta": 0}, "rope_theta"),
         ({"hidden_size": "64"}, "'64'"),
+        ({"hidden_size": math.nan}, "hidden_size is nan; expected a number"),
+        ({"hidden_size": 10**400}, "expected a number"),
+        ({"max_position_embeddings": math.nan}, "max_position_embeddings is nan"),
+        ({"layer_types": 5}, "layer_types is 5; expected a list"),
+        ({"layer_types": [5, "a", [1]]}, "layer_types ['5', '[1]', 'a'] are not supported"),
+        ({"model_type": None, "architectures": 5}, "architectures is 5; expected a list"),
+        ({"rope_scaling": YARN | {"mscale": "x", "mscale_all_dim": 1}}, "mscale is 'x'"),
+        ({"rope_scaling": YARN | {"factor": 1e308}}, "factor 1e+308 makes a context of inf"),
+        ({"rope_scaling": YARN | {"factor": 1e30}}, "expected fewer than 2147483648"),
+        ({"rope_parameters": [1]}, "differ by layer type"),
+        ({"rope_scaling": YARN, "rope_parameters": [1]}, "differ by layer type"),
+        ({"bos_token_id": "1"}, "config.json: bos_token_id is '1'; expected a token id"),
     ],
 )
 def test_what_is_not_supported_is_refused(changes: dict[str, Any], part: str) -> None:
@@ -103,6 +117,22 @@ def test_what_is_not_supported_is_refused(changes: dict[str, Any], part: str) ->
 )
 def test_max_context(config: dict[str, Any], max_context: int) -> None:
     assert config_from_hf(config).max_context == max_context
+
+
+@pytest.mark.parametrize("ids", ["2", ["</s>"], 2.0, 3.5, 2**32 - 1, -1, True, ["a", 3], [None]])
+def test_end_tokens_that_are_no_ids(ids: Any) -> None:
+    said = r"config\.json: eos_token_id is .*; expected a token id"
+    with pytest.raises(InputError, match="^" + said):
+        config_from_hf(LLAMA | {"eos_token_id": ids})
+    with pytest.raises(InputError, match="^generation_" + said):
+        config_from_hf(LLAMA, {"eos_token_id": ids})
+
+
+@pytest.mark.parametrize("layers", ["28", math.nan])
+def test_max_window_layers_that_is_no_number(layers: Any) -> None:
+    changes = {"use_sliding_window": True, "max_window_layers": layers}
+    with pytest.raises(InputError, match="max_window_layers is"):
+        config_from_hf(QWEN2 | changes)
 
 
 def test_defaults_and_tokens() -> None:

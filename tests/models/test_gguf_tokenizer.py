@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -65,11 +66,19 @@ def train(name: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def write_gguf(path: Path, backend: tokenizers.Tokenizer, model: str, pre: str | None) -> Path:
+def write_gguf(
+    path: Path,
+    backend: tokenizers.Tokenizer,
+    model: str,
+    pre: str | None,
+    architecture: str = "llama",
+    unused_tokens: int = 0,
+) -> Path:
     """The tokenizer of `backend` as a GGUF file's metadata."""
     vocab = backend.get_vocab(with_added_tokens=True)
     tokens = sorted(vocab, key=vocab.__getitem__)
-    writer = gguf.GGUFWriter(path, "llama")
+    tokens += [f"<unused {i}>" for i in range(unused_tokens)]
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_tokenizer_model(model)
     if pre is not None:
         writer.add_tokenizer_pre(pre)
@@ -124,6 +133,29 @@ def test_kinds_differ(tmp_path: Path) -> None:
             assert first != second
 
 
+@pytest.mark.parametrize(
+    "architecture, name", [("qwen2", "qwen2"), ("qwen3", "qwen2"), ("llama", "gpt-2")]
+)
+def test_byte_level_kind_is_not_named(tmp_path: Path, architecture: str, name: str) -> None:
+    backend = train(name)
+    path = write_gguf(tmp_path / "m.gguf", backend, "gpt2", None, architecture)
+    assert_encodes_like(backend, path)
+
+
+def test_llama3_does_not_name_its_kind(tmp_path: Path) -> None:
+    backend = train("llama-bpe")
+    unused = 128256 - backend.get_vocab_size()
+    path = write_gguf(tmp_path / "m.gguf", backend, "gpt2", None, unused_tokens=unused)
+    assert_encodes_like(backend, path)
+    assert load_tokenizer(path).encode("", add_special=True) == [0]
+
+
+def assert_encodes_like(backend: tokenizers.Tokenizer, path: Path) -> None:
+    loaded = load_tokenizer(path)
+    for text in CORPUS:
+        assert loaded.encode(text, add_special=False) == backend.encode(text).ids
+
+
 # ---- SentencePiece, as Llama 2 has it
 
 PIECES = [
@@ -148,19 +180,24 @@ SPM_TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *PI
 SPM_SCORES = [0.0] * 259 + [-float(i) for i in range(len(PIECES))]
 
 
-def write_sentencepiece(path: Path, **extra: bool) -> Path:
+def write_sentencepiece(path: Path, **extra: Any) -> Path:
     kind = gguf.TokenType
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list(SPM_TOKENS)
     writer.add_token_scores(SPM_SCORES)
-    writer.add_token_types(
-        [kind.UNKNOWN, kind.CONTROL, kind.CONTROL] + [kind.BYTE] * 256 + [kind.NORMAL] * len(PIECES)
-    )
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    for name, value in extra.items():
-        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    types = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL]
+    types += [kind.BYTE] * 256 + [kind.NORMAL] * len(PIECES)
+    values = {"token_type": list(map(int, types)), "bos_token_id": 1, "eos_token_id": 2} | extra
+    adds = {
+        bool: writer.add_bool,
+        int: writer.add_int32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    for name, value in values.items():
+        adds[type(value)](f"tokenizer.ggml.{name}", value)
     return finish(writer, path)
 
 
@@ -229,6 +266,30 @@ def test_merges_from_scores() -> None:
 def test_unknown_kinds_are_named(tmp_path: Path, model: str, pre: str | None, said: str) -> None:
     path = write_gguf(tmp_path / "m.gguf", train("gpt-2"), model, pre)
     with pytest.raises(InputError, match=said):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "eot", "unknown"])
+@pytest.mark.parametrize("value", ["2", [2], 2.0, -1, True])
+def test_token_ids_that_are_no_ids(tmp_path: Path, name: str, value: Any) -> None:
+    path = write_sentencepiece(tmp_path / "m.gguf", **{f"{name}_token_id": value})
+    with pytest.raises(InputError, match=rf"ggml\.{name}_token_id is .*; expected a token id") as e:
+        load_tokenizer(path)
+    assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("token_type", 5, "expected an array"),
+        ("token_type", "x", "expected an array"),
+        ("merges", "x", "expected an array"),
+        ("pre", [1], "expected a text"),
+    ],
+)
+def test_values_of_a_wrong_kind(tmp_path: Path, name: str, value: Any, said: str) -> None:
+    path = write_sentencepiece(tmp_path / "m.gguf", **{name: value})
+    with pytest.raises(InputError, match=rf"m\.gguf: tokenizer\.ggml\.{name} is .*; {said}"):
         load_tokenizer(path)
 
 

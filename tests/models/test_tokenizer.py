@@ -148,6 +148,53 @@ def test_no_template_is_an_error_that_names_the_way_out(tmp_path: Path) -> None:
         load_tokenizer(make_folder(tmp_path)).encode_chat([{"role": "user", "content": "x"}])
 
 
+def test_stored_truncation_and_padding_are_not_obeyed(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    stored = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected = {text: stored.encode(text, add_special_tokens=False).ids for text in ("a", "a" * 9)}
+    stored.enable_truncation(5)
+    stored.enable_padding(length=7, pad_id=1, pad_token="</s>")
+    stored.save(str(folder / "tokenizer.json"))
+    loaded = load_tokenizer(folder)
+    loaded.save(tmp_path)  # nor handed on
+    for tokenizer in (loaded, load_tokenizer(tmp_path)):
+        for text, ids in expected.items():
+            assert tokenizer.encode(text, add_special=False) == ids
+
+
+@pytest.mark.parametrize("ids", ["2", ["</s>"], 2.0, 3.5, 2**32 - 1, -1, True, ["a", 3], {}])
+def test_stop_ids_that_are_no_ids(tmp_path: Path, ids: object) -> None:
+    for name, key in (
+        ("generation_config.json", "eos_token_id"),
+        ("tokenizer_config.json", "stop_token_ids"),
+    ):
+        folder = make_folder(tmp_path)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        (folder / name).write_text(json.dumps({key: ids}))
+        with pytest.raises(InputError, match=f"{name}: {key} is .*; expected a token id"):
+            load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("template", [5, [1, 2], {"default": "a"}, [{"template": 1}]])
+def test_templates_of_a_wrong_kind(tmp_path: Path, template: object) -> None:
+    folder = make_folder(tmp_path, chat_template=template)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template is .*; expected"):
+        load_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text("a")  # which counts
+    assert load_tokenizer(folder).chat_template == "a"
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    (folder / "chat_template.jinja").write_bytes("é".encode("latin-1"))
+    with pytest.raises(InputError, match=r"chat_template\.jinja is not UTF-8"):
+        load_tokenizer(folder)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "generation_config.json").mkdir()
+    with pytest.raises(InputError, match=r"generation_config\.json cannot be read: Is a directory"):
+        load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -155,7 +202,9 @@ def test_no_template_is_an_error_that_names_the_way_out(tmp_path: Path) -> None:
         ("tokenizer.json", '{"model": 1}', "is not a tokenizer"),
         ("tokenizer_config.json", "{", "is not JSON"),
         ("tokenizer_config.json", "[1]", "expected an object"),
+        ("tokenizer_config.json", '{"bos_token": "\\ud800"}', "surrogates not allowed"),
         ("generation_config.json", "\x00", "is not JSON"),
+        ("generation_config.json", "[" * 100_000, "recursion"),
     ],
 )
 def test_damaged_folder(tmp_path: Path, name: str, content: str, said: str) -> None:
