@@ -88,6 +88,17 @@ class WaveConfig:
             _check_range(name, getattr(self, name), 0, 1)
         _check_range("admission_ratio", self.admission_ratio, 1, 10**9)
         _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)
+        # k-means begins in the middle of as many equal parts; the last part's middle is at
+        # (2 clusters - 1) tokens / (2 clusters), all in int32.
+        for name in ("segment_tokens", "growth_tokens"):
+            tokens = getattr(self, name)
+            most_clusters = ((2**31 - 1) // tokens + 1) // 2
+            least = -(-tokens // most_clusters)
+            if self.cluster_size < least:
+                raise InputError(
+                    f"cluster_size is {self.cluster_size}; with {name} of {tokens} it must be "
+                    f"{least} or more"
+                )
 
     @classmethod
     def paper(cls, **changes: Any) -> "WaveConfig":

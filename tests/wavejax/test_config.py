@@ -69,6 +69,20 @@ def test_the_ends_of_the_ranges_are_allowed():
     WaveConfig(segment_tokens=65536, growth_tokens=65536, max_cluster_size=65536)
 
 
+@pytest.mark.parametrize("name", ["segment_tokens", "growth_tokens"])
+@pytest.mark.parametrize("tokens, least", [(65536, 4), (46341, 3), (32768, 1), (1, 1)])
+def test_clusters_whose_middles_int32_cannot_count_are_refused(name, tokens, least):
+    def most(size):
+        return (2 * -(-tokens // size) - 1) * tokens
+
+    assert most(least) < 2**31
+    WaveConfig(**{name: tokens, "cluster_size": least})
+    if least > 1:
+        assert most(least - 1) >= 2**31
+        with pytest.raises(InputError, match=f"{name} of {tokens} it must be {least} or more"):
+            WaveConfig(**{name: tokens, "cluster_size": least - 1})
+
+
 def test_the_papers_settings():
     paper = WaveConfig.paper()
     assert not paper.token_codes
