@@ -9,7 +9,15 @@ from pathlib import Path
 from models.config import ModelConfig
 from models.errors import InputError
 from models.gguf_file import open_gguf
-from models.orbax_folder import CONFIG_FILE, load_orbax, open_orbax, refuse_existing, save_orbax
+from models.orbax_folder import (
+    CONFIG_FILE,
+    is_file,
+    load_orbax,
+    open_orbax,
+    refuse_existing,
+    save_orbax,
+    stat_of,
+)
 from models.parameters import Params, parameter_shapes
 from models.safetensors_folder import open_safetensors
 from models.tensor_source import Progress, parameter_dtype
@@ -64,17 +72,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         supported, or tensors missing, extra or misshapen (all of them named).
     """
     path = Path(path)
-    if not path.exists():
+    if stat_of(path) is None:
         raise InputError(f"no such file or folder: {path}")
-    if path.is_file():
+    if is_file(path):
         if path.suffix == ".safetensors":
             raise InputError(f"{path} lacks its config; give the folder that holds it")
         source = open_gguf(path)
         return Checkpoint(path, "gguf", source.config, source.load)
-    if (path / CONFIG_FILE).is_file():
+    if is_file(path / CONFIG_FILE):
         config = open_orbax(path)
         return Checkpoint(path, "orbax", config, _orbax_loader(path, config))
-    if (path / "config.json").is_file():
+    if is_file(path / "config.json"):
         source = open_safetensors(path)
         return Checkpoint(path, "huggingface", source.config, source.load)
     gguf_files = sorted(path.glob("*.gguf"))

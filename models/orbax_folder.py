@@ -1,11 +1,17 @@
 """Our own checkpoint folder: Orbax parameters, and the model's config beside them."""
 
 import contextlib
+import gc
 import json
+import logging
 import os
+import re
 import shutil
 import signal
+import stat
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,27 +84,110 @@ def save_orbax(
       InputError: `folder` exists, or cannot be written.
     """
     refuse_existing(folder)
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    # Cut, so that the longest name that a file system takes leaves room for the rest.
+    unfinished = folder.with_name(f".{folder.name[:40]}.unfinished-{os.getpid()}")
+    new_parents = [parent for parent in folder.parents if stat_of(parent) is None]
+    with _threads_unheard():
+        try:
+            reason = _error_of(lambda: _write(config, params, folder, unfinished, add_files))
+            if reason is not None:
+                raise InputError(f"{folder} cannot be written: {reason}")
+        except BaseException:
+            _remove(unfinished)
+            for parent in new_parents:
+                with contextlib.suppress(OSError):  # what is not empty stays
+                    parent.rmdir()
+            gc.collect()  # as they are freed, Orbax's tasks log errors that nobody asked them for
+            raise
+
+
+def _write(
+    config: ModelConfig,
+    params: Params,
+    folder: Path,
+    unfinished: Path,
+    add_files: Callable[[Path], None],
+) -> None:
+    """Writes all to `unfinished`, and then gives it its name."""
+    unfinished.mkdir(parents=True)
+    with _interrupt_put_off(), _checkpointer() as checkpointer:
+        checkpointer.save(_params(unfinished), params["params"])
+    sizes = {str(path.relative_to(unfinished)): size for path, size in _sizes(unfinished)}
+    stored = {"format": _FORMAT, "config": config.to_json(), "sizes": sizes}
+    (unfinished / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    add_files(unfinished)
+    refuse_existing(folder)
+    unfinished.rename(folder)
+
+
+def _error_of(write: Callable[[], None]) -> str | None:
+    """Why files could not be written; None if they were. The error itself is let go of."""
     try:
-        unfinished.mkdir(parents=True)
-        with _interrupt_put_off(), _checkpointer() as checkpointer:
-            checkpointer.save(_params(unfinished), params["params"])
-        sizes = {str(path.relative_to(unfinished)): size for path, size in _sizes(unfinished)}
-        stored = {"format": _FORMAT, "config": config.to_json(), "sizes": sizes}
-        (unfinished / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-        add_files(unfinished)
-        refuse_existing(folder)
-        unfinished.rename(folder)
+        write()
+    except InputError:
+        raise
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
+        return error.strerror or str(error)
+    except Exception as error:
+        # Of a full disk, tensorstore makes a ValueError and tokenizers a plain Exception.
+        if type(error) not in (ValueError, Exception):
+            raise
+        number = re.search(r"os[_ ]error(?:_code=')? ?(\d+)", str(error))
+        return os.strerror(int(number[1])) if number else " ".join(str(error).split())[:200]
+    return None
+
+
+@contextlib.contextmanager
+def _threads_unheard() -> Iterator[None]:
+    """Keeps Orbax's and tensorstore's threads from printing tracebacks of errors.
+
+    The first error is raised where it is waited for, so that all can be said there.
+    """
+    level, hook = logging.root.manager.disable, sys.unraisablehook
+    logging.disable(logging.ERROR)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        logging.disable(level)
+        sys.unraisablehook = hook
+
+
+def _remove(folder: Path) -> None:
+    """Removes what could not be completed."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        # Tensorstore's threads may write on for a moment, and make the folder anew.
+        time.sleep(0.1)
+        if not os.path.lexists(folder):
+            return
 
 
 def refuse_existing(folder: Path) -> None:
-    """InputError if there is anything at `folder`."""
-    if folder.exists() or folder.is_symlink():
+    """InputError if there is anything at `folder`, or no telling."""
+    if stat_of(folder, follow_symlinks=False) is not None:
         raise InputError(f"{folder} exists already; name a new folder or remove it first")
+
+
+def stat_of(path: Path, follow_symlinks: bool = True) -> os.stat_result | None:
+    """What the system knows of a path, None if nothing is there; InputError if it will not tell.
+
+    `Path.exists` and its like raise or say no, as Python's version has it, where a folder may not
+    be looked into or a name is too long.
+    """
+    try:
+        return path.stat(follow_symlinks=follow_symlinks)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # a ValueError: no path may hold a NUL
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"cannot look at {path}: {reason}; name another path") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; InputError if the system will not tell."""
+    found = stat_of(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
 
 
 @contextlib.contextmanager
@@ -125,8 +214,8 @@ def _sizes(folder: Path) -> list[tuple[Path, int]]:
 def _check_sizes(folder: Path, sizes: Any) -> None:
     """Finds a truncated file by its size: Orbax would find it too, but only after much reading."""
     for name, size in (sizes if isinstance(sizes, dict) else {}).items():
-        file = folder / name
-        there_is = file.stat().st_size if file.is_file() else None
+        found = stat_of(folder / name)
+        there_is = found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
         if there_is != size:
             given = "is missing" if there_is is None else f"has {there_is} bytes"
             raise InputError(

@@ -28,9 +28,9 @@ def main_guard(
 ) -> Callable[..., int]:
     """Wraps a command into `main(arguments=None) -> exit status`.
 
-    Bad input, or memory that runs out, becomes one line on stderr, `error: ...`, and status 2;
-    Ctrl-C status 130; a reader that went away, as `head` does, status 141 and no word. A mistake in
-    the program keeps its traceback.
+    Bad input, memory that runs out, or a stdout that takes no more, as on a full disk, becomes one
+    line on stderr, `error: ...`, and status 2; Ctrl-C status 130; a reader that went away, as
+    `head` does, status 141 and no word. A mistake in the program keeps its traceback.
 
     Args:
         command: what to run.
@@ -38,15 +38,16 @@ def main_guard(
     """
 
     def main(arguments: Sequence[str] | None = None) -> int:
+        _open_closed_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A terminal that cannot show a character should not end a generation.
             sys.stdout.reconfigure(errors="replace")
+        stdout = _Stdout(sys.stdout)
         try:
-            with _insistent_interrupts():
-                status = command.main(
-                    args=None if arguments is None else list(arguments), standalone_mode=False
-                )
-            sys.stdout.flush()
+            with contextlib.redirect_stdout(stdout):  # type: ignore[type-var]
+                with _insistent_interrupts():
+                    status = _invoke(command, sys.argv[1:] if arguments is None else arguments)
+                stdout.flush()
         except click.ClickException as error:
             return _fail(error.format_message())
         except InputError as error:
@@ -57,16 +58,85 @@ def main_guard(
                 raise
             return _fail(f"{what}; {advice}")
         except (KeyboardInterrupt, click.Abort):
-            print("interrupted", file=sys.stderr)
+            _say("interrupted")
             return EXIT_INTERRUPTED
         except BrokenPipeError:
-            # Python flushes stdout once more as it ends, which would fail again.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_stdout()
             return EXIT_BROKEN_PIPE
+        except OSError as error:
+            if error is not stdout.error:
+                raise
+            _drop_stdout()
+            return _fail(f"cannot write to the standard output: {error.strerror}")
         return status if isinstance(status, int) else 0
 
     return main
+
+
+def _invoke(command: click.Command, arguments: Sequence[str]) -> Any:
+    """Runs the command; what it returned, or the status that it asked click for.
+
+    As `command.main(standalone_mode=False)` does, which would also end the process, with status 1,
+    where a reader went away.
+    """
+    try:
+        with command.make_context(_program_name(), list(arguments)) as context:
+            return command.invoke(context)
+    except click.exceptions.Exit as ended:  # --help
+        return ended.exit_code
+    except (EOFError, KeyboardInterrupt) as error:
+        _say("")  # ends the line where the terminal shows ^C
+        raise click.Abort from error
+
+
+def _program_name() -> str:
+    """What the user called, for the line that says how to: `python -m NAME`, or a file's name."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name}"
+
+
+def _open_closed_streams() -> None:
+    """Lets go of what is written to a stdout or stderr that is closed, as by `>&-`: it is None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+class _Stdout:
+    """A stream that remembers what went wrong in it, which tells that from a file's error."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._remembered():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._remembered():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _remembered(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _drop_stdout() -> None:
+    """Lets go of what stdout did not take: Python would write it once more as it ends, and fail."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, sys.stdout.fileno())
+        finally:
+            os.close(nowhere)
 
 
 def exit_process(status: int) -> NoReturn:
@@ -142,8 +212,14 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    _say(f"error: {' '.join(message.split())}")
     return EXIT_BAD_INPUT
+
+
+def _say(line: str) -> None:
+    """Prints a line on stderr, if that takes any: the status tells the same."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def options_from(settings: type) -> Callable[[Callable], Callable]:
@@ -184,6 +260,8 @@ def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:
     if files.count("-") > 1:
         raise InputError("the standard input, -, can be only one of the prompt files")
     for file in files:
+        if file == "-" and sys.stdin is None:
+            raise InputError("the standard input, -, is closed: pipe the prompt in, or name a file")
         try:
             content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         except OSError as error:

@@ -3,18 +3,20 @@
 The new folder holds Orbax parameters in the dtype asked for, the model's config and its tokenizer.
 """
 
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import click
-import psutil
 from tqdm import tqdm
 
 from models.checkpoint import open_checkpoint, write_orbax
 from models.errors import InputError
-from models.orbax_folder import refuse_existing
+from models.orbax_folder import refuse_existing, stat_of
 from models.tokenizer import load_tokenizer
 from wavejax.cli_support import exit_process, main_guard
+from wavejax.memory import host_available
 
 
 @click.command()
@@ -33,12 +35,13 @@ def convert(source: Path, destination: Path, dtype: str) -> None:
     DESTINATION must not exist; it appears once it is complete.
     """
     refuse_existing(destination)
+    parent = _writable_parent(destination)
     checkpoint = open_checkpoint(source)
     # Before the weights, so that a model without a tokenizer is refused at once.
     tokenizer = load_tokenizer(source)
     size = checkpoint.parameter_bytes(dtype)
-    _refuse_if_short("memory", size, psutil.virtual_memory().available)
-    _refuse_if_short("disk space", size, shutil.disk_usage(_existing_parent(destination)).free)
+    _refuse_if_short("memory", size, host_available())
+    _refuse_if_short("disk space", size, shutil.disk_usage(parent).free)
     # disable=None: no bar where stderr is no terminal.
     with tqdm(unit=" tensors", desc=f"reading {source.name}", disable=None) as bar:
 
@@ -58,8 +61,17 @@ def _refuse_if_short(what: str, needed: int, there_is: int) -> None:
         )
 
 
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
+def _writable_parent(destination: Path) -> Path:
+    """The innermost folder there is above `destination`; InputError if it takes no new one."""
+    above = ((parent, stat_of(parent)) for parent in destination.absolute().parents)
+    parent, found = next((parent, found) for parent, found in above if found is not None)
+    if not stat.S_ISDIR(found.st_mode):
+        raise InputError(f"{destination} cannot be written: {parent} is no folder; name another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{destination} cannot be written: {parent} is not writable; name another folder"
+        )
+    return parent
 
 
 main = main_guard(convert)

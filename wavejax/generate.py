@@ -99,10 +99,14 @@ from wavejax.sampling import Sampler
     help="Say what the run would take of memory and what there is; read no weights.",
 )
 @click.option(
-    "--context", type=click.IntRange(min=1), help="With --plan, in place of a prompt: its tokens."
+    "--context",
+    type=click.IntRange(1, 2**31 - 1),
+    help="With --plan, in place of a prompt: its tokens.",
 )
 @click.option(
-    "--batch", type=click.IntRange(min=1), help="With --context: how many prompts.  [default: 1]"
+    "--batch",
+    type=click.IntRange(1, 65536),
+    help="With --context: how many prompts.  [default: 1]",
 )
 @click.option(
     "--progress/--no-progress", default=None, help="Bars on stderr.  [default: if it is a terminal]"
@@ -130,8 +134,7 @@ def command(
     # All that can be wrong with the input is found before the weights are read.
     sampler, config = fields_of(Sampler, settings), fields_of(WaveConfig, settings)
     wave_or_full = config if attention == "wave" else DenseAttention()
-    if store == "device" and fetch != "auto":
-        raise InputError("--fetch is for rows on the host: leave it out, or give --store host")
+    check_placement(attention, store, fetch)
     path = model if model is not None else find_default_model()
     if context is not None or batch is not None:
         check_context(only_plan, context, [*prompts, *prompt_files])
@@ -213,6 +216,22 @@ def check_lengths(
                 f"{whose} is {context} tokens: shorten the prompt, lower --max-new-tokens, or "
                 f"override with --max-context {needed}"
             )
+
+
+def check_placement(attention: str, store: StoreChoice, fetch: FetchChoice) -> None:
+    """Raises InputError where --store and --fetch ask for what would not be done."""
+    if attention == "full" and store == "host":
+        raise InputError(
+            "--store host is for wave attention, full attention keeps all on the device: leave it "
+            "out, or give --attention wave"
+        )
+    if attention == "full" and fetch != "auto":
+        raise InputError(
+            "--fetch is for wave attention with rows on the host: leave it out, or give "
+            "--attention wave"
+        )
+    if store == "device" and fetch != "auto":
+        raise InputError("--fetch is for rows on the host: leave it out, or give --store host")
 
 
 def check_context(only_plan: bool, context: int | None, prompts: Sequence[str]) -> None:

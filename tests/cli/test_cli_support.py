@@ -1,6 +1,7 @@
 """What the commands share, with commands made here."""
 
 import dataclasses
+import errno
 import io
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import jax
@@ -39,7 +41,12 @@ def failing(error: BaseException) -> click.Command:
         (click.UsageError("odd"), 2, "error: odd\n"),
         (click.BadParameter("odd"), 2, "error: Invalid value: odd\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (EOFError(), 130, "\ninterrupted\n"),
+        (click.Abort(), 130, "interrupted\n"),
+        (click.exceptions.Exit(3), 3, ""),
         (BrokenPipeError(), 141, ""),
+        # As the system makes it, which click's own `main` would end the process for.
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
 )
 def test_errors_become_a_line_and_a_status(
@@ -53,6 +60,20 @@ def test_errors_become_a_line_and_a_status(
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert main_guard(failing(error))([]) == status
     assert capfd.readouterr().err == printed
+
+
+def test_usage_names_what_was_called(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = main_guard(failing(ZeroDivisionError()))
+    called = SimpleNamespace(__spec__=SimpleNamespace(name="wavejax.generate"))
+    monkeypatch.setitem(sys.modules, "__main__", called)
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("Usage: python -m wavejax.generate [OPTIONS]\n")
+    monkeypatch.setattr(called, "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", "--help"])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("Usage: evaluate.py [OPTIONS]\n")
 
 
 def test_mistakes_in_the_program_keep_their_traceback() -> None:

@@ -15,6 +15,7 @@ from tests.cli.conftest import Result
 from wavejax import memory
 
 Generate = Callable[..., Result]
+FULL = ("--plan", "--context", "9", "--attention", "full")
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +80,14 @@ def test_what_does_not_fit_is_planned_and_refused(
         (["--plan", "--batch", "2", "--prompt", "x"], "--batch needs --context"),
         (["--plan", "--context", "100", "--prompt", "x"], "not both"),
         (["--plan", "--context", "0"], "--context"),
+        (["--plan", "--context", str(2**31)], "1<=x<=2147483647"),
+        (["--plan", "--context", "9" * 25], "1<=x<=2147483647"),
+        (["--plan", "--context", "100", "--batch", str(10**30)], "1<=x<=65536"),
         (["--plan"], "no prompt"),
         (["--plan", "--context", "9", "--store", "device", "--fetch", "staged"], "--store host"),
+        ([*FULL, "--store", "host"], "--store host is for wave attention"),
+        ([*FULL, "--fetch", "staged"], "--fetch is for wave attention"),
+        ([*FULL, "--fetch", "in_place", "--store", "device"], "--fetch is for wave attention"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -90,6 +97,11 @@ def test_flags_that_make_no_sense(
     assert (result.status, result.out) == (2, "")
     assert said in result.err
     assert result.err.count("\n") == 1
+
+
+def test_full_attention_takes_what_it_does_anyway(generate: Generate, tiny: Path) -> None:
+    for flags in ((), ("--store", "auto", "--fetch", "auto"), ("--store", "device")):
+        assert planned(generate("--model", tiny, *FULL, *flags, "--json"))["store"] == "device"
 
 
 @pytest.mark.parametrize("fetch, gib", [("auto", "9"), ("staged", "8")])
