@@ -9,16 +9,9 @@ from pathlib import Path
 from models.config import ModelConfig
 from models.errors import InputError
 from models.gguf_file import open_gguf
-from models.orbax_folder import (
-    CONFIG_FILE,
-    is_file,
-    load_orbax,
-    open_orbax,
-    refuse_existing,
-    save_orbax,
-    stat_of,
-)
+from models.orbax_folder import CONFIG_FILE, load_orbax, open_orbax, refuse_existing, save_orbax
 from models.parameters import Params, parameter_shapes
+from models.paths import is_file, stat_of
 from models.safetensors_folder import open_safetensors
 from models.tensor_source import Progress, parameter_dtype
 

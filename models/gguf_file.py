@@ -12,9 +12,10 @@ from jaxtyping import Float, Shaped
 from models.config import ModelConfig, RopeScaling, unknown_architecture, yarn_attention_factor
 from models.errors import InputError
 from models.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from models.hf_config import is_number, scaled_context, token_id
+from models.hf_config import scaled_context
 from models.parameters import Path
 from models.tensor_source import TensorSource
+from models.values import is_number, token_id
 
 _NAMES: dict[Path, str] = {
     ("embedding",): "token_embd.weight",

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 
 from models.errors import InputError
 from models.gguf_header import read_gguf_header
-from models.hf_config import token_id
+from models.values import token_id
 
 # How a text is cut before byte pairs are merged, by the names that GGUF files use. The patterns are
 # part of the models: other cuts give other tokens than those that a model was trained on.

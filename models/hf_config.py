@@ -1,7 +1,6 @@
 """A Hugging Face config.json as a ModelConfig."""
 
 import reprlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from models.config import (
     yarn_attention_factor,
 )
 from models.errors import InputError
+from models.values import INT32_LIMIT, is_number, token_ids
 
 # Settings that change what a model computes and that the decoder has no code for. Any value but
 # those listed (or the key's absence, or null) is refused: ignoring it would give wrong text.
@@ -40,8 +40,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NEUTRAL_BIAS = ("llama", "mistral", "qwen3")
 _DEFAULT_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-# Token ids and positions are int32.
-_LIMIT = 2**31
 
 
 def config_from_hf(
@@ -92,37 +90,15 @@ def config_from_hf(
     )
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a number that a float holds: no NaN, infinity or longer integer."""
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and abs(value) <= sys.float_info.max
-
-
-def token_id(value: Any, where: str) -> int:
-    """`value` if it is a token id; InputError that begins with `where` if it is not."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LIMIT:
-        raise InputError(
-            f"{where} is {reprlib.repr(value)}; expected a token id (a whole number from 0 to "
-            f"{_LIMIT - 1})"
-        )
-    return value
-
-
-def token_ids(value: Any, where: str) -> list[int]:
-    """The token ids that a JSON file states: none (null), one, or a list; else InputError."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    return [token_id(index, where) for index in ids]
-
-
 def scaled_context(context: int, scaling: RopeScaling | None, where: str) -> int:
     """The tokens of context that YaRN makes of `context`; InputError where that is absurd."""
     if scaling is None or scaling.kind != "yarn":
         return context
     scaled = scaling.factor * scaling.original_context
-    if not scaled < _LIMIT:
+    if not scaled < INT32_LIMIT:
         raise InputError(
             f"{where}: RoPE scaling's factor {scaling.factor} makes a context of {scaled:g} "
-            f"tokens; expected fewer than {_LIMIT}"
+            f"tokens; expected fewer than {INT32_LIMIT}"
         )
     return max(context, int(scaled))
 

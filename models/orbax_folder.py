@@ -21,6 +21,7 @@ import jax
 from models.config import ModelConfig
 from models.errors import InputError
 from models.parameters import Params, nest, parameter_shapes
+from models.paths import stat_of
 from models.safetensors_folder import read_json
 from models.tensor_source import parameter_dtype, refuse_overflow, report_problems
 
@@ -167,27 +168,6 @@ def refuse_existing(folder: Path) -> None:
     """InputError if there is anything at `folder`, or no telling."""
     if stat_of(folder, follow_symlinks=False) is not None:
         raise InputError(f"{folder} exists already; name a new folder or remove it first")
-
-
-def stat_of(path: Path, follow_symlinks: bool = True) -> os.stat_result | None:
-    """What the system knows of a path, None if nothing is there; InputError if it will not tell.
-
-    `Path.exists` and its like raise or say no, as Python's version has it, where a folder may not
-    be looked into or a name is too long.
-    """
-    try:
-        return path.stat(follow_symlinks=follow_symlinks)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:  # a ValueError: no path may hold a NUL
-        reason = getattr(error, "strerror", error)
-        raise InputError(f"cannot look at {path}: {reason}; name another path") from None
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a file; InputError if the system will not tell."""
-    found = stat_of(path)
-    return found is not None and stat.S_ISREG(found.st_mode)
 
 
 @contextlib.contextmanager

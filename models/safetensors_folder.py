@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from models.errors import InputError
 from models.hf_config import config_from_hf
 from models.parameters import Path, Shape
+from models.paths import is_file
 from models.tensor_source import TensorSource
 
 _NAMES: dict[Path, str] = {
@@ -45,7 +46,7 @@ def open_safetensors(folder: FilePath) -> TensorSource:
     """
     config_json = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    config = config_from_hf(config_json, read_json(generation) if generation.is_file() else None)
+    config = config_from_hf(config_json, read_json(generation) if is_file(generation) else None)
     file_of: dict[str, Any] = {}
     shapes: dict[str, Shape] = {}
     for path in _tensor_files(folder):
@@ -100,14 +101,14 @@ def read_json(path: FilePath) -> dict[str, Any]:
 
 
 def _tensor_files(folder: FilePath) -> list[FilePath]:
-    if (folder / _SINGLE).is_file():
+    if is_file(folder / _SINGLE):
         return [folder / _SINGLE]
-    if (folder / _INDEX).is_file():
+    if is_file(folder / _INDEX):
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{folder / _INDEX} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not is_file(folder / name)]
         if missing:
             raise InputError(
                 f"{folder} lacks {len(missing)} of its {len(names)} tensor files: "

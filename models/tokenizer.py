@@ -12,7 +12,7 @@ import tokenizers
 from models.chat import apply_chat
 from models.errors import InputError
 from models.gguf_tokenizer import read_gguf_tokenizer
-from models.hf_config import token_ids
+from models.values import token_ids
 
 # Tokens that end a turn or a text, by the names that model families gave them. A chat model may
 # name only one of them as its end of text, and yet end its answer with another.

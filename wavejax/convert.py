@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from models.checkpoint import open_checkpoint, write_orbax
 from models.errors import InputError
-from models.orbax_folder import refuse_existing, stat_of
+from models.orbax_folder import refuse_existing
+from models.paths import stat_of
 from models.tokenizer import load_tokenizer
 from wavejax.cli_support import exit_process, main_guard
 from wavejax.memory import host_available

@@ -115,6 +115,9 @@ def test_missing_shard(tmp_path: Path) -> None:
     message_of(lambda: open_checkpoint(tmp_path), "lacks 1 of its 3", "model-00002-of-00003")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     message_of(lambda: open_checkpoint(tmp_path), "no weight_map")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"norm": 300 * "x"}}))
+    message_of(lambda: open_checkpoint(tmp_path), "cannot look at", "File name too long")
 
 
 def test_truncated_gguf_at_any_place(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from models import orbax_folder
 from models.checkpoint import open_checkpoint, write_orbax
 from models.errors import InputError
-from models.orbax_folder import refuse_existing, stat_of
+from models.orbax_folder import refuse_existing
+from models.paths import stat_of
 from tests.models import tiny_models
 
 CONFIG = tiny_models.CONFIGS["llama"]
