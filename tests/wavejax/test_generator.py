@@ -21,10 +21,11 @@ from tests.wavejax.tiny_generator import (
     make_params,
     make_prompts,
 )
-from wavejax import Generator, InputError, WaveAttention
+from wavejax import Generator, InputError, WaveAttention, index, wave_attention
 from wavejax.generator import NO_TOKEN
 from wavejax.index import cluster_capacity, segment_sizes
 from wavejax.prompts import SMALLEST_BUCKET, bucket
+from wavejax.wave_state import Selection
 
 # It says of users' programs which give the same tokens.
 pytestmark = pytest.mark.optimised
@@ -318,3 +319,34 @@ def test_there_are_clusters_enough_for_every_way_to_fill_the_room(prompt, other,
     own += [growth] * ((tokens - prompt) // growth)
     sizes = config.cluster_sizes(tokens)
     assert sum(capacity(count, *sizes) for count in own) <= room
+
+
+def test_a_full_sequences_step_reads_its_window_and_no_more(monkeypatch):
+    """The step's own row has no place there; past the window lie another head's rows."""
+    attention = ATTENTIONS["wave"]
+    state = attention.init_state(MODEL, 2, 128, 8, jnp.float32)
+    most = CONFIG.window_tokens
+    counts = jnp.array([most, most - 2], jnp.int32)
+    state = dataclasses.replace(
+        state, steady=dataclasses.replace(state.steady, window_tokens=counts)
+    )
+    read = []
+
+    def look(query, sink, sink_tokens, window, window_tokens, *rest, **settings):
+        read.append(window_tokens.tolist())
+        raise InterruptedError
+
+    monkeypatch.setattr(wave_attention.ops, "attend_zones", look)
+    with pytest.raises(InterruptedError):
+        nothing = Selection(*[jnp.zeros((1, 1, 1, 1))] * len(Selection._fields))
+        attention.attend(jnp.int32(0), nothing, state)
+    assert read == [[most, most - 1]]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_value_sums_are_finite_in_every_dtype(dtype):
+    sums = jnp.array([1e6, -1e6, 3.0], jnp.float32)
+    found = index._finite(sums, jnp.dtype(dtype))
+    assert found.dtype == dtype
+    most = min(1e6, float(jnp.finfo(dtype).max))
+    np.testing.assert_allclose(found.astype(jnp.float32), [most, -most, 3.0], rtol=1e-2)
