@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.build_clusters import capacity
 from tests.wavejax.tiny_generator import (
     ATTENTIONS,
-    CONFIG,
     GREEDY,
     MODEL,
     SAMPLED,
     make_params,
     make_prompts,
 )
-from wavejax import Generator, InputError, WaveAttention, index, wave_attention
+from wavejax import Generator, InputError
 from wavejax.generator import NO_TOKEN
-from wavejax.index import cluster_capacity, segment_sizes
 from wavejax.prompts import SMALLEST_BUCKET, bucket
-from wavejax.wave_state import Selection
 
 # It says of users' programs which give the same tokens.
 pytestmark = pytest.mark.optimised
@@ -244,109 +239,3 @@ def test_a_sequence_ends_where_its_room_does(attention):
     large = generator.start(params, prompts, 300)
     _, expected = generator.decode_n(params, large, 300)
     np.testing.assert_array_equal(tokens[:count], np.asarray(expected)[:count, 0])
-
-
-def staged_or_not():
-    wave = ATTENTIONS["wave"]
-    return [ATTENTIONS["dense"], wave, dataclasses.replace(wave, store="host", fetch="staged")]
-
-
-@pytest.mark.parametrize("attention", staged_or_not(), ids=["dense", "wave", "staged"])
-def test_what_there_is_no_room_for_is_refused(attention):
-    generator = Generator(MODEL, attention, GREEDY)
-    params, prompts = make_params(), make_prompts((262, 90))
-    state = generator.start(params, prompts, 8)
-    cache = state.cache.wave if generator.staged else state.cache
-    left = np.asarray(attention.remaining(cache))
-    assert (left >= 8).all()
-    steps = int(left.min())
-    with pytest.raises(InputError, match=f"{steps + 1} tokens are more than there is room for"):
-        generator.force(params, state, jnp.zeros((steps + 1, 2), jnp.int32))
-    # As many as there is room for fill it, to the token.
-    state, logits = generator.force(params, state, jnp.zeros((steps, 2), jnp.int32))
-    assert len(logits) == steps
-    cache = state.cache.wave if generator.staged else state.cache
-    np.testing.assert_array_equal(attention.remaining(cache), left - steps)
-    assert np.asarray(attention.is_full(cache)).tolist() == (left == steps).tolist()
-
-
-@pytest.mark.parametrize("attention", staged_or_not(), ids=["dense", "wave", "staged"])
-def test_no_steps_are_no_steps_and_fewer_are_refused(attention):
-    generator = Generator(MODEL, attention, GREEDY)
-    params, prompts = make_params(), make_prompts((20,))
-    for settings, said in (
-        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"max_new_tokens": 1, "seed": 2**31}, "seed is 2147483648; it must be from"),
-    ):
-        with pytest.raises(InputError, match=said):
-            generator.start(params, prompts, **settings)
-    state = generator.start(params, prompts, 8)
-    with pytest.raises(InputError, match="steps is -1; it must be 0 or more"):
-        generator.decode_n(params, state, -1)
-    state, tokens = generator.decode_n(params, state, 0)
-    assert tokens.shape == (0, 1)
-    state, logits = generator.force(params, state, jnp.zeros((0, 1), jnp.int32))
-    assert logits.shape == (0, 1, MODEL.vocab_size)
-
-
-@pytest.mark.parametrize("name, value", [("store", "gpu"), ("fetch", "stagd")])
-def test_an_attention_of_no_such_kind_is_refused(name, value):
-    # Not by the class itself, whose arguments the tests' type checker sees first.
-    fields = types.SimpleNamespace(**({"store": "host", "fetch": None} | {name: value}))
-    with pytest.raises(InputError, match=f"{name} is '{value}'; it must be one of"):
-        WaveAttention.__post_init__(fields)
-
-
-@given(
-    prompt=st.integers(1, 700),
-    other=st.integers(1, 700),
-    growth=st.integers(1, 40),
-    size=st.integers(1, 9),
-    new=st.integers(0, 90),
-)
-def test_there_are_clusters_enough_for_every_way_to_fill_the_room(prompt, other, growth, size, new):
-    """A short prompt beside a long one may grow into the long one's room."""
-    config = dataclasses.replace(
-        CONFIG, growth_tokens=growth, cluster_size=size, max_cluster_size=2 * size
-    )
-    prompt, other = sorted((prompt, other))
-    padded = segment_sizes(config, other)
-    growths = -(-new // growth)
-    tokens = sum(padded) + growths * growth
-    room = cluster_capacity(config, padded, growths)
-    own = [config.segment_tokens] * (prompt // config.segment_tokens)
-    own += [prompt % config.segment_tokens]
-    own += [growth] * ((tokens - prompt) // growth)
-    sizes = config.cluster_sizes(tokens)
-    assert sum(capacity(count, *sizes) for count in own) <= room
-
-
-def test_a_full_sequences_step_reads_its_window_and_no_more(monkeypatch):
-    """The step's own row has no place there; past the window lie another head's rows."""
-    attention = ATTENTIONS["wave"]
-    state = attention.init_state(MODEL, 2, 128, 8, jnp.float32)
-    most = CONFIG.window_tokens
-    counts = jnp.array([most, most - 2], jnp.int32)
-    state = dataclasses.replace(
-        state, steady=dataclasses.replace(state.steady, window_tokens=counts)
-    )
-    read = []
-
-    def look(query, sink, sink_tokens, window, window_tokens, *rest, **settings):
-        read.append(window_tokens.tolist())
-        raise InterruptedError
-
-    monkeypatch.setattr(wave_attention.ops, "attend_zones", look)
-    with pytest.raises(InterruptedError):
-        nothing = Selection(*[jnp.zeros((1, 1, 1, 1))] * len(Selection._fields))
-        attention.attend(jnp.int32(0), nothing, state)
-    assert read == [[most, most - 1]]
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_value_sums_are_finite_in_every_dtype(dtype):
-    sums = jnp.array([1e6, -1e6, 3.0], jnp.float32)
-    found = index._finite(sums, jnp.dtype(dtype))
-    assert found.dtype == dtype
-    most = min(1e6, float(jnp.finfo(dtype).max))
-    np.testing.assert_allclose(found.astype(jnp.float32), [most, -most, 3.0], rtol=1e-2)
