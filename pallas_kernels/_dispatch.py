@@ -8,7 +8,7 @@ import jax
 from pallas_kernels import _pallas
 
 # The least compute capability that has the kernels' instructions.
-OLDEST_GPU = 8
+OLDEST_GPU = (8, 0)
 
 Implementation = Literal["xla", "triton"]
 
@@ -51,8 +51,5 @@ def _takes_kernels() -> bool:
     """Whether JAX's default device is a GPU, and no NVIDIA one that is too old."""
     if jax.default_backend() != "gpu":
         return False
-    device = jax.devices()[0]
-    # Asked of an NVIDIA GPU only: of others JAX gives other strings.
-    if not _pallas.on_cuda():
-        return True
-    return int(str(device.compute_capability).split(".")[0]) >= OLDEST_GPU
+    capability = _pallas.compute_capability()
+    return capability is None or capability >= OLDEST_GPU

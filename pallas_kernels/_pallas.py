@@ -153,6 +153,15 @@ def on_cuda() -> bool:
     return jax.default_backend() != "gpu" or jax.devices()[0].device_kind.startswith("NVIDIA")
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """That of JAX's default device, if it is one of NVIDIA's GPUs; else None."""
+    # Asked of an NVIDIA GPU only: of others JAX gives other strings.
+    if jax.default_backend() != "gpu" or not on_cuda():
+        return None
+    major, minor = str(jax.devices()[0].compute_capability).split(".")
+    return int(major), int(minor)
+
+
 def takes_assembly(interpret: bool) -> bool:
     """Whether a kernel may hold CUDA's assembly: not interpreted, nor for others' GPUs."""
     return not interpret and on_cuda()

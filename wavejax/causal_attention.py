@@ -34,10 +34,9 @@ def implementation_for(dtype: DTypeLike, head_dim: int) -> Literal["cudnn", "blo
         dtype: of query, key and value.
         head_dim: of the heads.
     """
-    if jax.default_backend() != "gpu" or not _pallas.on_cuda():
+    capability = _pallas.compute_capability()
+    if capability is None:
         return "blocks"
-    # Asked of an NVIDIA GPU only: of others JAX gives other strings.
-    capability = tuple(int(x) for x in jax.local_devices()[0].compute_capability.split("."))
     fits = jnp.dtype(dtype).name in ("bfloat16", "float16") and capability >= OLDEST_GPU
     return "cudnn" if fits and head_dim <= LARGEST_HEAD and head_dim % 8 == 0 else "blocks"
 
