@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.errors import InputError
+from models.values import INT32_LIMIT
 
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KINDS = ("linear", "llama3", "yarn", "divisors")
@@ -163,3 +164,16 @@ def unknown_architecture(name: str) -> str:
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
     """YaRN's temperature as a factor of queries and keys: 1 + 0.1 `mscale` ln(`factor`)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def scaled_context(context: int, scaling: RopeScaling | None, where: str) -> int:
+    """The tokens of context that YaRN makes of `context`; InputError where that is absurd."""
+    if scaling is None or scaling.kind != "yarn":
+        return context
+    scaled = scaling.factor * scaling.original_context
+    if not scaled < INT32_LIMIT:
+        raise InputError(
+            f"{where}: RoPE scaling's factor {scaling.factor} makes a context of {scaled:g} "
+            f"tokens; expected fewer than {INT32_LIMIT}"
+        )
+    return max(context, int(scaled))

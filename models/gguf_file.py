@@ -9,13 +9,24 @@ import gguf
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from models.config import ModelConfig, RopeScaling, unknown_architecture, yarn_attention_factor
+from models.config import (
+    ModelConfig,
+    RopeScaling,
+    scaled_context,
+    unknown_architecture,
+    yarn_attention_factor,
+)
 from models.errors import InputError
-from models.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from models.hf_config import scaled_context
+from models.gguf_header import (
+    END_KINDS,
+    GgufHeader,
+    GgufTensor,
+    named_tokens,
+    read_gguf_header,
+)
 from models.parameters import Path
 from models.tensor_source import TensorSource
-from models.values import is_number, token_id
+from models.values import is_number
 
 _NAMES: dict[Path, str] = {
     ("embedding",): "token_embd.weight",
@@ -123,7 +134,7 @@ def _config(path: FilePath, header: GgufHeader) -> ModelConfig:
     max_context = keys.integer("context_length")
     scaling = _rope_scaling(path, keys, header, max_context)
     max_context = scaled_context(max_context, scaling, str(path))
-    stop_ids = (_token_id(path, metadata, kind) for kind in ("eos", "eot", "eom"))
+    ids = named_tokens(path, metadata)
     return ModelConfig(
         architecture=architecture,
         vocab_size=tensors["token_embd.weight"].shape[0],
@@ -140,15 +151,9 @@ def _config(path: FilePath, header: GgufHeader) -> ModelConfig:
         tie_embeddings="output.weight" not in tensors,
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
-        stop_token_ids=tuple(dict.fromkeys(index for index in stop_ids if index is not None)),
-        bos_token_id=_token_id(path, metadata, "bos"),
+        stop_token_ids=tuple(dict.fromkeys(ids[kind] for kind in END_KINDS if kind in ids)),
+        bos_token_id=ids.get("bos"),
     )
-
-
-def _token_id(path: FilePath, metadata: Mapping[str, Any], kind: str) -> int | None:
-    """The id of the token that the metadata name as bos, eos, eot or eom; None if they do not."""
-    name = f"tokenizer.ggml.{kind}_token_id"
-    return token_id(metadata[name], f"{path}: {name}") if name in metadata else None
 
 
 def _rope_scaling(

@@ -7,6 +7,7 @@ layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian.
 import math
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import gguf
 
 from models.errors import InputError
+from models.values import token_id
 
 _SCALARS = {
     0: "B",
@@ -30,6 +32,8 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
+# Kinds of tokens that end a text, by which the metadata name their ids.
+END_KINDS = ("eos", "eot", "eom")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,19 @@ class GgufHeader:
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+
+
+def named_tokens(path: str | Path, metadata: Mapping[str, Any]) -> dict[str, int]:
+    """The ids of the tokens that the metadata name, by kind: bos and `END_KINDS`.
+
+    Raises InputError where one is no token id.
+    """
+    names = {kind: f"tokenizer.ggml.{kind}_token_id" for kind in ("bos", *END_KINDS)}
+    return {
+        kind: token_id(metadata[name], f"{path}: {name}")
+        for kind, name in names.items()
+        if name in metadata
+    }
 
 
 def read_gguf_header(path: Path) -> GgufHeader:

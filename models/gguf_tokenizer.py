@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from models.errors import InputError
-from models.gguf_header import read_gguf_header
+from models.gguf_header import END_KINDS, named_tokens, read_gguf_header
 from models.values import token_id
 
 # How a text is cut before byte pairs are merged, by the names that GGUF files use. The patterns are
@@ -64,11 +64,7 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[st
     tokens = metadata.get("ggml.tokens")
     if not tokens:
         raise InputError(f"{path} holds no tokenizer (no tokenizer.ggml.tokens)")
-    ids = {
-        name: token_id(metadata[key], f"{path}: tokenizer.{key}")
-        for name in ("bos", "eos", "eot", "eom")
-        if (key := f"ggml.{name}_token_id") in metadata
-    }
+    ids = named_tokens(path, whole)
     kind = metadata.get("ggml.model")
     if kind not in SUPPORTED_MODELS:
         raise InputError(
@@ -108,7 +104,7 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[st
         "eos_token": token_of("eos"),
         "add_bos_token": metadata.get("ggml.add_bos_token", add_bos),
         "chat_template": metadata.get("chat_template"),
-        "stop_token_ids": [index for name, index in ids.items() if name != "bos"],
+        "stop_token_ids": [ids[kind] for kind in END_KINDS if kind in ids],
     }
 
 

@@ -8,11 +8,12 @@ from models.config import (
     SUPPORTED_ARCHITECTURES,
     ModelConfig,
     RopeScaling,
+    scaled_context,
     unknown_architecture,
     yarn_attention_factor,
 )
 from models.errors import InputError
-from models.values import INT32_LIMIT, is_number, token_ids
+from models.values import is_number, token_ids
 
 # Settings that change what a model computes and that the decoder has no code for. Any value but
 # those listed (or the key's absence, or null) is refused: ignoring it would give wrong text.
@@ -88,19 +89,6 @@ def config_from_hf(
         stop_token_ids=_stop_token_ids(config, generation_config or {}),
         bos_token_id=_bos_token_id(config),
     )
-
-
-def scaled_context(context: int, scaling: RopeScaling | None, where: str) -> int:
-    """The tokens of context that YaRN makes of `context`; InputError where that is absurd."""
-    if scaling is None or scaling.kind != "yarn":
-        return context
-    scaled = scaling.factor * scaling.original_context
-    if not scaled < INT32_LIMIT:
-        raise InputError(
-            f"{where}: RoPE scaling's factor {scaling.factor} makes a context of {scaled:g} "
-            f"tokens; expected fewer than {INT32_LIMIT}"
-        )
-    return max(context, int(scaled))
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import stat
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ import jax
 from models.config import ModelConfig
 from models.errors import InputError
 from models.parameters import Params, nest, parameter_shapes
-from models.paths import stat_of
+from models.paths import is_file, stat_of
 from models.safetensors_folder import read_json
 from models.tensor_source import parameter_dtype, refuse_overflow, report_problems
 
@@ -194,8 +193,8 @@ def _sizes(folder: Path) -> list[tuple[Path, int]]:
 def _check_sizes(folder: Path, sizes: Any) -> None:
     """Finds a truncated file by its size: Orbax would find it too, but only after much reading."""
     for name, size in (sizes if isinstance(sizes, dict) else {}).items():
-        found = stat_of(folder / name)
-        there_is = found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
+        file = folder / name
+        there_is = file.stat().st_size if is_file(file) else None
         if there_is != size:
             given = "is missing" if there_is is None else f"has {there_is} bytes"
             raise InputError(
