@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from full_attention import time_full_attention
 from gpu_timing import copy_ceiling, device_facts, empty_chain, time_calls, time_program
 from jax import Array
-from op_cases import OTHER_OPS, STEP_OPS, OpCase, Run, StepBench, by_api
+from op_cases import OTHER_OPS, STEP_OPS, OpCase, Run, StepBench, by_api, names_from
 
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.specs import SHAPES, StepShape
@@ -235,14 +235,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20, help="calls in one program")
     parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
     arguments = parser.parse_args()
-    sections = arguments.ops.split(",")
-    for name in sections:
-        if name not in (*SECTIONS, *OTHER_OPS):
-            known = ", ".join((*SECTIONS, *OTHER_OPS))
-            parser.error(f"--ops: {name!r} is none of {known}")
-    unknown = [name for name in arguments.shapes.split(",") if name not in SHAPES]
-    if unknown:
-        parser.error(f"--shapes: {unknown[0]!r} is none of {', '.join(SHAPES)}")
+    sections = names_from(parser, "--ops", arguments.ops, (*SECTIONS, *OTHER_OPS))
+    shapes = names_from(parser, "--shapes", arguments.shapes, SHAPES)
 
     gpu = jax.default_backend() == "gpu"
     timing = {"seconds": arguments.seconds, "calls": arguments.calls}
@@ -252,7 +246,7 @@ def main() -> None:
     report["empty_call_us"] = empty_chain(arguments.calls).median * 1e6
     print(f"copy {report['copy']}, empty call {report['empty_call_us']:.2f} us", flush=True)
     report["shapes"] = {}
-    for name in arguments.shapes.split(","):
+    for name in shapes:
         print(name, flush=True)
         report["shapes"][name] = bench_shape(
             SHAPES[name],

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 from decode_model import memory_of
-from decode_state import wave_of
 
 from models.parameters import Params
 from wavejax import DenseAttention, WaveAttention
 from wavejax.dense_attention import DenseState
-from wavejax.staged import StagedState
+from wavejax.staged import StagedState, wave_of
 from wavejax.wave_attention import WaveState
 
 

@@ -18,7 +18,7 @@ from wavejax.buffer import SteadyZone
 from wavejax.dense_attention import DenseState
 from wavejax.generator import DecodeState
 from wavejax.prompts import bucket
-from wavejax.staged import StagedState, hold_rows
+from wavejax.staged import StagedState, hold_rows, wave_of
 
 Attention = WaveAttention | DenseAttention
 
@@ -35,11 +35,6 @@ class Filled:
 
     state: DecodeState
     seconds: list[float]
-
-
-def wave_of(cache: Any) -> Any:
-    """A cache without staged rows: what of it is a pytree."""
-    return cache.wave if isinstance(cache, StagedState) else cache
 
 
 def fill(

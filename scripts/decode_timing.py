@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decode_bytes import Counts, bytes_of_step
-from decode_state import about_to_grow, wave_of
+from decode_state import about_to_grow
 from jax import Array, lax
 from profile_step import kernel_times
 
@@ -20,6 +20,7 @@ from models.parameters import Params
 from wavejax import Generator, WaveAttention
 from wavejax.generator import DecodeState
 from wavejax.sampling import step_key
+from wavejax.staged import wave_of
 
 WARM_UPS = 2  # The first compiles, the second tells how long that took.
 PROBES = 8  # at most, of strides that might give the hit ratio

@@ -1,8 +1,9 @@
 """The ops of a decode step as `gpu_timing` times them, and the bytes that each must move."""
 
+import argparse
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,17 @@ class OpCase:
     links: tuple[Any, ...]
     bytes: float
     state: Any = ()
+
+
+def names_from(
+    parser: argparse.ArgumentParser, option: str, text: str, known: Collection[str]
+) -> list[str]:
+    """The names between an option's commas; one that is not known ends the script in one line."""
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            parser.error(f"{option}: {name!r} is none of {', '.join(known)}")
+    return names
 
 
 def by_api(implementation: Implementation | None) -> Run:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 from gpu_timing import chain
-from op_cases import StepBench, by_api
+from op_cases import StepBench, by_api, names_from
 
 from pallas_kernels.specs import SHAPES
 
@@ -46,10 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error(f"there is no GPU to profile: JAX runs on {jax.default_backend()}")
-    for name in (names := arguments.shapes.split(",")):
-        if name not in SHAPES:
-            parser.error(f"--shapes: {name!r} is none of {', '.join(SHAPES)}")
-    for name in names:
+    for name in names_from(parser, "--shapes", arguments.shapes, SHAPES):
         case = StepBench(SHAPES[name], by_api(arguments.implementation)).step()
         program, state = chain(case.call, CALLS), case.state
         links, state = jax.device_put((case.links, state), jax.devices()[0])

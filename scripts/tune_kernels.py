@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_timing import time_calls
-from op_cases import STEP_OPS, Run, StepBench, by_api
+from op_cases import OTHER_OPS, STEP_OPS, Run, StepBench, by_api, names_from
 
 from pallas_kernels import _tuning
 from pallas_kernels.specs import SHAPES
@@ -163,14 +163,8 @@ def main() -> None:
     if kind is None:
         parser.error(f"there is no GPU to tune for: JAX runs on {jax.default_backend()}")
     deadline = time.monotonic() + arguments.budget_seconds
-    shapes, ops = arguments.shapes.split(","), arguments.ops.split(",")
-    for option, given, known in (
-        ("--shapes", shapes, SHAPES),
-        ("--ops", ops, (*STEP_OPS, "attend_dense")),
-    ):
-        for name in given:
-            if name not in known:
-                parser.error(f"{option}: {name!r} is none of {', '.join(known)}")
+    shapes = names_from(parser, "--shapes", arguments.shapes, SHAPES)
+    ops = names_from(parser, "--ops", arguments.ops, (*STEP_OPS, *OTHER_OPS))
     left = len(shapes) * len(ops)
     for name in shapes:
         bench = StepBench(SHAPES[name], by_api(None))

@@ -49,7 +49,7 @@ class DenseAttention:
 
     def is_full(self, state: DenseState) -> Bool[Array, " batch"]:
         """Sequences that have no room for another token."""
-        return state.tokens >= state.keys.shape[3]
+        return self.remaining(state) <= 0
 
     def remaining(self, state: DenseState) -> Int[Array, " batch"]:
         """How many tokens more each sequence has room for."""

@@ -187,8 +187,8 @@ class Generator(Parts):
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         if not isinstance(state.finished, jax.core.Tracer):
-            cache = state.cache.wave if self.staged else state.cache
-            left = np.asarray(self.attention.remaining(cache))[~np.asarray(state.finished)]
+            left = np.asarray(self.attention.remaining(staged.wave_of(state.cache)))
+            left = left[~np.asarray(state.finished)]
             if left.size and len(tokens) > left.min():
                 raise InputError(
                     f"{len(tokens)} tokens are more than there is room for, {left.min()}: give "

@@ -11,6 +11,7 @@ by the time they are gathered.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,11 @@ class StagedState:
 
     wave: WaveState
     rows: HostRows
+
+
+def wave_of(cache: Any) -> Any:
+    """A cache without staged rows: what of it is a pytree."""
+    return cache.wave if isinstance(cache, StagedState) else cache
 
 
 def hold_rows(attention: WaveAttention, wave: WaveState) -> StagedState:

@@ -80,7 +80,7 @@ class Records:
             except (ValueError, KeyError, TypeError):
                 raise InputError(
                     f"{path} does not hold an evaluation's settings: give another --out, or remove "
-                    f"it to go on with the records beside it"
+                    "it to go on with the records beside it"
                 ) from None
             for name in sorted(settings.keys() | known["settings"].keys()):
                 there, here = known["settings"].get(name), settings.get(name)

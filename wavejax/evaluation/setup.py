@@ -42,9 +42,7 @@ class Subject:
 
     def check_length(self, length: int) -> None:
         """Raises InputError for a length that the model was not made for."""
-        context = self.checkpoint.config.max_context
-        if length > context:
-            raise InputError(f"length {length} is above the model's context, {context} tokens")
+        _refuse_longer("length", length, self.checkpoint)
 
 
 def make_room_for(*files: Path | None) -> None:
@@ -72,9 +70,13 @@ def check_context(checkpoint: Checkpoint, context: int, new_tokens: int) -> None
         raise InputError(
             f"--new-tokens {new_tokens} must be from 1 and less than --context {context}"
         )
+    _refuse_longer("--context", context, checkpoint)
+
+
+def _refuse_longer(what: str, tokens: int, checkpoint: Checkpoint) -> None:
     most = checkpoint.config.max_context
-    if context > most:
-        raise InputError(f"--context {context} is above the model's context, {most} tokens")
+    if tokens > most:
+        raise InputError(f"{what} {tokens} is above the model's context, {most} tokens")
 
 
 def open_subject(model: str | None, dtype: str) -> Subject:
