@@ -16,6 +16,7 @@ import jax
 from tqdm import tqdm
 
 from models.errors import InputError
+from wavejax._streams import Stdout, drop_stdout, open_closed_streams, say
 
 Progress = Callable[[int, int], None]
 EXIT_BAD_INPUT = 2
@@ -38,11 +39,11 @@ def main_guard(
     """
 
     def main(arguments: Sequence[str] | None = None) -> int:
-        _open_closed_streams()
+        open_closed_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A terminal that cannot show a character should not end a generation.
             sys.stdout.reconfigure(errors="replace")
-        stdout = _Stdout(sys.stdout)
+        stdout = Stdout(sys.stdout)
         try:
             with contextlib.redirect_stdout(stdout):  # type: ignore[type-var]
                 with _insistent_interrupts():
@@ -58,15 +59,15 @@ def main_guard(
                 raise
             return _fail(f"{what}; {advice}")
         except (KeyboardInterrupt, click.Abort):
-            _say("interrupted")
+            say("interrupted")
             return EXIT_INTERRUPTED
         except BrokenPipeError:
-            _drop_stdout()
+            drop_stdout()
             return EXIT_BROKEN_PIPE
         except OSError as error:
             if error is not stdout.error:
                 raise
-            _drop_stdout()
+            drop_stdout()
             return _fail(f"cannot write to the standard output: {error.strerror}")
         return status if isinstance(status, int) else 0
 
@@ -85,7 +86,7 @@ def _invoke(command: click.Command, arguments: Sequence[str]) -> Any:
     except click.exceptions.Exit as ended:  # --help
         return ended.exit_code
     except (EOFError, KeyboardInterrupt) as error:
-        _say("")  # ends the line where the terminal shows ^C
+        say("")  # ends the line where the terminal shows ^C
         raise click.Abort from error
 
 
@@ -93,50 +94,6 @@ def _program_name() -> str:
     """What the user called, for the line that says how to: `python -m NAME`, or a file's name."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name}"
-
-
-def _open_closed_streams() -> None:
-    """Lets go of what is written to a stdout or stderr that is closed, as by `>&-`: it is None."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-
-
-class _Stdout:
-    """A stream that remembers what went wrong in it, which tells that from a file's error."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-        self.error: OSError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with self._remembered():
-            return self._stream.write(text)
-
-    def flush(self) -> None:
-        with self._remembered():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _remembered(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.error = error
-            raise
-
-
-def _drop_stdout() -> None:
-    """Lets go of what stdout did not take: Python would write it once more as it ends, and fail."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(nowhere, sys.stdout.fileno())
-        finally:
-            os.close(nowhere)
 
 
 def exit_process(status: int) -> NoReturn:
@@ -212,14 +169,8 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def _fail(message: str) -> int:
-    _say(f"error: {' '.join(message.split())}")
+    say(f"error: {' '.join(message.split())}")
     return EXIT_BAD_INPUT
-
-
-def _say(line: str) -> None:
-    """Prints a line on stderr, if that takes any: the status tells the same."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
 
 
 def options_from(settings: type) -> Callable[[Callable], Callable]:

@@ -1,0 +1,57 @@
+"""Standard streams that are closed or full, or whose reader went away."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def open_closed_streams() -> None:
+    """Lets go of what is written to a stdout or stderr that is closed, as by `>&-`: it is None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+class Stdout:
+    """A stream that remembers what went wrong in it, which tells that from a file's error."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._remembered():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._remembered():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _remembered(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def drop_stdout() -> None:
+    """Lets go of what stdout did not take: Python would write it once more as it ends, and fail."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, sys.stdout.fileno())
+        finally:
+            os.close(nowhere)
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, if that takes any: the status tells the same."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
