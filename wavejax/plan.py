@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
+from models.decoder import MLP_BLOCK
 from models.errors import InputError
 from wavejax.buffer import Fetch, StoreKind
 from wavejax.config import WaveConfig
@@ -144,13 +145,16 @@ def make_plan(
         reason = "nothing fits; shown is what takes least of the device's memory"
     # A run of its own would have a limit of its own.
     unlimited = dataclasses.replace(free, pinned=free.host)
+
+    def fits(prompt: int) -> bool:
+        return shortage(choose(prompt, unlimited)[1], unlimited) is None
+
     buckets = _buckets()
-    count = bisect.bisect_left(
-        buckets,
-        True,
-        key=lambda prompt: shortage(choose(prompt, unlimited)[1], unlimited) is not None,
-    )
+    count = bisect.bisect_left(buckets, True, key=lambda prompt: not fits(prompt))
     longest = buckets[count - 1] if count else 0
+    # Of some lengths below four of its blocks the MLP takes less at once than of shorter ones.
+    uneven = buckets[count + 1 : bisect.bisect_left(buckets, 4 * MLP_BLOCK)]
+    longest = next(filter(fits, reversed(uneven)), longest)
     return Plan(
         model, batch, prompt_tokens, new_tokens, dtype.name, chosen, need, free, reason, shrunk,
         longest,

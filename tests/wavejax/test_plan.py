@@ -194,6 +194,23 @@ def test_the_longest_prompt_fits_and_the_next_does_not(memory, host, batch, stor
         longer.check()
 
 
+def test_the_longest_prompt_is_found_where_a_shorter_one_needs_more():
+    """As where the MLP takes all of 8192 tokens at once, and 2048 of 10,240."""
+    model = dataclasses.replace(
+        MODEL, hidden_size=64, intermediate_size=4096, num_heads=1, num_kv_heads=1
+    )
+    lengths = sorted({bucket(tokens) for tokens in range(1024, 2**16 + 1, 1024)})
+    run = {"batch": 1, "new_tokens": 100, "dtype": jnp.bfloat16}
+    needs = {
+        tokens: memory_need(model, DenseAttention(), prompt_tokens=tokens, **run).device
+        for tokens in lengths
+    }
+    assert sorted(needs.values()) != list(needs.values())
+    for room in needs.values():
+        made = make_plan(model, DenseAttention(), prompt_tokens=9, free=free(room), **run)
+        assert made.longest == max(tokens for tokens, need in needs.items() if need <= room)
+
+
 def test_the_table_adds_up_and_says_why():
     made = plan(free(need("host").device - 1), store="host")
     text = plan_text(made, "tiny")
