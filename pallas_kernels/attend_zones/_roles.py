@@ -18,8 +18,8 @@ from pallas_kernels import _pallas
 
 # Of a large GPU. On another one, other processors may take some of the parts in every call.
 PROCESSORS = 132
-# Of 4.3 GB, on an H200, a call finds what it wants remembered (docs/host-rows.md); of 16 GB it finds
-# nothing, whoever reads, and to choose takes 1 to 2 us.
+# Of 4.3 GB, on an H200, a call finds what it wants remembered (docs/host-rows.md); of 16 GB it does
+# not, whoever reads, and to choose takes 1 to 2 us.
 REMEMBERED_BYTES = 4_500_000_000
 
 
