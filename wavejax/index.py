@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 
 import pallas_kernels as ops
 from pallas_kernels._numerics import NO_ID
-from pallas_kernels.build_clusters import capacity
 from pallas_kernels.encode_tokens import rotation
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
@@ -66,15 +65,15 @@ def cluster_capacity(config: WaveConfig, segments: list[int], growths: int) -> i
     counts = collections.Counter(segments)
     counts[config.growth_tokens] += growths
     tokens = sum(size * count for size, count in counts.items())
-    sizes = config.cluster_sizes(tokens)
-    most = sum(count * capacity(size, *sizes) for size, count in counts.items())
-    if config.growth_tokens % sizes[0]:
-        # A short prompt beside a long one may grow into the long one's room, and segments of growth
-        # then have more clusters a token than a prompt's.
+    mean, most = config.cluster_sizes(tokens)
+    # As `capacity` counts, but that what is cut off clusters too large is counted of all tokens: a
+    # short prompt beside a long one may grow into the long one's room, in segments of other sizes.
+    clusters = sum(count * -(-size // mean) for size, count in counts.items())
+    if config.growth_tokens % mean:
+        # Segments of growth then have more clusters a token than a prompt's.
         growths = tokens // config.growth_tokens + 1
-        each = -(-config.growth_tokens // sizes[0])
-        most = max(most, growths * each + len(segments) + tokens // sizes[1])
-    return max(1, most)
+        clusters = max(clusters, growths * -(-config.growth_tokens // mean) + len(segments))
+    return max(1, min(clusters + tokens // most, tokens))
 
 
 def init_index(
