@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,9 @@ def _threads_unheard() -> Iterator[None]:
     logging.disable(logging.ERROR)
     sys.unraisablehook = lambda _: None
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of tasks that were given up
+            yield
     finally:
         logging.disable(level)
         sys.unraisablehook = hook
