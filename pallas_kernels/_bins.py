@@ -137,12 +137,12 @@ def search(number: int, weighted: bool, threads: int, fine: int) -> str:
         "add.u32 least, least, bin;",
         f"setp.le.s32 last, shift, {fine};",
         "@last bra done;",
-        *([] if weighted or fine else _read_single(keys)),
         "sub.u32 range, range, bin;",
         "mov.b32 y, 1;",
         "shl.b32 y, y, shift;",
         "sub.u32 y, y, 1;",
         "min.u32 range, range, y;",
+        *([] if weighted or fine else _read_single(keys)),
         f"sub.s32 shift, shift, {BITS};",
         "max.s32 shift, shift, 0;",
         "bra.uni pass;",
@@ -180,8 +180,7 @@ def _read_single(keys: list[str]) -> list[str]:
     for key in keys:
         lines += [
             f"sub.u32 x, {key}, least;",
-            "shr.u32 x, x, shift;",
-            "setp.eq.u32 full, x, 0;",
+            "setp.le.u32 full, x, range;",
             f"@full st.shared.b32 [single], {key};",
         ]
     lines += ["bar.sync 0;", "ld.shared.b32 least, [single];", "bra.uni done;", "more:"]

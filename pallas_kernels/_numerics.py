@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 # Masks are finite: -inf minus -inf is NaN, and rows with nothing in them do occur. Half of it is
-# still far below any logit, so `x > MASKED / 2` tells a real value from a mask.
+# still far below any logit, so `is_masked` tells a mask from a real value. Empty and NaN are
+# different things: NaN is a real value, and shows in all that is made of it.
 MASKED = -1e30
 
 # Stands for no token, no cluster, no slot in an int32 list: past the end of every array, so that a
@@ -19,13 +20,26 @@ NO_ID = 2**31 - 1
 LOG2_E = math.log2(math.e)
 
 
+def is_masked(x: Any) -> Any:
+    """Whether a logit stands for nothing; NaN does not."""
+    return x <= MASKED / 2
+
+
 def log_sum_exp(x: Any, axis: int) -> Any:
-    """log(sum(exp(x))) in float32; MASKED where everything along the axis is masked."""
+    """log(sum(exp(x))) in float32; MASKED where everything along the axis is masked.
+
+    NaN where anything along the axis is NaN or +inf.
+    """
     x = x.astype(jnp.float32)
     peak = jnp.max(x, axis=axis, keepdims=True)
-    total = jnp.sum(jnp.where(x > MASKED / 2, jnp.exp(x - peak), 0.0), axis=axis)
-    peak = jnp.squeeze(peak, axis)
-    return jnp.where(total > 0, peak + jnp.log(jnp.maximum(total, 1e-30)), MASKED)
+    total = jnp.sum(jnp.where(is_masked(x), 0.0, jnp.exp(x - peak)), axis=axis)
+    return log_total(jnp.squeeze(peak, axis), total)
+
+
+def log_total(peak: Any, total: Any) -> Any:
+    """The log of a sum that was taken relative to its peak; MASKED for an empty one, of total 0."""
+    empty = total == 0
+    return jnp.where(empty, MASKED, peak + jnp.log(jnp.where(empty, 1.0, total)))
 
 
 def log_count(count: Any) -> Any:
@@ -35,14 +49,18 @@ def log_count(count: Any) -> Any:
 
 
 def ordered_bits(x: Any) -> Any:
-    """float32 to uint32, in the same order; -0.0 counts as 0.0."""
+    """float32 to uint32, in the same order; -0.0 counts as 0.0, and any NaN as less than -inf.
+
+    No key is 0, which is left for what does not exist, nor 2^32 - 1.
+    """
     x = x.astype(jnp.float32)
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | (jnp.uint32(1) << 31))
+    keys = jnp.where(bits >> 31 == 1, ~bits, bits | (jnp.uint32(1) << 31))
+    return jnp.where(x == x, keys, jnp.uint32(1))
 
 
 def from_ordered_bits(key: Any) -> Any:
-    """The float32 that `ordered_bits` made the key of."""
+    """The float32 that `ordered_bits` made the key of; a NaN of NaN's."""
     bits = jnp.where(key >> 31 == 1, key ^ (jnp.uint32(1) << 31), ~key)
     return lax.bitcast_convert_type(bits, jnp.float32)
 

@@ -37,6 +37,8 @@ class Row:
     ) -> None:
         prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)
         if mask is not None:
+            # A place that was computed is held to the array, whatever it was computed of.
+            mask = mask & (at[-1] >= 0) & (at[-1] < ref.shape[-1])
             # Interpreted, lanes that are masked still write if their place is one of the array.
             at = (*at[:-1], jnp.where(mask, at[-1], NO_ID))
         plt.store(ref.at[*prefix, *at], value, mask=mask)

@@ -13,7 +13,7 @@ class StepShape:
         batch, kv_heads, group, head_dim: `group` query heads share a kv head.
         tokens: indexed tokens of each sequence, and the index's room for them.
         clusters: clusters in use, for sequences of full length.
-        dtype: of rows, centroids, value sums and scales.
+        dtype: of rows, centroids, mean values and scales.
         candidate_fraction: share of the tokens whose codes are read.
         retrieved_fraction, least_retrieved: share of the tokens attended to exactly, and its floor.
         slot_fraction: slots of the row cache, as a share of the tokens.

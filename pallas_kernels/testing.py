@@ -25,7 +25,7 @@ class StepInputs(NamedTuple):
 
     Attributes:
         query, rotated_query: the query, and in float32 the same rotated as the codes are.
-        centroids, value_sums, offsets: the clusters, `layers` deep like all that follows.
+        centroids, value_means, offsets: the clusters, `layers` deep like all that follows.
         codes, scales, token_ids: the tokens, in cluster order.
         store, cache_rows, table: the rows, those in the row cache, and its table. All slots are
             taken; the table's fields are inverse to each other.
@@ -40,7 +40,7 @@ class StepInputs(NamedTuple):
     query: Array
     rotated_query: Array
     centroids: Array
-    value_sums: Array
+    value_means: Array
     offsets: Array
     codes: Array
     scales: Array
@@ -140,7 +140,7 @@ def _make(
     store = _rows(store_key, (*row, shape.tokens, 2, shape.head_dim), dtype)
     cache_rows = _rows(cache_key, (*row, shape.slots, 2, shape.head_dim), dtype)
     centroids = normal(*row, shape.cluster_room, shape.head_dim)
-    value_sums = normal(*row, shape.cluster_room, shape.head_dim) * sizes[..., None]
+    value_means = normal(*row, shape.cluster_room, shape.head_dim)
     scales = 0.05 * (1 + jnp.abs(normal(*row, shape.tokens)))
     sink = normal(*row, shape.sinks, 2, shape.head_dim)
     window = normal(*row, shape.window, 2, shape.head_dim)
@@ -149,7 +149,7 @@ def _make(
         tokens, slots, hit = reads
         missed = _mark(shape.tokens, jnp.where(hit, NO_ID, tokens)).at[..., 0].set(True)
         centroids = _keep(centroids, sizes > 0)
-        value_sums = _keep(value_sums, sizes > 0)
+        value_means = _keep(value_means, sizes > 0)
         scales = _keep(scales, held)
         token_ids = jnp.where(held, token_ids, 65535)
         store = _keep(store, missed)
@@ -161,7 +161,7 @@ def _make(
         query=query,
         rotated_query=rotate(query),
         centroids=centroids,
-        value_sums=value_sums.astype(dtype),
+        value_means=value_means.astype(dtype),
         offsets=offsets,
         codes=jax.random.bits(next(keys), (*row, shape.tokens, words), jnp.uint32),
         scales=scales.astype(dtype),

@@ -188,7 +188,7 @@ class StepBench:
 
         before = (x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store)
         logits = self.made("score_clusters").logits
-        after = (x.tokens, x.slots, x.hit, logits, x.value_sums, x.offsets, x.remaining)
+        after = (x.tokens, x.slots, x.hit, logits, x.value_means, x.offsets, x.remaining)
         return OpCase(call, (before, after), self.links, self.zone_bytes(), jnp.copy(x.cache_rows))
 
     def _merge_states(self, run: Run) -> OpCase:
@@ -218,13 +218,13 @@ class StepBench:
         return OpCase(call, (x.query, keys, values, lengths), self.links[: len(keys)], moved)
 
     def zone_bytes(self) -> float:
-        """What `attend_zones` must read: value sums of clusters in use, and rows."""
+        """What `attend_zones` must read: mean values of clusters in use, and rows."""
         x, shape = self.inputs, self.shape
         row = 2 * shape.head_dim * x.store.dtype.itemsize
-        sums = shape.rows * shape.clusters * shape.head_dim * x.value_sums.dtype.itemsize
+        means = shape.rows * shape.clusters * shape.head_dim * x.value_means.dtype.itemsize
         steady = int(np.sum(np.asarray(x.sink_tokens) + np.asarray(x.window_tokens)))
         retrieved = int(np.sum(np.asarray(x.retrieved_budget))) * shape.kv_heads
-        return float(sums + row * (retrieved + steady * shape.kv_heads))
+        return float(means + row * (retrieved + steady * shape.kv_heads))
 
     def step(self) -> OpCase:
         """All ops as the engine's decode step calls them in a layer; same query every time.
@@ -265,7 +265,7 @@ class StepBench:
             zones = run(
                 "attend_zones",
                 *(query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
-                *(retrieved.tokens, retrieved.slots, retrieved.hit, scores[0], x.value_sums),
+                *(retrieved.tokens, retrieved.slots, retrieved.hit, scores[0], x.value_means),
                 *(x.offsets, retrieved.remaining, layer),
                 scale=shape.scale,
             )

@@ -52,10 +52,21 @@ def causal_attention(
 
     On a CUDA GPU by cuDNN's fused kernel, for the dtypes and heads that it takes (see
     `implementation_for`); it needs no memory for logits. Else in plain JAX, by blocks.
+
+    A value that is not finite makes the outputs of its own and all later tokens NaN, and no
+    earlier ones: in a product with a weight of zero it would reach those too.
     """
+    finite = jnp.isfinite(value)
+    attend = by_blocks
     if implementation_for(query.dtype, query.shape[-1]) == "cudnn":
-        return by_cudnn(query, key, value, scale=scale)
-    return by_blocks(query, key, value, scale=scale)
+        attend = by_cudnn
+    output = attend(query, key, jnp.where(finite, value, 0), scale=scale)
+    # Of each kv head, the first token whose value is not finite.
+    token = jnp.arange(value.shape[0], dtype=jnp.int32)
+    bad = ~jnp.all(finite, axis=-1)
+    first = jnp.min(jnp.where(bad, token[:, None], value.shape[0]), axis=0)
+    first = jnp.repeat(first, query.shape[1] // value.shape[1])
+    return jnp.where((token[:, None] < first)[..., None], output, jnp.nan)
 
 
 def by_cudnn(

@@ -37,7 +37,9 @@ class WaveConfig:
     cluster_size: int = _setting(32, "mean tokens a cluster; of short contexts fewer")
     max_cluster_size: int = _setting(64, "most tokens a cluster; larger ones are cut")
     min_clusters: int = _setting(
-        3072, "least clusters: sizes are halved, to no less than 8 tokens, until there are as many"
+        3072,
+        "least clusters of a sequence: sizes are halved, to no less than 8 tokens, until there are "
+        "as many",
     )
     kmeans_iterations: int = _setting(10, "iterations of k-means")
     token_codes: bool = _setting(True, "rank single tokens by one-bit codes, not whole clusters")
@@ -128,12 +130,18 @@ class WaveConfig:
         rest = prompt_tokens - self.sink_tokens
         return 0 if rest < self.window_tokens else rest - self.local_tokens
 
-    def cluster_sizes(self, tokens: int) -> tuple[int, int]:
-        """Mean and most tokens of a cluster, in an index with room for so many tokens."""
-        mean, most = self.cluster_size, self.max_cluster_size
-        while mean >= 2 * LEAST_CLUSTER_SIZE and tokens < mean * self.min_clusters:
+    @property
+    def size_steps(self) -> list[tuple[int, int, int]]:
+        """Mean and most tokens of a cluster, and from how many tokens on; the largest first."""
+        mean, most, steps = self.cluster_size, self.max_cluster_size, []
+        while mean >= 2 * LEAST_CLUSTER_SIZE and self.min_clusters:
+            steps.append((mean, most, mean * self.min_clusters))
             mean, most = mean // 2, most // 2
-        return mean, most
+        return [*steps, (mean, most, 0)]
+
+    def cluster_sizes(self, tokens: int) -> tuple[int, int]:
+        """Mean and most tokens of a cluster, where a sequence has so many tokens in its index."""
+        return next((mean, most) for mean, most, least in self.size_steps if tokens >= least)
 
     def most_retrieved(self, tokens: int) -> int:
         """The most tokens retrieved of so many indexed ones."""

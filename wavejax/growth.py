@@ -43,6 +43,7 @@ def grow(config: WaveConfig, state: WaveState, due: Bool[Array, " batch"]) -> Wa
             oldest[None, :, :, 0],
             oldest[None, :, :, 1],
             jnp.full(1, growth, jnp.int32),
+            start + growth,
         )
         store = state.store
         if stored:

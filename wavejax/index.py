@@ -1,6 +1,5 @@
 """The wave index: clusters of each sequence's tokens, and one-bit codes of the tokens."""
 
-import collections
 import dataclasses
 import functools
 
@@ -29,7 +28,7 @@ class WaveIndex:
 
     Attributes:
         centroids: `[layers, batch, kv_heads, clusters, head_dim]`, plain means of the keys.
-        value_sums: the same shape, sums of the members' values.
+        value_means: the same shape, plain means of the members' values.
         offsets: `[layers, batch, kv_heads, clusters + 1]` int32: cluster j holds the positions
             offsets[j] to offsets[j + 1].
         num_clusters: `[layers, batch, kv_heads]` int32, clusters in use.
@@ -40,10 +39,12 @@ class WaveIndex:
             from its segment's start.
         tokens: `[batch]` int32, tokens in the index.
         prompt_tokens: `[batch]` int32, how many of them came with the prompt.
+        growths: int32 scalar, how many times each sequence's index may grow: what there is room
+            for, whatever its prompt's length.
     """
 
     centroids: Array
-    value_sums: Array
+    value_means: Array
     offsets: Array
     num_clusters: Array
     codes: Array | None
@@ -51,6 +52,7 @@ class WaveIndex:
     token_ids: Array
     tokens: Array
     prompt_tokens: Array
+    growths: Array
 
 
 def segment_sizes(config: WaveConfig, indexed: int) -> list[int]:
@@ -61,19 +63,35 @@ def segment_sizes(config: WaveConfig, indexed: int) -> list[int]:
 
 
 def cluster_capacity(config: WaveConfig, segments: list[int], growths: int) -> int:
-    """Room for the clusters of these prompt segments and of so many growth segments."""
-    counts = collections.Counter(segments)
-    counts[config.growth_tokens] += growths
-    tokens = sum(size * count for size, count in counts.items())
-    mean, most = config.cluster_sizes(tokens)
-    # As `capacity` counts, but that what is cut off clusters too large is counted of all tokens: a
-    # short prompt beside a long one may grow into the long one's room, in segments of other sizes.
-    clusters = sum(count * -(-size // mean) for size, count in counts.items())
-    if config.growth_tokens % mean:
-        # Segments of growth then have more clusters a token than a prompt's.
-        growths = tokens // config.growth_tokens + 1
-        clusters = max(clusters, growths * -(-config.growth_tokens // mean) + len(segments))
-    return max(1, min(clusters + tokens // most, tokens))
+    """Room for the clusters of any prompt of these segments or fewer tokens, and of its growth.
+
+    A short prompt has clusters of another size than a long one. So it may have more of them.
+    """
+    longest, size = sum(segments), max(segments, default=1)
+    clusters, ends_before = 1, longest + 1
+    for mean, most, least in config.size_steps:
+        if least >= ends_before:
+            continue  # all prompts are shorter
+        # As `ops.build_clusters.capacity` counts, of the longest prompt of this size; growing, the
+        # shortest has the smallest clusters of all.
+        prompt = ends_before - 1
+        own = prompt // size * -(-size // mean) + -(-(prompt % size) // mean) + prompt // most
+        grown = 0
+        for nth in range(1, growths + 1):
+            mean, most = config.cluster_sizes(least + nth * config.growth_tokens)
+            grown += -(-config.growth_tokens // mean) + config.growth_tokens // most
+        clusters, ends_before = max(clusters, own + grown), least
+    return max(1, min(clusters, longest + growths * config.growth_tokens))
+
+
+def sizes_of(config: WaveConfig, tokens: Int[Array, ""]) -> tuple[Array, Array]:
+    """`WaveConfig.cluster_sizes` of a number of tokens known only when the program runs."""
+    *steps, (mean, most, _) = config.size_steps
+    sizes = jnp.int32(mean), jnp.int32(most)
+    for mean, most, least in reversed(steps):
+        reached = tokens >= min(least, 2**31 - 1)
+        sizes = jnp.where(reached, mean, sizes[0]), jnp.where(reached, most, sizes[1])
+    return sizes
 
 
 def init_index(
@@ -84,15 +102,16 @@ def init_index(
     head_dim: int,
     clusters: int,
     tokens: int,
+    growths: int,
     dtype: DTypeLike,
 ) -> WaveIndex:
-    """An empty index with room for so many clusters and tokens a row."""
+    """An empty index with room for so many clusters and tokens a row, and to grow so many times."""
     row = (layers, batch, kv_heads)
     words = -(-head_dim // 32)
     coded = config.token_codes
     return WaveIndex(
         centroids=jnp.zeros((*row, clusters, head_dim), dtype),
-        value_sums=jnp.zeros((*row, clusters, head_dim), dtype),
+        value_means=jnp.zeros((*row, clusters, head_dim), dtype),
         offsets=jnp.zeros((*row, clusters + 1), jnp.int32),
         num_clusters=jnp.zeros(row, jnp.int32),
         codes=jnp.zeros((*row, tokens, words), jnp.uint32) if coded else None,
@@ -100,6 +119,7 @@ def init_index(
         token_ids=jnp.zeros((*row, tokens), jnp.uint16),
         tokens=jnp.zeros(batch, jnp.int32),
         prompt_tokens=jnp.zeros(batch, jnp.int32),
+        growths=jnp.int32(growths),
     )
 
 
@@ -148,6 +168,7 @@ def append_prompt(
             part[..., 0, :],
             part[..., 1, :],
             counts.astype(jnp.int32),
+            count,
         )
 
     calls, rest = divmod(segments, at_once)
@@ -174,6 +195,7 @@ def append_segments(
     keys: Float[Array, "segments kv_heads new head_dim"],
     values: Float[Array, "segments kv_heads new head_dim"],
     counts: Int[Array, " segments"],
+    tokens: Int[Array, ""],
 ) -> WaveIndex:
     """Clusters and encodes segments and appends them to a sequence's index, in one layer.
 
@@ -185,8 +207,10 @@ def append_segments(
         keys, values: of the segments' tokens; anything past a segment's count.
         counts: int32, how many tokens each segment has: all `new` of them before one that has
             fewer, and none after it.
+        tokens: int32, how many the sequence will have in its index with them and what comes with
+            them: they choose the clusters' size.
     """
-    cluster_size, max_cluster_size = config.cluster_sizes(index.token_ids.shape[-1])
+    cluster_size, max_cluster_size = sizes_of(config, tokens)
     clusters = ops.build_clusters(
         keys,
         values,
@@ -194,6 +218,7 @@ def append_segments(
         cluster_size=cluster_size,
         max_cluster_size=max_cluster_size,
         iterations=config.kmeans_iterations,
+        least_sizes=config.size_steps[-1][:2],
     )
     kv_heads, room = clusters.centroids.shape[1:3]
     dtype = index.centroids.dtype
@@ -239,20 +264,13 @@ def append_segments(
     return dataclasses.replace(
         index,
         centroids=centroids,
-        value_sums=index.value_sums.at[at].set(_finite(clusters.value_sums, dtype), mode="drop"),
+        value_means=index.value_means.at[at].set(clusters.value_means.astype(dtype), mode="drop"),
         offsets=index.offsets.at[layer, sequence].set(offsets),
         num_clusters=index.num_clusters.at[layer, sequence].set(ends[-1]),
         codes=codes,
         scales=scales,
         token_ids=write(index.token_ids, clusters.order),
     )
-
-
-def _finite(sums: Array, dtype: DTypeLike) -> Array:
-    """Sums in the dtype, none of which is infinite: float16 ends at 65,504."""
-    most = float(jnp.finfo(dtype).max)
-    # Of wider dtypes nothing is to be cut off, and no program changes.
-    return (jnp.clip(sums, -most, most) if most < 1e30 else sums).astype(dtype)
 
 
 def _write(stack: Array, block: Array, layer: Array, sequence: Array, start: Array | int) -> Array:

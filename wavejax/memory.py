@@ -188,7 +188,8 @@ def _cluster_workspace(
     sizes = segment_sizes(config, config.indexed_tokens(room))
     if not sizes:
         return 0
-    clusters = -(-sizes[0] // config.cluster_sizes(sum(sizes))[0])
+    # Made room for are the smallest clusters that a prompt of this room may have.
+    clusters = -(-sizes[0] // config.size_steps[-1][0])
     # Plain JAX, segment by segment: keys and values in float32, centred keys, and what encoding
     # makes of them; the scores of all clusters and the matrix that sums members.
     plain = 4 * kv_heads * sizes[0] * (6 * head_dim + 3 * clusters)

@@ -76,7 +76,7 @@ class WaveAttention:
             batch: sequences.
             prompt_tokens: room for prompts of so many tokens, padding included.
             new_tokens: room for so many more.
-            dtype: of rows, centroids, value sums and scales.
+            dtype: of rows, centroids, mean values and scales.
         """
         config = self.config
         segments = index.segment_sizes(config, config.indexed_tokens(prompt_tokens))
@@ -93,7 +93,7 @@ class WaveAttention:
         store: StoreKind = "device" if self.staged else self.store
         return WaveState(
             index=index.init_index(
-                config, layers, batch, kv_heads, head_dim, clusters, tokens, dtype
+                config, layers, batch, kv_heads, head_dim, clusters, tokens, growths, dtype
             ),
             store=buffer.init_store((*row, kept, 2, head_dim), dtype, store),
             cache=buffer.init_cache((*row, slots, 2, head_dim), tokens, dtype),
@@ -115,9 +115,8 @@ class WaveAttention:
 
     def remaining(self, state: WaveState) -> Int[Array, " batch"]:
         """How many tokens more each sequence has room for."""
-        growth = self.config.growth_tokens
-        growths = (state.index.token_ids.shape[-1] - state.index.tokens) // growth
-        return self.config.window_tokens - state.steady.window_tokens + growth * growths
+        growth = self.config.growth_tokens * self._growths_left(state)
+        return self.config.window_tokens - state.steady.window_tokens + growth
 
     def due(self, state: WaveState) -> Bool[Array, " batch"]:
         """Sequences whose index the next `grow` grows."""
@@ -127,7 +126,11 @@ class WaveAttention:
         return state.steady.window_tokens >= self.config.window_tokens
 
     def _has_room(self, state: WaveState) -> Bool[Array, " batch"]:
-        return state.index.tokens + self.config.growth_tokens <= state.index.token_ids.shape[-1]
+        return self._growths_left(state) > 0
+
+    def _growths_left(self, state: WaveState) -> Int[Array, " batch"]:
+        grown = state.index.tokens - state.index.prompt_tokens
+        return state.index.growths - grown // self.config.growth_tokens
 
     def prefill(
         self,
@@ -286,7 +289,7 @@ class WaveAttention:
             selection.slots,
             selection.hit,
             selection.logits,
-            state.index.value_sums,
+            state.index.value_means,
             state.index.offsets,
             selection.estimated,
             layer,

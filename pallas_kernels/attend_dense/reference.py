@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels._numerics import MASKED
+from pallas_kernels._numerics import MASKED, log_total
 
 
 def attend_dense(
@@ -26,7 +26,5 @@ def attend_dense(
     total = jnp.sum(mass, axis=-1)
     # What is not seen may be NaN, which a weight of zero would not keep out.
     of_seen = jnp.where(seen[:, None, :, None], values[layer].astype(jnp.float32), 0.0)
-    weights = mass / jnp.where(total > 0, total, 1.0)[..., None]
-    output = jnp.einsum("bhgt,bhtd->bhgd", weights, of_seen)
-    logsumexp = peak + jnp.log(jnp.where(total > 0, total, 1.0))
-    return output, jnp.where(total > 0, logsumexp, MASKED)
+    weights = mass / jnp.where(total == 0, 1.0, total)[..., None]
+    return jnp.einsum("bhgt,bhtd->bhgd", weights, of_seen), log_total(peak, total)

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas, _tuning
-from pallas_kernels._numerics import MASKED
+from pallas_kernels._numerics import MASKED, log_total
 from pallas_kernels.merge_states import triton as merging
 
 
@@ -89,14 +89,12 @@ def _kernel(
         jnp.full(heads.shape[0], MASKED, jnp.float32),
     )
     total, weight, peak = lax.fori_loop(0, blocks, visit, start)
-    found = weight > 0
-    divisor = jnp.where(found, weight, 1.0)
     plt.store(
         outputs.at[part, sequence, head, heads[:, None], dims[None, :]],
-        total / divisor[:, None],
+        total / jnp.where(weight == 0, 1.0, weight)[:, None],
         mask=in_group[:, None] & in_dims[None, :],
     )
-    logsumexp = jnp.where(found, peak + jnp.log(divisor), MASKED)
+    logsumexp = log_total(peak, weight)
     plt.store(logsumexps.at[part, sequence, head, heads], logsumexp, mask=in_group)
 
 

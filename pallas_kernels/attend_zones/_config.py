@@ -56,7 +56,7 @@ def heuristic(
 
     Args:
         rows: sequences times kv heads.
-        head_dim, itemsize: of the stored rows and value sums.
+        head_dim, itemsize: of the stored rows and mean values.
         retrieved, clusters, window: the capacities of a row's lists.
     """
     row_bytes = _pallas.tile(head_dim) * itemsize

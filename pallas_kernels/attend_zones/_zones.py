@@ -35,7 +35,7 @@ class Refs(NamedTuple):
     slots: Any
     hit: Any
     logits: Any
-    value_sums: Any
+    value_means: Any
     offsets: Any
     remaining: Any
     layer: Any
@@ -120,7 +120,7 @@ class Program:
             valid = token != NO_ID
             rows = self.load_rows(refs.store, token, valid)
             # What is admitted in a step is no hit in it, so no order matters.
-            admitted = self.of_rows(slot != NO_ID)
+            admitted = self.of_rows((slot >= 0) & (slot < refs.cache.shape[3]))
             for kv, vectors in enumerate(rows):
                 into = refs.cache.at[*self.row, slot[:, None], kv, self.d]
                 plt.store(into, vectors, mask=admitted)
@@ -159,17 +159,21 @@ class Program:
         def places(i: Array | int) -> Array:
             return (split + i * splits) * size + jnp.arange(size)
 
-        def load(at: Array) -> tuple[Array, Array]:
+        def load(at: Array, most: Array | None = None) -> tuple[Array, Array]:
             count = plt.load(refs.remaining.at[b, h, at], mask=at < room, other=0)
+            if most is not None:
+                count = jnp.minimum(count, most)
             logits = plt.load(
                 refs.logits.at[b, h, self.g[:, None], at[None, :]],
                 mask=self.in_group[:, None] & (at < room)[None, :],
                 other=0,
             )
-            return count, jnp.where(count[None, :] > 0, LOG2_E * logits, MASKED)
+            # With the count in the exponent no weight exceeds 1, which any dtype holds.
+            kept = jnp.log2(jnp.maximum(count, 1).astype(jnp.float32))
+            return count, jnp.where(count[None, :] > 0, LOG2_E * logits + kept[None, :], MASKED)
 
         # First the peak and the end of the clusters to estimate: with the peak known, the tiles
-        # need no reduction each; with the end known, the value sums' loads wait for no others.
+        # need no reduction each; with the end known, the means' loads wait for no others.
         def look(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             peaks, ends = carry
             ats = [places(i * LOGIT_TILES + j) for j in range(LOGIT_TILES)]
@@ -187,19 +191,19 @@ class Program:
         def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             output, masses = carry
             at = places(i)
-            count, exponents = load(at)
             low = plt.load(refs.offsets.at[*self.row, at], mask=at < room, other=0)
             high = plt.load(refs.offsets.at[*self.row, at + 1], mask=at < room, other=0)
-            value_sums = plt.load(
-                refs.value_sums.at[*self.row, at[:, None], self.d],
+            count, exponents = load(at, high - low)
+            means = plt.load(
+                refs.value_means.at[*self.row, at[:, None], self.d],
                 mask=self.of_rows(at < end),
                 other=0,
             )
-            weights = jnp.exp2(exponents - peak[:, None]) * count.astype(jnp.float32)[None, :]
-            members = high - low
-            share = 1 / jnp.maximum(members, 1).astype(jnp.float32)
-            means = (weights * share[None, :]).astype(value_sums.dtype)
-            return output + _pallas.dot(means, value_sums, (1, 0)), masses + weights
+            # Of a cluster that counts nothing anything may be stored, NaN included.
+            means = jnp.where((count > 0)[:, None], means, jnp.zeros((), means.dtype))
+            weights = jnp.exp2(exponents - peak[:, None])
+            weights = jnp.where((count > 0)[None, :], weights, 0.0)
+            return output + _pallas.dot(weights.astype(means.dtype), means), masses + weights
 
         steps = _trips(split, splits, pl.cdiv(end, size))
         output, masses = lax.fori_loop(0, steps, step, (output, masses))
@@ -212,7 +216,7 @@ class Program:
         if self.with_sink:
             zones.append((refs.sink, refs.sink_tokens))
         for rows, tokens in zones:
-            count = tokens[self.b]
+            count = jnp.minimum(tokens[self.b], rows.shape[3])
 
             def step(i: Array, state: State, rows: Any = rows, count: Array = count) -> State:
                 at = (split + i * splits) * size + jnp.arange(size)
@@ -288,9 +292,9 @@ class Program:
     def finish(self, state: State) -> None:
         output, peak, masses = state
         total = jnp.sum(masses, axis=1)
-        present = total > 0
-        total = jnp.where(present, total, 1.0)
-        logsumexp = jnp.where(present, (peak + jnp.log2(total)) / LOG2_E, MASKED)
+        empty = total == 0
+        total = jnp.where(empty, 1.0, total)
+        logsumexp = jnp.where(empty, MASKED, (peak + jnp.log2(total)) / LOG2_E)
         at = (self.part, self.b, self.h)
         plt.store(
             self.refs.outputs.at[*at, self.g[:, None], self.d],

@@ -20,7 +20,7 @@ def attend_zones(
     slots: Int[Array, "batch kv_heads retrieved"],
     hit: Bool[Array, "batch kv_heads retrieved"],
     logits: Float[Array, "batch kv_heads group clusters"],
-    value_sums: Float[Array, "layers batch kv_heads clusters head_dim"],
+    value_means: Float[Array, "layers batch kv_heads clusters head_dim"],
     offsets: Int[Array, "layers batch kv_heads clusters+1"],
     remaining: Int[Array, "batch kv_heads clusters"],
     layer: Int[Array, ""] | int,
@@ -34,21 +34,26 @@ def attend_zones(
     - retrieved: hits from the row cache, misses from the store, exactly; misses that have a slot
       are written into it;
     - estimated: cluster j counts `remaining[j]` times exp(logit), with its members' mean value.
-      By Jensen's inequality that is at most the members' true mass (equation 3 there).
+      Of a cluster of which nothing is retrieved that is, by Jensen's inequality, at most the
+      members' true mass (equation 3 there). Of what is left of a partly retrieved one it is not:
+      the logit is that of all members' mean, and the best ones of them are gone.
+
+    NaN or infinity in what a query attends to makes its outputs NaN, or its logsumexps.
 
     Args:
         query: one decode step's queries, grouped by the kv head that they share.
         sink, sink_tokens: the first tokens' rows, and how many of them there are.
-        window, window_tokens: the rows not in the index, oldest first, and how many.
+        window, window_tokens: the rows not in the index, oldest first, and how many. Of both, all
+            for more than there are.
         store: all indexed rows in token order; may lie in `pinned_host` memory.
         cache_rows: the rows in the row cache's slots. No slots: all rows are read from the store,
             which the kernel wants on the device then.
         tokens, slots, hit: from `select_tokens`.
         logits: from `score_clusters`.
-        value_sums: sums of the members' values; finite for every cluster before the last in use.
+        value_means: means of the members' values; anything where nothing is to be estimated.
         offsets: as in `score_clusters`: they give the clusters' sizes.
         remaining: the members of each cluster to estimate: what `select_tokens` leaves, or zero
-            for a cluster to leave out; never more than its size.
+            for a cluster to leave out. More than it has members are all of them.
         layer: which layer of the stacks.
         scale: as in `score_clusters`.
     """
@@ -67,7 +72,7 @@ def attend_zones(
         slots,
         hit,
         logits,
-        value_sums,
+        value_means,
         offsets,
         remaining,
         layer,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import _compat
-from pallas_kernels._numerics import MASKED, NO_ID, log_count, log_sum_exp
+from pallas_kernels._numerics import MASKED, NO_ID, is_masked, log_count, log_sum_exp
 
 
 class ZoneStates(NamedTuple):
@@ -81,7 +81,7 @@ def attend_rows(query: Array, rows: Array, valid: Array, *, scale: float) -> tup
 def attend_logits(logits: Array, values: Array) -> tuple[Array, Array]:
     """Softmax of the logits `[batch, kv_heads, group, n]` over values `[batch, kv_heads, n, d]`."""
     logsumexp = log_sum_exp(logits, axis=-1)
-    weights = jnp.where(logits > MASKED / 2, jnp.exp(logits - logsumexp[..., None]), 0.0)
+    weights = jnp.where(is_masked(logits), 0.0, jnp.exp(logits - logsumexp[..., None]))
     return jnp.einsum("bhgn,bhnd->bhgd", weights, values.astype(jnp.float32)), logsumexp
 
 
@@ -97,7 +97,7 @@ def attend_zones(
     slots: Array,
     hit: Array,
     logits: Array,
-    value_sums: Array,
+    value_means: Array,
     offsets: Array,
     remaining: Array,
     layer: Array | int,
@@ -127,11 +127,11 @@ def attend_zones(
         rows = jnp.where((slots != NO_ID)[..., None, None], cached, missed)
     retrieved = attend_rows(query, rows, tokens != NO_ID, scale=scale)
 
-    sizes = jnp.diff(offsets[layer], axis=-1)
-    means = value_sums[layer].astype(jnp.float32) / jnp.maximum(sizes, 1)[..., None]
-    means = jnp.where(sizes[..., None] > 0, means, 0)
+    remaining = jnp.minimum(remaining, jnp.diff(offsets[layer], axis=-1))
+    # A cluster without any may hold anything, NaN included.
+    means = jnp.where((remaining > 0)[..., None], value_means[layer], 0)
     kept = log_count(remaining)[:, :, None, :]
-    estimated = attend_logits(jnp.where(kept > MASKED / 2, logits + kept, MASKED), means)
+    estimated = attend_logits(jnp.where(is_masked(kept), MASKED, logits + kept), means)
 
     parts = (steady, retrieved, estimated)
     return ZoneStates(

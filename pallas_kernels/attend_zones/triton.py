@@ -28,7 +28,7 @@ def attend_zones(
     slots: Array,
     hit: Array,
     logits: Array,
-    value_sums: Array,
+    value_means: Array,
     offsets: Array,
     remaining: Array,
     layer: Array | int,
@@ -54,7 +54,7 @@ def attend_zones(
                 f"attend_zones: {name} is {array.dtype}, query {query.dtype}; the kernel wants "
                 "one dtype"
             )
-    _pallas.check_heads("attend_zones", group, head_dim, query.dtype, value_sums.dtype)
+    _pallas.check_heads("attend_zones", group, head_dim, query.dtype, value_means.dtype)
     cached = cache_rows.size > 0
     if not cached and jax.typeof(store).memory_space == jax.memory.Space.Host:
         raise NotImplementedError(
@@ -96,7 +96,7 @@ def attend_zones(
         slots,
         hit,
         logits,
-        value_sums,
+        value_means,
         offsets,
         remaining,
         _pallas.scalar(layer),

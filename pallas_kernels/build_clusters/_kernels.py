@@ -61,6 +61,7 @@ def move_kernel(
     assignment_ref: Any,
     old_ref: Any,
     counts_ref: Any,
+    used_ref: Any,
     out_ref: Any,
     *,
     shape: tuple[int, int, int],
@@ -80,7 +81,10 @@ def move_kernel(
         return sums + _dot(_one_hot(cluster[:, None] == assignment[None, :], x.dtype), x)
 
     sums = jnp.zeros((clusters, width), jnp.float32)
-    sums = lax.fori_loop(0, pl.cdiv(plt.load(counts_ref.at[row]), block), add, sums)
+    steps = pl.cdiv(plt.load(counts_ref.at[row]), block)
+    # Of centroids that are not in use nothing moves.
+    steps = jnp.where(begin < plt.load(used_ref.at[row]), steps, 0)
+    sums = lax.fori_loop(0, steps, add, sums)
     norm = jnp.sqrt(jnp.sum(sums * sums, axis=1, keepdims=True))
     old = plt.load(old_ref.at[at])
     moved = (sums * (1 / jnp.maximum(norm, 1e-30))).astype(old.dtype)
@@ -92,13 +96,13 @@ def cut_kernel(
     members_ref: Any,
     first_ref: Any,
     start_ref: Any,
+    most_ref: Any,
     _: Any,
     order_ref: Any,
     along_ref: Any,
     piece_ref: Any,
     *,
     shape: tuple[int, int],
-    max_cluster_size: int,
     interpret: bool,
 ) -> None:
     """Cuts one cluster if it is too large. `along_ref` and `piece_ref` are scratch."""
@@ -106,7 +110,7 @@ def cut_kernel(
     cluster, row = pl.program_id(0), pl.program_id(1)
     first = plt.load(first_ref.at[row, cluster])
     size = plt.load(first_ref.at[row, cluster + 1]) - first
-    pieces = pl.cdiv(size, max_cluster_size)
+    pieces = pl.cdiv(size, plt.load(most_ref.at[row]))
     steps = jnp.where(pieces > 1, pl.cdiv(size, tile), 0)
     lane, dims = jnp.arange(tile), jnp.arange(width)
 
@@ -154,6 +158,8 @@ def cut_kernel(
 
     def project(i: Any, _: Any) -> Any:
         along = jnp.sum(deviation(i) * direction, axis=1)
+        # NaN, of products too large for float32, would have no place among the others.
+        along = jnp.where(along == along, along, 0.0)
         plt.store(along_ref.at[place(i)], along, mask=inside(i))
         return _
 
@@ -192,18 +198,22 @@ def cut_kernel(
         _pallas.barrier(interpret)
 
 
-def sum_kernel(
+def average_kernel(
     keys_ref: Any,
     values_ref: Any,
+    spoilt_ref: Any,
     order_ref: Any,
     offsets_ref: Any,
-    sums_ref: Any,
-    value_sums_ref: Any,
+    centroids_ref: Any,
+    value_means_ref: Any,
     *,
     shape: tuple[int, int, int],
     head_dim: int,
 ) -> None:
-    """Sums the members of a few pieces, which are neighbours in `order`."""
+    """Averages the members of a few pieces, which are neighbours in `order`.
+
+    `spoilt_ref`: int32, bit 0 of a token whose key is not finite, bit 1 of such a value.
+    """
     clusters, block, width = shape
     row, begin = pl.program_id(1), pl.program_id(0) * clusters
     last = offsets_ref.shape[1] - 1
@@ -217,16 +227,25 @@ def sum_kernel(
     def add(i: Any, sums: Any) -> Any:
         at = start + i * block + jnp.arange(block)
         token = plt.load(order_ref.at[row, jnp.minimum(at, end - 1)])
+        spoilt = plt.load(spoilt_ref.at[row, token])
         mask = (at < end)[:, None] & (dims < head_dim)[None, :]
         member = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
 
-        def total(ref: Any) -> Any:
-            x = plt.load(ref.at[row, token[:, None], dims[None, :]], mask=mask, other=0.0)
+        def total(ref: Any, bit: int) -> Any:
+            # In a product NaN would reach all pieces of the program.
+            sound = mask & ((spoilt >> bit) & 1 == 0)[:, None]
+            x = plt.load(ref.at[row, token[:, None], dims[None, :]], mask=sound, other=0.0)
             return _dot(_one_hot(member, x.dtype), x)
 
-        return sums[0] + total(keys_ref), sums[1] + total(values_ref)
+        seen = sums[2]
+        for bit in (1, 2):
+            seen |= jnp.max(jnp.where(member, (spoilt & bit)[None, :], 0), axis=1)
+        return sums[0] + total(keys_ref, 0), sums[1] + total(values_ref, 1), seen
 
     zero = jnp.zeros((clusters, width), jnp.float32)
-    sums = lax.fori_loop(0, pl.cdiv(end - start, block), add, (zero, zero))
-    for ref, x in zip((sums_ref, value_sums_ref), sums, strict=True):
-        plt.store(ref.at[row, pl.ds(begin, clusters), pl.ds(0, width)], x)
+    start_of_all = zero, zero, jnp.zeros((clusters,), jnp.int32)
+    *sums, seen = lax.fori_loop(0, pl.cdiv(end - start, block), add, start_of_all)
+    members = jnp.maximum(high - low, 1).astype(jnp.float32)
+    for bit, (ref, x) in enumerate(zip((centroids_ref, value_means_ref), sums, strict=True)):
+        mean = jnp.where((seen >> bit & 1 == 1)[:, None], jnp.nan, x / members[:, None])
+        plt.store(ref.at[row, pl.ds(begin, clusters), pl.ds(0, width)], mean)

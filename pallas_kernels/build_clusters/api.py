@@ -13,9 +13,10 @@ def build_clusters(
     values: Float[Array, "*rows tokens head_dim"],
     count: Int[Array, "*#rows"] | int,
     *,
-    cluster_size: int,
-    max_cluster_size: int,
+    cluster_size: Int[Array, "*#rows"] | int,
+    max_cluster_size: Int[Array, "*#rows"] | int,
     iterations: int,
+    least_sizes: tuple[int, int] | None = None,
     implementation: Implementation | None = None,
 ) -> Clusters:
     """Clusters segments' tokens by their keys (RetroInfer, section 4.3), each row by itself.
@@ -25,18 +26,25 @@ def build_clusters(
     Clusters of more than `max_cluster_size` tokens are cut into even pieces along their main
     direction; empty ones are dropped. The same input gives the same bits, run after run.
 
+    A token whose key holds NaN or infinity is clustered as if its key were the mean. It is in a
+    cluster like all others, and makes that cluster's centroid NaN.
+
     Args:
         keys: post-RoPE keys of a segment a row, such as `[segments, kv_heads, tokens, head_dim]`;
             anything past `count`. Plain JAX takes the rows of the last axis at once, one group of
             them after another; the kernels take all.
         values: likewise.
         count: how many tokens the segments have: one number, or an array that broadcasts to `rows`.
-        cluster_size: mean tokens a cluster, before cutting.
-        max_cluster_size: most tokens a cluster.
+        cluster_size: mean tokens a cluster, before cutting; one number, or one for each row.
+        max_cluster_size: most tokens a cluster; likewise.
         iterations: of k-means, before the last assignment.
+        least_sizes: where both sizes are arrays, what they are at least: these make the room.
 
     Returns:
-        Clusters, with room for `build_clusters.capacity(...)` of them.
+        Clusters, with room for `build_clusters.capacity(tokens, *least_sizes)` of them.
+
+    Raises:
+        ValueError: the sizes are arrays, and `least_sizes` is not given.
     """
     return _dispatch.call(
         "build_clusters",
@@ -48,4 +56,5 @@ def build_clusters(
         cluster_size=cluster_size,
         max_cluster_size=max_cluster_size,
         iterations=iterations,
+        least_sizes=least_sizes,
     )

@@ -14,7 +14,8 @@ class Clusters(NamedTuple):
 
     Attributes:
         centroids: `[..., clusters, head_dim]` float32, plain means of the members' keys.
-        value_sums: `[..., clusters, head_dim]` float32, sums of the members' values.
+        value_means: `[..., clusters, head_dim]` float32, plain means of the members' values. Both
+            are zeros for an empty cluster, and NaN where a member's key, or value, is not finite.
         offsets: `[..., clusters + 1]` int32: cluster j holds order[offsets[j] : offsets[j + 1]].
             Clusters past the last one are empty; before it none is.
         order: `[..., tokens]` int32, the tokens in cluster order, rising within a cluster; the
@@ -22,7 +23,7 @@ class Clusters(NamedTuple):
     """
 
     centroids: Array
-    value_sums: Array
+    value_means: Array
     offsets: Array
     order: Array
 
@@ -33,6 +34,24 @@ def capacity(tokens: int, cluster_size: int, max_cluster_size: int) -> int:
     k clusters of n_j tokens are cut into sum(ceil(n_j / max)) <= k + n / max pieces.
     """
     return min(-(-tokens // cluster_size) + tokens // max_cluster_size, tokens)
+
+
+def check_sizes(
+    cluster_size: Array | int, max_cluster_size: Array | int, least_sizes: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The least of both sizes, which make the room for clusters; see `build_clusters`.
+
+    Raises:
+        ValueError: the sizes are arrays, and `least_sizes` is not given.
+    """
+    if least_sizes is not None:
+        return least_sizes
+    if isinstance(cluster_size, int) and isinstance(max_cluster_size, int):
+        return cluster_size, max_cluster_size
+    raise ValueError(
+        "build_clusters: cluster_size or max_cluster_size is an array; give least_sizes, which "
+        "make the room for clusters"
+    )
 
 
 def _sum_members(assignment: Array, x: Array, num_clusters: int) -> Array:
@@ -55,7 +74,9 @@ def _spherical_k_means(
     valid = jnp.arange(tokens) < count
 
     def assign(centroids: Array) -> Array:
-        scores = jnp.where(in_use, x @ centroids.T, -jnp.inf)
+        scores = x @ centroids.T
+        # NaN, of products too large for float32, must not leave a token without a cluster.
+        scores = jnp.where(in_use & (scores == scores), scores, -jnp.inf)
         # As argmax, which XLA does not vectorise on a CPU.
         best = jnp.max(scores, axis=1, keepdims=True)
         first = jnp.min(jnp.where(scores == best, cluster, max_clusters), axis=1)
@@ -71,7 +92,7 @@ def _spherical_k_means(
     return assign(lax.fori_loop(0, iterations, iterate, normalise(centroids, centroids)))
 
 
-def _cut(x: Array, assignment: Array, max_clusters: int, max_cluster_size: int) -> Array:
+def _cut(x: Array, assignment: Array, max_clusters: int, max_cluster_size: Array | int) -> Array:
     """Cuts clusters above the size limit into even pieces along their main direction."""
     tokens = x.shape[0]
     padding = assignment == max_clusters
@@ -92,7 +113,8 @@ def _cut(x: Array, assignment: Array, max_clusters: int, max_cluster_size: int) 
     direction = lax.fori_loop(
         0, POWER_ITERATIONS, power_iteration, jnp.broadcast_to(start, (max_clusters, x.shape[-1]))
     )
-    along = jnp.where(padding, 0.0, jnp.sum(deviation * direction[safe], axis=-1))
+    along = jnp.sum(deviation * direction[safe], axis=-1)
+    along = jnp.where(padding | (along != along), 0.0, along)
 
     token = jnp.arange(tokens, dtype=jnp.int32)
     ordered, _, order = lax.sort((assignment, along, token), num_keys=3)
@@ -113,41 +135,76 @@ def build_clusters_of_row(
     values: Array,
     count: Array | int,
     *,
-    cluster_size: int,
-    max_cluster_size: int,
+    cluster_size: Array | int,
+    max_cluster_size: Array | int,
+    least_sizes: tuple[int, int],
     iterations: int,
 ) -> Clusters:
     """See `pallas_kernels.build_clusters`; keys and values `[tokens, head_dim]`."""
     tokens = keys.shape[0]
     keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-    valid = (jnp.arange(tokens) < count)[:, None]
+    valid = jnp.arange(tokens) < count
     # Padding may hold anything, NaN included.
-    keys, values = jnp.where(valid, keys, 0), jnp.where(valid, values, 0)
-    centred = jnp.where(valid, keys - jnp.sum(keys, axis=0) / jnp.maximum(count, 1), 0)
+    sound = valid & jnp.all(jnp.isfinite(keys), axis=-1)
+    finite_keys = jnp.where(sound[:, None], keys, 0)
+    mean = jnp.sum(finite_keys, axis=0) / jnp.maximum(jnp.sum(sound), 1)
+    centred = jnp.where(sound[:, None], finite_keys - mean, 0)
 
-    max_clusters = -(-tokens // cluster_size)
+    max_clusters = -(-tokens // least_sizes[0])
     num_clusters = -(-count // cluster_size)
     assignment = _spherical_k_means(centred, count, num_clusters, max_clusters, iterations)
     cluster = _cut(centred, assignment, max_clusters, max_cluster_size)
 
     order = jnp.argsort(cluster, stable=True).astype(jnp.int32)
-    num_pieces = capacity(tokens, cluster_size, max_cluster_size)
+    num_pieces = capacity(tokens, *least_sizes)
     offsets = jnp.searchsorted(cluster[order], jnp.arange(num_pieces + 1)).astype(jnp.int32)
     sizes = jnp.diff(offsets)[:, None]
-    centroids = _sum_members(cluster, keys, num_pieces) / jnp.maximum(sizes, 1)
-    return Clusters(centroids, _sum_members(cluster, values, num_pieces), offsets, order)
+
+    def mean_of(x: Array) -> Array:
+        finite = valid & jnp.all(jnp.isfinite(x), axis=-1)
+        sums = _sum_members(cluster, jnp.where(finite[:, None], x, 0), num_pieces)
+        spoilt = jnp.zeros(num_pieces, bool).at[cluster].max(valid & ~finite, mode="drop")
+        return jnp.where(spoilt[:, None], jnp.nan, sums / jnp.maximum(sizes, 1))
+
+    return Clusters(mean_of(keys), mean_of(values), offsets, order)
 
 
-def build_clusters(keys: Array, values: Array, count: Array | int, **settings: int) -> Clusters:
+def build_clusters(
+    keys: Array,
+    values: Array,
+    count: Array | int,
+    *,
+    cluster_size: Array | int,
+    max_cluster_size: Array | int,
+    iterations: int,
+    least_sizes: tuple[int, int] | None = None,
+) -> Clusters:
     """See `pallas_kernels.build_clusters`."""
-    counts = jnp.broadcast_to(jnp.asarray(count, jnp.int32), keys.shape[:-2])
+    least_sizes = check_sizes(cluster_size, max_cluster_size, least_sizes)
+    numbers = (
+        jnp.broadcast_to(jnp.asarray(x, jnp.int32), keys.shape[:-2])
+        for x in (count, cluster_size, max_cluster_size)
+    )
 
-    def of_rows(keys: Array, values: Array, count: Array) -> Clusters:
-        return build_clusters(keys, values, count, **settings)
+    def of_row(
+        keys: Array, values: Array, count: Array, cluster_size: Array, max_cluster_size: Array
+    ) -> Clusters:
+        return build_clusters_of_row(
+            keys,
+            values,
+            count,
+            cluster_size=cluster_size,
+            max_cluster_size=max_cluster_size,
+            least_sizes=least_sizes,
+            iterations=iterations,
+        )
 
-    if counts.ndim == 0:
-        return build_clusters_of_row(keys, values, counts, **settings)
-    if counts.ndim == 1:
-        return jax.vmap(of_rows)(keys, values, counts)
-    # One group of rows after another: all at once would take memory and save no time.
-    return lax.map(lambda group: of_rows(*group), (keys, values, counts))
+    def of_rows(*operands: Array) -> Clusters:
+        if operands[0].ndim == 2:
+            return of_row(*operands)
+        if operands[0].ndim == 3:
+            return jax.vmap(of_row)(*operands)
+        # One group of rows after another: all at once would take memory and save no time.
+        return lax.map(lambda group: of_rows(*group), operands)
+
+    return of_rows(keys, values, *numbers)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _pallas, _tuning
 from pallas_kernels.build_clusters import _kernels
-from pallas_kernels.build_clusters.reference import Clusters, capacity
+from pallas_kernels.build_clusters.reference import Clusters, capacity, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,23 +80,28 @@ def build_clusters(
     values: Array,
     count: Array | int,
     *,
-    cluster_size: int,
-    max_cluster_size: int,
+    cluster_size: Array | int,
+    max_cluster_size: Array | int,
     iterations: int,
+    least_sizes: tuple[int, int] | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Clusters:
     """See `pallas_kernels.build_clusters`."""
     *lead, tokens, head_dim = keys.shape
     _pallas.check_heads("build_clusters", 1, head_dim, keys.dtype, values.dtype)
-    max_clusters = -(-tokens // cluster_size)
+    least_sizes = check_sizes(cluster_size, max_cluster_size, least_sizes)
+    max_clusters = -(-tokens // least_sizes[0])
     if (max_clusters + 1) * tokens > 2**32:
         raise NotImplementedError(
             f"build_clusters: {max_clusters} clusters of {tokens} tokens; the kernels sort by a "
             "key of 32 bits"
         )
     keys, values = (x.reshape(-1, tokens, head_dim) for x in (keys, values))
-    counts = jnp.broadcast_to(jnp.asarray(count, jnp.int32), lead).reshape(-1)
+    counts, sizes, most = (
+        jnp.broadcast_to(jnp.asarray(x, jnp.int32), lead).reshape(-1)
+        for x in (count, cluster_size, max_cluster_size)
+    )
     if config is None:
         config = _tuning.config(
             "build_clusters",
@@ -110,27 +115,28 @@ def build_clusters(
     run = functools.partial(_pallas.call, interpret=interpret)
 
     x = centre(keys, counts, max(config.assign_tokens, config.move_tokens))
-    assignment = k_means(run, config, x, counts, max_clusters, cluster_size, iterations)
+    assignment = k_means(run, config, x, counts, max_clusters, sizes, iterations)
     members, first = sort_by_cluster(assignment[:, :tokens], max_clusters)
-    order = cut(run, config, x, members, first, max_cluster_size, interpret)
-    num_pieces = capacity(tokens, cluster_size, max_cluster_size)
-    offsets = piece_offsets(first, num_pieces, max_cluster_size)
-    sums, value_sums = sum_pieces(run, config, keys, values, order, offsets)
-    centroids = sums / jnp.maximum(jnp.diff(offsets), 1)[..., None]
-    return Clusters(
-        *(y.reshape(*lead, *y.shape[1:]) for y in (centroids, value_sums, offsets, order))
-    )
+    order = cut(run, config, x, members, first, most, interpret)
+    num_pieces = capacity(tokens, *least_sizes)
+    offsets = piece_offsets(first, num_pieces, most)
+    means = average_pieces(run, config, keys, values, order, offsets)
+    return Clusters(*(y.reshape(*lead, *y.shape[1:]) for y in (*means, offsets, order)))
 
 
 def centre(keys: Array, counts: Array, multiple: int) -> Array:
-    """Keys less their mean: `[rows, tokens, head_dim]`, both padded with zeros to whole tiles."""
+    """Keys less their mean: `[rows, tokens, head_dim]`, both padded with zeros to whole tiles.
+
+    Zeros also for keys that are not finite, which have no part in the mean.
+    """
     _, tokens, head_dim = keys.shape
-    valid = (jnp.arange(tokens) < counts[:, None])[..., None]
     # Padding may hold anything, NaN included.
-    total = jnp.sum(jnp.where(valid, keys.astype(jnp.float32), 0), axis=1, keepdims=True)
-    mean = total / jnp.maximum(counts, 1)[:, None, None]
+    sound = (jnp.arange(tokens) < counts[:, None]) & jnp.all(jnp.isfinite(keys), axis=-1)
+    sound = sound[..., None]
+    total = jnp.sum(jnp.where(sound, keys.astype(jnp.float32), 0), axis=1, keepdims=True)
+    mean = total / jnp.maximum(jnp.sum(sound, axis=1, keepdims=True), 1)
     dtype = jnp.float32 if keys.dtype == jnp.float32 else jnp.bfloat16
-    x = jnp.where(valid, keys.astype(jnp.float32) - mean, 0).astype(dtype)
+    x = jnp.where(sound, keys.astype(jnp.float32) - mean, 0).astype(dtype)
     return jnp.pad(x, ((0, 0), (0, -tokens % multiple), (0, _pallas.tile(head_dim) - head_dim)))
 
 
@@ -140,13 +146,13 @@ def k_means(
     x: Array,
     counts: Array,
     max_clusters: int,
-    cluster_size: int,
+    sizes: Array,
     iterations: int,
 ) -> Array:
     """Assigns each centred key to a cluster: `[rows, tokens]` int32, `max_clusters` for padding."""
     rows, tokens, width = x.shape
     clusters = max_clusters + -max_clusters % config.move_clusters
-    used = -(-counts // cluster_size)
+    used = -(-counts // sizes)
     # In int32, as in the reference.
     midpoint = (
         (2 * jnp.arange(clusters) + 1) * counts[:, None] // (2 * jnp.maximum(used, 1)[:, None])
@@ -176,7 +182,7 @@ def k_means(
             functools.partial(
                 _kernels.move_kernel, shape=(config.move_clusters, config.move_tokens, width)
             ),
-            (x, assign(centroids), centroids, counts),
+            (x, assign(centroids), centroids, counts, used),
             jax.ShapeDtypeStruct(centroids.shape, centroids.dtype),
             (clusters // config.move_clusters, rows),
             name="move_centroids",
@@ -206,7 +212,7 @@ def cut(
     x: Array,
     members: Array,
     first: Array,
-    max_cluster_size: int,
+    most: Array,
     interpret: bool,
 ) -> Array:
     """Reorders each cluster above the size limit by even pieces along its main direction."""
@@ -221,10 +227,9 @@ def cut(
         functools.partial(
             _kernels.cut_kernel,
             shape=(config.cut_tokens, x.shape[-1]),
-            max_cluster_size=max_cluster_size,
             interpret=interpret,
         ),
-        (x, members, first, start, members),
+        (x, members, first, start, most, members),
         (
             jax.ShapeDtypeStruct((rows, room), jnp.int32),
             jax.ShapeDtypeStruct((rows, room), jnp.float32),
@@ -233,17 +238,17 @@ def cut(
         (clusters, rows),
         name="cut_clusters",
         num_warps=config.cut_warps,
-        aliases={4: 0},
+        aliases={5: 0},
     )
     return order[:, :tokens]
 
 
-def piece_offsets(first: Array, num_pieces: int, max_cluster_size: int) -> Array:
+def piece_offsets(first: Array, num_pieces: int, most: Array) -> Array:
     """Where each piece begins: `[rows, num_pieces + 1]` int32."""
 
-    def of_row(first: Array) -> Array:
+    def of_row(first: Array, most: Array) -> Array:
         sizes = jnp.diff(first)
-        pieces = -(-sizes // max_cluster_size)
+        pieces = -(-sizes // most)
         ends = jnp.cumsum(pieces)
         piece = jnp.arange(num_pieces + 1)
         cluster = jnp.searchsorted(ends, piece, side="right", method="scan_unrolled")
@@ -252,26 +257,31 @@ def piece_offsets(first: Array, num_pieces: int, max_cluster_size: int) -> Array
         begin = first[own] - (-nth * sizes[own]) // jnp.maximum(pieces[own], 1)
         return jnp.where(cluster < sizes.shape[0], begin, first[-1]).astype(jnp.int32)
 
-    return jax.vmap(of_row)(first)
+    return jax.vmap(of_row)(first, most)
 
 
-def sum_pieces(
+def average_pieces(
     run: Any, config: Config, keys: Array, values: Array, order: Array, offsets: Array
 ) -> tuple[Array, Array]:
-    """Sums of each piece's keys and values: `[rows, num_pieces, head_dim]` float32 each."""
+    """Means of each piece's keys and values: `[rows, num_pieces, head_dim]` float32 each."""
     rows, _, head_dim = keys.shape
     num_pieces = offsets.shape[1] - 1
     tile, width = config.sum_clusters, _pallas.tile(head_dim)
     steps = pl.cdiv(num_pieces, tile)
     out = jax.ShapeDtypeStruct((rows, steps * tile, width), jnp.float32)
-    sums = run(
+    # Told to the kernel, which would have to look at each tile's tokens one by one.
+    spoilt = sum(
+        (~jnp.all(jnp.isfinite(x), axis=-1)).astype(jnp.int32) << bit
+        for bit, x in enumerate((keys, values))
+    )
+    means = run(
         functools.partial(
-            _kernels.sum_kernel, shape=(tile, config.sum_tokens, width), head_dim=head_dim
+            _kernels.average_kernel, shape=(tile, config.sum_tokens, width), head_dim=head_dim
         ),
-        (keys, values, order, offsets),
+        (keys, values, spoilt, order, offsets),
         (out, out),
         (steps, rows),
-        name="sum_pieces",
+        name="average_pieces",
         num_warps=config.sum_warps,
     )
-    return tuple(s[:, :num_pieces, :head_dim] for s in sums)
+    return tuple(x[:, :num_pieces, :head_dim] for x in means)

@@ -16,7 +16,8 @@ class TokenCodes(NamedTuple):
     Attributes:
         codes: `[..., tokens, ceil(head_dim / 32)]` uint32; bit i of word w is set where dimension
             32 w + i is positive or zero.
-        scales: `[..., tokens]` float32, |r|^2 / |r|_1; zero for a residual of zero.
+        scales: `[..., tokens]` float32, |r|^2 / |r|_1; zero for a residual of zero, NaN for one
+            that is not finite.
     """
 
     codes: Array
@@ -68,5 +69,5 @@ def encode_tokens(keys: Array, centroids: Array, rotation_matrix: Array) -> Toke
     residual = keys.astype(jnp.float32) - centroids.astype(jnp.float32)
     rotated = jnp.einsum("...d,ed->...e", residual, rotation_matrix)
     l1 = jnp.sum(jnp.abs(rotated), axis=-1)
-    scales = jnp.where(l1 > 0, jnp.sum(rotated**2, axis=-1) / jnp.maximum(l1, 1e-30), 0.0)
+    scales = jnp.where(l1 == 0, 0.0, jnp.sum(rotated**2, axis=-1) / jnp.maximum(l1, 1e-30))
     return TokenCodes(pack_signs(rotated), scales)

@@ -111,5 +111,5 @@ def _kernel(
         l2 += jnp.sum(rotated * rotated, axis=1)
         code = jnp.sum(jnp.where(rotated >= 0, bit[None, :], 0), axis=1)
         plt.store(codes_ref.at[token, word], code)
-    scale = jnp.where(l1 > 0, l2 / jnp.maximum(l1, 1e-30), 0.0)
+    scale = jnp.where(l1 == 0, 0.0, l2 / jnp.maximum(l1, 1e-30))
     plt.store(scales_ref.at[token], scale)

@@ -24,7 +24,7 @@ def merge_states(
     Args:
         outputs: float32, each part's softmax-weighted mean of values.
         logsumexps: float32, each part's log of the sum of exponentials; about -1e30 for a part
-            with nothing in it, whose output is not read.
+            with nothing in it, whose output is not read. NaN in either reaches the union.
         dtype: of the union's output.
 
     Returns:

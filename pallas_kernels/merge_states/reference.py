@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels._numerics import MASKED, log_sum_exp
+from pallas_kernels._numerics import is_masked, log_sum_exp
 
 
 def merge_states(
@@ -12,7 +12,7 @@ def merge_states(
 ) -> tuple[Array, Array]:
     """See `pallas_kernels.merge_states`."""
     logsumexp = log_sum_exp(logsumexps, axis=0)
-    present = logsumexps > MASKED / 2
+    present = ~is_masked(logsumexps)
     weights = jnp.where(present, jnp.exp(logsumexps - logsumexp[None]), 0.0)
     # A part with nothing in it may hold anything, NaN included: it must not reach the sum.
     parts = jnp.where(present[..., None], outputs, 0.0)

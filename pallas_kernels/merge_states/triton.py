@@ -11,7 +11,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from pallas_kernels import _pallas, _tuning
-from pallas_kernels._numerics import MASKED, log_sum_exp
+from pallas_kernels._numerics import MASKED, is_masked, log_sum_exp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def merge_states(
                 other=0.0,
             )
             lse = plt.load(logsumexps.at[part, *at], mask=exists, other=MASKED)
-            present = lse > MASKED / 2
+            present = ~is_masked(lse)
             weights = jnp.where(present, jnp.exp(lse - total), 0.0)
             # A part with nothing in it may hold anything, NaN included.
             values = jnp.where(present[:, None], values, 0.0)

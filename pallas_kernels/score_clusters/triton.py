@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas, _tuning
-from pallas_kernels._numerics import MASKED, log_sum_exp
+from pallas_kernels._numerics import MASKED, log_sum_exp, log_total
 from pallas_kernels.encode_tokens.reference import rotate
 from pallas_kernels.score_clusters.reference import ClusterScores
 from pallas_kernels.score_tokens._query import (
@@ -122,8 +122,7 @@ def _score(refs: tuple[Any, ...], part: Any, row: Any, *, scale: float, config: 
     )
     peak, total = lax.fori_loop(0, config.blocks, visit, empty)
     row_g = jnp.arange(_pallas.DOT_TILE)
-    logsumexp = jnp.where(total > 0, peak + jnp.log(jnp.maximum(total, 1e-30)), MASKED)
-    plt.store(partial_ref.at[b, h, row_g, part], logsumexp, mask=row_g < group)
+    plt.store(partial_ref.at[b, h, row_g, part], log_total(peak, total), mask=row_g < group)
 
 
 def _combine(partial_ref: Any, logsumexp_ref: Any) -> None:

@@ -111,7 +111,7 @@ def arguments(op: str, case: Case, x: StepInputs, made: dict[str, Any]) -> tuple
         rows = (x.store, x.cache_rows, x.tokens, x.slots, x.hit)
         # The inputs' are the first layer's: this layer's clusters may have fewer members, or none.
         remaining = jnp.minimum(x.remaining, jnp.diff(x.offsets[layer], axis=-1))
-        estimate = (scores.logits, x.value_sums, x.offsets, remaining)
+        estimate = (scores.logits, x.value_means, x.offsets, remaining)
         return (x.query, *steady, *rows, *estimate, layer), {"scale": s.scale}
     raise ValueError(op)
 

@@ -263,13 +263,10 @@ def test_build_clusters(dtype, head_dim, count):
             assert sorted(order[:count]) == list(range(count))
             owner = np.repeat(np.arange(used), sizes[:used])
             assert (np.diff(order[:count])[np.diff(owner) == 0] > 0).all()
-            for given, sums, divisor in (
-                (x, clusters.centroids, np.maximum(sizes[:used], 1)[:, None]),
-                (values, clusters.value_sums, 1),
-            ):
+            for given, means in ((x, clusters.centroids), (values, clusters.value_means)):
                 members = np.asarray(given[row].astype(jnp.float32), np.float64)[order[:count]]
-                exact = np.add.reduceat(members, offsets[:used]) / divisor
-                assert_close(np.asarray(sums[row])[:used], exact, "float32", "centroids or sums")
+                exact = np.add.reduceat(members, offsets[:used]) / sizes[:used, None]
+                assert_close(np.asarray(means[row])[:used], exact, "float32", "means")
                 if given is x:
                     total += float(((members - exact[owner]) ** 2).sum())
         return total

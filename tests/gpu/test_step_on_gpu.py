@@ -63,7 +63,7 @@ def attend(x, cache_rows, logits, picks, layer, shape, implementation):
     named = {"implementation": implementation}
     zones = ops.attend_zones(
         *(x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
-        *(tokens, slots, hit, logits, x.value_sums, x.offsets, remaining, layer),
+        *(tokens, slots, hit, logits, x.value_means, x.offsets, remaining, layer),
         scale=shape.scale,
         **named,
     )

@@ -64,9 +64,10 @@ def zone_case(rng, group, slots, dtype=np.float32):
         "slots": np.full((batch, heads, room), NO_ID),
         "hit": np.zeros((batch, heads, room), bool),
         "logits": random(batch, heads, group, clusters),
-        "value_sums": random(layers, batch, heads, clusters, head_dim),
+        "value_means": random(layers, batch, heads, clusters, head_dim),
         "offsets": np.broadcast_to(np.arange(0, 41, 8), (layers, batch, heads, 6)).copy(),
-        "remaining": rng.integers(0, 9, (batch, heads, clusters)),
+        # Some more than the eight that each has.
+        "remaining": rng.integers(0, 12, (batch, heads, clusters)),
         "layer": 1,
     }
     case["remaining"][..., 2] = 0
@@ -127,13 +128,13 @@ def test_attend_zones(group, slots, space):
                 *c["sink"][: original["sink_tokens"][b]],
                 *c["window"][: original["window_tokens"][b]],
             ]
-            remaining = original["remaining"][b, h]
+            remaining = np.minimum(original["remaining"][b, h], 8)
             for g in range(group):
                 query = original["query"][b, h, g].astype(np.float64)
                 exact = np.array([*steady, *rows], np.float64)
                 keys, values = exact[:, 0], exact[:, 1]
                 logits = np.concatenate([0.3 * keys @ query, original["logits"][b, h, g]])
-                values = np.concatenate([values, c["value_sums"] / 8])
+                values = np.concatenate([values, c["value_means"]])
                 weights = np.concatenate([np.ones(len(exact)), remaining])
                 with np.errstate(divide="ignore"):
                     mass = np.exp(logits) * weights

@@ -49,10 +49,10 @@ def check(clusters, keys, values, count):
         assert (np.diff(members) > 0).all()
         mean = np.asarray(keys, np.float64)[members].mean(0)
         np.testing.assert_allclose(clusters.centroids[j], mean, atol=2e-5)
-        total = np.asarray(values, np.float64)[members].sum(0)
-        np.testing.assert_allclose(clusters.value_sums[j], total, atol=2e-5)
+        mean = np.asarray(values, np.float64)[members].mean(0)
+        np.testing.assert_allclose(clusters.value_means[j], mean, atol=2e-5)
     np.testing.assert_array_equal(clusters.centroids[used:], 0)
-    np.testing.assert_array_equal(clusters.value_sums[used:], 0)
+    np.testing.assert_array_equal(clusters.value_means[used:], 0)
 
 
 # Interpreting compiles for seconds: all tests share these shapes, and give each row its count.
@@ -83,7 +83,7 @@ def test_clusters_are_as_promised(dtype):
                 np.testing.assert_array_equal(clusters.order[row], plain.order)
                 np.testing.assert_array_equal(clusters.offsets[row], plain.offsets)
                 np.testing.assert_allclose(clusters.centroids[row], plain.centroids, atol=2e-5)
-    assert clusters.centroids.dtype == clusters.value_sums.dtype == jnp.float32
+    assert clusters.centroids.dtype == clusters.value_means.dtype == jnp.float32
     assert clusters.offsets.dtype == clusters.order.dtype == jnp.int32
 
 
@@ -143,6 +143,15 @@ def test_codes_are_the_reference_s(head_dim, dtype):
     assert np.mean(signs[0] != signs[1]) < 2e-4
 
 
+@pytest.mark.parametrize("encode", [encode_reference, encode_triton])
+def test_a_code_of_what_is_not_finite_has_a_scale_of_nan(encode):
+    keys = jnp.ones((1, 4, 64)).at[0, 1, 5].set(jnp.nan).at[0, 2, 5].set(jnp.inf)
+    interpret = {} if encode is encode_reference else {"interpret": True}
+    matrix = jnp.asarray(rotation(64))
+    scales = encode.encode_tokens(keys, jnp.zeros_like(keys), matrix, **interpret).scales
+    assert np.isfinite(scales[0]).tolist() == [True, False, False, True]
+
+
 def test_what_is_not_supported_says_so():
     keys = jnp.ones((1, 32, 24))
     with pytest.raises(NotImplementedError, match="head_dim is 24"):
@@ -168,7 +177,7 @@ def test_kernels_lower_for(platform, rows, head_dim, dtype):
         build_triton.build_clusters, cluster_size=32, max_cluster_size=64, iterations=10
     )
     text = lower_for(platform, function, keys, keys, jax.ShapeDtypeStruct((), jnp.int32))
-    for name in ("assign_tokens", "move_centroids", "cut_clusters", "sum_pieces"):
+    for name in ("assign_tokens", "move_centroids", "cut_clusters", "average_pieces"):
         assert name in text
     matrix = jax.ShapeDtypeStruct((head_dim, head_dim), jnp.float32)
     assert "encode_tokens" in lower_for(platform, encode_triton.encode_tokens, keys, keys, matrix)

@@ -46,7 +46,7 @@ def test_clusters_partition_the_tokens(count, dtype):
             own = np.asarray(keys[h], np.float64)[members]
             np.testing.assert_allclose(clusters.centroids[h, j], own.mean(0), atol=1e-5)
             own = np.asarray(values[h], np.float64)[members]
-            np.testing.assert_allclose(clusters.value_sums[h, j], own.sum(0), atol=1e-5)
+            np.testing.assert_allclose(clusters.value_means[h, j], own.mean(0), atol=1e-5)
 
 
 def test_k_means_separates_what_lies_apart():

@@ -152,7 +152,7 @@ def test_half_precision_runs(dtype):
     exact = generator.start(make_params(), prompts, NEW_TOKENS)
     error = np.abs(np.asarray(state.logits - exact.logits))
     assert error.max() < 0.03 * float(jnp.abs(exact.logits).max())
-    kept = [state.cache.store.rows, state.cache.steady.window, state.cache.index.value_sums]
+    kept = [state.cache.store.rows, state.cache.steady.window, state.cache.index.value_means]
     assert all(array.dtype == dtype for array in kept)
     state, tokens = generator.decode_n(params, state, 8)
     assert np.isfinite(state.logits).all()

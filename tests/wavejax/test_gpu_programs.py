@@ -17,7 +17,7 @@ STEP = {
     *("score_clusters", "rank_clusters", "list_clusters", "score_tokens", "estimate_threshold"),
     *("list_contenders", "pick_rows", "look_up_rows", "attend_zones", "merge_states"),
 }
-INDEX = {"assign_tokens", "move_centroids", "cut_clusters", "sum_pieces", "encode_tokens"}
+INDEX = {"assign_tokens", "move_centroids", "cut_clusters", "average_pieces", "encode_tokens"}
 
 
 @pytest.mark.parametrize("store", ["device", "host"])

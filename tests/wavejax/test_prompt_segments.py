@@ -14,8 +14,14 @@ from tests.wavejax.attention_harness import model_of, random_stream
 from wavejax import WaveAttention, WaveConfig, index
 from wavejax.index import segments_at_once
 
+# Clusters of 8 tokens below 128 of them, of 16 below 256, else of 32.
 CONFIG = WaveConfig(
-    local_tokens=8, growth_tokens=16, segment_tokens=64, cluster_size=8, max_cluster_size=16
+    local_tokens=8,
+    growth_tokens=16,
+    segment_tokens=64,
+    cluster_size=32,
+    max_cluster_size=64,
+    min_clusters=8,
 )
 LAYERS, BATCH, HEADS, DIM = 2, 3, 2, 16
 MODEL = model_of(layers=LAYERS, kv_heads=HEADS, head_dim=DIM)
@@ -25,7 +31,7 @@ LAYER, SEQUENCE = jnp.int32(1), jnp.int32(2)
 
 
 def empty(config, dtype=jnp.float32):
-    return index.init_index(config, LAYERS, BATCH, HEADS, DIM, 150, ROOM, dtype)
+    return index.init_index(config, LAYERS, BATCH, HEADS, DIM, 150, ROOM, 0, dtype)
 
 
 def make_rows(seed, dtype=jnp.float32):
@@ -34,9 +40,9 @@ def make_rows(seed, dtype=jnp.float32):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def append(wave, config, start, rows, counts):
-    keys, values = rows[None, :, :, 0], rows[None, :, :, 1]
-    return index.append_segments(wave, config, LAYER, SEQUENCE, start, keys, values, counts)
+def append(wave, config, start, rows, counts, tokens):
+    both = rows[None, :, :, 0], rows[None, :, :, 1]
+    return index.append_segments(wave, config, LAYER, SEQUENCE, start, *both, counts, tokens)
 
 
 def one_by_one(wave, config, rows, count):
@@ -44,7 +50,8 @@ def one_by_one(wave, config, rows, count):
     size = config.segment_tokens
     for start in range(0, ROOM, size):
         counts = jnp.clip(jnp.full(1, count - start, jnp.int32), 0, size)
-        wave = append(wave, config, jnp.int32(start), rows[:, start : start + size], counts)
+        own = rows[:, start : start + size]
+        wave = append(wave, config, jnp.int32(start), own, counts, jnp.int32(count))
     return wave
 
 
@@ -118,7 +125,7 @@ def test_kernels_get_all_segments_in_one_call(monkeypatch, segments, calls):
     monkeypatch.setattr(_dispatch, "call", by_kernels)
     config, rows = CONFIG, jax.ShapeDtypeStruct((2, segments * 64, 2, 64), jnp.bfloat16)
     wave = jax.eval_shape(
-        lambda: index.init_index(config, 1, 1, 2, 64, 12 * segments, segments * 64, jnp.bfloat16)
+        lambda: index.init_index(config, 1, 1, 2, 64, 12 * segments, segments * 64, 0, jnp.bfloat16)
     )
     zero = jnp.int32(0)
     text = lower_for(
@@ -126,7 +133,7 @@ def test_kernels_get_all_segments_in_one_call(monkeypatch, segments, calls):
         lambda w, r, n: index.append_prompt(w, config, zero, zero, r, n),
         *(wave, rows, jax.ShapeDtypeStruct((), jnp.int32)),
     )
-    for kernel in ("cut_clusters", "sum_pieces", "encode_tokens"):
+    for kernel in ("cut_clusters", "average_pieces", "encode_tokens"):
         assert len(re.findall(f'name = "{kernel}"', text)) == calls
     at_once = segments_at_once(segments, 2)
     assert f"tensor<{2 * at_once}x64x64xbf16>" in text

@@ -75,29 +75,58 @@ def test_an_attention_of_no_such_kind_is_refused(name, value):
 
 
 # Where what is cut off clusters too large differs by segment, by one.
-@example(prompt=66, other=129, growth=10, size=5, new=0)
+@example(prompt=66, other=129, growth=10, size=5, most=2, clusters=0, new=0)
 @given(
     prompt=st.integers(1, 700),
     other=st.integers(1, 700),
     growth=st.integers(1, 40),
-    size=st.integers(1, 9),
+    size=st.integers(1, 70),
+    most=st.integers(1, 3),
+    clusters=st.integers(0, 30),
     new=st.integers(0, 90),
 )
-def test_there_are_clusters_enough_for_every_way_to_fill_the_room(prompt, other, growth, size, new):
-    """A short prompt beside a long one may grow into the long one's room."""
-    config = dataclasses.replace(
-        CONFIG, growth_tokens=growth, cluster_size=size, max_cluster_size=2 * size
-    )
+def test_there_are_clusters_enough_for_every_prompt_beside_a_longer_one(
+    prompt, other, growth, size, most, clusters, new
+):
+    """A short prompt's are smaller, so there may be more of them than of the longest one's."""
+    sizes = {"cluster_size": size, "max_cluster_size": most * size, "min_clusters": clusters}
+    config = dataclasses.replace(CONFIG, growth_tokens=growth, **sizes)
     prompt, other = sorted((prompt, other))
     padded = segment_sizes(config, other)
     growths = -(-new // growth)
-    tokens = sum(padded) + growths * growth
     room = cluster_capacity(config, padded, growths)
     own = [config.segment_tokens] * (prompt // config.segment_tokens)
     own += [prompt % config.segment_tokens]
-    own += [growth] * ((tokens - prompt) // growth)
-    sizes = config.cluster_sizes(tokens)
-    assert sum(capacity(count, *sizes) for count in own) <= room
+    held = sum(capacity(count, *config.cluster_sizes(prompt)) for count in own)
+    for nth in range(1, growths + 1):
+        held += capacity(growth, *config.cluster_sizes(prompt + nth * growth))
+    assert held <= room
+
+
+@given(
+    tokens=st.integers(0, 2**31 - 1),
+    size=st.integers(1, 200),
+    clusters=st.sampled_from([0, 1, 20, 3072, 2**31 - 1]),
+)
+def test_a_traced_number_of_tokens_has_the_same_clusters(tokens, size, clusters):
+    sizes = {"cluster_size": size, "max_cluster_size": 3 * size, "min_clusters": clusters}
+    config = dataclasses.replace(CONFIG, **sizes)
+    found = index.sizes_of(config, jnp.int32(tokens))
+    assert tuple(map(int, found)) == config.cluster_sizes(tokens)
+
+
+def test_a_sequence_grows_as_often_beside_a_longer_prompt_as_alone():
+    attention = ATTENTIONS["wave"]
+    alone, both = (
+        attention.init_state(MODEL, batch, room, 100, jnp.float32)
+        for batch, room in ((1, 256), (2, 1024))
+    )
+    lengths = jnp.array([250, 1000])
+    for b in range(2):
+        both = attention.finish_prefill(both, jnp.int32(b), lengths[b])
+    alone = attention.finish_prefill(alone, jnp.int32(0), lengths[0])
+    assert attention.remaining(both)[0] == attention.remaining(alone)[0]
+    assert (np.asarray(attention.remaining(both)) >= 100).all()
 
 
 def test_a_full_sequences_step_reads_its_window_and_no_more(monkeypatch):
@@ -120,12 +149,3 @@ def test_a_full_sequences_step_reads_its_window_and_no_more(monkeypatch):
     with pytest.raises(InterruptedError):
         attention.attend(jnp.int32(0), nothing, state)
     assert read == [[most, most - 1]]
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_value_sums_are_finite_in_every_dtype(dtype):
-    sums = jnp.array([1e6, -1e6, 3.0], jnp.float32)
-    found = index._finite(sums, jnp.dtype(dtype))
-    assert found.dtype == dtype
-    most = min(1e6, float(jnp.finfo(dtype).max))
-    np.testing.assert_allclose(found.astype(jnp.float32), [most, -most, 3.0], rtol=1e-2)
