@@ -168,9 +168,7 @@ class Program:
                 mask=self.in_group[:, None] & (at < room)[None, :],
                 other=0,
             )
-            # With the count in the exponent no weight exceeds 1, which any dtype holds.
-            kept = jnp.log2(jnp.maximum(count, 1).astype(jnp.float32))
-            return count, jnp.where(count[None, :] > 0, LOG2_E * logits + kept[None, :], MASKED)
+            return count, jnp.where(count[None, :] > 0, LOG2_E * logits, MASKED)
 
         # First the peak and the end of the clusters to estimate: with the peak known, the tiles
         # need no reduction each; with the end known, the means' loads wait for no others.
@@ -186,7 +184,8 @@ class Program:
         start = jnp.full(masses.shape, MASKED, jnp.float32), jnp.zeros((size,), jnp.int32)
         most = pl.cdiv(pl.cdiv(room, size), splits)
         peaks, ends = lax.fori_loop(0, pl.cdiv(most, LOGIT_TILES), look, start)
-        peak, end = jnp.max(peaks, axis=1), jnp.max(ends)
+        # One more than the peak: half of a count, 65536 at most, is what float16 holds.
+        peak, end = jnp.max(peaks, axis=1) + 1, jnp.max(ends)
 
         def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             output, masses = carry
@@ -199,10 +198,7 @@ class Program:
                 mask=self.of_rows(at < end),
                 other=0,
             )
-            # Of a cluster that counts nothing anything may be stored, NaN included.
-            means = jnp.where((count > 0)[:, None], means, jnp.zeros((), means.dtype))
-            weights = jnp.exp2(exponents - peak[:, None])
-            weights = jnp.where((count > 0)[None, :], weights, 0.0)
+            weights = jnp.exp2(exponents - peak[:, None]) * count.astype(jnp.float32)[None, :]
             return output + _pallas.dot(weights.astype(means.dtype), means), masses + weights
 
         steps = _trips(split, splits, pl.cdiv(end, size))

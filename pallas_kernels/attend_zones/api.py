@@ -50,7 +50,8 @@ def attend_zones(
             which the kernel wants on the device then.
         tokens, slots, hit: from `select_tokens`.
         logits: from `score_clusters`.
-        value_means: means of the members' values; anything where nothing is to be estimated.
+        value_means: means of the members' values. Anything for clusters past the last one of which
+            something is to be estimated; of those before it NaN may show, whatever is estimated.
         offsets: as in `score_clusters`: they give the clusters' sizes.
         remaining: the members of each cluster to estimate: what `select_tokens` leaves, or zero
             for a cluster to leave out. More than it has members are all of them.

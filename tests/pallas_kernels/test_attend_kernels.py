@@ -72,9 +72,9 @@ def zone_case(seed, group=4, head_dim=64, dtype="float32", sinks=SINKS):
             remaining = rng.integers(0, sizes + 3)
             case["remaining"][b, h, :clusters] = remaining
             case["logits"][b, h, :, :clusters] = 3 * normal(group, clusters)
-            # Of what counts nothing, anything may be stored.
-            kept = np.flatnonzero(remaining)
-            case["value_means"][at][kept] = normal(len(kept), head_dim)
+            # Past the last cluster that counts, anything may be stored.
+            end = np.flatnonzero(remaining).max(initial=-1) + 1
+            case["value_means"][at][:end] = normal(end, head_dim)
     floats = ("query", "sink", "window", "store", "cache_rows", "value_means")
     dtypes = {name: jnp.dtype(dtype) for name in floats} | {"hit": bool, "logits": jnp.float32}
     return {name: jnp.asarray(x, dtypes.get(name, jnp.int32)) for name, x in case.items()}

@@ -42,6 +42,7 @@ SCORE = {
     "plain": score_reference.score_clusters,
     "kernel": functools.partial(score_kernel.score_clusters, interpret=True),
 }
+STEADY = ("sink", "window")
 # The NaN that processors make, that GPUs make, and others of either sign.
 NANS = np.array([0x7FC00000, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF, 0x7F800001], np.uint32)
 
@@ -137,7 +138,7 @@ def test_a_bad_number_reaches_the_head_that_attends_to_it_and_no_other(where, zo
 
 
 @pytest.mark.parametrize("zones", ZONES.values(), ids=ZONES)
-@pytest.mark.parametrize("name", ["sink", "window"])
+@pytest.mark.parametrize("name", STEADY)
 def test_more_rows_than_there_are_are_all_of_them(name, zones):
     case = zone_case(5)
     counts = case[f"{name}_tokens"]
@@ -223,3 +224,21 @@ def test_nan_is_selected_last(nan, budget):
     for select in SELECT.values():
         found = np.asarray(select(*operands).tokens)
         np.testing.assert_array_equal(found[0, :, :budget], expected)
+
+
+@pytest.mark.parametrize("zones", ZONES.values(), ids=ZONES)
+def test_a_cluster_of_the_most_tokens_is_estimated_in_float16(zones):
+    case = zone_case(9, dtype="float16")
+    edges = np.zeros(case["offsets"].shape, np.int32)
+    edges[..., 1:] = 65536
+    remaining = jnp.zeros_like(case["remaining"]).at[..., 0].set(65536)
+    nothing = {f"{name}_tokens": jnp.zeros_like(case[f"{name}_tokens"]) for name in STEADY}
+    case |= nothing | {"offsets": jnp.asarray(edges), "remaining": remaining}
+    case["tokens"] = jnp.full_like(case["tokens"], 2**31 - 1)
+    case["hit"] = jnp.zeros_like(case["hit"])
+    case["value_means"] = case["value_means"].at[:, :, :, 0].set(2000.0)
+    case["logits"] = case["logits"].at[..., 0].set(3.0)
+    found = zones(case)
+    output, logsumexp = merge_reference.merge_states(found.outputs, found.logsumexps)
+    np.testing.assert_allclose(output, 2000.0, rtol=1e-3)
+    np.testing.assert_allclose(logsumexp, 3.0 + np.log(65536), rtol=1e-5)
