@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from models import checkpoint as checkpoint_module
-from models import orbax_folder
 from models.checkpoint import find_default_model, open_checkpoint, write_orbax
 from models.errors import InputError
 from tests.models import tiny_models
@@ -237,32 +235,6 @@ def test_corrupt_orbax(tmp_path: Path) -> None:
             damaged(file, bytes(file.stat().st_size))
     message_of(lambda: open_checkpoint(folder).load_params("float32"), "truncated or corrupt")
     gc.collect()  # Orbax leaves unfinished reads behind, which should not warn in another test
-
-
-@pytest.mark.parametrize("when", ["while Orbax writes", "later"])
-def test_interrupted_write_leaves_nothing(
-    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_models.write_folder(tmp_path / "folder", CONFIG, TENSORS)
-    checkpoint = open_checkpoint(tmp_path / "folder")
-
-    # A shell's background jobs, which a test run may be, start with interrupts ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupt(_: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-    if when != "later":
-        make_checkpointer = orbax_folder._checkpointer
-        monkeypatch.setattr(
-            orbax_folder, "_checkpointer", lambda: interrupt(None) or make_checkpointer()
-        )
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            write_orbax(checkpoint, tmp_path / "new", "float32", add_files=interrupt)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_default_model_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
