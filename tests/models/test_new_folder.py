@@ -2,19 +2,17 @@
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from models import new_folder
 from models.errors import InputError
-from models.new_folder import make_folder, remove_unfinished, signals_put_off
+from models.new_folder import make_folder, remove_unfinished
 
 # Makes a folder, and stops half-way until it is killed.
 HALF_WAY = """
@@ -27,22 +25,6 @@ def fill(folder):
     time.sleep(600)
 make_folder(Path(sys.argv[1]), fill)
 """
-
-
-class Ended(Exception):
-    """Raised by a handler of signals, as commands do."""
-
-
-def end(*_: Any) -> None:
-    raise Ended
-
-
-@pytest.fixture
-def handler() -> Iterator[None]:
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, previous in before.items():
-        assert signal.signal(number, previous) == end
 
 
 def touch(folder: Path) -> None:
@@ -265,77 +247,6 @@ def test_a_file_taken_for_a_dead_ones_is_made_anew(
     make_folder(tmp_path / "new", touch)
     assert len(calls) == 2
     assert names(tmp_path) == ["new"]
-
-
-@pytest.mark.usefixtures("handler")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_leave_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    def fill(unfinished: Path) -> None:
-        touch(unfinished)
-        signal.raise_signal(number)
-        raise AssertionError("its handler raises")
-
-    with pytest.raises(Ended):
-        make_folder(tmp_path / "a" / "new", fill)
-    assert names(tmp_path) == []
-
-
-@pytest.mark.usefixtures("handler")
-@pytest.mark.parametrize("step", ["_make_parents", "_give_name", "_remove"])
-def test_signals_at_any_step(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    do = getattr(new_folder, step)
-
-    def do_with_signals(*arguments: Any, **options: Any) -> Any:
-        signal.raise_signal(signal.SIGTERM)
-        done = do(*arguments, **options)
-        signal.raise_signal(signal.SIGTERM)
-        return done
-
-    def fill(unfinished: Path) -> None:
-        touch(unfinished)
-        if step == "_remove":
-            raise ZeroDivisionError
-
-    monkeypatch.setattr(new_folder, step, do_with_signals)
-    with pytest.raises(Ended):
-        make_folder(tmp_path / "a" / "new", fill)
-    # Once it has its name it is complete, and stays.
-    assert [path.name for path in tmp_path.rglob("*")] == (
-        ["a", "new", "file"] if step == "_give_name" else []
-    )
-
-
-@pytest.mark.usefixtures("handler")
-def test_signals_are_put_off() -> None:
-    done = []
-
-    @signals_put_off()
-    def get_signals(error: Exception | None = None) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        if error is not None:
-            raise error
-        done.append(1)
-
-    with pytest.raises(Ended):
-        get_signals()
-    assert done == [1]
-    # Whatever else goes wrong, the signal is not lost.
-    with pytest.raises(Ended):
-        get_signals(ZeroDivisionError())
-
-
-@pytest.mark.parametrize("kept", [signal.SIG_IGN, signal.SIG_DFL])
-def test_signals_that_python_does_not_handle_are_left_alone(kept: signal.Handlers) -> None:
-    before = signal.signal(signal.SIGTERM, kept)
-    try:
-        with signals_put_off():
-            assert signal.getsignal(signal.SIGTERM) == kept
-            if kept == signal.SIG_IGN:
-                signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == kept
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def test_threads_make_folders_too(tmp_path: Path) -> None:
