@@ -72,8 +72,7 @@ def remove_unfinished(folder: Path) -> None:
     for name in names_in(folder.parent):
         if mine.fullmatch(name):
             lock = folder.with_name(name)
-            flags = getattr(os, "O_NOFOLLOW", 0)
-            with contextlib.suppress(OSError), _locked(lock, flags) as is_mine:
+            with contextlib.suppress(OSError), _locked(lock) as is_mine:
                 if is_mine and _remove(lock.with_suffix(""), attempts=1):
                     lock.unlink()
 
@@ -142,7 +141,7 @@ class _Unfinished:
 
 
 @contextlib.contextmanager
-def _locked(file: Path, flags: int, if_unknown: bool = False) -> Iterator[bool]:
+def _locked(file: Path, flags: int = 0, if_unknown: bool = False) -> Iterator[bool]:
     """Opens a file and tries to lock it: gives whether it is locked now, and still has its name.
 
     `if_unknown` is what is given where the file system knows no locks.

@@ -1,5 +1,6 @@
 """Signals at any moment: a new folder is complete or not there, and no signal is lost."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,11 +46,23 @@ def test_signals_leave_nothing(number: signal.Signals, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("handler")
-@pytest.mark.parametrize("step", ["_make_parents", "_give_name", "_remove"])
-def test_signals_at_any_step(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    do = getattr(new_folder, step)
+@pytest.mark.parametrize(
+    "where, step, complete",
+    [
+        (Path, "mkdir", False),
+        (os, "open", False),
+        (new_folder, "_lock", False),
+        (new_folder, "_remove", False),
+        (Path, "rename", True),  # once it has its name it stays
+        (Path, "unlink", True),
+    ],
+)
+def test_signals_at_any_step(
+    where: Any, step: str, complete: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do = getattr(where, step)
 
-    def do_with_signals(*arguments: Any, **options: Any) -> Any:
+    def do_among_signals(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         done = do(*arguments, **options)
         signal.raise_signal(signal.SIGTERM)
@@ -60,13 +73,11 @@ def test_signals_at_any_step(step: str, tmp_path: Path, monkeypatch: pytest.Monk
         if step == "_remove":
             raise ZeroDivisionError
 
-    monkeypatch.setattr(new_folder, step, do_with_signals)
+    monkeypatch.setattr(where, step, do_among_signals)
     with pytest.raises(Ended):
         make_folder(tmp_path / "a" / "new", fill)
-    # Once it has its name it is complete, and stays.
-    assert [path.name for path in tmp_path.rglob("*")] == (
-        ["a", "new", "file"] if step == "_give_name" else []
-    )
+    found = [path.name for path in tmp_path.rglob("*")]
+    assert found == (["a", "new", "file"] if complete else [])
 
 
 @pytest.mark.usefixtures("handler")

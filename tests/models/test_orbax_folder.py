@@ -191,6 +191,26 @@ def test_interrupted_write_leaves_nothing(
         signal.signal(number, before)
 
 
+def test_orbax_ends_before_a_signal_takes_effect(
+    write: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    class Saver(Writer):
+        def save(self, folder: Path, _: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            ended.append(folder)
+
+    monkeypatch.setattr(orbax_folder, "_checkpointer", lambda: Saver(OSError()))
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(Ended):
+            write()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(ended) == 1
+
+
 def test_what_a_killed_run_left_is_removed_before_the_weights_are_read(tmp_path: Path) -> None:
     source = tmp_path / "source"
     tiny_models.write_folder(source, CONFIG, tiny_models.make_tensors(CONFIG))
