@@ -60,7 +60,9 @@ def no_model(folder: Path) -> InputError:
             "to their end are read; convert the model from its Hugging Face folder or .gguf file"
         )
     models = [name for name in names if name.endswith(".gguf") and not is_other_part(name)]
-    if models:
+    if lost := _lost_link(folder, names):
+        hint = lost
+    elif models:
         hint = f"; did you mean {_listed([str(folder / name) for name in models])}?"
     elif inside := _models_inside(folder, names):
         hint = f"; did you mean {_listed([str(folder / name) for name in inside])}?"
@@ -88,6 +90,8 @@ def adapter(folder: Path) -> InputError:
 def weights_hint(folder: Path) -> str:
     """For a folder with config.json and no safetensors: what to do, to be appended to a message."""
     names = names_in(folder)
+    if lost := _lost_link(folder, names):
+        return lost
     gguf_files = [name for name in names if name.endswith(".gguf") and not is_other_part(name)]
     if gguf_files:
         return f"; did you mean {_listed([str(folder / name) for name in gguf_files])}?"
@@ -102,6 +106,12 @@ def weights_hint(folder: Path) -> str:
     if tensors:
         return f" beside {_listed(tensors)}; download the whole folder, or rename the file"
     return "; download the whole folder"
+
+
+def _lost_link(folder: Path, names: list[str]) -> str:
+    """What to say where a file is a link to nothing, as in a cache of which a part was removed."""
+    lost = next((name for name in names if stat_of(folder / name) is None), None)
+    return f"; {lost} is a link to a file that is not there: download it again" if lost else ""
 
 
 def _is_folder(path: Path) -> bool:

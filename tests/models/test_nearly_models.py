@@ -182,6 +182,14 @@ def test_folder_without_config(name: str, said: str, tmp_path: Path) -> None:
     refused(tmp_path, "is not a model folder: it has no config.json", said)
 
 
+def test_links_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/0123")
+    said = "model.safetensors is a link to a file that is not there: download it again"
+    refused(tmp_path, "no config.json", said)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    refused(tmp_path, "neither model.safetensors nor", said)
+
+
 def test_one_file_of_a_model(folder: Path) -> None:
     for name in ("config.json", "model-00001-of-00002.safetensors"):
         refused(folder / name, "is one file of a model; give the folder that holds it")
