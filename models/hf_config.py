@@ -36,6 +36,27 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (0, 1),
     "num_experts": (0,),
     "is_encoder_decoder": (False,),
+    "n_routed_experts": (0,),
+    "attention_chunk_size": (),
+    "attn_temperature_tuning": (False,),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "no_rope_layer_interval": (0,),
+    "use_mrope": (False,),
+    "alibi": (False,),
+    "clip_qkv": (),
+    "logit_scale": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "dim_model_base": (),
+    "quantization": (),
+    "compression_config": (),
+}
+_QUANTIZATION = ("quantization_config", "quantization", "compression_config")
+# The same, inside the settings of RoPE.
+_NEUTRAL_ROPE: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (1,),
+    "llama_4_scaling_beta": (0,),
 }
 # Here transformers adds the bias to the output projection too, for which the decoder has none.
 _NEUTRAL_BIAS = ("llama", "mistral", "qwen3")
@@ -69,6 +90,7 @@ def config_from_hf(
     theta, scaling = _rope(config, max_positions)
     # Qwen's documents add YaRN without changing max_position_embeddings.
     max_context = scaled_context(max_positions, scaling, "config.json")
+    max_context = min(max_context, _plain_attention_context(config) or max_context)
     window = _sliding_window(config, architecture, num_layers)
     return ModelConfig(
         architecture=architecture,
@@ -88,6 +110,7 @@ def config_from_hf(
         qk_norm=architecture == "qwen3",
         stop_token_ids=_stop_token_ids(config, generation_config or {}),
         bos_token_id=_bos_token_id(config),
+        sliding_window=window,
     )
 
 
@@ -109,11 +132,15 @@ def _refuse_what_is_not_supported(config: Mapping[str, Any], architecture: str) 
     neutral = dict(_NEUTRAL)
     if architecture in _NEUTRAL_BIAS:
         neutral["attention_bias"] = (False,)
+    if architecture != "qwen3":  # whose heads are normalised
+        neutral["use_qk_norm"] = (False,)
     for key, allowed in neutral.items():
         value = config.get(key)
         if value is not None and value not in allowed:
             shown = "set" if isinstance(value, dict) else repr(value)
             expected = f"; supported is {allowed[0]!r}" if allowed else ""
+            if key in _QUANTIZATION:
+                expected = "; take the model that was quantised, or a GGUF file of it"
             raise InputError(f"config.json: {key} is {shown}, which is not supported{expected}")
 
 
@@ -126,8 +153,12 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
     settings = {key: value for key, value in given.items() if value is not None}
     theta = settings.get("rope_theta", parameters.get("rope_theta", config.get("rope_theta")))
     theta = 10000.0 if theta is None else _number({"rope_theta": theta}, "rope_theta")
-    if settings.get("partial_rotary_factor", 1) != 1:
-        raise InputError("config.json: partial_rotary_factor other than 1 is not supported")
+    for key, allowed in _NEUTRAL_ROPE.items():
+        if settings.get(key, allowed[0]) not in allowed:
+            raise InputError(
+                f"config.json: RoPE setting {key} is {settings[key]!r}, which is not supported; "
+                f"supported is {allowed[0]!r}"
+            )
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -202,6 +233,29 @@ def _sliding_window(config: Mapping[str, Any], architecture: str, num_layers: in
         slides = _integer(config, "max_window_layers", 28) < num_layers
         window = config.get("sliding_window", 4096)
     return _integer({"sliding_window": window}, "sliding_window") if slides and window else None
+
+
+def _plain_attention_context(config: Mapping[str, Any]) -> int | None:
+    """Tokens up to which dual chunk attention is plain attention; None where the model has none.
+
+    It reads longer texts in chunks, with other positions between them (An et al. 2024,
+    arXiv:2402.17463): plain attention would turn keys by angles that the model has never seen.
+    """
+    settings = config.get("dual_chunk_attention_config")
+    if not settings:
+        return None
+    if not isinstance(settings, Mapping):
+        raise InputError(
+            f"config.json: dual_chunk_attention_config is {reprlib.repr(settings)}; expected an "
+            "object"
+        )
+    # 8192 is the default of the engines that have this attention.
+    chunk = _integer(settings, "chunk_size", 8192)
+    original = _integer(settings, "original_max_position_embeddings", 0)
+    limit = min(chunk, original or chunk)
+    if limit < 1:
+        raise InputError(f"config.json: dual chunk attention's chunk_size is {chunk}; expected > 0")
+    return limit
 
 
 def _stop_token_ids(

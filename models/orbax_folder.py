@@ -6,11 +6,7 @@ import json
 import logging
 import os
 import re
-import shutil
-import signal
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +16,15 @@ import jax
 
 from models.config import ModelConfig
 from models.errors import InputError
+from models.model_path import CONFIG_FILE
+from models.new_folder import make_folder, refuse_existing, signals_put_off
 from models.parameters import Params, nest, parameter_shapes
-from models.paths import is_file, stat_of
+from models.paths import is_file, refuse_lfs_pointer
 from models.safetensors_folder import read_json
 from models.tensor_source import parameter_dtype, refuse_overflow, report_problems
 
-CONFIG_FILE = "model_config.json"
+__all__ = ["CONFIG_FILE", "load_orbax", "open_orbax", "refuse_existing", "save_orbax"]
+
 _FORMAT = "wavejax-orbax-1"
 _PARAMS = "params"
 
@@ -84,41 +83,24 @@ def save_orbax(
     Raises:
       InputError: `folder` exists, or cannot be written.
     """
-    refuse_existing(folder)
-    # Cut, so that the longest name that a file system takes leaves room for the rest.
-    unfinished = folder.with_name(f".{folder.name[:40]}.unfinished-{os.getpid()}")
-    new_parents = [parent for parent in folder.parents if stat_of(parent) is None]
+
+    def fill(unfinished: Path) -> None:
+        # Orbax's threads write on after an interruption, as if still wanted.
+        with signals_put_off(), _checkpointer() as checkpointer:
+            checkpointer.save(_params(unfinished), params["params"])
+        sizes = {str(path.relative_to(unfinished)): size for path, size in _sizes(unfinished)}
+        stored = {"format": _FORMAT, "config": config.to_json(), "sizes": sizes}
+        (unfinished / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        add_files(unfinished)
+
     with _threads_unheard():
         try:
-            reason = _error_of(lambda: _write(config, params, folder, unfinished, add_files))
+            reason = _error_of(lambda: make_folder(folder, fill))
             if reason is not None:
                 raise InputError(f"{folder} cannot be written: {reason}")
         except BaseException:
-            _remove(unfinished)
-            for parent in new_parents:
-                with contextlib.suppress(OSError):  # what is not empty stays
-                    parent.rmdir()
             gc.collect()  # as they are freed, Orbax's tasks log errors that nobody asked them for
             raise
-
-
-def _write(
-    config: ModelConfig,
-    params: Params,
-    folder: Path,
-    unfinished: Path,
-    add_files: Callable[[Path], None],
-) -> None:
-    """Writes all to `unfinished`, and then gives it its name."""
-    unfinished.mkdir(parents=True)
-    with _interrupt_put_off(), _checkpointer() as checkpointer:
-        checkpointer.save(_params(unfinished), params["params"])
-    sizes = {str(path.relative_to(unfinished)): size for path, size in _sizes(unfinished)}
-    stored = {"format": _FORMAT, "config": config.to_json(), "sizes": sizes}
-    (unfinished / CONFIG_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-    add_files(unfinished)
-    refuse_existing(folder)
-    unfinished.rename(folder)
 
 
 def _error_of(write: Callable[[], None]) -> str | None:
@@ -156,38 +138,6 @@ def _threads_unheard() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def _remove(folder: Path) -> None:
-    """Removes what could not be completed."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        # Tensorstore's threads may write on for a moment, and make the folder anew.
-        time.sleep(0.1)
-        if not os.path.lexists(folder):
-            return
-
-
-def refuse_existing(folder: Path) -> None:
-    """InputError if there is anything at `folder`, or no telling."""
-    if stat_of(folder, follow_symlinks=False) is not None:
-        raise InputError(f"{folder} exists already; name a new folder or remove it first")
-
-
-@contextlib.contextmanager
-def _interrupt_put_off() -> Iterator[None]:
-    """Lets Ctrl-C take effect at the end: Orbax's threads write on after it, as if still wanted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread receives signals, or may say what becomes of them
-        return
-    interrupted = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
-
-
 def _sizes(folder: Path) -> list[tuple[Path, int]]:
     files = sorted(path for path in (folder / _PARAMS).rglob("*") if path.is_file())
     return [(path, path.stat().st_size) for path in files]
@@ -199,6 +149,7 @@ def _check_sizes(folder: Path, sizes: Any) -> None:
         file = folder / name
         there_is = file.stat().st_size if is_file(file) else None
         if there_is != size:
+            refuse_lfs_pointer(file)
             given = "is missing" if there_is is None else f"has {there_is} bytes"
             raise InputError(
                 f"{folder} is truncated or corrupt: {name} {given}, expected {size}; convert the "

@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from models.errors import InputError
 from models.hf_config import config_from_hf
+from models.model_path import weights_hint
 from models.parameters import Path, Shape
-from models.paths import is_file
+from models.paths import is_file, refuse_stand_in
 from models.tensor_source import TensorSource
 
 _NAMES: dict[Path, str] = {
@@ -94,6 +95,7 @@ def read_json(path: FilePath) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
+        refuse_stand_in(path)
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object")
@@ -113,18 +115,19 @@ def _tensor_files(folder: FilePath) -> list[FilePath]:
             raise InputError(
                 f"{folder} lacks {len(missing)} of its {len(names)} tensor files: "
                 + ", ".join(missing[:10])
+                + "; download them to the same folder"
             )
         return [folder / name for name in names]
-    hint = ""
-    if any(folder.glob("*.bin")):
-        hint = "; its .bin files are not read: convert them to safetensors"
-    raise InputError(f"{folder} is not a model: it has neither {_SINGLE} nor {_INDEX}{hint}")
+    raise InputError(
+        f"{folder} has config.json, but neither {_SINGLE} nor {_INDEX}{weights_hint(folder)}"
+    )
 
 
 def _open(path: FilePath) -> Any:
     try:
         return safe_open(str(path), framework="numpy")
     except SafetensorError as error:
+        refuse_stand_in(path)
         raise InputError(
             f"{path} is truncated or corrupt ({error}); download or copy it again"
         ) from None

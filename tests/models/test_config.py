@@ -52,6 +52,25 @@ def test_both_spellings_of_rope(name: str) -> None:
         ({"rope_scaling": [8]}, "differ by layer type"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+        ({"quantization": {"bits": 4}}, "quantization is set, which is not supported; take the"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size is 8192"),
+        ({"attn_temperature_tuning": True}, "attn_temperature_tuning is True"),
+        ({"no_rope_layer_interval": 4}, "no_rope_layer_interval is 4"),
+        ({"use_mrope": True}, "use_mrope is True"),
+        ({"use_qk_norm": True}, "use_qk_norm is True"),
+        ({"alibi": True}, "alibi is True"),
+        ({"clip_qkv": 8}, "clip_qkv is 8"),
+        ({"logit_scale": 0.06}, "logit_scale is 0.06"),
+        ({"scale_emb": 12}, "scale_emb is 12"),
+        ({"scale_depth": 1.4}, "scale_depth is 1.4"),
+        ({"dim_model_base": 256}, "dim_model_base is 256"),
+        ({"n_routed_experts": 64}, "n_routed_experts is 64"),
+        ({"rope_scaling": YARN | {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta is 0.1"),
+        ({"dual_chunk_attention_config": [1]}, "dual_chunk_attention_config is [1]; expected"),
+        ({"dual_chunk_attention_config": {"chunk_size": 0.5}}, "expected a whole number"),
+        ({"dual_chunk_attention_config": {"chunk_size": -1}}, "chunk_size is -1; expected > 0"),
         ({"model_type": "gemma3"}, "'gemma3' is not supported; supported are: llama, mistral"),
         ({"model_type": None, "architectures": ["PhiForCausalLM"]}, "'phi'"),
         ({"num_key_value_heads": 3}, "cannot share"),
@@ -117,6 +136,41 @@ def test_what_is_not_supported_is_refused(changes: dict[str, Any], part: str) ->
 )
 def test_max_context(config: dict[str, Any], max_context: int) -> None:
     assert config_from_hf(config).max_context == max_context
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_context"),
+    [
+        ({"chunk_size": 100, "local_size": 8, "original_max_position_embeddings": 90}, 90),
+        ({"chunk_size": 80, "local_size": 8, "original_max_position_embeddings": 90}, 80),
+        ({"chunk_size": 100}, 100),
+        ({"chunk_size": 1000, "original_max_position_embeddings": 1000}, 256),
+        ({"local_size": 8}, 256),
+        ({}, 256),
+        (None, 256),
+    ],
+)
+def test_context_of_dual_chunk_attention(settings: dict[str, Any] | None, max_context: int) -> None:
+    """Up to a chunk, it is plain attention; past it, the model was made for other positions."""
+    config = config_from_hf(QWEN2 | {"dual_chunk_attention_config": settings})
+    assert config.max_context == max_context
+    longer = QWEN2 | {"max_position_embeddings": 9000, "dual_chunk_attention_config": {"a": 1}}
+    assert config_from_hf(longer).max_context == 8192
+
+
+def test_settings_that_change_nothing() -> None:
+    neutral = {
+        "use_mrope": False,
+        "is_causal": True,
+        "logit_scale": 1.0,
+        "no_rope_layer_interval": 0,
+        "attention_chunk_size": None,
+        "pretraining_tp": 2,
+        "attention_dropout": 0.1,
+    }
+    assert config_from_hf(QWEN2 | neutral) == config_from_hf(QWEN2)
+    qwen3 = tiny_models.CONFIGS["qwen3"]
+    assert config_from_hf(qwen3 | {"use_qk_norm": True}) == config_from_hf(qwen3)
 
 
 @pytest.mark.parametrize("ids", ["2", ["</s>"], 2.0, 3.5, 2**32 - 1, -1, True, ["a", 3], [None]])

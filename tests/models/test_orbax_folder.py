@@ -1,6 +1,7 @@
 """A folder that cannot be written to its end: one line says why, and nothing is left of it."""
 
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from models import orbax_folder
+from models import new_folder, orbax_folder
 from models.checkpoint import open_checkpoint, write_orbax
 from models.errors import InputError
-from models.orbax_folder import refuse_existing
+from models.new_folder import refuse_existing
 from models.paths import stat_of
 from tests.models import tiny_models
 
@@ -86,7 +87,7 @@ def test_mistakes_in_the_program_stay_what_they_are(
 def test_a_thread_that_writes_on_is_waited_for(
     write: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rmtree, seen = orbax_folder.shutil.rmtree, []
+    rmtree, seen = new_folder.shutil.rmtree, []
 
     def remove_and_write(folder: Path, **options: bool) -> None:
         rmtree(folder, **options)
@@ -94,7 +95,7 @@ def test_a_thread_that_writes_on_is_waited_for(
             (folder / "params").mkdir(parents=True)
         seen.append(folder)
 
-    monkeypatch.setattr(orbax_folder.shutil, "rmtree", remove_and_write)
+    monkeypatch.setattr(new_folder.shutil, "rmtree", remove_and_write)
     monkeypatch.setattr(orbax_folder, "_checkpointer", lambda: Writer(OSError(28, "full")))
     with pytest.raises(InputError):
         write()
@@ -156,3 +157,72 @@ def test_paths_that_cannot_be_looked_at(tmp_path: Path) -> None:
         for look in (refuse_existing, stat_of, open_checkpoint):
             with pytest.raises(InputError, match=f"cannot look at .*: .*{said}"):
                 look(path)
+
+
+class Ended(BaseException):
+    """Raised by a handler of signals."""
+
+
+def end(*_: object) -> None:
+    raise Ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["while Orbax writes", "later"])
+def test_interrupted_write_leaves_nothing(
+    when: str, number: signal.Signals, write: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A shell's background jobs, which a test run may be, start with interrupts ignored.
+    handler = signal.default_int_handler if number == signal.SIGINT else end
+    before = signal.signal(number, handler)
+
+    def interrupt(_: object) -> None:
+        signal.raise_signal(number)
+
+    if when != "later":
+        make_checkpointer = orbax_folder._checkpointer
+        monkeypatch.setattr(
+            orbax_folder, "_checkpointer", lambda: interrupt(None) or make_checkpointer()
+        )
+    try:
+        with pytest.raises((KeyboardInterrupt, Ended)):
+            write(add_files=interrupt)
+    finally:
+        signal.signal(number, before)
+
+
+def test_orbax_ends_before_a_signal_takes_effect(
+    write: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    class Saver(Writer):
+        def save(self, folder: Path, _: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            ended.append(folder)
+
+    monkeypatch.setattr(orbax_folder, "_checkpointer", lambda: Saver(OSError()))
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(Ended):
+            write()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(ended) == 1
+
+
+def test_what_a_killed_run_left_is_removed_before_the_weights_are_read(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny_models.write_folder(source, CONFIG, tiny_models.make_tensors(CONFIG))
+    left = tmp_path / ".new.unfinished-1-0123abcd"
+    (left / "params").mkdir(parents=True)
+    (tmp_path / f"{left.name}.lock").touch()
+    seen = []
+    write_orbax(
+        open_checkpoint(source),
+        tmp_path / "new",
+        "float32",
+        lambda *_: seen.append(left.exists()),
+    )
+    assert set(seen) == {False}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "source"]

@@ -53,8 +53,12 @@ def write_gguf(
     encoding: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     metadata: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray] | None = None,
+    **splitting: Any,
 ) -> None:
-    """Writes a model given in Hugging Face's terms. `metadata` overrides (None drops) keys."""
+    """Writes a model given in Hugging Face's terms. `metadata` overrides (None drops) keys.
+
+    `splitting` are options of `gguf.GGUFWriter` that make several files of it.
+    """
     architecture = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
     head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     values: dict[str, Any] = {
@@ -71,10 +75,12 @@ def write_gguf(
         "tokenizer.ggml.bos_token_id": config["bos_token_id"],
         "tokenizer.ggml.eos_token_id": config["eos_token_id"],
     } | (metadata or {})
-    writer = gguf.GGUFWriter(path, values.pop("general.architecture", architecture))
+    writer = gguf.GGUFWriter(path, values.pop("general.architecture", architecture), **splitting)
     for key, value in values.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         elif isinstance(value, int):
