@@ -24,6 +24,7 @@ END_TOKENS = (
     "<|END_OF_TURN_TOKEN|>",
 )
 _MARKER = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
+_WORD = re.compile(r"\w")
 _BARRED = re.compile(r"<[|｜]\S+[|｜]>")
 
 
@@ -48,6 +49,7 @@ class ControlTokens:
 
     Attributes:
         ids: by what is written for them.
+        shown: those of them that decoded text holds, such as <think>.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -58,6 +60,9 @@ class ControlTokens:
             if token.special or looks_like_marker(token.content)
         }
         self.ids = {token.content: index for index, token in control.items()}
+        self.shown = frozenset(token.content for token in control.values() if not token.special)
+        # Tokens that are matched only where no letter or digit touches them.
+        self._single = {token.content for token in control.values() if token.single_word}
         self._backend = backend
         self._shielded: tokenizers.Tokenizer | None = None
         # They may then be matched in texts that do not spell them letter by letter.
@@ -70,13 +75,16 @@ class ControlTokens:
         longest_first = sorted(self.ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def starts(self, text: str) -> list[tuple[int, str]]:
-        """Where `text` spells a control token, overlapping ones too, and which; in order."""
-        found = []
-        for token in self.ids:
+    def starts(self, text: str, *, answer: bool) -> list[int]:
+        """Where `text` spells control tokens, overlapping ones too, in order.
+
+        answer: it is the model's own, in which shown ones are what the model wrote.
+        """
+        found = set()
+        for token in self.ids.keys() - self.shown if answer else self.ids:
             start = text.find(token)
             while start >= 0:
-                found.append((start, token))
+                found.add(start)
                 start = text.find(token, start + 1)
         return sorted(found)
 
@@ -100,8 +108,13 @@ class ControlTokens:
         """
         if not masked and not self._normalized:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
-        renamed = self._pattern.sub(lambda found: self._names[found[0]], text)
-        return self._encode_shielded(renamed.translate(masked))
+        return self._encode_shielded(self._pattern.sub(self._name, text).translate(masked))
+
+    def _name(self, found: re.Match[str]) -> str:
+        text, around = found[0], found.string[found.start() - 1 : found.start()]
+        around += found.string[found.end() : found.end() + 1]
+        is_text = text in self._single and _WORD.search(around)
+        return text if is_text else self._names[text]
 
     def _encode_shielded(self, text: str) -> list[int]:
         if self._shielded is None:

@@ -120,51 +120,25 @@ class _Attempt:
         self._free = self._unused_characters()
 
     def rendering(self) -> Rendering:
-        spelt = [self.control.starts(text) for text in self.texts]
-        starts = [[start for start, _ in found] for found in spelt]
+        starts = [
+            self.control.starts(text, answer=message["role"] == "assistant")
+            for message, text in zip(self.messages, self.texts, strict=True)
+        ]
         plain = self._rendered([()] * len(self.texts))
         # Every message's first and last letter too: then it is known where each of them is.
         edges = [self._edges(text) for text in self.texts]
         exact = self._try(starts, edges)
         if exact is not None and exact.translate(self.stand_ins) == plain:
             self._check_edges(exact, edges)
-            masked = exact
-        else:
-            masked = self._without_edges(spelt, starts, plain)
+        # Else it looks at what the messages begin or end with, or at control tokens in them: the
+        # former it is to find, the latter are text.
+        masked = self._rendered(starts) if any(starts) else plain
         text = masked.translate(self.stand_ins)
         self._check_no_parts_written(text)
         for number, content in enumerate(self.texts):
             if not self._holds(text, content, self.messages[number]["role"]):
                 raise self._dropped(number)
-        return Rendering(masked, self.stand_ins) if any(starts) else Rendering(text, {})
-
-    def _without_edges(
-        self, spelt: list[list[tuple[int, str]]], starts: list[list[int]], plain: str
-    ) -> str:
-        """A rendering that marks control tokens only, where the template looks at the messages.
-
-        It is to find there what it looks for in the model's own answers, as </think>. In others'
-        messages such a thing is text.
-        """
-        masked = self._try(starts)
-        if masked is not None and masked.translate(self.stand_ins) == plain:
-            return masked
-        answers = [message["role"] == "assistant" for message in self.messages]
-        looked_for = set()
-        for kind in sorted({kind for found in spelt for _, kind in found}):
-            only = [
-                [start for start, other in found if other == kind] if answer else []
-                for found, answer in zip(spelt, answers, strict=True)
-            ]
-            rendered = self._try(only) if any(only) else plain
-            if rendered is None or rendered.translate(self.stand_ins) != plain:
-                looked_for.add(kind)
-        return self._rendered(
-            [
-                [start for start, kind in found if not (answer and kind in looked_for)]
-                for found, answer in zip(spelt, answers, strict=True)
-            ]
-        )
+        return Rendering(masked, self.stand_ins if any(starts) else {})
 
     def _try(
         self, places: Sequence[Iterable[int]], edges: Sequence[dict[int, str]] = ()
