@@ -1,6 +1,5 @@
 """Builds a tokenizer from tokenizer.model, a file of the SentencePiece library."""
 
-import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from models.sentencepiece_bpe import (
     space_decoder,
     space_normalizers,
 )
+from models.sentencepiece_proto import model_class
 from models.text_files import one_line
 
 # Of pieces and of models, as the library's file format numbers them.
@@ -31,7 +31,7 @@ def read_sentencepiece(
 
     config: what tokenizer_config.json does say.
     way_out: what to do with a file that cannot be read.
-    Raises InputError if the sentencepiece package is missing, or the file is not one of its models.
+    Raises InputError if the file is not a model of a kind that is known here.
     """
     proto = _parse(file, way_out)
     kind = proto.trainer_spec.model_type
@@ -49,20 +49,13 @@ def read_sentencepiece(
 
 def _parse(file: Path, way_out: str) -> Any:
     try:
-        library = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
-    except ImportError:
-        raise InputError(
-            f"to read {file} the package sentencepiece is needed: pip install sentencepiece "
-            f"protobuf; or {way_out}"
-        ) from None
-    try:
         content = file.read_bytes()
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    proto = library.ModelProto()
+    proto = model_class()()
     try:
         proto.ParseFromString(content)
-    except Exception as error:  # of a package that is imported here only
+    except Exception as error:  # the protobuf library's own
         raise InputError(f"{file} is not a SentencePiece model: {way_out}") from error
     return proto
 
@@ -131,4 +124,5 @@ def _finish(backend: tokenizers.Tokenizer, proto: Any, *, first_only: bool) -> N
         cut = pre_tokenizers.Split(Regex("|".join(map(re.escape, whole))), behavior="isolated")
         before = [backend.pre_tokenizer] if backend.pre_tokenizer is not None else []
         backend.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
-        backend.model.ignore_merges = True
+        if proto.trainer_spec.model_type == _BPE:
+            backend.model.ignore_merges = True  # no merges make them
