@@ -1,5 +1,6 @@
 """Builds a tokenizer from the metadata of a GGUF file."""
 
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from models.values import token_id
 
 SUPPORTED_PRE_TOKENIZERS = tuple(sorted(PRE_TOKENIZERS))
 SUPPORTED_MODELS = ("gpt2", "llama")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # what stands for a byte, whether typed so or not
 _LLAMA3_TOKENS = 128256  # by which a file of Llama 3 is known that names no pre-tokenizer
 # What the metadata must be where they are there at all.
 _ARRAYS = ("ggml.tokens", "ggml.token_type", "ggml.scores", "ggml.merges")
@@ -162,6 +164,7 @@ def _sentencepiece_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
         kinds = metadata.get("ggml.token_type") or []
         whole = (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)
         unmerged = {index for index, kind in enumerate(kinds) if kind in whole}
+        unmerged |= {index for index, token in enumerate(tokens) if _BYTE.fullmatch(token)}
         merges = merges_from_scores(tokens, metadata["ggml.scores"], unmerged)
     else:
         raise InputError("the tokenizer lacks its scores (tokenizer.ggml.scores)")

@@ -47,7 +47,7 @@ _DIGIT = r"\p{N}"
 _CASED_LETTERS = (
     r"[\p{Lu}\p{Ll}\p{Lt}&&[^"
     "\u0560-\u0588\u10c7\u10cd\u10d0-\u10ff\u1c80-\u1c8a\u2d00-\u2d2d\ua790-\uab68"
-    "\U00010570-\U000105bb\U00010d50-\U00010d85\U00016e40-\U00016e7f\U0001d400-\U0001d7cb"
+    "\U00010570-\U000105bc\U00010d50-\U00010d85\U00016e40-\U00016e7f\U0001d400-\U0001d7cb"
     "\U0001df00-\U0001df2a]]"
 )
 _EAST_ASIAN = "[\u0800-\u9fa5\uac00-\ud7ff]+"

@@ -98,8 +98,12 @@ def _finish(backend: tokenizers.Tokenizer, proto: Any, *, first_only: bool) -> N
         steps.append(normalizers.Replace(Regex(" +"), " "))
     steps += space_normalizers(leading_space and not first_only)
     backend.normalizer = normalizers.Sequence(steps)
+    cuts: list[Any] = []
     if leading_space and first_only:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        cuts.append(pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
+    if proto.trainer_spec.model_type == _UNIGRAM and proto.trainer_spec.byte_fallback:
+        # Else a text that spells a byte's name, <0x41>, would become that byte.
+        cuts.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), behavior="isolated"))
     backend.decoder = space_decoder(leading_space, proto.trainer_spec.byte_fallback)
 
     markers = [
@@ -121,8 +125,9 @@ def _finish(backend: tokenizers.Tokenizer, proto: Any, *, first_only: bool) -> N
         reverse=True,
     )
     if whole:
-        cut = pre_tokenizers.Split(Regex("|".join(map(re.escape, whole))), behavior="isolated")
-        before = [backend.pre_tokenizer] if backend.pre_tokenizer is not None else []
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
+        pattern = Regex("|".join(map(re.escape, whole)))
+        cuts.append(pre_tokenizers.Split(pattern, behavior="isolated"))
         if proto.trainer_spec.model_type == _BPE:
             backend.model.ignore_merges = True  # no merges make them
+    if cuts:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
