@@ -81,14 +81,15 @@ def _failed(error: Exception) -> InputError:
 def _check_arguments(
     given: Mapping[str, Any], own: Mapping[str, Any], read: frozenset[str]
 ) -> None:
-    """Raises InputError where a variable is the conversation's own, or the template reads none."""
+    """Raises InputError where a variable is set already, or the template does not read it."""
+    taken = own.keys() | _environment().globals.keys()
     for name in given:
-        if name in own:
+        if name in taken:
             raise InputError(
                 f"the template variable {name} is set by the conversation itself; leave it out"
             )
         if name not in read:
-            known = ", ".join(sorted(read - set(own) - set(_environment().globals))) or "none"
+            known = ", ".join(sorted(read - taken)) or "none"
             raise InputError(f"the model's chat template has no variable {name}; it has: {known}")
 
 

@@ -112,7 +112,17 @@ def test_template_variables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["messages", "tools", "documents", "bos_token", "eos_token", "add_generation_prompt"]
+    "name",
+    [
+        "messages",
+        "tools",
+        "documents",
+        "bos_token",
+        "eos_token",
+        "add_generation_prompt",
+        "raise_exception",
+        "range",
+    ],
 )
 def test_variables_that_the_conversation_sets(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"{name} is set by the conversation"):

@@ -47,7 +47,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     assert stream.flush() == ""
 
 
-@pytest.mark.parametrize("cuts", itertools.product([1, 2, 3], repeat=3))
+@pytest.mark.parametrize("cuts", list(itertools.product([1, 2, 3], repeat=3)))
 def test_stop_strings_that_overlap(cuts: tuple[int, ...]) -> None:
     text, pieces, at = "xbcdy", [], 0
     for cut in cuts:
