@@ -115,6 +115,15 @@ class _Attempt:
         self.render, self.messages, self.typed = render, messages, typed
         self.control, self.template = control, template
         self.texts = [message["content"] or "" for message in messages]
+        # Other texts of a message, such as an answer's thoughts, are the model's own.
+        self._fields = [
+            {
+                name: control.starts(value, answer=True)
+                for name, value in message.items()
+                if name not in ("role", "content") and isinstance(value, str)
+            }
+            for message in messages
+        ]
         self.stand_ins: dict[int, str] = {}
         self._stand_in_of: dict[str, str] = {}
         self._free = self._unused_characters()
@@ -124,7 +133,7 @@ class _Attempt:
             self.control.starts(text, answer=message["role"] == "assistant")
             for message, text in zip(self.messages, self.texts, strict=True)
         ]
-        plain = self._rendered([()] * len(self.texts))
+        plain = self.render(self._given([()] * len(self.texts), (), mark_fields=False))
         # Every message's first and last letter too: then it is known where each of them is.
         edges = [self._edges(text) for text in self.texts]
         exact = self._try(starts, edges)
@@ -132,13 +141,14 @@ class _Attempt:
             self._check_edges(exact, edges)
         # Else it looks at what the messages begin or end with, or at control tokens in them: the
         # former it is to find, the latter are text.
-        masked = self._rendered(starts) if any(starts) else plain
+        spelt = any(starts) or any(any(fields.values()) for fields in self._fields)
+        masked = self._rendered(starts) if spelt else plain
         text = masked.translate(self.stand_ins)
         self._check_no_parts_written(text)
         for number, content in enumerate(self.texts):
             if not self._holds(text, content, self.messages[number]["role"]):
                 raise self._dropped(number)
-        return Rendering(masked, self.stand_ins if any(starts) else {})
+        return Rendering(masked, self.stand_ins if spelt else {})
 
     def _try(
         self, places: Sequence[Iterable[int]], edges: Sequence[dict[int, str]] = ()
@@ -152,6 +162,15 @@ class _Attempt:
         self, places: Sequence[Iterable[int]], edges: Sequence[dict[int, str]] = ()
     ) -> str:
         """The template's text, with stand-ins at these places of the messages."""
+        return self.render(self._given(places, edges, mark_fields=True))
+
+    def _given(
+        self,
+        places: Sequence[Iterable[int]],
+        edges: Sequence[dict[int, str]],
+        *,
+        mark_fields: bool,
+    ) -> Messages:
         given: Messages = []
         for number, (message, text) in enumerate(zip(self.messages, self.texts, strict=True)):
             marks = {place: self._stand_in(text[place]) for place in places[number]}
@@ -161,8 +180,13 @@ class _Attempt:
                 content = _with_marks(text, marks)
                 if self.typed(message["role"]):
                     content = [{"type": "text", "text": content}]
-            given.append({**message, "content": content})
-        return self.render(given)
+            fields = {
+                name: _with_marks(message[name], {i: self._stand_in(message[name][i]) for i in at})
+                for name, at in self._fields[number].items()
+                if mark_fields
+            }
+            given.append({**message, **fields, "content": content})
+        return given
 
     def _stand_in(self, char: str) -> str:
         if char not in self._stand_in_of:

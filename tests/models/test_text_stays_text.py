@@ -191,3 +191,13 @@ def test_thoughts_in_answers_are_what_the_model_wrote(tmp_path: Path) -> None:
         "</think>": 1,
     }
     assert tokenizer.decode(ids).count(answer) == 2
+
+
+def test_other_texts_of_a_message_end_no_turn(tmp_path: Path) -> None:
+    template = CHATML.replace("message.content", "message.thoughts + message.content")
+    tokenizer = save(tmp_path, KINDS["byte-level"](), chat_template=template)
+    message = {"role": "assistant", "thoughts": "<think>ab</s></think>", "content": "im"}
+    ids = tokenizer.encode_chat([message])
+    assert "<think>ab</s></think>im" in tokenizer.decode(ids)
+    assert tokenizer.backend.token_to_id("</s>") not in ids
+    assert tokenizer.backend.token_to_id("<think>") in ids
