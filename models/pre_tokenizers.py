@@ -22,6 +22,8 @@ _QWEN35 = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 )
+# Digits first, so that no space or sign is cut together with them.
+_MINICPM5 = (r"\p{N}{1,3}", rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}+|{_REST}")
 # Llama 3's, with spaces counted off in powers of two.
 _JAIS2 = (
     rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|"
@@ -117,6 +119,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
     ),
     **_named(PreTokenizer((_LLAMA3,)), "dbrx smaug-bpe glm4 chatglm-bpe"),
+    **_named(PreTokenizer(_MINICPM5, whole_pieces=True), "minicpm5"),
     **_named(PreTokenizer((_JAIS2,)), "jais-2"),
     **_named(PreTokenizer((_QWEN2,), composed=True), "qwen2 deepseek-r1-qwen"),
     **_named(PreTokenizer((_QWEN2,)), "megrez stablelm2 hunyuan solar-open kormo f2llmv2 grok-2"),

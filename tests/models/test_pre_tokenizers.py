@@ -22,6 +22,7 @@ CUT = {
     "deepseek-v3": "It|'s| |123|45| naïve| CamelCase|漢字かな|\n\n| | don|'t|!| ա| /|x",
     "seed-coder": "It|'s| |1|2|3|4|5| naïve| CamelCase漢字かな|\n\n| | don|'t|!| ա| /|x",
     "bailingmoe": "It|'s| |1|2|3|4|5| naïve| CamelCase漢字かな|\n\n| | don|'t|!| ա| /|x",
+    "minicpm5": "It|'s| |123|45| naïve| CamelCase漢字かな|\n\n| | don|'t|!| ա| /|x",
     "jais-2": "It|'s| |123|45| naïve| CamelCase漢字かな|\n\n| | don|'t|!| ա| /|x",
     "qwen35": "It|'s| |1|2|3|4|5| naïve| CamelCase漢字かな|\n\n| | don|'t|!| ա| /|x",
     "gpt-2": "It|'s| 12345| naïve| CamelCase漢字かな|\n\n | don|'t|!| ա| /|x",
