@@ -1,45 +1,25 @@
 """Builds a tokenizer from the metadata of a GGUF file."""
 
+import re
 import reprlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, normalizers
 from tokenizers.models import BPE
 
+from models.control_tokens import END_TOKENS, is_special, looks_like_marker
 from models.errors import InputError
 from models.gguf_header import END_KINDS, named_tokens, read_gguf_header
+from models.pre_tokenizers import PRE_TOKENIZERS
+from models.sentencepiece_bpe import merges_from_scores, sentencepiece_bpe, vocabulary
 from models.values import token_id
 
-# How a text is cut before byte pairs are merged, by the names that GGUF files use. The patterns are
-# part of the models: other cuts give other tokens than those that a model was trained on.
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PATTERNS = {
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "tekken": _TEKKEN,
-}
-_GPT2_NAMES = ("gpt-2", "gpt2", "default")
-# These take a whole piece that is in the vocabulary as one token, whatever the merges say, and
-# start every text with the beginning-of-text token unless the file says otherwise.
-_WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "tekken")
-SUPPORTED_PRE_TOKENIZERS = tuple(sorted([*_PATTERNS, *_GPT2_NAMES, "smollm"]))
+SUPPORTED_PRE_TOKENIZERS = tuple(sorted(PRE_TOKENIZERS))
 SUPPORTED_MODELS = ("gpt2", "llama")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # what stands for a byte, whether typed so or not
 _LLAMA3_TOKENS = 128256  # by which a file of Llama 3 is known that names no pre-tokenizer
 # What the metadata must be where they are there at all.
 _ARRAYS = ("ggml.tokens", "ggml.token_type", "ggml.scores", "ggml.merges")
@@ -84,16 +64,7 @@ def read_gguf_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[st
         reason = " ".join(str(error).split())
         raise InputError(f"{path} holds a tokenizer that cannot be built: {reason}") from error
 
-    # Both are matched whole wherever a text holds them; decoding leaves out the first only.
-    kinds = metadata.get("ggml.token_type") or []
-    for special, wanted in ((True, gguf.TokenType.CONTROL), (False, gguf.TokenType.USER_DEFINED)):
-        backend.add_tokens(
-            [
-                AddedToken(token, normalized=False, special=special)
-                for token, kind in zip(tokens, kinds, strict=False)
-                if kind == wanted
-            ]
-        )
+    _add_tokens(backend, metadata, set(ids.values()))
 
     def token_of(name: str) -> str | None:
         index = ids.get(name)
@@ -125,42 +96,63 @@ def _unnamed_pre_tokenizer(architecture: Any, num_tokens: int) -> str:
     return "default"
 
 
+def _add_tokens(backend: tokenizers.Tokenizer, metadata: dict[str, Any], named: set[int]) -> None:
+    """Makes the file's control and user-defined tokens ones that are matched whole.
+
+    Both are matched wherever a text holds them; decoding leaves out the first only. Chat markers
+    whose type says that they are text, as some converters write them, or that have no type, are
+    known by what they look like: the template writes them, or they end a text, or the file names
+    them as its beginning or end.
+
+    named: the ids of the last.
+    """
+    tokens = metadata["ggml.tokens"]
+    kinds = dict(enumerate(metadata.get("ggml.token_type") or []))
+    template = metadata.get("chat_template", "")
+    # No merge makes a marker: if one does, the token is text.
+    merged = {merge.replace(" ", "", 1) for merge in metadata.get("ggml.merges", ())}
+    normal = (gguf.TokenType.NORMAL, 0, None)
+    added: dict[bool, list[AddedToken]] = {True: [], False: []}
+    for index, token in enumerate(tokens):
+        kind = kinds.get(index)
+        if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
+            special = kind == gguf.TokenType.CONTROL
+        elif kind in normal and looks_like_marker(token):
+            written = token in template or token in END_TOKENS
+            if index not in named and (not written or token in merged):
+                continue
+            special = index in named or is_special(token)
+        else:
+            continue
+        added[special].append(AddedToken(token, normalized=False, special=special))
+    for special in (True, False):
+        backend.add_tokens(added[special])
+
+
 def _byte_level_bpe(metadata: dict[str, Any], name: str) -> tuple[tokenizers.Tokenizer, bool]:
     """GPT-2's kind: merges over bytes. Also returns whether it adds BOS if the file is silent."""
-    if name in _GPT2_NAMES:
-        split: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    elif name == "smollm":
-        split = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
+    kind = PRE_TOKENIZERS.get(name)
+    if kind is None:
+        raise InputError(
+            f"pre-tokenizer {name!r} is unknown, and texts cut otherwise are other tokens than the "
+            "model knows: use the folder of the model's tokenizer.json and safetensors files "
+            f"instead; known are {', '.join(SUPPORTED_PRE_TOKENIZERS)}"
         )
-    elif name in _PATTERNS:
-        split = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_PATTERNS[name]), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    else:
-        supported = ", ".join(SUPPORTED_PRE_TOKENIZERS)
-        raise InputError(f"pre-tokenizer {name!r} is unknown; supported: {supported}")
     if "ggml.merges" not in metadata:
         raise InputError("the tokenizer lacks its merges (tokenizer.ggml.merges)")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["ggml.merges"]]
     backend = tokenizers.Tokenizer(
         BPE(
-            vocab=_vocabulary(metadata["ggml.tokens"]),
+            vocab=vocabulary(metadata["ggml.tokens"]),
             merges=merges,
-            ignore_merges=name in _WHOLE_PIECES,
+            ignore_merges=kind.whole_pieces,
         )
     )
-    if _PATTERNS.get(name) == _QWEN2:
+    if kind.composed:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = split
+    backend.pre_tokenizer = kind.build()
     backend.decoder = decoders.ByteLevel()
-    return backend, name in _WHOLE_PIECES
+    return backend, kind.add_bos
 
 
 def _sentencepiece_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -169,51 +161,17 @@ def _sentencepiece_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     if "ggml.merges" in metadata:
         merges = [tuple(merge.split(" ", 1)) for merge in metadata["ggml.merges"]]
     elif "ggml.scores" in metadata:
-        merges = merges_from_scores(tokens, metadata["ggml.scores"])
+        kinds = metadata.get("ggml.token_type") or []
+        whole = (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)
+        unmerged = {index for index, kind in enumerate(kinds) if kind in whole}
+        unmerged |= {index for index, token in enumerate(tokens) if _BYTE.fullmatch(token)}
+        merges = merges_from_scores(tokens, metadata["ggml.scores"], unmerged)
     else:
         raise InputError("the tokenizer lacks its scores (tokenizer.ggml.scores)")
     key = "ggml.unknown_token_id"
-    unknown = token_id(metadata.get(key, 0), f"tokenizer.{key}")
-    backend = tokenizers.Tokenizer(
-        BPE(
-            vocab=_vocabulary(tokens),
-            merges=merges,
-            unk_token=tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+    return sentencepiece_bpe(
+        tokens,
+        merges,
+        unknown=token_id(metadata.get(key, 0), f"tokenizer.{key}"),
+        leading_space=bool(metadata.get("ggml.add_space_prefix", True)),
     )
-    leading_space = metadata.get("ggml.add_space_prefix", True)
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁")] * bool(leading_space) + [normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + [decoders.Strip(content=" ", left=1)] * bool(leading_space)
-    )
-    return backend
-
-
-def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece vocabulary implies, the first to apply first.
-
-    A token is merged from each pair of tokens that spell it. Higher scores go first; where several
-    pairs spell the same token, those of lower ids do.
-    """
-    ids = _vocabulary(tokens)
-    ordered = []
-    for merged, index in ids.items():
-        for cut in range(1, len(merged)):
-            left, right = merged[:cut], merged[cut:]
-            if left in ids and right in ids:
-                ordered.append((-scores[index], index, ids[left], ids[right], left, right))
-    ordered.sort()
-    return [(left, right) for *_, left, right in ordered]
-
-
-def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
-    """Ids by token; a token listed twice keeps its first id."""
-    vocabulary: dict[str, int] = {}
-    for index, token in enumerate(tokens):
-        vocabulary.setdefault(token, index)
-    return vocabulary

@@ -1,29 +1,24 @@
 """Text to token ids and back, from a Hugging Face folder, a GGUF file or a converted checkpoint."""
 
 import dataclasses
+import functools
 import json
-import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from models.added_tokens import token_text
 from models.chat import apply_chat
+from models.control_tokens import END_TOKENS, ControlTokens
+from models.conversation import render_conversation
 from models.errors import InputError
 from models.gguf_tokenizer import read_gguf_tokenizer
-from models.values import token_ids
+from models.text_stream import TextStream
+from models.tokenizer_folder import read_folder_tokenizer
 
-# Tokens that end a turn or a text, by the names that model families gave them. A chat model may
-# name only one of them as its end of text, and yet end its answer with another.
-END_TOKENS = (
-    "</s>",
-    "<|endoftext|>",
-    "<|im_end|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-)
+_CONTEXT_TOKENS = 64  # of a prompt, the last ones, which its continuation is decoded after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,44 +50,74 @@ class Tokenizer:
         """Id of the beginning-of-text token, if there is one."""
         return None if self.bos_token is None else self.backend.token_to_id(self.bos_token)
 
-    def encode(self, text: str, *, add_special: bool) -> list[int]:
-        """Token ids of `text`; special tokens written out in it count as such.
+    @functools.cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The marks of the model's format, which texts do not turn into unless asked."""
+        return ControlTokens(self.backend)
+
+    def encode(self, text: str, *, add_special: bool, control_tokens: bool = False) -> list[int]:
+        """Token ids of `text`.
 
         add_special: start with the beginning-of-text token, if the model wants one.
+        control_tokens: control tokens that are written out in the text count as such; else they are
+            text like any other.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        bos_id = self.bos_id
-        return [bos_id, *ids] if add_special and self.add_bos and bos_id is not None else ids
+        if control_tokens:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self.control_tokens.encode_text(text)
+        return self._begun(ids) if add_special else ids
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        control_tokens: bool = False,
+    ) -> list[int]:
         """Token ids of a conversation, up to where the model's answer starts.
 
-        messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
-        Raises InputError if the model has no chat template, or the template refuses the messages.
+        messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first; the
+            content may be a list of `{"type": "text", "text": text}` too.
+        template_args: more variables for the template, such as `{"enable_thinking": False}`.
+        control_tokens: control tokens that the messages spell out count as such; else they are text
+            like any other.
+        Raises InputError if the model has no chat template, or the template refuses the messages or
+        the variables, or leaves out a message.
         """
-        return self.encode_chat_text(self.chat_text(messages))
+        rendered = self._render(messages, template_args)
+        if control_tokens:
+            return self.encode_chat_text(rendered.plain)
+        encode = self.control_tokens.encode_marked
+        return self._begun(encode(rendered.text, rendered.stand_ins))
 
-    def chat_text(self, messages: Sequence[dict[str, str]]) -> str:
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as text, special tokens written out; see `encode_chat`."""
-        if self.chat_template is None:
-            raise InputError("the model has no chat template: pass the prompt as it is (--raw)")
-        return apply_chat(
-            self.chat_template, messages, bos_token=self.bos_token, eos_token=self.eos_token
-        )
+        return self._render(messages, template_args).plain
 
     def encode_chat_text(self, text: str) -> list[int]:
-        """Token ids of what `chat_text` gave, whatever was appended to it."""
-        # Most templates write the beginning-of-text token themselves; it must not come twice.
-        written = self.bos_token is not None and text.startswith(self.bos_token)
-        return self.encode(text, add_special=not written)
+        """Token ids of what `chat_text` gave, whatever was appended to it.
+
+        Control tokens written out in it count as such, whoever wrote them.
+        """
+        return self.encode(text, add_special=True, control_tokens=True)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def stream(self) -> "TextStream":
-        """Decodes one token after the other, for printing while they are generated."""
-        return TextStream(self)
+    def stream(self, prompt_ids: Sequence[int] = ()) -> TextStream:
+        """Decodes one token after the other, for printing while they are generated.
+
+        prompt_ids: what the tokens continue, where that is one text with them: some tokenizers drop
+            a space that a text begins with. None for an answer in a chat, a text of its own.
+        """
+        return TextStream(self.decode, self._is_visible, prompt_ids[-_CONTEXT_TOKENS:])
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer(folder)` reads."""
@@ -108,40 +133,38 @@ class Tokenizer:
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
+    def _begun(self, ids: list[int]) -> list[int]:
+        """A prompt's ids as the model reads them.
 
-class TextStream:
-    """Turns token ids into text piece by piece; the pieces never hold half a character.
+        The one place that decides how a prompt begins and ends. It begins with the
+        beginning-of-text token where the model wants one, but never with two: most chat templates
+        write it themselves. It never ends with the end-of-text token, which the post-processors of
+        some tokenizers add, since it is to be continued.
+        """
+        bos_id = self.bos_id
+        wanted = self.add_bos and bos_id is not None and ids[:1] != [bos_id]
+        return [bos_id, *ids] if wanted and bos_id is not None else ids
 
-    `tokenizers.decoders.DecodeStream` is not used: it raises on byte sequences that are not UTF-8,
-    which a model is free to generate.
-    """
+    def _render(self, messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any] | None) -> Any:
+        if self.chat_template is None:
+            raise InputError("the model has no chat template: pass the prompt as it is (--raw)")
+        render = functools.partial(
+            apply_chat,
+            self.chat_template,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            template_args=args,
+        )
+        return render_conversation(render, messages, self.control_tokens, self.chat_template)
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        # ids[start:shown] have been printed, and give ids[shown:] the context they are decoded in:
-        # whether a word starts with a space may depend on what stands before it.
-        self._start = 0
-        self._shown = 0
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
 
-    def push(self, token: int) -> str:
-        """The text that `token` completes: "" while a character still lacks bytes."""
-        self._ids.append(int(token))
-        text = self._pending()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end: bytes that never became a character, as U+FFFD."""
-        text = self._pending()
-        self._start = self._shown = len(self._ids)
-        return text
-
-    def _pending(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+    def _is_visible(self, index: int) -> bool:
+        """Whether decoded text has a part of this token; ids past the vocabulary have none."""
+        return index not in self._special_ids and self.backend.id_to_token(index) is not None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -151,7 +174,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        backend, config = _read_folder(path)
+        backend, config = read_folder_tokenizer(path)
     elif path.is_file():
         backend, config = read_gguf_tokenizer(path)
     else:
@@ -159,9 +182,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     def text_of(name: str) -> str | None:
         # Older files hold {"content": "<s>", "lstrip": ...} in place of "<s>".
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        known = isinstance(token, str) and backend.token_to_id(token) is not None
+        token = token_text(config.get(name))
+        known = token is not None and backend.token_to_id(token) is not None
         return token if known else None
 
     bos_token, eos_token = text_of("bos_token"), text_of("eos_token")
@@ -170,99 +192,43 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         # Nothing is said, so what tokenizer.json itself adds counts.
         added = backend.encode("").ids
         add_bos = bos_token is not None and added[:1] == [backend.token_to_id(bos_token)]
-    return Tokenizer(
+    without_stops = Tokenizer(
         backend=backend,
         add_bos=bool(add_bos),
         bos_token=bos_token,
         eos_token=eos_token,
-        stop_ids=_stop_ids(backend, eos_token, config),
+        stop_ids=frozenset(config["stop_token_ids"]),
         chat_template=config.get("chat_template") or None,
     )
+    return dataclasses.replace(without_stops, stop_ids=_stop_ids(without_stops))
 
 
-def _stop_ids(
-    backend: tokenizers.Tokenizer, eos_token: str | None, config: dict[str, Any]
-) -> frozenset[int]:
-    """The end-of-text token, those that `config` names, and the special tokens that end a turn."""
-    special = {token.content for token in backend.get_added_tokens_decoder().values()}
-    names = [name for name in END_TOKENS if name in special]
-    if eos_token is not None:
-        names.append(eos_token)
-    return frozenset([*map(backend.token_to_id, names), *config["stop_token_ids"]])
+def _stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids of `tokenizer.stop_ids`, the end of a text, and the tokens that end a turn."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    named = {index for index, token in added.items() if token.content in END_TOKENS}
+    eos = tokenizer.eos_token  # not an added token everywhere
+    eos_id = None if eos is None else tokenizer.backend.token_to_id(eos)
+    named |= set() if eos_id is None else {eos_id}
+    return tokenizer.stop_ids | named | _turn_end(tokenizer)
 
 
-def _default_template(given: Any, file: Path) -> str | None:
-    """One template from what `file` holds: a text, or a list of named ones. Raises InputError."""
-    template = given
-    if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
-        defaults = [entry for entry in given if entry.get("name") == "default"]
-        template = next((entry.get("template") for entry in [*defaults, *given]), None)
-    if template is not None and not isinstance(template, str):
-        raise InputError(
-            f"{file}: chat_template is {reprlib.repr(given)}; expected a text, or a list of "
-            '{"name": text, "template": text}'
+def _turn_end(tokenizer: Tokenizer) -> set[int]:
+    """The control token that the chat template writes after an answer, if it writes one."""
+    if tokenizer.chat_template is None:
+        return set()
+    answer = "\U00100000"  # no template looks for it, nor writes it
+    messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": answer}]
+    try:
+        text = apply_chat(
+            tokenizer.chat_template,
+            messages,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            add_generation_prompt=False,
         )
-    return template
-
-
-def _read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer and its configuration from a folder's files; raises InputError."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        hint = (
-            ": its tokenizer.model must be converted to tokenizer.json first"
-            if (folder / "tokenizer.model").is_file()
-            else ""
-        )
-        raise InputError(f"{folder} holds no tokenizer.json{hint}")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{file} is not a tokenizer: {_one_line(error)}") from error
-    # Whoever saved the file may have left on what cuts or fills texts to a training run's length.
-    backend.no_truncation()
-    backend.no_padding()
-
-    file, generation = folder / "tokenizer_config.json", folder / "generation_config.json"
-    config = _read_json(folder / "special_tokens_map.json") | _read_json(file)
-    template = _read_text(folder / "chat_template.jinja")
-    if template is None:
-        template = _default_template(config.get("chat_template"), file)
-    config["chat_template"] = template
-    config["stop_token_ids"] = [
-        *token_ids(config.get("stop_token_ids"), f"{file}: stop_token_ids"),
-        *token_ids(_read_json(generation).get("eos_token_id"), f"{generation}: eos_token_id"),
-    ]
-    return backend, config
-
-
-def _read_text(file: Path) -> str | None:
-    """What a text file holds; None if there is no such file. Raises InputError."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8: {_one_line(error)}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file. Raises InputError."""
-    text = _read_text(file)
-    if text is None:
-        return {}
-    try:
-        content = json.loads(text)
-        # Half of a surrogate pair, which JSON can spell out, is in no text: this raises.
-        json.dumps(content, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds a JSON {type(content).__name__}, expected an object")
-    return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    except InputError:  # the template is for other conversations, or broken: said when it is used
+        return set()
+    _, found, after = text.rpartition(answer)
+    end = tokenizer.control_tokens.leading(after) if found else None
+    return set() if end is None else {end}

@@ -16,6 +16,12 @@ USER = [{"role": "user", "content": "a<b & 'c'"}]
         ("{% for m in messages %}\n    {% if true %}\nx\n    {% endif %}\n{% endfor %}", "x\n"),
         ("{{ messages[0].content | tojson }}", "\"a<b & 'c'\""),
         ("{{ {'é': 1} | tojson }}", '{"é": 1}'),
+        ("{{ {'é': 1} | tojson(ensure_ascii=False) }}", '{"é": 1}'),
+        ("{{ [2, 1] | tojson(separators=(',', ':')) }}", "[2,1]"),
+        (
+            "{{ {'b': 1, 'a': [2]} | tojson(indent=1, sort_keys=true) }}",
+            '{\n "a": [\n  2\n ],\n "b": 1\n}',
+        ),
         ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
         ("{% generation %}y{% endgeneration %}", "y"),
         ("{{ strftime_now('%%') }}", "%"),
