@@ -40,6 +40,20 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def write_growing(path: Path, text: str, *, whole: bool) -> None:
+    """Writes results as they come: to `NAME.unfinished.SUFFIX` beside `path` until all are there.
+
+    A run that is stopped thus leaves what it found, and what an earlier one wrote to `path`.
+    """
+    unfinished = path.with_name(f"{path.stem}.unfinished{path.suffix}")
+    if not whole:
+        write_text(unfinished, text)
+        return
+    write_text(path, text)
+    with contextlib.suppress(OSError):
+        unfinished.unlink(missing_ok=True)
+
+
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Appends lines, all of them or none; raises InputError as `replacing` does."""
     content = "".join(f"{line}\n" for line in lines).encode()
