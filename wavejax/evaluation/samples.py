@@ -93,11 +93,20 @@ class Material:
         if tokenizer.chat_template is None:
             text = "".join(turn.message + turn.answer for turn in turns)
             return tokenizer.encode(text, add_special=True)
-        text = "".join(
-            tokenizer.chat_text([{"role": "user", "content": turn.message}]) + turn.answer
-            for turn in turns
-        )
-        return tokenizer.encode_chat_text(text)
+        ids: list[int] = []
+        for turn in turns:
+            # Each text by itself: none of it is to become a mark of the template.
+            message = [{"role": "user", "content": turn.message}]
+            asked = tokenizer.encode_chat(message)
+            if ids and asked[0] == tokenizer.bos_id and not self._writes_bos(message):
+                asked = asked[1:]
+            ids += asked + tokenizer.encode(turn.answer, add_special=False)
+        return ids
+
+    def _writes_bos(self, messages: list[dict[str, str]]) -> bool:
+        """Whether the template begins with the beginning of a text, and so in every turn."""
+        bos = self.tokenizer.bos_token
+        return bos is not None and self.tokenizer.chat_text(messages).startswith(bos)
 
 
 @runtime_checkable
