@@ -6,7 +6,7 @@ By itself it takes random weights of Llama-3-8B's shape, and caches of random ke
 index is built as a prompt's is. `--prefill real` reads random prompts instead and times that.
 Wave attention's row cache is made to hit as often as `--hit-ratio` says, by feeding tokens that are
 as much alike as it takes. Whatever fails is recorded, and the rest goes on; the results are written
-after each configuration.
+after each configuration, to NAME.unfinished.json until all are there.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from models.errors import InputError
 from models.unstacked import unstack_layers
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.cli_support import exit_process, fields_of, main_guard, options_from
+from wavejax.evaluation.files import write_growing
 from wavejax.memory import free_memory, set_memory_limits
 
 
@@ -222,7 +223,9 @@ def command(
                 print(json.dumps(shown), flush=True)
                 if out is not None:
                     out.parent.mkdir(parents=True, exist_ok=True)
-                    out.write_text(json.dumps(report, indent=1))
+                    write_growing(out, json.dumps(report, indent=1), whole=False)
+    if out is not None:
+        write_growing(out, json.dumps(report, indent=1), whole=True)
     print_table(results)
     if plot_path is not None:
         plot(results, plot_path)

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _pallas
+from wavejax.evaluation.files import append_lines
 
 ROW = 256  # bfloat16 numbers: a token's key and value at head dim 128
 READS = 8  # in one program, each of other rows
@@ -149,8 +150,7 @@ def main() -> None:
             kind |= {"programs": programs, "tile": tile, "order": order, "gb_per_s": round(rate, 1)}
             print(kind, flush=True)
             if arguments.out:
-                with arguments.out.open("a") as out:
-                    out.write(json.dumps(kind) + "\n")
+                append_lines(arguments.out, [json.dumps(kind)])
         del rows
 
 

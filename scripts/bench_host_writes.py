@@ -22,6 +22,7 @@ from gpu_timing import device_facts
 from jax import Array
 
 from pallas_kernels.append_rows import reference, triton
+from wavejax.evaluation.files import write_growing
 
 HEADS, HEAD_DIM, DTYPE = 8, 128, jnp.bfloat16
 ROW_BYTES = 2 * HEAD_DIM * jnp.dtype(DTYPE).itemsize
@@ -81,6 +82,8 @@ def main() -> None:
         parser.error(f"there is no GPU to write from: JAX runs on {jax.default_backend()}")
     report: dict[str, Any] = device_facts() | {"rates": []}
     print(report, flush=True)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     shape = (arguments.layers, 1, HEADS, arguments.tokens, 2, HEAD_DIM)
     store = jax.device_put(np.zeros(shape, DTYPE), jax.memory.Space.Host)
     report["store_bytes"] = store.nbytes
@@ -94,6 +97,8 @@ def main() -> None:
             rate = {"gb_per_s": round(rows.nbytes / took / 1e9, 2), "us": round(took * 1e6, 1)}
             report["rates"].append({"rows": new, **facts, **rate})
             print(report["rates"][-1], flush=True)
+            if arguments.out:
+                write_growing(arguments.out, json.dumps(report, indent=1), whole=False)
 
         copy = functools.partial(jax.device_put, rows, jax.memory.Space.Host)
         note({"what": "device_put"}, seconds_of(lambda _, copy=copy: copy(), None, calls)[0])
@@ -103,8 +108,7 @@ def main() -> None:
             took, store = seconds_of(run, store, 2 if facts["what"] == "xla" else calls)
             note(facts, took)
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1))
+        write_growing(arguments.out, json.dumps(report, indent=1), whole=True)
 
 
 if __name__ == "__main__":

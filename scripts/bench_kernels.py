@@ -23,6 +23,7 @@ from op_cases import OTHER_OPS, STEP_OPS, OpCase, Run, StepBench, by_api, names_
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.specs import SHAPES, StepShape
 from pallas_kernels.testing import make_step, with_misses
+from wavejax.evaluation.files import write_growing
 
 SECTIONS = (*STEP_OPS, "step", "full_attention", "misses", "build")
 MISS_SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -151,7 +152,9 @@ def bench_build(shape: StepShape, run: Run) -> dict[str, float]:
     }
 
 
-def attempt(results: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]) -> None:
+def record_attempt(
+    results: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]
+) -> None:
     """Records what `measure` finds, or how it fails."""
     start = time.perf_counter()
     try:
@@ -164,30 +167,40 @@ def attempt(results: dict[str, Any], name: str, measure: Callable[[], dict[str, 
 
 
 def bench_shape(
-    shape: StepShape, run: Run, sections: list[str], ceiling: float, timing: dict[str, Any]
-) -> dict[str, Any]:
-    """All of the sections at one shape."""
+    shape: StepShape,
+    run: Run,
+    sections: list[str],
+    ceiling: float,
+    timing: dict[str, Any],
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """All of the sections at one shape; `save` is called with those that are done, after each."""
     results: dict[str, Any] = {}
+
+    def attempt(name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        record_attempt(results, name, measure)
+        save(results)
+
     if "full_attention" in sections:
-        attempt(results, "full_attention", lambda: bench_full_attention(shape))
+        attempt("full_attention", lambda: bench_full_attention(shape))
     picked = [op for op in (*STEP_OPS, *OTHER_OPS) if op in sections]
     if picked or "step" in sections:
         bench = StepBench(shape, run)
         for op in picked:
-            attempt(results, op, functools.partial(bench_op, bench, op, ceiling, timing))
+            attempt(op, functools.partial(bench_op, bench, op, ceiling, timing))
         if "step" in sections:
-            attempt(results, "step", lambda: bench_case(bench.step(), ceiling, **timing))
+            attempt("step", lambda: bench_case(bench.step(), ceiling, **timing))
         del bench
     # The extras are for one shape: a host store takes seconds to make.
     if "misses" in sections and shape.name in (TARGET_SHAPE, "tiny"):
-        attempt(results, "misses", lambda: bench_misses(shape, run, timing))
+        attempt("misses", lambda: bench_misses(shape, run, timing))
     if "build" in sections and shape.name in (TARGET_SHAPE, "tiny"):
-        attempt(results, "build", lambda: bench_build(shape, run))
+        attempt("build", lambda: bench_build(shape, run))
     full = results.get("full_attention", {}).get("us")
     for section in (*STEP_OPS, "step"):
         if full and "us" in results.get(section, {}):
             results[section]["full_attention_ratio"] = full / results[section]["us"]
-    return results
+    save(results)
 
 
 def verdict(value: float, must: float, aim: float) -> str:
@@ -226,7 +239,10 @@ def tables(shapes: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measures, writes the JSON after every shape, and prints the tables."""
+    """Measures, writes the JSON after every section, and prints the tables.
+
+    Until all are done, the JSON is `NAME.unfinished.json`.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="A,A1,1M", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--ops", default=",".join(SECTIONS), help="sections to run")
@@ -246,18 +262,22 @@ def main() -> None:
     report["empty_call_us"] = empty_chain(arguments.calls).median * 1e6
     print(f"copy {report['copy']}, empty call {report['empty_call_us']:.2f} us", flush=True)
     report["shapes"] = {}
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(name: str, results: dict[str, Any], whole: bool = False) -> None:
+        report["shapes"][name] = results
+        if arguments.out:
+            write_growing(arguments.out, json.dumps(report, indent=1), whole=whole)
+
     for name in shapes:
         print(name, flush=True)
-        report["shapes"][name] = bench_shape(
-            SHAPES[name],
-            by_api(arguments.implementation),
-            sections,
-            report["copy"]["best"],
-            timing,
+        run = by_api(arguments.implementation)
+        bench_shape(
+            *(SHAPES[name], run, sections, report["copy"]["best"], timing),
+            functools.partial(save, name),
         )
-        if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(report, indent=1))
+    save(name, report["shapes"][name], whole=True)
     print(tables(report["shapes"]))
 
 

@@ -27,6 +27,7 @@ from models.errors import InputError
 from models.tokenizer import load_tokenizer
 from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
 from wavejax.buffer import init_cache
+from wavejax.evaluation.files import write_growing
 from wavejax.evaluation.haystack import MANUAL, load_haystack
 from wavejax.evaluation.setup import check_context, make_room_for
 from wavejax.evaluation.shared_prefill import build_index
@@ -160,6 +161,13 @@ def main() -> int:
     state = full.start(params, [prompt], new)
     _, expected = full.force(params, jax.tree.map(jnp.copy, state), tokens)
     slots = int(np.ceil(arguments.slots * arguments.context))
+    about = {
+        "model": path.name,
+        "context": len(prompt),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "dtype": arguments.dtype,
+    }
     results = []
     for name, config in tqdm(cases.items(), disable=None):
         generator = Generator(checkpoint.config, WaveAttention(config, "host"), SAMPLER)
@@ -167,17 +175,10 @@ def main() -> int:
         found = measure(generator, params, own, tokens, expected, arguments.warm_up)
         results.append({"settings": name} | found)
         tqdm.write(json.dumps(results[-1]))
+        if arguments.json:
+            text = json.dumps({"about": about, "results": results}, indent=1)
+            write_growing(arguments.json, text, whole=len(results) == len(cases))
     print(tabulate()(results, headers="keys", floatfmt=".4g"))
-    if arguments.json:
-        about = {
-            "model": path.name,
-            "context": len(prompt),
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "dtype": arguments.dtype,
-        }
-        text = json.dumps({"about": about, "results": results}, indent=1)
-        arguments.json.write_text(text, encoding="utf-8")
     return 0
 
 

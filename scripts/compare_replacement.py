@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.errors import InputError
+from wavejax.evaluation.files import replacing, write_growing
 from wavejax.evaluation.setup import make_room_for
 from wavejax.replacement import study
 from wavejax.replacement.policies import policies
@@ -79,16 +80,23 @@ def compare(arguments: argparse.Namespace) -> int:
     }
     total = sum(len(cases[trace.about["method"]]) for trace in traces)
     with tqdm(total=total, disable=None) as bar:
-        for trace in traces:
+        for number, trace in enumerate(traces, 1):
             method = trace.about["method"]
             reads = study.run(
                 *(trace, cases[method], arguments.row_bytes, arguments.warm_up, bar.update),
                 page_bytes=arguments.page_bytes,
             )
             by_method[method].append(reads)
-    results = {
-        case: reads for several in by_method.values() for case, reads in study.mean(several).items()
-    }
+            results = {
+                case: mean
+                for several in by_method.values()
+                for case, mean in study.mean(several).items()
+            }
+            if arguments.json:
+                found = {"traces": [one.about for one in traces[:number]]}
+                found["reads"] = study.as_json(results)
+                whole = number == len(traces)
+                write_growing(arguments.json, json.dumps(found, indent=1), whole=whole)
     for method, several in by_method.items():
         own = [trace.about for trace in traces if trace.about["method"] == method]
         kl = sum(about["kl"] for about in own) / len(own)
@@ -99,13 +107,9 @@ def compare(arguments: argparse.Namespace) -> int:
             for share in arguments.unit_shares:
                 table = study.unit_table(results, method, policy, share, arguments.page_bytes)
                 print(table, end="\n\n")
-    if arguments.json:
-        text = json.dumps(
-            {"traces": [trace.about for trace in traces], "reads": study.as_json(results)}, indent=1
-        )
-        arguments.json.write_text(text, encoding="utf-8")
     if arguments.plot:
-        study.plot(results, arguments.plot)
+        with replacing(arguments.plot) as part:
+            study.plot(results, part)
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from wavejax.evaluation.files import replacing
 from wavejax.evaluation.plots import pyplot
 
 COLUMNS = (
@@ -111,4 +112,5 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     if lines:
         axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as part:
+        figure.savefig(part)

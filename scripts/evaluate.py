@@ -15,13 +15,14 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from models.errors import InputError
 from wavejax.cli_support import main_guard, progress_bar
 from wavejax.config import WaveConfig
 from wavejax.evaluation import plots
 from wavejax.evaluation.bench import Bench
+from wavejax.evaluation.files import write_text
 from wavejax.evaluation.haystack import MANUAL, load_haystack
 from wavejax.evaluation.methods import DEFAULT_METHODS, METHODS, parse_methods
+from wavejax.evaluation.origins import parts_of, settings_of
 from wavejax.evaluation.records import Records, blocks
 from wavejax.evaluation.samples import Material, Task
 from wavejax.evaluation.setup import Subject, open_subject, parse_numbers, run_facts
@@ -125,28 +126,26 @@ def command(
         plots.pyplot()
     subject = open_subject(model, dtype)
     material = Material(subject.tokenizer, load_haystack(haystack))
+    firsts = {}
     for length in sizes:
         subject.check_length(length)
-        for task in chosen.values():
-            task.sample(material, length, seed, 0)
+        for name, task in chosen.items():
+            firsts[name, length] = task.sample(material, length, seed, 0)
     settings = {
-        "model": subject.name,
-        "dtype": subject.dtype,
-        "haystack": material.haystack.name,
-        "haystack_sha256": material.haystack.sha256,
-        "seed": seed,
+        **settings_of(subject, material, seed),
         "answers": answers,
         "defaults": dataclasses.asdict(DEFAULTS),
         **budget,
     }
-    folder = Records(out, settings, run_facts())
+    batches = {name: min(batch, batch_of(task)) for name, task in chosen.items()}
+    folder = Records(out, settings, run_facts(), parts_of(chosen, firsts, batches, unroll))
     records = click.get_current_context().with_resource(folder)
 
     jobs = [
         (name, length, block)
         for length in sizes
         for name, task in chosen.items()
-        for block in blocks(samples, min(batch, batch_of(task)))
+        for block in blocks(samples, batches[name], even=not task.sampled)
     ]
     shown = sys.stderr.isatty() if progress is None else progress
     bench = None
@@ -172,12 +171,16 @@ def command(
                 bench = load_bench(subject, attentions, answers, unroll, shown)
             # The last batch is filled up with samples of which no record is kept.
             made = [chosen[name].sample(material, length, seed, index) for index in block]
-            running = bench.run(made, length, missing, sampled=chosen[name].sampled, seed=block[0])
+            marks = [sample.sha256 for sample in made]
+            for index, mark in zip(inside, marks, strict=False):
+                records.check_sample(name, length, index, mark)
+            sampled = chosen[name].sampled
+            running = bench.run(made, length, missing, sampled=sampled, seed=seed, first=block[0])
             for method, figures in running:
                 records.append(
                     {"task": name, "length": length, "index": index, "method": method}
-                    | dataclasses.asdict(of_sample)
-                    for index, of_sample in zip(block, figures, strict=True)
+                    | {"sample": mark, **dataclasses.asdict(of_sample)}
+                    for index, mark, of_sample in zip(block, marks, figures, strict=True)
                     if index < samples and (name, length, index, method) not in records.done
                 )
                 bar.update(len(inside))
@@ -210,10 +213,7 @@ def report(records: Records, out: Path, tasks: dict, lengths: list[int], plotted
     """Prints and writes the tables, and the plots."""
     text = summarise(records.records)
     print(text, end="")
-    try:
-        (out / "summary.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}") from error
+    write_text(out / "summary.md", text)
     if not plotted:
         return
     if any(record["score"] is not None for record in records.records):

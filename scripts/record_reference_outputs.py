@@ -76,7 +76,9 @@ def record_smollm2(out: Path) -> None:
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:
-    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    part = path.with_name(f".{path.name}")  # takes the place of what is there once it is whole
+    np.savez_compressed(part, **arrays)  # type: ignore[arg-type]
+    part.replace(path)
     print(f"{path.name}: {path.stat().st_size / 1024:.0f} KB")
 
 

@@ -87,9 +87,9 @@ def main() -> None:
         ),
     }
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "tokenizer_smollm2.json").open("w", encoding="utf-8") as stream:
-        json.dump(reference, stream, ensure_ascii=True)
-        stream.write("\n")
+    part = out / ".tokenizer_smollm2.json"  # takes the place of what is there once it is whole
+    part.write_text(json.dumps(reference, ensure_ascii=True) + "\n", encoding="utf-8")
+    part.replace(out / "tokenizer_smollm2.json")
     same = sum(sample["as_transformers_reads_it"] for sample in reference["samples"])
     print(f"{len(published)} texts, {sum(map(len, published))} tokens; {same} texts as read")
 

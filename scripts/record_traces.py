@@ -25,6 +25,7 @@ from models.checkpoint import find_default_model, open_checkpoint
 from models.errors import InputError
 from models.tokenizer import Tokenizer, load_tokenizer
 from wavejax import DenseAttention, Generator, Sampler, WaveConfig
+from wavejax.evaluation.files import replacing
 from wavejax.evaluation.haystack import MANUAL, Haystack, load_haystack, paragraphs
 from wavejax.evaluation.setup import check_context, make_room_for
 from wavejax.evaluation.shared_prefill import SharedPrefill
@@ -183,7 +184,8 @@ def main() -> int:
                 "dtype": arguments.dtype,
             }
             file = arguments.out / f"{path.stem}-{len(prompt)}-{sample}-{_slug(name)}.npz"
-            dataclasses.replace(trace, about=about).save(file)
+            with replacing(file) as part:
+                dataclasses.replace(trace, about=about).save(part)
             print(f"{file}: KL {kl:.4f}, distinct {about['distinct']:.2f}", flush=True)
     return 0
 

@@ -19,8 +19,10 @@ from wavejax.cli_support import main_guard, progress_bar
 from wavejax.config import WaveConfig
 from wavejax.evaluation import attention_report, plots
 from wavejax.evaluation.bench import Bench
+from wavejax.evaluation.files import write_text
 from wavejax.evaluation.haystack import MANUAL, load_haystack
 from wavejax.evaluation.methods import FULL, parse_methods
+from wavejax.evaluation.origins import parts_of, settings_of
 from wavejax.evaluation.records import Records
 from wavejax.evaluation.samples import Material
 from wavejax.evaluation.setup import open_subject, parse_numbers, run_facts
@@ -95,20 +97,18 @@ def command(
         plots.pyplot()
     subject = open_subject(model, dtype)
     material = Material(subject.tokenizer, load_haystack(haystack))
+    firsts = {}
     for length in sizes:
         subject.check_length(length)
-        for task in chosen.values():
-            task.sample(material, length, seed, 0)
+        for name, task in chosen.items():
+            firsts[name, length] = task.sample(material, length, seed, 0)
     settings = {
         "report": "attention",
-        "model": subject.name,
-        "dtype": subject.dtype,
-        "haystack": material.haystack.name,
-        "haystack_sha256": material.haystack.sha256,
-        "seed": seed,
+        **settings_of(subject, material, seed),
         "defaults": dataclasses.asdict(WaveConfig()),
     }
-    folder = Records(out, settings, run_facts())
+    parts = parts_of(chosen, firsts, dict.fromkeys(chosen, 1), unroll=False)
+    folder = Records(out, settings, run_facts(), parts)
     records = click.get_current_context().with_resource(folder)
 
     shown = sys.stderr.isatty() if progress is None else progress
@@ -137,16 +137,21 @@ def command(
                     if not missing:
                         continue
                     sample = task.sample(material, length, seed, index)
+                    records.check_sample(task_name, length, index, sample.sha256)
                     measured = attention_report.measure(
-                        bench, sample, length, missing, sampled=task.sampled, seed=index
+                        *(bench, sample, length, missing),
+                        sampled=task.sampled,
+                        seed=seed,
+                        index=index,
                     )
+                    key["sample"] = sample.sha256
                     for method, figures in measured:
                         record = {"method": method, **facts[method]} | dataclasses.asdict(figures)
                         records.append([key | record])
                         bar.update()
     text = attention_report.summarise(records.records)
     print(text, end="")
-    (out / "summary.md").write_text(text, encoding="utf-8")
+    write_text(out / "summary.md", text)
     if plotted:
         attention_report.plot_all(records.records, out)
 

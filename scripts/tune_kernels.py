@@ -7,11 +7,14 @@ same result. Every op and shape is written as soon as it is done, and skipped in
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import importlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from op_cases import OTHER_OPS, STEP_OPS, Run, StepBench, by_api, names_from
 
 from pallas_kernels import _tuning
 from pallas_kernels.specs import SHAPES
+from wavejax.evaluation.files import write_text
 
 # A change must gain so much to count: timings differ by that from run to run.
 GAIN = 0.015
@@ -143,11 +147,21 @@ def tune(op: str, bench: StepBench, deadline: float) -> tuple[str, Any, dict[str
 
 def merge(path: Path, kind: str, op: str, key: str, config: Any) -> None:
     """Adds one config to the table, which others may be writing to; whole or not at all."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    table.setdefault(kind, {}).setdefault(op, {})[key] = dataclasses.asdict(config)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    part.replace(path)
+    with alone(path.parent):
+        table = json.loads(path.read_text()) if path.exists() else {}
+        table.setdefault(kind, {}).setdefault(op, {})[key] = dataclasses.asdict(config)
+        write_text(path, json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps others from what they read and write in here; else one would undo what another adds."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def main() -> None:

@@ -46,9 +46,10 @@ def measure(
     *,
     sampled: bool,
     seed: int,
+    index: int,
 ) -> Iterator[tuple[str, AttentionFigures]]:
     """Measures the bench's methods of these names on one sample; see `Bench.run`."""
-    shared, answers = bench.answer([sample], length, sampled=sampled, seed=seed)
+    shared, answers = bench.answer([sample], length, sampled=sampled, seed=seed, first=index)
     for name in methods:
         generator = bench.generators[name]
         kl = judge(generator, bench.params, shared.state(generator), answers).kl[:, 0]

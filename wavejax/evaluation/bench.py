@@ -24,10 +24,10 @@ from wavejax.evaluation.teacher_forcing import (
     greedy,
     judge,
     places_of,
+    sample_keys,
 )
 from wavejax.generator import NO_TOKEN, Generator
 from wavejax.prompts import bucket
-from wavejax.sampling import Sampler
 from wavejax.wave_attention import WaveAttention
 
 
@@ -97,6 +97,7 @@ class Bench:
         *,
         sampled: bool = False,
         seed: int = 0,
+        first: int = 0,
     ) -> Iterator[tuple[str, list[Figures]]]:
         """Runs a batch of samples of one task.
 
@@ -106,12 +107,13 @@ class Bench:
             methods: names of those to run.
             sampled: full attention's answer is drawn at temperature 1.
             seed: of that.
+            first: the first sample's number; each is drawn by its own, whatever the others are.
 
         Yields:
             each method's name and its figures, a sample each, as soon as it is done.
         """
         steps = samples[0].new_tokens
-        shared, answers = self.answer(samples, length, sampled=sampled, seed=seed)
+        shared, answers = self.answer(samples, length, sampled=sampled, seed=seed, first=first)
         full = _judge_full(answers)
         scored = self.answers and bool(samples[0].references)
         for name in methods:
@@ -135,21 +137,26 @@ class Bench:
             )
 
     def answer(
-        self, samples: Sequence[Sample], length: int, *, sampled: bool = False, seed: int = 0
+        self,
+        samples: Sequence[Sample],
+        length: int,
+        *,
+        sampled: bool = False,
+        seed: int = 0,
+        first: int = 0,
     ) -> tuple[SharedPrefill, list[Answer]]:
         """Full attention's prefill and answer; see `run`."""
         steps = samples[0].new_tokens
         room, new_tokens = bucket(length), -(-steps // CHUNK) * CHUNK
         prompts = [sample.tokens for sample in samples]
         spare = room - max(bucket(len(prompt)) for prompt in prompts)
-        state = self.full.start(self.params, prompts, spare + new_tokens, seed)
+        state = self.full.start(self.params, prompts, spare + new_tokens)
         shared = SharedPrefill(state, room, new_tokens)
         forced = None
         if samples[0].continuation:
             forced = np.array([sample.continuation for sample in samples], np.int32).T
-        sampler = Sampler(temperature=1.0) if sampled else Sampler()
-        drawing = dataclasses.replace(self.full, sampler=sampler)
-        return shared, answer(drawing, self.params, shared.state(drawing), steps, forced)
+        keys = sample_keys(seed, first, len(samples)) if sampled else None
+        return shared, answer(self.full, self.params, shared.state(self.full), steps, forced, keys)
 
     def _figures(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import InputError
+from wavejax.evaluation.files import replacing
 from wavejax.evaluation.summary import able_tasks, bootstrap, values_of
 
 
@@ -124,5 +125,6 @@ def _ticks(axes: Any, places: list[float]) -> None:
 def _save(figure: Any, axes: Any, path: Path) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
     pyplot().close(figure)

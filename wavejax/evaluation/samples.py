@@ -6,6 +6,7 @@ answer prefix included, and the tokens to generate.
 
 import dataclasses
 import functools
+import hashlib
 import random
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -13,6 +14,13 @@ from typing import Protocol, runtime_checkable
 from models.errors import InputError
 from models.tokenizer import Tokenizer
 from wavejax.evaluation.haystack import Haystack
+
+# Of the code that makes samples: to be raised when it makes others of the same settings.
+GENERATOR = 1
+
+# What a chat template is told for today, so that a sample of tomorrow is the same. Of a string
+# without braces `format` gives itself, whatever it is called with.
+FIXED_DATE = '{% set strftime_now = "26 Jul 2024".format %}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +61,31 @@ class Sample:
     references: tuple[str, ...] = ()
     continuation: tuple[int, ...] = ()
 
+    @property
+    def sha256(self) -> str:
+        """Its first 16 digits, of all that the sample is: what tells it from others."""
+        whole = (self.tokens, self.new_tokens, self.references, self.continuation)
+        return hashlib.sha256(repr(whole).encode()).hexdigest()[:16]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Material:
     """What samples are made of.
 
     Attributes:
-        tokenizer: the model's, in whose tokens lengths are counted.
+        tokenizer: the model's, in whose tokens lengths are counted; its chat template is given a
+            fixed date.
         haystack: prose.
     """
 
     tokenizer: Tokenizer
     haystack: Haystack
+
+    def __post_init__(self) -> None:
+        template = self.tokenizer.chat_template
+        if template is not None and not template.startswith(FIXED_DATE):
+            dated = dataclasses.replace(self.tokenizer, chat_template=FIXED_DATE + template)
+            object.__setattr__(self, "tokenizer", dated)
 
     def encode(self, turns: tuple[Turn, ...]) -> list[int]:
         """Token ids of the turns, each in the model's chat template, if it has one."""
@@ -72,11 +93,20 @@ class Material:
         if tokenizer.chat_template is None:
             text = "".join(turn.message + turn.answer for turn in turns)
             return tokenizer.encode(text, add_special=True)
-        text = "".join(
-            tokenizer.chat_text([{"role": "user", "content": turn.message}]) + turn.answer
-            for turn in turns
-        )
-        return tokenizer.encode_chat_text(text)
+        ids: list[int] = []
+        for turn in turns:
+            # Each text by itself: none of it is to become a mark of the template.
+            message = [{"role": "user", "content": turn.message}]
+            asked = tokenizer.encode_chat(message)
+            if ids and asked[0] == tokenizer.bos_id and not self._writes_bos(message):
+                asked = asked[1:]
+            ids += asked + tokenizer.encode(turn.answer, add_special=False)
+        return ids
+
+    def _writes_bos(self, messages: list[dict[str, str]]) -> bool:
+        """Whether the template begins with the beginning of a text, and so in every turn."""
+        bos = self.tokenizer.bos_token
+        return bos is not None and self.tokenizer.chat_text(messages).startswith(bos)
 
 
 @runtime_checkable

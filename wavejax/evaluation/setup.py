@@ -52,7 +52,9 @@ def make_room_for(*files: Path | None) -> None:
             continue
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            # A file is written anew beside itself, and takes its own place (`files.replacing`).
+            written = file if file.exists() and not file.is_file() else file.resolve().parent
+            if file.is_dir() or not os.access(written, os.W_OK):
                 raise InputError(f"cannot write {file}: name a file in a folder of yours")
         except OSError as error:
             raise InputError(f"cannot write {file}: {error.strerror}") from error
@@ -108,8 +110,12 @@ def parse_numbers(text: str, kind: type, what: str) -> list[Any]:
 
 def run_facts() -> dict[str, str]:
     """Versions and the device, for the record."""
+    try:
+        version = importlib.metadata.version("wavejax")
+    except importlib.metadata.PackageNotFoundError:  # run from its folder, never installed
+        version = "unknown"
     return {
-        "wavejax": importlib.metadata.version("wavejax"),
+        "wavejax": version,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,

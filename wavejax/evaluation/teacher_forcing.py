@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Key
 
 from models.parameters import Params
 from wavejax.generator import NO_TOKEN, DecodeState, Generator
-from wavejax.sampling import step_key
 
 # Steps in one call: one compiled program serves answers of every length.
 CHUNK = 128
@@ -58,15 +57,18 @@ def answer(
     state: DecodeState,
     steps: int,
     forced: np.ndarray | None = None,
+    keys: Key[Array, " batch"] | None = None,
 ) -> list[Answer]:
     """Answers with full attention, keeping all logits.
 
     Args:
-        generator: one with `DenseAttention`; its sampler draws the tokens.
+        generator: one with `DenseAttention`; its sampler has no effect.
         params: the model's.
         state: donated.
         steps: most tokens.
-        forced: `[steps, batch]`, tokens that are said instead; None lets the generator draw.
+        forced: `[steps, batch]`, tokens that are said instead; None for the model's own.
+        keys: `[batch]`, see `sample_keys`, by which tokens are drawn at temperature 1; None takes
+            the most probable ones.
 
     Returns:
         the answer in calls of at most CHUNK steps; ends early once all sequences have stopped.
@@ -77,13 +79,20 @@ def answer(
         given = np.zeros((CHUNK, state.finished.shape[0]), np.int32)
         if forced is not None:
             given[:count] = forced[start : start + count]
+        flag = jnp.bool_(forced is not None)
         state, tokens, logits, made = _answer(
-            generator, params, state, jnp.asarray(given), jnp.bool_(forced is not None), count
+            generator, params, state, jnp.asarray(given), flag, count, keys
         )
         found.append(Answer(tokens, logits, int(made)))
         if int(made) < count:
             break
     return found
+
+
+def sample_keys(seed: int, first: int, count: int) -> Key[Array, " samples"]:
+    """A key for each of so many samples, numbered from `first`: the same in any batch."""
+    key = jax.random.key(seed % 2**32)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(count))
 
 
 def judge(
@@ -131,13 +140,17 @@ def _answer(
     given: Array,
     forced: Array,
     steps: Array,
+    keys: Array | None,
 ) -> tuple[DecodeState, Array, Array, Array]:
     stop = jnp.asarray(generator.stop_tokens, jnp.int32)
     carry_type = tuple[DecodeState, Array, Array, Array]
 
     def one_step(carry: carry_type) -> carry_type:
         state, tokens, logits, i = carry
-        drawn = generator.sampler.sample(state.logits, step_key(state.seed, state.step))
+        drawn = jnp.argmax(state.logits, axis=-1).astype(jnp.int32)
+        if keys is not None:
+            own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
+            drawn = jax.vmap(jax.random.categorical)(own, state.logits).astype(jnp.int32)
         drawn = jnp.where(forced, given[i], drawn)
         tokens = tokens.at[i].set(jnp.where(state.finished, NO_TOKEN, drawn))
         logits = logits.at[i].set(state.logits)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.wavejax.tiny_generator import CONFIG, MODEL, make_params, make_prompts
-from wavejax import DenseAttention, Generator, Sampler
+from wavejax import DenseAttention, Generator
 from wavejax.evaluation import teacher_forcing
 from wavejax.evaluation.baselines import SparseAttention
 from wavejax.evaluation.shared_prefill import SharedPrefill
-from wavejax.evaluation.teacher_forcing import answer, bins, greedy, judge, places_of
+from wavejax.evaluation.teacher_forcing import answer, bins, greedy, judge, places_of, sample_keys
 from wavejax.generator import NO_TOKEN
 from wavejax.prompts import bucket
 
@@ -46,11 +46,52 @@ def test_the_answer_is_the_generators_own(shared):
     assert [part.steps for part in answers] == [4, 4, 3]
     _, expected = FULL.decode_n(make_params(), shared.state(FULL), STEPS)
     np.testing.assert_array_equal(tokens_of(answers), expected)
-    drawing = dataclasses.replace(FULL, sampler=Sampler(temperature=1.0))
-    drawn = answer(drawing, make_params(), shared.state(drawing), STEPS)
-    _, expected = drawing.decode_n(make_params(), shared.state(drawing), STEPS)
-    np.testing.assert_array_equal(tokens_of(drawn), expected)
-    assert (tokens_of(drawn) != tokens_of(answers)).any()
+
+
+def test_an_answer_that_is_drawn_depends_on_the_samples_number_alone(shared):
+    """Not on who else is in the batch, nor on the place in it: a stopped evaluation may go on in
+    other batches."""
+    params = make_params()
+
+    def drawn(prompts, numbers, seed=5):
+        state = SharedPrefill(FULL.start(params, prompts, STEPS), bucket(200), STEPS).state(FULL)
+        keys = jnp.concatenate([sample_keys(seed, number, 1) for number in numbers])
+        return tokens_of(answer(FULL, params, state, STEPS, keys=keys))
+
+    together = drawn(PROMPTS, (6, 7))
+    np.testing.assert_array_equal(together, drawn(PROMPTS[::-1], (7, 6))[:, ::-1])
+    np.testing.assert_array_equal(together[:, :1], drawn(PROMPTS[:1], (6,)))
+    assert (together != drawn(PROMPTS, (6, 8)))[:, 1].any()
+    assert (together != drawn(PROMPTS, (6, 7), seed=6)).any(axis=0).all()
+    assert jax.random.key_data(sample_keys(5, 6, 2)).tolist() == [
+        jax.random.key_data(sample_keys(5, number, 1))[0].tolist() for number in (6, 7)
+    ]
+    # The same prompt twice in a batch is answered in two ways.
+    twice = drawn([PROMPTS[0], PROMPTS[0]], (6, 7))
+    assert (twice[:, 0] != twice[:, 1]).any()
+    sample_keys(-(2**70), 0, 1)  # any number may be a seed
+
+
+def test_tokens_are_drawn_as_often_as_is_probable(monkeypatch):
+    """One step, many numbers: the draws fit softmax(logits), and no token of all."""
+    monkeypatch.setattr(teacher_forcing, "CHUNK", 1)
+    params, count = make_params(), 512
+    shared = SharedPrefill(FULL.start(params, [PROMPTS[1]] * 8, 1), bucket(200), 1)
+    found = np.concatenate(
+        [
+            tokens_of(answer(FULL, params, shared.state(FULL), 1, keys=sample_keys(1, first, 8)))[0]
+            for first in range(0, count, 8)
+        ]
+    )
+    p = np.asarray(jax.nn.softmax(shared.state(FULL).logits[0]), np.float64)
+    # In bins of about equal probability: chi-square of 7 degrees of freedom, 1 in 10,000.
+    order = np.argsort(p)
+    edge = np.searchsorted(np.cumsum(p[order]), np.arange(1, 8) / 8)
+    bin_of = np.empty(len(p), int)
+    bin_of[order] = np.searchsorted(edge, np.arange(len(p)), side="right")
+    expected = count * np.bincount(bin_of, p, 8)
+    seen = np.bincount(bin_of[found], minlength=8)
+    assert np.sum((seen - expected) ** 2 / expected) < 29.9
 
 
 def test_a_judgement_is_what_forcing_gives(shared):
