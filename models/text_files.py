@@ -5,22 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
-
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-
-
-def refuse_lfs_pointer(file: Path) -> None:
-    """Raises InputError if Git LFS has left a pointer in the file's place."""
-    try:
-        with file.open("rb") as stream:
-            begin = stream.read(len(_LFS_POINTER))
-    except OSError:
-        return  # whoever reads it says so
-    if begin == _LFS_POINTER:
-        raise InputError(
-            f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, "
-            "or download the file"
-        )
+from models.paths import refuse_stand_in
 
 
 def read_text(file: Path) -> str | None:
@@ -33,7 +18,7 @@ def read_text(file: Path) -> str | None:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8: {one_line(error)}") from None
-    refuse_lfs_pointer(file)
+    refuse_stand_in(file)
     return text
 
 

@@ -15,6 +15,7 @@ from models.control_tokens import END_TOKENS, ControlTokens
 from models.conversation import render_conversation
 from models.errors import InputError
 from models.gguf_tokenizer import read_gguf_tokenizer
+from models.model_path import resolve_model
 from models.text_stream import TextStream
 from models.tokenizer_folder import read_folder_tokenizer
 
@@ -172,7 +173,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises InputError if there is none at `path`, or one that cannot be read.
     """
-    path = Path(path)
+    path = resolve_model(path)
     if path.is_dir():
         backend, config = read_folder_tokenizer(path)
     elif path.is_file():

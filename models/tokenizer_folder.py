@@ -16,10 +16,11 @@ from models.added_tokens import (
     with_tokens,
 )
 from models.errors import InputError
+from models.paths import refuse_stand_in
 from models.pre_tokenizers import PRE_TOKENIZERS
 from models.sentencepiece_file import read_sentencepiece
 from models.tekken_file import read_tekken
-from models.text_files import one_line, read_json, read_text, refuse_lfs_pointer
+from models.text_files import one_line, read_json, read_text
 from models.values import token_ids
 
 # vocab.json and merges.txt do not say how texts are cut: the class that wrote them does.
@@ -75,7 +76,7 @@ def _read_backend(
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _read_vocab_and_merges(folder, config), {}
     if (folder / "tokenizer.model").is_file():
-        refuse_lfs_pointer(folder / "tokenizer.model")
+        refuse_stand_in(folder / "tokenizer.model")
         return read_sentencepiece(folder / "tokenizer.model", config, _way_out(folder))
     found = sorted({path.name for name in _OTHER_FILES for path in folder.glob(name)})
     if found:
@@ -97,7 +98,7 @@ def _way_out(folder: Path) -> str:
 
 
 def _read_tokenizer_json(file: Path) -> tokenizers.Tokenizer:
-    refuse_lfs_pointer(file)
+    refuse_stand_in(file)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
@@ -111,8 +112,8 @@ def _read_tokenizer_json(file: Path) -> tokenizers.Tokenizer:
 def _read_vocab_and_merges(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """A byte-level tokenizer, cut as the class that is named for it does."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    refuse_lfs_pointer(vocab)
-    refuse_lfs_pointer(merges)
+    refuse_stand_in(vocab)
+    refuse_stand_in(merges)
     given = config.get("tokenizer_class")
     if given is None:
         model_type = read_json(folder / "config.json").get("model_type")
