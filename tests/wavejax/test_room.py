@@ -53,12 +53,12 @@ def test_no_steps_are_no_steps_and_fewer_are_refused(attention):
     params, prompts = make_params(), make_prompts((20,))
     for settings, said in (
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"max_new_tokens": 1, "seed": 2**31}, "seed is 2147483648; it must be from"),
+        ({"max_new_tokens": 1, "seed": 2**31}, "seed is 2147483648; it must be a whole number from"),
     ):
         with pytest.raises(InputError, match=said):
             generator.start(params, prompts, **settings)
     state = generator.start(params, prompts, 8)
-    with pytest.raises(InputError, match="steps is -1; it must be 0 or more"):
+    with pytest.raises(InputError, match="steps is -1; it must be a whole number from 0 to"):
         generator.decode_n(params, state, -1)
     state, tokens = generator.decode_n(params, state, 0)
     assert tokens.shape == (0, 1)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from models.parameters import Params
 from wavejax.generator import NO_TOKEN, DecodeState, Generator
-from wavejax.sampling import step_key
+from wavejax.sampling import step_keys
 
 # Steps in one call: one compiled program serves answers of every length.
 CHUNK = 128
@@ -137,7 +137,8 @@ def _answer(
 
     def one_step(carry: carry_type) -> carry_type:
         state, tokens, logits, i = carry
-        drawn = generator.sampler.sample(state.logits, step_key(state.seed, state.step))
+        keys = step_keys(state.seed, state.step, state.sequences)
+        drawn = generator.sampler.sample(state.logits, keys)
         drawn = jnp.where(forced, given[i], drawn)
         tokens = tokens.at[i].set(jnp.where(state.finished, NO_TOKEN, drawn))
         logits = logits.at[i].set(state.logits)
