@@ -53,7 +53,10 @@ def test_no_steps_are_no_steps_and_fewer_are_refused(attention):
     params, prompts = make_params(), make_prompts((20,))
     for settings, said in (
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"max_new_tokens": 1, "seed": 2**31}, "seed is 2147483648; it must be a whole number from"),
+        (
+            {"max_new_tokens": 1, "seed": 2**31},
+            "seed is 2147483648; it must be a whole number from",
+        ),
     ):
         with pytest.raises(InputError, match=said):
             generator.start(params, prompts, **settings)
