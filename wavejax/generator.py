@@ -228,7 +228,7 @@ class Generator(Parts):
             return state, tokens[:steps]
 
     def force(
-        self, params: Params, state: DecodeState, tokens: Int[Array, "steps batch"]
+        self, params: Params, state: DecodeState, tokens: Int[Array | np.ndarray, "steps batch"]
     ) -> tuple[DecodeState, Float[Array, "steps batch vocab"]]:
         """Runs given tokens through the decode step (teacher forcing); donates `state`.
 
@@ -245,11 +245,11 @@ class Generator(Parts):
         check_state(self, state)
         batch, vocab = state.finished.shape[0], self.model.vocab_size
         with own_modes():
-            tokens = as_tokens(tokens, True, batch, vocab)
+            given = as_tokens(tokens, True, batch, vocab)
             if not isinstance(state.finished, jax.core.Tracer):
-                self._check_room(state, tokens)
+                self._check_room(state, given)
             run = staged.force if self.staged else programs.force
-            return run(self, params, state, tokens)
+            return run(self, params, state, given)
 
     def _check_room(self, state: DecodeState, tokens: Array) -> None:
         going = ~np.asarray(state.finished)
@@ -262,7 +262,9 @@ class Generator(Parts):
         if not isinstance(tokens, jax.core.Tracer):
             check_range(np.asarray(tokens)[:, going], self.model.vocab_size)
 
-    def feed(self, params: Params, state: DecodeState, tokens: Int[Array, " batch"]) -> DecodeState:
+    def feed(
+        self, params: Params, state: DecodeState, tokens: Int[Array | np.ndarray, " batch"]
+    ) -> DecodeState:
         """Runs one given token of each sequence: a decode step, to be compiled by the caller.
 
         A sequence whose `finished` is set forgets its token; so should one that has no room left
@@ -274,9 +276,9 @@ class Generator(Parts):
         """
         check_state(self, state)
         with own_modes():
-            tokens = as_tokens(tokens, False, state.finished.shape[0], self.model.vocab_size)
+            given = as_tokens(tokens, False, state.finished.shape[0], self.model.vocab_size)
             run = staged.feed if self.staged else programs.feed
-            return run(self, params, state, tokens)
+            return run(self, params, state, given)
 
     def facts(self, state: DecodeState) -> Facts:
         """What the attention retrieved, found cached, and occupies.

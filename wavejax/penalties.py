@@ -30,7 +30,7 @@ class TokenCounts:
     generated: Array
 
 
-def count_prompts(prompts: Sequence[Int[np.ndarray, " tokens"]], vocab: int) -> TokenCounts:
+def count_prompts(prompts: Sequence[Int[np.ndarray, "_tokens"]], vocab: int) -> TokenCounts:
     """Counts before the first new token."""
     in_prompt = np.zeros((len(prompts), vocab), bool)
     for row, prompt in zip(in_prompt, prompts, strict=True):
