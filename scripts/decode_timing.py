@@ -19,7 +19,7 @@ from profile_step import kernel_times
 from models.parameters import Params
 from wavejax import Generator, WaveAttention
 from wavejax.generator import DecodeState
-from wavejax.sampling import step_key
+from wavejax.sampling import step_keys
 from wavejax.staged import wave_of
 
 WARM_UPS = 2  # The first compiles, the second tells how long that took.
@@ -113,7 +113,8 @@ def _sample(
     generator: Generator, logits: Array, step: Array, tokens: Array, stride: Array, drawn: Array
 ) -> tuple[Array, Array]:
     """The tokens to feed next, and what was drawn so far."""
-    sampled = generator.sampler.sample(logits, step_key(jnp.int32(0), step))
+    keys = step_keys(jnp.int32(0), step, jnp.arange(logits.shape[0], dtype=jnp.int32))
+    sampled = generator.sampler.sample(logits, keys)
     return (tokens + stride) % generator.model.vocab_size, drawn ^ sampled
 
 

@@ -73,7 +73,9 @@ class DenseAttention:
 
         def write(cache: Array, new: Array) -> Array:
             block = jnp.swapaxes(new, 1, 2)[None].astype(cache.dtype)
-            return lax.dynamic_update_slice(cache, block, (layer, sequence, 0, 0, 0))
+            # Of the same type also where Python's numbers are of 64 bits.
+            start = (jnp.asarray(i, jnp.int32) for i in (layer, sequence, 0, 0, 0))
+            return lax.dynamic_update_slice(cache, block, tuple(start))
 
         keys, values = write(state.keys, key), write(state.values, value)
         return output, DenseState(keys, values, state.tokens)

@@ -17,7 +17,7 @@ from wavejax.buffer import StoreKind
 from wavejax.causal_attention import query_block
 from wavejax.dense_attention import DenseAttention
 from wavejax.index import segment_sizes, segments_at_once
-from wavejax.prompts import bucket
+from wavejax.prompts import answer_room, bucket
 from wavejax.wave_attention import WaveAttention, WaveState
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
@@ -98,13 +98,13 @@ def memory_need(
         new_tokens: to generate.
         dtype: of weights and state.
     """
-    room = bucket(prompt_tokens)
+    room, answer = bucket(prompt_tokens), answer_room(new_tokens)
     on_device = attention
     if isinstance(attention, WaveAttention):
         # `eval_shape` traces, and placing an array in host memory is no traced operation.
         cached = attention.has_cache
         on_device = dataclasses.replace(attention, store="device", cached=cached)
-    state = jax.eval_shape(lambda: on_device.init_state(model, batch, room, new_tokens, dtype))
+    state = jax.eval_shape(lambda: on_device.init_state(model, batch, room, answer, dtype))
     sizes = [math.prod(shape) for shape in parameter_shapes(model).values()]
     itemsize = jnp.dtype(dtype).itemsize
     total = _bytes(state)

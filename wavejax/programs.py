@@ -10,10 +10,14 @@ from jax import Array, lax
 
 from models import decoder
 from models.config import ModelConfig
+from models.errors import InputError
 from models.parameters import Params
+from wavejax import penalties
 from wavejax._pytree import state as pytree
+from wavejax.checks import as_stop_tokens
 from wavejax.dense_attention import DenseAttention
-from wavejax.sampling import Sampler, step_key
+from wavejax.penalties import TokenCounts
+from wavejax.sampling import Sampler, step_keys
 from wavejax.wave_attention import WaveAttention
 
 NO_TOKEN = -1  # What a sequence yields once it has stopped.
@@ -29,10 +33,28 @@ class Parts:
     stop_tokens: tuple[int, ...] = ()
     unroll: bool | None = None
 
+    def __post_init__(self) -> None:
+        for name, kinds in (
+            ("model", ModelConfig),
+            ("attention", WaveAttention | DenseAttention),
+            ("sampler", Sampler),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                raise InputError(
+                    f"{name} is of type {type(value).__name__}; give a {_names(kinds)}"
+                )
+        stops = as_stop_tokens(self.stop_tokens, self.model.vocab_size)
+        object.__setattr__(self, "stop_tokens", stops)
+
     @property
     def unrolls(self) -> bool:
         """Whether the compiled step writes all layers out: then unstacked ones are faster."""
         return jax.default_backend() == "gpu" if self.unroll is None else self.unroll
+
+
+def _names(kinds: Any) -> str:
+    return " or a ".join(kind.__name__ for kind in getattr(kinds, "__args__", (kinds,)))
 
 
 @pytree
@@ -42,9 +64,15 @@ class DecodeState:
     Attributes:
         cache: the attention's state.
         logits: `[batch, vocab]` float32, of the next token.
-        finished: `[batch]` bool, sequences that have yielded a stop token.
+        finished: `[batch]` bool, sequences that yield no more tokens: they have yielded a stop
+            token, their room is full, or their logits were not finite.
         seed: int32 scalar.
         step: int32 scalar, tokens generated so far.
+        sequences: `[batch]` int32, the numbers by which each one's noise is keyed; 0, 1, 2, ...
+            where left out.
+        nonfinite: `[batch]` bool, sequences that ended because NaN or infinity was among their
+            logits; none where left out.
+        counts: what each has said; None where no penalty asks for it.
     """
 
     cache: Any
@@ -52,6 +80,18 @@ class DecodeState:
     finished: Array
     seed: Array
     step: Array
+    sequences: Array = None  # type: ignore[assignment]
+    nonfinite: Array = None  # type: ignore[assignment]
+    counts: TokenCounts | None = None
+
+    def __post_init__(self) -> None:
+        batch = self.finished.shape[0]
+        for name, dtype, make in (
+            ("sequences", jnp.int32, jnp.arange),
+            ("nonfinite", bool, jnp.zeros),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, make(batch, dtype=dtype))
 
 
 def commit(tree: Any) -> Any:
@@ -117,7 +157,9 @@ def feed(generator: Parts, params: Params, state: DecodeState, tokens: Array) ->
     )
     cache = attention.advance(cache, ~state.finished)
     logits = decoder.unembed(generator.model, params, hidden[:, 0])
-    return DecodeState(cache, logits, state.finished, state.seed, state.step + 1)
+    counts = state.counts and penalties.count(state.counts, tokens, state.finished)
+    new = {"cache": cache, "logits": logits, "counts": counts}
+    return dataclasses.replace(state, step=state.step + 1, **new)
 
 
 def draw(generator: Parts, state: DecodeState) -> tuple[DecodeState, Array, Array]:
@@ -125,14 +167,24 @@ def draw(generator: Parts, state: DecodeState) -> tuple[DecodeState, Array, Arra
 
     Returns:
         the state, with who is finished; the tokens to feed; and what to show, NO_TOKEN for those
-        that were finished before.
+        that were finished before, and for those whose logits are not finite.
     """
     # Past its room a sequence would overwrite what it has read.
     finished = state.finished | generator.attention.is_full(state.cache)
-    drawn = generator.sampler.sample(state.logits, step_key(state.seed, state.step))
-    shown = jnp.where(finished, NO_TOKEN, drawn)
+    # What comes after a sequence's end says nothing of its answer.
+    bad = ~finished & ~jnp.all(jnp.isfinite(state.logits), axis=-1)
+    logits = state.logits
+    if generator.sampler.penalises:
+        assert state.counts is not None  # as `Generator` sees to
+        logits = penalties.penalised(generator.sampler, logits, state.counts)
+    keys = step_keys(state.seed, state.step, state.sequences)
+    drawn = generator.sampler.sample(logits, keys)
+    shown = jnp.where(finished | bad, NO_TOKEN, drawn)
     stopped = jnp.isin(drawn, jnp.asarray(generator.stop_tokens, jnp.int32))
-    return dataclasses.replace(state, finished=finished | stopped), drawn, shown
+    state = dataclasses.replace(
+        state, finished=finished | bad | stopped, nonfinite=state.nonfinite | bad
+    )
+    return state, drawn, shown
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnames="state")

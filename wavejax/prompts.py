@@ -1,10 +1,7 @@
-"""Prompts as the generator takes them: what they must be, and the lengths they are padded to."""
-
-from collections.abc import Sequence
-
-from models.errors import InputError
+"""The lengths that prompts are padded to, and the room that is made for answers."""
 
 SMALLEST_BUCKET = 128
+SMALLEST_ROOM = 64
 
 
 def bucket(tokens: int) -> int:
@@ -12,21 +9,19 @@ def bucket(tokens: int) -> int:
 
     1, 1.25, 1.5, 1.75 times a power of two: at most a quarter more than the prompt.
     """
-    if tokens <= SMALLEST_BUCKET:
-        return SMALLEST_BUCKET
+    return _rounded_up(tokens, SMALLEST_BUCKET)
+
+
+def answer_room(new_tokens: int) -> int:
+    """The room made for so many new tokens: requests of one room share compiled programs.
+
+    As a prompt's bucket, but of at least 64; none where none is asked for.
+    """
+    return _rounded_up(new_tokens, SMALLEST_ROOM) if new_tokens else 0
+
+
+def _rounded_up(tokens: int, least: int) -> int:
+    if tokens <= least:
+        return least
     quarter = 2 ** ((tokens - 1).bit_length() - 3)
     return -(-tokens // quarter) * quarter
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
-    """Raises InputError: there is no prompt, one is empty, or a token is not of `vocab`."""
-    if len(prompts) == 0:
-        raise InputError("there is no prompt: give at least one")
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) == 0:
-            raise InputError(f"prompt {number} is empty: give at least one token")
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < vocab:
-                raise InputError(
-                    f"prompt {number} has token {token}; the model has 0 to {vocab - 1}"
-                )

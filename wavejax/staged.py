@@ -26,7 +26,7 @@ from models.parameters import Params
 from pallas_kernels._numerics import NO_ID, list_places
 from pallas_kernels.attend_zones import ZoneStates
 from pallas_kernels.attend_zones.reference import attend_rows
-from wavejax import programs
+from wavejax import penalties, programs
 from wavejax.buffer import RowStore
 from wavejax.causal_attention import causal_attention
 from wavejax.growth import grow
@@ -151,7 +151,9 @@ def feed(
             model, weights, at, hidden, selection.query, zones, missed, slots, block, wave
         )
     logits, wave = _leave_step(model, attention, params, hidden, state.finished, wave)
-    return DecodeState(StagedState(wave, rows), logits, state.finished, state.seed, state.step + 1)
+    counts = state.counts and penalties.count_step(state.counts, tokens, state.finished)
+    new = {"cache": StagedState(wave, rows), "logits": logits, "counts": counts}
+    return dataclasses.replace(state, step=state.step + 1, **new)
 
 
 def _grow(attention: WaveAttention, wave: WaveState, rows: HostRows, due: np.ndarray) -> WaveState:
@@ -284,9 +286,7 @@ def _leave_step(
     return decoder.unembed(model, params, last), wave
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _due(attention: WaveAttention, wave: WaveState) -> Array:
-    return attention.due(wave)
+_due = jax.jit(WaveAttention.due, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=2)

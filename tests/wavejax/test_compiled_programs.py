@@ -83,6 +83,18 @@ def test_generators_of_one_attention_share_what_reads_prompts(attention):
     assert not log.names
 
 
+@pytest.mark.parametrize("attention", ["dense", "wave"])
+def test_requests_of_about_as_many_tokens_share_all_programs(attention):
+    generator, prompts = Generator(MODEL, ATTENTIONS[attention], GREEDY), make_prompts((100,))
+    before = programs.decode_n._cache_size(), programs.prefill_layer._cache_size()
+    for new in (20, 21, 22, 31):
+        state = generator.start(make_params(), prompts, new)
+        state, tokens = generator.decode_n(make_params(), state, new)
+        assert tokens.shape == (new, 1)
+        found = programs.decode_n._cache_size(), programs.prefill_layer._cache_size()
+        assert found == (before[0] + 1, before[1] + 1)
+
+
 def empty_state(attention):
     """A state whose first tokens come from nothing: needs no prefill."""
     cache = attention.init_state(MODEL, 2, 320, NEW_TOKENS, jnp.float32)

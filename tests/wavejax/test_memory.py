@@ -23,7 +23,7 @@ from wavejax import (
 from wavejax.buffer import init_store
 from wavejax.facts import facts_of
 from wavejax.memory import free_memory, host_available, memory_need, set_memory_limits
-from wavejax.prompts import bucket
+from wavejax.prompts import answer_room, bucket
 
 # It looks at compiled programs.
 pytestmark = pytest.mark.optimised
@@ -41,7 +41,8 @@ ATTENTIONS = {
 @pytest.mark.parametrize("prompt, new", [(5, 1), (318, 90), (1300, 200)])
 def test_the_need_is_the_state_that_is_made(attention, dtype, prompt, new):
     need = memory_need(MODEL, attention, 3, prompt, new, jnp.dtype(dtype))
-    state = attention.init_state(MODEL, 3, bucket(prompt), new, dtype)
+    # As `Generator.start` makes it.
+    state = attention.init_state(MODEL, 3, bucket(prompt), answer_room(new), dtype)
     facts = facts_of(state)
     assert (need.state, need.host) == (facts.device_bytes, facts.host_bytes)
     assert need.device == need.weights + need.state + need.workspace

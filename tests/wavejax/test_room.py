@@ -18,8 +18,17 @@ from tests.wavejax.tiny_generator import (
     make_params,
     make_prompts,
 )
-from wavejax import Generator, InputError, WaveAttention, index, wave_attention
+from wavejax import (
+    DenseAttention,
+    Generator,
+    InputError,
+    WaveAttention,
+    index,
+    wave_attention,
+)
 from wavejax.index import cluster_capacity, segment_sizes
+from wavejax.memory import memory_need
+from wavejax.prompts import SMALLEST_ROOM, answer_room, bucket
 from wavejax.wave_state import Selection
 
 
@@ -53,17 +62,50 @@ def test_no_steps_are_no_steps_and_fewer_are_refused(attention):
     params, prompts = make_params(), make_prompts((20,))
     for settings, said in (
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"max_new_tokens": 1, "seed": 2**31}, "seed is 2147483648; it must be from"),
+        (
+            {"max_new_tokens": 1, "seed": 2**31},
+            "seed is 2147483648; it must be a whole number from",
+        ),
     ):
         with pytest.raises(InputError, match=said):
             generator.start(params, prompts, **settings)
     state = generator.start(params, prompts, 8)
-    with pytest.raises(InputError, match="steps is -1; it must be 0 or more"):
+    with pytest.raises(InputError, match="steps is -1; it must be a whole number from 0 to"):
         generator.decode_n(params, state, -1)
     state, tokens = generator.decode_n(params, state, 0)
     assert tokens.shape == (0, 1)
     state, logits = generator.force(params, state, jnp.zeros((0, 1), jnp.int32))
     assert logits.shape == (0, 1, MODEL.vocab_size)
+
+
+@given(st.integers(1, 2**24))
+def test_an_answers_room_is_at_least_what_was_asked_for_and_a_quarter_more(tokens):
+    room = answer_room(tokens)
+    assert tokens <= room
+    assert room == SMALLEST_ROOM or room < 1.25 * tokens
+    assert answer_room(room) == room <= answer_room(tokens + 1)
+
+
+def test_rooms_of_answers_are_few():
+    assert answer_room(0) == 0
+    sizes = {answer_room(tokens) for tokens in range(1, 2**15 + 1)}
+    assert len(sizes) == 1 + 4 * 9  # four for each of the 9 doublings from 64 to 32768
+
+
+@pytest.mark.parametrize("attention", staged_or_not(), ids=["dense", "wave", "staged"])
+@pytest.mark.parametrize("asked", [1, 20, 63, 64, 65, 129, 150])
+def test_the_room_made_is_the_room_planned_and_no_less_than_asked(attention, asked):
+    """Also where a prompt leaves the window full, and an index must grow for the first token."""
+    generator = Generator(MODEL, attention, GREEDY)
+    lengths = (CONFIG.sink_tokens + CONFIG.window_tokens - 1, 128)
+    state = generator.start(make_params(), make_prompts(lengths), asked)
+    cache = state.cache.wave if generator.staged else state.cache
+    assert (np.asarray(attention.remaining(cache)) >= asked).all()
+    need = memory_need(MODEL, attention, 2, max(lengths), asked, jnp.float32)
+    facts = generator.facts(state)
+    assert (need.state, need.host) == (facts.device_bytes, facts.host_bytes)
+    if isinstance(attention, DenseAttention):
+        assert cache.keys.shape[3] == bucket(max(lengths)) + answer_room(asked)
 
 
 @pytest.mark.parametrize("name, value", [("store", "gpu"), ("fetch", "stagd")])

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from models.errors import InputError
-from wavejax.sampling import Sampler, step_key
+from wavejax.sampling import Sampler, step_key, step_keys
 
 # The 99.9 % quantile of the chi-square distribution, by degrees of freedom: seeds are fixed, so a
 # test that passes once passes always; the quantile only says that passing is no accident.
@@ -47,8 +47,12 @@ def draw(logits: np.ndarray, sampler: Sampler, count: int, seed: int = 0) -> np.
     """`count` tokens drawn for one row, each with a key of its own."""
     rows = jnp.asarray(logits, jnp.float32)[None]
     # Not jitted: the operations are then compiled once for all samplers, by shape.
-    sample = jax.vmap(lambda step: sampler.sample(rows, step_key(seed, step))[0])
+    sample = jax.vmap(lambda step: sampler.sample(rows, step_key(seed, step)[None])[0])
     return np.asarray(sample(jnp.arange(count)))
+
+
+def keys_of(seed: int, step: int, batch: int) -> jax.Array:
+    return step_keys(seed, step, jnp.arange(batch))
 
 
 SAMPLERS = st.builds(
@@ -104,11 +108,11 @@ def test_frequencies(sampler: Sampler) -> None:
 
 def test_greedy_takes_the_lowest_id_of_the_best() -> None:
     logits = jnp.array([[0.0, 2.0, 1.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
-    assert Sampler().sample(logits, step_key(0, 0)).tolist() == [1, 0]
+    assert Sampler().sample(logits, keys_of(0, 0, 2)).tolist() == [1, 0]
     # One candidate leaves nothing to chance, whatever the temperature.
     for one in (Sampler(1.0, top_k=1), Sampler(2.0, top_p=1e-6)):
         for step in range(20):
-            assert one.sample(logits, step_key(0, step)).tolist() == [1, 0]
+            assert one.sample(logits, keys_of(0, step, 2)).tolist() == [1, 0]
 
 
 def test_ties_at_a_cut_go_to_the_lower_id() -> None:
@@ -125,10 +129,10 @@ def test_a_batch_gives_each_row_what_it_gets_alone(sampler: Sampler) -> None:
     logits = 3 * jax.random.normal(jax.random.key(1), (5, 300))
     sample = jax.jit(sampler.sample)
     for step in range(10):
-        key = step_key(7, step)
-        alone = [sample(logits[i : i + 1], key).item() for i in range(5)]
-        assert sample(logits, key).tolist() == alone
-        assert sample(logits, key).dtype == jnp.int32
+        keys = keys_of(7, step, 5)
+        alone = [sample(logits[i : i + 1], keys[i : i + 1]).item() for i in range(5)]
+        assert sample(logits, keys).tolist() == alone
+        assert sample(logits, keys).dtype == jnp.int32
 
 
 def test_seed_and_step_decide() -> None:
@@ -161,11 +165,58 @@ def test_top_k_beyond_the_vocabulary_and_minus_infinity() -> None:
         ("min_p", -0.1),
         ("min_p", 1.5),
         ("min_p", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e9),
+        ("repetition_penalty", math.nan),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", math.nan),
     ],
 )
 def test_bad_settings_are_named(field: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{field} is .*must be"):
         Sampler(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("temperature", "1"),
+        ("temperature", None),
+        ("top_p", True),
+        ("top_k", 2.5),
+        ("top_k", True),
+        ("top_k", None),
+    ],
+)
+def test_what_is_no_number_is_refused(field: str, value: object) -> None:
+    # Not by the class itself, whose arguments the tests' type checker sees first.
+    with pytest.raises(InputError, match=f"{field} is .*must be a (whole )?number"):
+        unchecked_sampler(**{field: value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    sampler = unchecked_sampler(temperature=np.float32(0.5), top_k=np.int64(4), min_p=np.int8(0))
+    assert sampler == Sampler(temperature=0.5, top_k=4)
+    assert hash(sampler) == hash(Sampler(temperature=0.5, top_k=4))
+
+
+def unchecked_sampler(**settings: object) -> Sampler:
+    sampler = object.__new__(Sampler)
+    for field in dataclasses.fields(Sampler):
+        value = settings.get(field.name, field.default)
+        object.__setattr__(sampler, field.name, value)
+    sampler.__post_init__()
+    return sampler
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(1.0), Sampler(1.0, top_k=3, top_p=0.9)])
+def test_nan_is_never_drawn(sampler: Sampler) -> None:
+    row = np.array([np.nan, 0.0, -np.nan, 1.0, np.nan], np.float32)
+    drawn = set(draw(row, sampler, 100).tolist())
+    assert drawn <= ({3} if sampler.greedy else {1, 3})
+    # Of nothing but NaN a token that exists is taken: `programs.draw` shows it to nobody.
+    assert draw(np.full(5, np.nan, np.float32), sampler, 1)[0] in range(5)
 
 
 def test_static_in_jit() -> None:

@@ -1,0 +1,23 @@
+"""JAX's modes in which wavejax computes, whatever modes the caller's program has set."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+
+@contextlib.contextmanager
+def own_modes() -> Iterator[None]:
+    """Computes in JAX's standard modes, in this thread, until it ends.
+
+    A program that sets 64-bit types gets the same compiled programs, and so the same tokens, as one
+    that does not; one that forbids implicit transfers, promotions or broadcasts forbids its own,
+    not the few that are meant here. Modes that only look for mistakes, as `jax_debug_nans`, stay.
+    """
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.transfer_guard("allow"),
+    ):
+        yield
