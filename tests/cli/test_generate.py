@@ -16,8 +16,10 @@ from models.errors import InputError
 from models.unstacked import unstack_layers
 from tests.cli.conftest import SMALL_ZONES, Result
 from wavejax import Generator, staged
+from wavejax.cli import generate_command as module
+from wavejax.cli.generate_command import command
+from wavejax.cli.planning import unstacks
 from wavejax.config import WaveConfig
-from wavejax.generate import command, unstacks
 from wavejax.sampling import Sampler
 
 Generate = Callable[..., Result]
@@ -53,8 +55,6 @@ def test_flags_reach_attention_and_sampler(
     generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every number one above its default, shares halved, the ratio doubled, every flag turned."""
-    from wavejax import generate as module
-
     seen = []
 
     def keep(model: object, attention: object, sampler: Sampler, stop: tuple[int, ...]) -> None:
@@ -152,8 +152,6 @@ def test_hits_are_shown_where_there_is_a_cache(generate: Generate, tiny: Path) -
 def test_layers_are_unstacked_where_they_are_written_out_and_there_is_room(
     generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wavejax import generate as module
-
     common = (*FULL, tiny, "--prompt", "hello", "--max-new-tokens", 3, "--json")
     expected = answers(generate(*common))
     unstacked = []

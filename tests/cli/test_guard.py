@@ -1,14 +1,9 @@
-"""What the commands share, with commands made here."""
+"""What becomes of errors in a command, with commands made here."""
 
-import dataclasses
 import errno
 import io
-import os
-import signal
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import click
@@ -17,13 +12,8 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from models.errors import InputError
-from wavejax.cli_support import (
-    bytes_text,
-    fields_of,
-    keep_compiled_programs,
-    main_guard,
-    options_from,
-)
+from wavejax.cli.guard import main_guard
+from wavejax.cli.interrupts import Terminated
 
 
 def failing(error: BaseException) -> click.Command:
@@ -44,6 +34,7 @@ def failing(error: BaseException) -> click.Command:
         (EOFError(), 130, "\ninterrupted\n"),
         (click.Abort(), 130, "interrupted\n"),
         (click.exceptions.Exit(3), 3, ""),
+        (Terminated(), 143, "terminated\n"),
         (BrokenPipeError(), 141, ""),
         # As the system makes it, which click's own `main` would end the process for.
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
@@ -120,101 +111,45 @@ def test_other_errors_of_the_device_keep_their_traceback() -> None:
         main_guard(failing(JaxRuntimeError("INTERNAL: bug")))([])
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    row_size: int = dataclasses.field(default=4, metadata={"help": "rows"})
-    share: float = dataclasses.field(default=0.5, metadata={"help": "share"})
-    exact: bool = dataclasses.field(default=True, metadata={"help": "exact"})
-
-
-def test_options_from_a_dataclass(capsys: pytest.CaptureFixture[str]) -> None:
-    @click.command()
-    @options_from(Settings)
-    def command(**options: object) -> None:
-        print(fields_of(Settings, options))
-
-    main = main_guard(command)
-    assert main([]) == 0
-    assert capsys.readouterr().out == f"{Settings()}\n"
-    assert main(["--row-size", "8", "--share", "1", "--no-exact"]) == 0
-    assert capsys.readouterr().out == f"{Settings(8, 1.0, False)}\n"
-
-
-@pytest.mark.parametrize(
-    "count, text",
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1234567, "1.2 MB"), (99_960_000, "100 MB"),
-     (999_600_000, "1.0 GB"), (10**13, "10.0 TB"), (10**16, "10000 TB")],
-)  # fmt: skip
-def test_bytes_for_reading(count: int, text: str) -> None:
-    assert bytes_text(count) == text
-
-
-def test_an_interrupt_that_is_lost_comes_again(capfd: pytest.CaptureFixture[str]) -> None:
-    lost = []
-
-    @click.command()
-    def command() -> None:
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(10)
-        except KeyboardInterrupt:  # as C++ that calls Python does
-            lost.append(1)
-        time.sleep(10)
-
-    started = time.monotonic()
-    assert main_guard(command)([]) == 130
-    assert lost
-    assert 0.5 < time.monotonic() - started < 5
-    # And then no more.
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-
-def kept() -> str | None:
-    """Where JAX keeps compiled programs."""
-    return jax.config.values["jax_compilation_cache_dir"]
-
-
 @pytest.fixture
-def kept_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A user's cache folder, on a machine with a GPU, of someone who set nothing."""
-    before = kept()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
+def ask_for() -> Iterator[Callable[[str | None], None]]:
+    """Sets which platforms the user asked JAX for; JAX has its own already."""
+    before = jax.config.values["jax_platforms"]
+    yield lambda platforms: jax.config.update("jax_platforms", platforms)
+    jax.config.update("jax_platforms", before)
 
 
-def test_compiled_programs_are_kept_in_the_users_cache(kept_in: Path) -> None:
-    keep_compiled_programs()
-    assert kept() == str(kept_in / "wavejax" / "compiled")
-    assert (kept_in / "wavejax" / "compiled").is_dir()
-
-
-def test_compiled_programs_are_kept_at_home(
-    kept_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_platform_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], ask_for: Callable[[str | None], None]
 ) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    keep_compiled_programs()
-    assert kept() == str(tmp_path / ".cache" / "wavejax" / "compiled")
+    """As JAX says it, and as it does not: of a platform without a plugin an assertion fails."""
+    said = RuntimeError(
+        "Unable to initialize backend 'cuda': no GPU (set JAX_PLATFORMS='' to automatically choose "
+        "an available backend)"
+    )
+
+    @click.command()
+    def unsaid() -> None:
+        code = compile("assert False", "jax/_src/xla_bridge.py", "exec")
+        exec(code)
+
+    for command, reason in ((failing(said), "no GPU"), (unsaid, "no plugin")):
+        ask_for("cuda,tpu")
+        assert main_guard(command)([]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: JAX_PLATFORMS is cuda,tpu, which cannot be used here: ")
+        assert reason in printed
+        assert printed.count("\n") == 1
+        # Where nobody asked for a platform, it is no mistake of the user's.
+        ask_for(None)
+        with pytest.raises((RuntimeError, AssertionError)):
+            main_guard(command)([])
 
 
-def test_where_the_user_keeps_programs_is_left_alone(kept_in: Path, tmp_path: Path) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-    keep_compiled_programs()
-    assert kept() == str(tmp_path / "own")
-
-
-def test_no_program_is_kept_on_a_cpu_or_where_none_can_be(
-    kept_in: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_errors_keep_their_traceback_where_a_platform_is_asked_for(
+    ask_for: Callable[[str | None], None],
 ) -> None:
-    (kept_in / "wavejax").write_text("a file in the way")
-    keep_compiled_programs()
-    assert kept() is None
-    (kept_in / "wavejax").unlink()
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    keep_compiled_programs()
-    assert kept() is None
-    assert not (kept_in / "wavejax").exists()
+    ask_for("cpu")
+    for error in (RuntimeError("another"), AssertionError()):
+        with pytest.raises(type(error)):
+            main_guard(failing(error))([])

@@ -13,7 +13,7 @@ import pytest
 from models.checkpoint import Checkpoint
 from tests.cli.conftest import Result
 from wavejax import convert
-from wavejax.cli_support import main_guard
+from wavejax.cli.guard import main_guard
 from wavejax.generate import main as generate_main
 
 FULL_DISK = "error: cannot write to the standard output: No space left on device\n"

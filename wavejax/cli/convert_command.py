@@ -1,7 +1,4 @@
-"""``python -m wavejax.convert SOURCE DESTINATION``: a model as a folder that opens fast.
-
-The new folder holds Orbax parameters in the dtype asked for, the model's config and its tokenizer.
-"""
+"""The command of `wavejax.convert`."""
 
 import os
 import shutil
@@ -16,7 +13,8 @@ from models.errors import InputError
 from models.orbax_folder import refuse_existing
 from models.paths import stat_of
 from models.tokenizer import load_tokenizer
-from wavejax.cli_support import exit_process, main_guard
+from wavejax.cli.guard import main_guard
+from wavejax.cli.model_sampling import FILE as GENERATION_CONFIG
 from wavejax.memory import host_available
 
 
@@ -50,7 +48,12 @@ def convert(source: Path, destination: Path, dtype: str) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        write_orbax(checkpoint, destination, dtype, show, tokenizer.save)
+        def add_files(folder: Path) -> None:
+            tokenizer.save(folder)
+            if (source / GENERATION_CONFIG).is_file():  # the model's own sampling values
+                shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+
+        write_orbax(checkpoint, destination, dtype, show, add_files)
     click.echo(f"wrote {destination}: {size / 1e9:.2f} GB of parameters as {dtype}")
 
 
@@ -76,6 +79,3 @@ def _writable_parent(destination: Path) -> Path:
 
 
 main = main_guard(convert)
-
-if __name__ == "__main__":
-    exit_process(main())
