@@ -27,7 +27,7 @@ LONG = "The quick brown fox jumps over the lazy dog; " * 6
 # For what is not about wave attention: full attention compiles in less time.
 FULL = ("--attention", "full", "--model")
 FACTS = (
-    r"first token after [\d.]+ s; [\d.]+ tokens/s; tokens retrieved: [\d.]+%; "
+    r"first token after [\d.]+ s; [\d.]+ tokens/s; {exact}; "
     r"(cache hits: [\d.]+%; )?"
     r"KV cache: [\d.]+ [kM]?B on the device, [\d.]+ [kM]?B on the host\n"
 )
@@ -115,7 +115,8 @@ def test_json_and_facts(generate: Generate, tiny: Path, attention: str) -> None:
         "--attention", attention, "--store", "device", *SMALL_ZONES, "--retrieval-fraction", 0.3,
     )  # fmt: skip
     assert result.status == 0
-    assert re.fullmatch(FACTS, result.err), result.err
+    exact = "all tokens are exact" if attention == "full" else r"tokens retrieved: [\d.]+%"
+    assert re.fullmatch(FACTS.format(exact=exact), result.err), result.err
     assert result.out.count("\n") == 1
     printed = json.loads(result.out)
     assert printed["model"] == str(tiny)
@@ -135,6 +136,15 @@ def test_json_and_facts(generate: Generate, tiny: Path, attention: str) -> None:
         assert facts["retrieved_share"] == 1.0
     else:
         assert 0.25 < facts["retrieved_share"] < 0.35
+
+
+def test_a_short_prompt_is_exact(generate: Generate, tiny: Path) -> None:
+    """Its tokens are all in the window: nothing is indexed, so nothing retrieved."""
+    arguments = ("--model", tiny, "--prompt", "hello", "--max-new-tokens", 3, "--json")
+    result = generate(*arguments)
+    assert "; all tokens are exact; " in result.err
+    assert "%" not in result.err
+    assert json.loads(result.out)["facts"]["indexed_tokens"] == 0
 
 
 def test_hits_are_shown_where_there_is_a_cache(generate: Generate, tiny: Path) -> None:
@@ -219,12 +229,6 @@ def test_progress_only_where_wanted(generate: Generate, tiny: Path) -> None:
     assert hidden.err.count("\n") == 1
     assert "loading" not in hidden.err
     assert shown.out == hidden.out
-
-
-def test_help(generate: Generate) -> None:
-    result = generate("--help")
-    assert (result.status, result.err) == (0, "")
-    assert "--retrieval-fraction" in result.out
 
 
 @pytest.mark.slow
