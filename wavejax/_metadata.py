@@ -3,18 +3,23 @@
 import importlib
 import importlib.metadata
 
+_version = importlib.metadata.version
+
 
 def import_jaxtyping() -> None:
     """Imports jaxtyping, which asks for its own version as it is imported, where there is none.
 
     All modules annotate with it; nothing else that they import needs metadata.
     """
-    version = importlib.metadata.version
     try:
-        version("jaxtyping")
+        _version("jaxtyping")
     except importlib.metadata.PackageNotFoundError:
-        importlib.metadata.version = lambda name: "0" if name == "jaxtyping" else version(name)
+        importlib.metadata.version = _zero_for_jaxtyping
     try:
         importlib.import_module("jaxtyping")
     finally:
-        importlib.metadata.version = version
+        importlib.metadata.version = _version
+
+
+def _zero_for_jaxtyping(distribution_name: str) -> str:
+    return "0" if distribution_name == "jaxtyping" else _version(distribution_name)

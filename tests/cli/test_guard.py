@@ -2,6 +2,7 @@
 
 import errno
 import io
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -34,7 +35,8 @@ def failing(error: BaseException) -> click.Command:
         (EOFError(), 130, "\ninterrupted\n"),
         (click.Abort(), 130, "interrupted\n"),
         (click.exceptions.Exit(3), 3, ""),
-        (Terminated(), 143, "terminated\n"),
+        (Terminated(signal.SIGTERM), 143, "terminated\n"),
+        (Terminated(signal.SIGHUP), 129, "terminated\n"),
         (BrokenPipeError(), 141, ""),
         # As the system makes it, which click's own `main` would end the process for.
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),

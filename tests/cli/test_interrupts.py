@@ -20,7 +20,7 @@ from wavejax.cli import generate_command
 from wavejax.cli.guard import main_guard
 from wavejax.generator import Generator
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize("module", ["generate", "convert"])

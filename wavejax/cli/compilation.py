@@ -92,7 +92,7 @@ class CompilationNotices:
             # Above a bar, where there is one.
             tqdm.write(f"compiling what {self._phase} ...", file=sys.stderr)
 
-    def _on_begin(self, event: str, _: float | int, **__: object) -> None:
+    def _on_begin(self, event: str, value: float | int, **_: str | int) -> None:
         if event not in _STEPS:
             return
         with self._lock:
@@ -104,7 +104,7 @@ class CompilationNotices:
             self._timer.daemon = True
             self._timer.start()
 
-    def _on_end(self, event: str, _: float, **__: object) -> None:
+    def _on_end(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event not in _STEPS:
             return
         with self._lock:

@@ -1,10 +1,10 @@
 """Prompts and conversations as token ids, and whether the model can take them."""
 
-import math
 from collections.abc import Sequence
 
 from models.checkpoint import Checkpoint
 from models.errors import InputError
+from models.rope_option import suggest_rope_scaling
 from models.tokenizer import Tokenizer
 from wavejax.cli.prompts import (
     parse_template_args,
@@ -85,13 +85,12 @@ def check_lengths(
             if max_context:
                 whose, way_out = "--max-context", f"give --max-context {needed}"
             else:
-                factor = math.ceil(needed / context)
-                whose = "the model's context"
-                way_out = (
-                    f"stretch it with --rope-scaling yarn:{factor}, if its authors advise that"
-                )
+                whose, scaling = "the model's context", suggest_rope_scaling(config, needed)
+                way_out = None
+                if scaling is not None:
+                    way_out = f"stretch it with --rope-scaling {scaling}, if its authors advise it"
+            ways = ["shorten the prompt", "lower --max-new-tokens", *([way_out] if way_out else [])]
             raise InputError(
                 f"prompt {number} has {len(prompt)} tokens, {needed} with {new_tokens} new ones; "
-                f"{whose} is {context} tokens: shorten the prompt, lower --max-new-tokens, or "
-                f"{way_out}"
+                f"{whose} is {context} tokens: {', '.join(ways[:-1])} or {ways[-1]}"
             )

@@ -128,7 +128,7 @@ def command(
             params = unstack_layers(params)
         run.generate(params, max_new_tokens, seed, shown)
     except (KeyboardInterrupt, Terminated) as error:
-        run.interrupt("SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM")
+        run.interrupt(error.signal.name if isinstance(error, Terminated) else "SIGINT")
         raise
     finally:
         if as_json and (run.interrupted or run.facts):

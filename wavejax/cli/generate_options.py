@@ -75,8 +75,8 @@ _OPTIONS = [
         INPUT,
         "--rope-scaling",
         metavar="KIND:FACTOR",
-        help="Stretch the model's context, as its authors advise for prompts past it and its file "
-        "may lack: yarn:4 is four times as long.",
+        help="Scale RoPE, as a model's authors may advise for prompts past its context and its "
+        "file may not state: yarn:4 makes the context four times as long; linear:2.",
     ),
     option(
         SAMPLING,

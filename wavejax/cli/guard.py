@@ -12,12 +12,7 @@ import click
 import jax
 
 from models.errors import InputError
-from wavejax.cli.interrupts import (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    Terminated,
-    raised_signals,
-)
+from wavejax.cli.interrupts import EXIT_INTERRUPTED, Terminated, raised_signals
 from wavejax.cli.streams import Stderr, Stdout, let_go, open_closed_streams, say
 
 EXIT_BAD_INPUT = 2
@@ -30,9 +25,10 @@ def main_guard(
     """Wraps a command into `main(arguments=None) -> exit status`.
 
     Bad input, memory that runs out, a platform that JAX does not have, or a stdout that takes no
-    more, as on a full disk, becomes one line on stderr, `error: ...`, and status 2; Ctrl-C status
-    130; SIGTERM 143; a reader that went away, as `head` does, status 141 and no word. A stderr that
-    takes no more changes nothing. A mistake in the program keeps its traceback.
+    more, as on a full disk, becomes one line on stderr, `error: ...`, and status 2. Ctrl-C is
+    status 130, SIGTERM 143, SIGHUP 129. A reader that went away, as `head` does, is status 141 and
+    no word. A stderr that takes no more changes nothing. A mistake in the program keeps its
+    traceback.
 
     Args:
         command: what to run.
@@ -65,9 +61,9 @@ def _guarded(command: click.Command, arguments: Sequence[str], advice: str) -> i
     except (KeyboardInterrupt, click.Abort):
         say("interrupted")
         return EXIT_INTERRUPTED
-    except Terminated:
+    except Terminated as error:
         say("terminated")
-        return EXIT_TERMINATED
+        return error.status
     except BrokenPipeError:
         let_go(sys.stdout)
         return EXIT_BROKEN_PIPE

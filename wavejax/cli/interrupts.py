@@ -9,20 +9,32 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # 130, as shells have it
-EXIT_TERMINATED = 128 + signal.SIGTERM  # 143
+# A batch system's end; a terminal that is closed, which not every system says.
+_ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # Seconds after which a signal is raised again that ended nothing.
 _AGAIN = 1.0
 # `timeout` and batch systems send SIGTERM to a process, and at once again to its group: signals so
 # many seconds apart are one, and do not disturb the cleaning up after the first.
 _SAME = 2.0
+_Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class Terminated(BaseException):
-    """SIGTERM as an exception: what is unfinished is removed on its way."""
+    """SIGTERM or SIGHUP as an exception: what is unfinished is removed on its way.
+
+    Attributes:
+        signal: which of them.
+        status: what the process ends with, as shells have it: 143 for SIGTERM.
+    """
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+        self.status = 128 + number
+        super().__init__(self.signal.name)
 
 
 def interrupts_end_the_process() -> None:
@@ -43,7 +55,7 @@ def _end(*_: object) -> None:
 
 @contextlib.contextmanager
 def raised_signals() -> Iterator[None]:
-    """Has Ctrl-C raise KeyboardInterrupt and SIGTERM raise Terminated, until that has effect.
+    """Has Ctrl-C raise KeyboardInterrupt, and SIGTERM or SIGHUP Terminated, until it has effect.
 
     Raised once, it is lost where Python runs on behalf of C++ or of the garbage collector, which
     report it and go on: it is raised again each second, but not while it is being handled.
@@ -51,10 +63,10 @@ def raised_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # Who ignores a signal, or handles it, has a reason.
     ours = (signal.default_int_handler, _end, signal.SIG_DFL)
-    taken = {number: handler for number, handler in before.items() if handler in ours}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_ENDS)}
+    taken: dict[int, _Handler] = {number: was for number, was in before.items() if was in ours}
     if not taken:
         yield
         return
@@ -74,7 +86,7 @@ class _Insistent:
     """The handler of `raised_signals`."""
 
     def __init__(self) -> None:
-        self.kind: type[BaseException] = KeyboardInterrupt
+        self.number: int = signal.SIGINT
         self.raised_at = -_SAME
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -83,9 +95,8 @@ class _Insistent:
         if repeated and _is_interrupt(sys.exception()):
             return  # what handles the first goes on
         if number != signal.SIGALRM:
-            self.kind = KeyboardInterrupt if number == signal.SIGINT else Terminated
-            self.raised_at = time.monotonic()
-        raise self.kind
+            self.number, self.raised_at = number, time.monotonic()
+        raise KeyboardInterrupt if self.number == signal.SIGINT else Terminated(self.number)
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
