@@ -56,6 +56,7 @@ def refused(result: tuple[int, str, str], *said: str) -> None:
         (["--prompt", "x", "--store", "disk"], "'disk'"),
         (["--prompt", "x", "--dtype", "int8"], "'int8'"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--prompt", "x", "--max-new-tokens", str(2**31)], "1<=x<=2147483647"),
         (["--prompt", "x", "--seed", "-1"], "--seed"),
         (["--prompt", "x", "--stop", ""], "--stop is empty"),
         (["--prompt", "x", "--samples", "0"], "--samples"),

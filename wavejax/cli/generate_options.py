@@ -81,7 +81,7 @@ _OPTIONS = [
     option(
         SAMPLING,
         "--max-new-tokens",
-        type=click.IntRange(min=1),
+        type=click.IntRange(1, 2**31 - 1),
         default=256,
         show_default=True,
     ),
