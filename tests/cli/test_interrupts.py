@@ -34,8 +34,8 @@ def test_nothing_long_is_imported_before_the_signals_are_set_up(module: str) -> 
     assert run.stdout == "[]\n"
 
 
-# In Python's own modules, in C that is loaded, and in the middle of JAX.
-@pytest.mark.parametrize("moment", ["click", "numpy._core", "jax._src.core"])
+# In the command's first module but one, in Python's own, in C that is loaded, and amid JAX.
+@pytest.mark.parametrize("moment", ["wavejax.cli.entry", "click", "numpy._core", "jax._src.core"])
 @pytest.mark.parametrize("name", ["generate", "convert"])
 def test_an_interrupt_while_modules_are_imported(tmp_path: Path, name: str, moment: str) -> None:
     """From a module's import on; the module waits, so that the signal comes before the next."""

@@ -145,6 +145,18 @@ def test_answers_are_whole_where_stderr_takes_no_more(
         assert len(json.loads(run.stdout)["answers"][0]["token_ids"]) == 3
 
 
+def test_what_was_left_in_stderr_does_not_fail_the_end(full: TextIO) -> None:
+    """As of a warning while modules are imported: Python writes it once more as it ends."""
+    code = (
+        "import contextlib, sys\n"
+        "from wavejax.cli.entry import exit_process\n"
+        "with contextlib.suppress(OSError):\n"
+        "    print('a warning', file=sys.stderr)\n"
+        "exit_process(0)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stderr=full, check=False).returncode == 0
+
+
 def test_a_closed_stderr_is_not_a_file_that_is_opened_later(tmp_path: Path) -> None:
     """What C++ logs on descriptor 2 must not go into the first file that a run opens."""
     code = (
