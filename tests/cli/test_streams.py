@@ -132,6 +132,7 @@ def test_answers_are_whole_where_stderr_takes_no_more(
     arguments = ["--model", str(tiny), "--raw", "--prompt", "hi", "--max-new-tokens", "3"]
     command = [sys.executable, "-m", "wavejax.generate", *arguments, "--attention", "full", *more]
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_LOG_COMPILES": "1"}
+    environment.pop("PYTHONUNBUFFERED", None)
     reader, writer = os.pipe()
     os.close(reader)
     stderr = full if kind == "full" else writer
@@ -154,7 +155,9 @@ def test_what_was_left_in_stderr_does_not_fail_the_end(full: TextIO) -> None:
         "    print('a warning', file=sys.stderr)\n"
         "exit_process(0)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], stderr=full, check=False).returncode == 0
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    run = subprocess.run([sys.executable, "-c", code], stderr=full, env=environment, check=False)
+    assert run.returncode == 0
 
 
 def test_a_closed_stderr_is_not_a_file_that_is_opened_later(tmp_path: Path) -> None:
