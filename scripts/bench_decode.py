@@ -28,7 +28,9 @@ from models.checkpoint import open_checkpoint
 from models.errors import InputError
 from models.unstacked import unstack_layers
 from wavejax import DenseAttention, WaveAttention, WaveConfig
-from wavejax.cli_support import exit_process, fields_of, main_guard, options_from
+from wavejax.cli.entry import exit_process
+from wavejax.cli.guard import main_guard
+from wavejax.cli.options import fields_of, options_from
 from wavejax.evaluation.files import write_growing
 from wavejax.memory import free_memory, set_memory_limits
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from wavejax.cli_support import main_guard, progress_bar
+from wavejax.cli.entry import exit_process
+from wavejax.cli.guard import main_guard
+from wavejax.cli.progress import progress_bar
 from wavejax.config import WaveConfig
 from wavejax.evaluation import plots
 from wavejax.evaluation.bench import Bench
@@ -228,4 +230,4 @@ def report(records: Records, out: Path, tasks: dict, lengths: list[int], plotted
 main = main_guard(command)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

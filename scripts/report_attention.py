@@ -15,7 +15,9 @@ import click
 from tqdm import tqdm
 
 from models.errors import InputError
-from wavejax.cli_support import main_guard, progress_bar
+from wavejax.cli.entry import exit_process
+from wavejax.cli.guard import main_guard
+from wavejax.cli.progress import progress_bar
 from wavejax.config import WaveConfig
 from wavejax.evaluation import attention_report, plots
 from wavejax.evaluation.bench import Bench
@@ -159,4 +161,4 @@ def command(
 main = main_guard(command)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -25,7 +25,7 @@ from models.parameters import Params
 from models.tokenizer import load_tokenizer
 from models.unstacked import unstack_layers
 from wavejax import Generator, WaveConfig, make_plan
-from wavejax.cli_support import bytes_text
+from wavejax.cli.progress import bytes_text
 from wavejax.evaluation.haystack import paragraphs
 
 LOOKS = 10  # at memory, in a run

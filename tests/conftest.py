@@ -1,6 +1,11 @@
 """Set-up of all tests: shape checks, matmul precision, quick compilation, the markers."""
 
 import collections
+import os
+
+# Commands keep compiled programs in the user's cache folder, which tests should not fill; nor
+# should a test run what another left there. Must come before JAX is imported.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import jax
 import pytest

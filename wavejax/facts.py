@@ -21,12 +21,15 @@ class Facts:
             retrieved, without a row cache, and for full attention.
         device_bytes: of the state, in the device's memory.
         host_bytes: of the state, in host memory: pinned, or `fetch="staged"`'s rows.
+        indexed_tokens: of all sequences, tokens in the index, from which some are retrieved and the
+            rest estimated; 0 where all tokens are attended to exactly.
     """
 
     retrieved_share: float | None
     hit_ratio: float | None
     device_bytes: int
     host_bytes: int
+    indexed_tokens: int
 
 
 def facts_of(state: WaveState | StagedState | DenseState) -> Facts:
@@ -37,7 +40,7 @@ def facts_of(state: WaveState | StagedState | DenseState) -> Facts:
     host = sum(x.nbytes for x in jax.tree.leaves(state) if x.sharding.memory_kind == "pinned_host")
     device = sum(x.nbytes for x in jax.tree.leaves(state)) - host
     if isinstance(state, DenseState):
-        return Facts(1.0, None, device, host)
+        return Facts(1.0, None, device, host, 0)
     table = state.cache.table
     hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
     retrieved, slots = hits + misses, table.token_of_slot.shape[-1]
@@ -48,4 +51,5 @@ def facts_of(state: WaveState | StagedState | DenseState) -> Facts:
         hits / retrieved if retrieved and slots else None,
         device,
         host + staged,
+        int(np.asarray(state.index.tokens, np.int64).sum()),
     )

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 
 from tests.models.tiny_models import CONFIGS, make_tensors, write_folder
+from wavejax.cli import compilation
 
 VOCAB = 260
 CONTEXT = 512
@@ -53,6 +54,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(folder, TINY, make_tensors(TINY))
     write_tokenizer(folder, chat_template=TEMPLATE)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is said of compilation, however slow the machine; in this process."""
+    monkeypatch.setattr(compilation, "PATIENCE", 1e6)
 
 
 class Result(NamedTuple):

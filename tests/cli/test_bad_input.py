@@ -56,7 +56,14 @@ def refused(result: tuple[int, str, str], *said: str) -> None:
         (["--prompt", "x", "--store", "disk"], "'disk'"),
         (["--prompt", "x", "--dtype", "int8"], "'int8'"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--prompt", "x", "--max-new-tokens", str(2**31)], "1<=x<=2147483647"),
         (["--prompt", "x", "--seed", "-1"], "--seed"),
+        (["--prompt", "x", "--stop", ""], "--stop is empty"),
+        (["--prompt", "x", "--samples", "0"], "--samples"),
+        (["--prompt", "x", "--samples", "2"], "--temperature"),
+        (["--prompt", "x", "--sampling", "model"], "generation_config.json"),
+        (["--prompt", "x", "--sampling", "other"], "'other'"),
+        (["--prompt", "x", "--rope-scaling", "stretched"], "stretched"),
         (["--prompt", "x", "--cluster-size", "0"], "cluster_size"),
         (["--prompt", "x", "--cluster-size", "65"], "max_cluster_size"),
         (["--prompt", "x", "--magic"], "--magic"),
@@ -92,8 +99,9 @@ def test_undecodable_file_and_standard_input(
 def test_too_long_names_both_numbers_and_the_flag(generate: Generate, tiny: Path) -> None:
     arguments = ("--model", tiny, "--raw", "--prompt", "x" * 500, "--max-new-tokens", 20)
     # 500 characters and <s>.
-    refused(generate(*arguments), "501 tokens", "521", f"{CONTEXT} tokens", "--max-context 521")
-    refused(generate(*arguments, "--max-context", 100), "--max-context is 100 tokens")
+    refused(generate(*arguments), "501 tokens", "521", f"{CONTEXT} tokens", "yarn:2")
+    limit = ("--max-context", 100)
+    refused(generate(*arguments, *limit), "--max-context is 100 tokens", "--max-context 521")
 
 
 def test_chat_without_a_template(generate: Generate, tiny: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_memory_refused_past_the_planner(
     generate: Generate, tiny: Path, plenty: None, next_run_is_fine: Callable[[], None]
 ) -> None:
     """Absurdly much really asked for: XLA's own allocator refuses."""
-    arguments = ("--max-new-tokens", 10**11, "--max-context", 10**12)
+    arguments = ("--max-new-tokens", 2 * 10**9, "--max-context", 3 * 10**9)
     result = generate("--model", tiny, *PROMPT, *arguments)
     one_line(result, "out of device memory (Out of memory allocating ", "--plan")
     next_run_is_fine()

@@ -6,18 +6,21 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from models.errors import InputError
+from models.tokenizer import TextStream, Tokenizer, load_tokenizer
 from models.unstacked import unstack_layers
 from tests.cli.conftest import SMALL_ZONES, Result
 from wavejax import Generator, staged
+from wavejax.cli import generate_command as module
+from wavejax.cli.generate_command import command
+from wavejax.cli.planning import unstacks
 from wavejax.config import WaveConfig
-from wavejax.generate import command, unstacks
 from wavejax.sampling import Sampler
 
 Generate = Callable[..., Result]
@@ -25,7 +28,7 @@ LONG = "The quick brown fox jumps over the lazy dog; " * 6
 # For what is not about wave attention: full attention compiles in less time.
 FULL = ("--attention", "full", "--model")
 FACTS = (
-    r"first token after [\d.]+ s; [\d.]+ tokens/s; tokens retrieved: [\d.]+%; "
+    r"first token after [\d.]+ s; [\d.]+ tokens/s; {exact}; "
     r"(cache hits: [\d.]+%; )?"
     r"KV cache: [\d.]+ [kM]?B on the device, [\d.]+ [kM]?B on the host\n"
 )
@@ -53,8 +56,6 @@ def test_flags_reach_attention_and_sampler(
     generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every number one above its default, shares halved, the ratio doubled, every flag turned."""
-    from wavejax import generate as module
-
     seen = []
 
     def keep(model: object, attention: object, sampler: Sampler, stop: tuple[int, ...]) -> None:
@@ -86,26 +87,28 @@ def test_flags_reach_attention_and_sampler(
 def test_same_command_same_bytes_whether_alone_or_in_a_batch(
     generate: Generate, tiny: Path, tmp_path: Path
 ) -> None:
-    """Sampled, with prompts from the command line and from a file."""
+    """With prompts from the command line and from a file."""
     file = tmp_path / "prompt.txt"
     file.write_text("\ufeff" + LONG, encoding="utf-8")
-    common = ("--model", tiny, "--max-new-tokens", 12, "--temperature", 1, "--top-k", 40)
-    common = (*common, "--seed", 5, *SMALL_ZONES)
+    common = ("--model", tiny, "--max-new-tokens", 12, *SMALL_ZONES)
     # Of unequal lengths, but in one bucket: they share a compiled program where they run alone.
     prompts = [("--prompt", "Something else. " + LONG[:250]), ("--prompt-file", file)]
-
-    batch = generate(*common, *prompts[0], *prompts[1])
-    assert batch.status == 0
-    assert batch.out == generate(*common, *prompts[0], *prompts[1]).out
+    both = (*common, *prompts[0], *prompts[1])
 
     alone = [generate(*common, *prompt).out for prompt in prompts]
     printed = [f"=== prompt {i} of 2 ===\n{text}\n" for i, text in enumerate(alone, 1)]
-    assert batch.out == "".join(printed)
-
-    from_json = answers(generate(*common, *prompts[0], *prompts[1], "--json"))
+    assert generate(*both).out == "".join(printed)
+    from_json = answers(generate(*both, "--json"))
     assert [answer["text"] + "\n" for answer in from_json] == alone
-    other = answers(generate(*common, *prompts[0], "--json", "--seed", 6))
-    assert other[0]["token_ids"] != from_json[0]["token_ids"]
+
+    # Sampled, each has the noise of its place: the first one that which it has alone.
+    sampled = ("--json", "--temperature", 1, "--top-k", 40, "--seed", 5)
+    batch = answers(generate(*both, *sampled))
+    assert batch == answers(generate(*both, *sampled))
+    assert batch[0] == answers(generate(*common, *prompts[0], *sampled))[0]
+    other = answers(generate(*both, *sampled, "--seed", 6))
+    for first, second in zip(batch, other, strict=True):
+        assert first["token_ids"] != second["token_ids"]
 
 
 @pytest.mark.parametrize("attention", ["wave", "full"])
@@ -115,7 +118,8 @@ def test_json_and_facts(generate: Generate, tiny: Path, attention: str) -> None:
         "--attention", attention, "--store", "device", *SMALL_ZONES, "--retrieval-fraction", 0.3,
     )  # fmt: skip
     assert result.status == 0
-    assert re.fullmatch(FACTS, result.err), result.err
+    exact = "all tokens are exact" if attention == "full" else r"tokens retrieved: [\d.]+%"
+    assert re.fullmatch(FACTS.format(exact=exact), result.err), result.err
     assert result.out.count("\n") == 1
     printed = json.loads(result.out)
     assert printed["model"] == str(tiny)
@@ -137,6 +141,15 @@ def test_json_and_facts(generate: Generate, tiny: Path, attention: str) -> None:
         assert 0.25 < facts["retrieved_share"] < 0.35
 
 
+def test_a_short_prompt_is_exact(generate: Generate, tiny: Path) -> None:
+    """Its tokens are all in the window: nothing is indexed, so nothing retrieved."""
+    arguments = ("--model", tiny, "--prompt", "hello", "--max-new-tokens", 3, "--json")
+    result = generate(*arguments)
+    assert "; all tokens are exact; " in result.err
+    assert "%" not in result.err
+    assert json.loads(result.out)["facts"]["indexed_tokens"] == 0
+
+
 def test_hits_are_shown_where_there_is_a_cache(generate: Generate, tiny: Path) -> None:
     result = generate(
         *("--model", tiny, "--prompt", LONG, "--max-new-tokens", 9, "--json", "--store", "host"),
@@ -152,8 +165,6 @@ def test_hits_are_shown_where_there_is_a_cache(generate: Generate, tiny: Path) -
 def test_layers_are_unstacked_where_they_are_written_out_and_there_is_room(
     generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wavejax import generate as module
-
     common = (*FULL, tiny, "--prompt", "hello", "--max-new-tokens", 3, "--json")
     expected = answers(generate(*common))
     unstacked = []
@@ -179,6 +190,22 @@ def test_chat_or_raw(generate: Generate, tiny: Path) -> None:
     common = (*FULL, tiny, "--prompt", "hello", "--max-new-tokens", 1, "--json")
     for flag, length in (([], 8), (["--chat"], 8), (["--raw"], 6)):
         assert answers(generate(*common, *flag))[0]["prompt_tokens"] == length
+
+
+def test_a_text_is_continued_and_a_message_answered(
+    generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A continuation's first space depends on the text before it; an answer begins anew."""
+    given, stream = [], Tokenizer.stream
+
+    def keep(self: Tokenizer, prompt_ids: Sequence[int] = ()) -> TextStream:
+        given.append(list(prompt_ids))
+        return stream(self, prompt_ids)
+
+    monkeypatch.setattr(Tokenizer, "stream", keep)
+    common = (*FULL, tiny, "--prompt", "hello", "--max-new-tokens", 1)
+    assert generate(*common, "--raw").status == generate(*common, "--chat").status == 0
+    assert given == [load_tokenizer(tiny).encode("hello", add_special=True), []]
 
 
 def test_standard_input(generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,12 +248,6 @@ def test_progress_only_where_wanted(generate: Generate, tiny: Path) -> None:
     assert hidden.err.count("\n") == 1
     assert "loading" not in hidden.err
     assert shown.out == hidden.out
-
-
-def test_help(generate: Generate) -> None:
-    result = generate("--help")
-    assert (result.status, result.err) == (0, "")
-    assert "--retrieval-fraction" in result.out
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """Standard streams that are closed, full or left by their reader: a word and a status, or none."""
 
 import contextlib
+import json
+import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +16,7 @@ import pytest
 from models.checkpoint import Checkpoint
 from tests.cli.conftest import Result
 from wavejax import convert
-from wavejax.cli_support import main_guard
+from wavejax.cli.guard import main_guard
 from wavejax.generate import main as generate_main
 
 FULL_DISK = "error: cannot write to the standard output: No space left on device\n"
@@ -101,6 +104,75 @@ def test_closed_streams_take_nothing(
 def test_stderr_that_is_full(monkeypatch: pytest.MonkeyPatch, full: TextIO) -> None:
     monkeypatch.setattr(sys, "stderr", full)
     assert main_guard(talkative)(["--magic"]) == 2
+
+
+@click.command()
+def saying() -> None:
+    print("answer")
+    for bar in range(3):
+        print("x" * 100_000, bar, file=sys.stderr, flush=True)
+    logging.getLogger("saying").warning("and this")
+
+
+def test_a_stderr_that_takes_no_more_fails_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full: TextIO
+) -> None:
+    monkeypatch.setattr(sys, "stderr", full)
+    assert main_guard(saying)([]) == 0
+    assert capsys.readouterr().out == "answer\n"
+    full.flush()  # as Python does at the end: there is nothing left that fails
+
+
+# With bars; with a logger that JAX has set up on the stderr of the start.
+@pytest.mark.parametrize("more", [["--progress"], ["--json"]], ids=lambda more: more[0])
+@pytest.mark.parametrize("kind", ["full", "left by its reader"])
+def test_answers_are_whole_where_stderr_takes_no_more(
+    tiny: Path, full: TextIO, kind: str, more: list[str]
+) -> None:
+    arguments = ["--model", str(tiny), "--raw", "--prompt", "hi", "--max-new-tokens", "3"]
+    command = [sys.executable, "-m", "wavejax.generate", *arguments, "--attention", "full", *more]
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_LOG_COMPILES": "1"}
+    environment.pop("PYTHONUNBUFFERED", None)
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = full if kind == "full" else writer
+    run = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, check=False
+    )
+    os.close(writer)
+    assert run.returncode == 0
+    assert run.stdout.endswith("\n")
+    if "--json" in more:
+        assert len(json.loads(run.stdout)["answers"][0]["token_ids"]) == 3
+
+
+def test_what_was_left_in_stderr_does_not_fail_the_end(full: TextIO) -> None:
+    """As of a warning while modules are imported: Python writes it once more as it ends."""
+    code = (
+        "import contextlib, sys\n"
+        "from wavejax.cli.entry import exit_process\n"
+        "with contextlib.suppress(OSError):\n"
+        "    print('a warning', file=sys.stderr)\n"
+        "exit_process(0)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    run = subprocess.run([sys.executable, "-c", code], stderr=full, env=environment, check=False)
+    assert run.returncode == 0
+
+
+def test_a_closed_stderr_is_not_a_file_that_is_opened_later(tmp_path: Path) -> None:
+    """What C++ logs on descriptor 2 must not go into the first file that a run opens."""
+    code = (
+        "import os, sys\n"
+        "from wavejax.cli.streams import open_closed_descriptors\n"
+        "open_closed_descriptors()\n"
+        f"file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "os.write(2, b'a log line')\n"
+        "assert file.fileno() > 2\n"
+    )
+    script = f'{sys.executable} -c "$0" <&- 2>&-'
+    assert subprocess.run(["bash", "-c", script, code], check=False).returncode == 0
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_facts_for_a_closed_stderr_do_not_go_to_stdout(

@@ -1,5 +1,6 @@
 """``python -m wavejax.convert``: what it writes, and what it says about bad input."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     elif case == "dtype":
         dtype, expected = "int4", "int4"
     elif case == "space":
-        monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 9}))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 9}))
         expected = "not enough disk space"
     before = sorted(tmp_path.rglob("*"))
     assert convert.main([str(source), str(destination), "--dtype", dtype]) == 2

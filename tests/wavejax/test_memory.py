@@ -123,7 +123,7 @@ def test_nothing_starts_the_device():
         "import jax.numpy as jnp\n"
         "from jax._src import xla_bridge\n"
         "from models.config import ModelConfig\n"
-        "import wavejax.generate\n"
+        "import wavejax.cli.generate_command\n"
         "from wavejax.plan import pinned_need\n"
         "model = ModelConfig('llama', 50, 2, 32, 48, 4, 2, 16, 1000)\n"
         "pinned_need(model, wavejax.WaveConfig(), 2, 500, 10, 'bfloat16')\n"

@@ -12,7 +12,7 @@ import pytest
 from models import checkpoint
 from tests.cli.conftest import TEMPLATE, TINY, write_tokenizer
 from tests.models.tiny_models import make_tensors, write_folder
-from wavejax import generate
+from wavejax.cli.generate_command import command
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,8 +57,8 @@ def test_links_lead_to_files_and_headings(page):
 
 
 def test_flags_exist():
-    known = {flag for option in generate.command.params for flag in [*option.opts, "--help"]}
-    known |= {flag for option in generate.command.params for flag in option.secondary_opts}
+    known = {flag for option in command.params for flag in [*option.opts, "--help"]}
+    known |= {flag for option in command.params for flag in option.secondary_opts}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
 
 

@@ -12,7 +12,7 @@ import jax
 from models.checkpoint import Checkpoint, find_default_model, open_checkpoint
 from models.errors import InputError
 from models.tokenizer import Tokenizer, load_tokenizer
-from wavejax.cli_support import keep_compiled_programs
+from wavejax.cli.compilation import keep_compiled_programs
 
 
 @dataclasses.dataclass(frozen=True)

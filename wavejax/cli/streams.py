@@ -7,6 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 
+def open_closed_descriptors() -> None:
+    """Opens closed standard streams onto nothing, before a file takes their numbers.
+
+    What libraries log on number 2 would else be written into that file.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
 def open_closed_streams() -> None:
     """Lets go of what is written to a stdout or stderr that is closed, as by `>&-`: it is None."""
     for name in ("stdout", "stderr"):
@@ -41,17 +53,46 @@ class Stdout:
             raise
 
 
-def drop_stdout() -> None:
-    """Lets go of what stdout did not take: Python would write it once more as it ends, and fail."""
+class Stderr:
+    """A stream whose errors are nobody's: from the first one on, what it gets is let go of.
+
+    Bars, facts and warnings must not fail a run whose answer was printed.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            let_go(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            let_go(self._stream)
+
+
+def let_go(stream: Any) -> None:
+    """Forgets what a stream did not take: Python would write it once more as it ends, and fail."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
-            os.dup2(nowhere, sys.stdout.fileno())
+            os.dup2(nowhere, stream.fileno())
         finally:
             os.close(nowhere)
+        stream.flush()
 
 
 def say(line: str) -> None:
     """Prints a line on stderr, if that takes any: the status tells the same."""
-    with contextlib.suppress(OSError):
+    try:
         print(line, file=sys.stderr)
+    except OSError:
+        let_go(sys.stderr)
