@@ -227,7 +227,7 @@ def mlp_block(tokens: int) -> int:
     """How many of a prompt's padded tokens the MLP treats at once: all of a short one's.
 
     Of a longer one's as large a part as goes evenly into them, up to `MLP_BLOCK`: a prompt's padded
-    length (`wavejax.prompts.bucket`) has large powers of two in it. Of other lengths all.
+    length (`wavejax.engine.prompts.bucket`) has large powers of two in it. Of other lengths all.
     """
     part = math.gcd(tokens, MLP_BLOCK)
     return tokens if tokens <= MLP_BLOCK or 8 * part < MLP_BLOCK else part

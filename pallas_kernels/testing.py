@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels._numerics import NO_ID
 from pallas_kernels.encode_tokens import rotate
+from pallas_kernels.numerics import NO_ID
 from pallas_kernels.select_tokens import RowTable, segment_start
-from pallas_kernels.specs import StepShape
+from pallas_kernels.shapes import StepShape
 
 # With unit normals for keys the logits then have this standard deviation: a softmax's tail as
 # trained models have it.

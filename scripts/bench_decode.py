@@ -24,7 +24,7 @@ from decode_state import Attention
 from decode_timing import steps_needed
 from gpu_timing import copy_ceiling, device_facts
 
-from models.checkpoint import open_checkpoint
+from models.checkpoints.open import open_checkpoint
 from models.errors import InputError
 from models.unstacked import unstack_layers
 from wavejax import DenseAttention, WaveAttention, WaveConfig
@@ -32,7 +32,7 @@ from wavejax.cli.entry import exit_process
 from wavejax.cli.guard import main_guard
 from wavejax.cli.options import fields_of, options_from
 from wavejax.evaluation.files import write_growing
-from wavejax.memory import free_memory, set_memory_limits
+from wavejax.planning.memory import free_memory, set_memory_limits
 
 
 def parse_numbers(option: str, text: str, words: tuple[str, ...] = ()) -> list[int | str]:

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
+from pallas_kernels.toolbox import launch
 from wavejax.evaluation.files import append_lines
 
 ROW = 256  # bfloat16 numbers: a token's key and value at head dim 128
@@ -54,7 +54,7 @@ def read(rows: Array, numbers: list[Array]) -> list[Array]:
             all programs take the tiles in turn.
     """
     return [
-        _pallas.call(
+        launch.call(
             _kernel,
             (rows, each),
             jax.ShapeDtypeStruct(each.shape[1:2], jnp.float32),

@@ -21,7 +21,7 @@ from jax import Array
 from op_cases import OTHER_OPS, STEP_OPS, OpCase, Run, StepBench, by_api, names_from
 
 from pallas_kernels.encode_tokens import rotation
-from pallas_kernels.specs import SHAPES, StepShape
+from pallas_kernels.shapes import SHAPES, StepShape
 from pallas_kernels.testing import make_step, with_misses
 from wavejax.evaluation.files import write_growing
 

@@ -22,19 +22,19 @@ from jax import Array
 from record_traces import SAMPLER, agreement, cut_text
 from tqdm import tqdm
 
-from models.checkpoint import find_default_model, open_checkpoint
+from models.checkpoints.open import find_default_model, open_checkpoint
 from models.errors import InputError
-from models.tokenizer import load_tokenizer
+from models.text.tokenizer import load_tokenizer
 from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
-from wavejax.buffer import init_cache
+from wavejax.engine.compiled import DecodeState, Params, commit
+from wavejax.engine.prompts import bucket
 from wavejax.evaluation.files import write_growing
 from wavejax.evaluation.haystack import MANUAL, load_haystack
 from wavejax.evaluation.setup import check_context, make_room_for
 from wavejax.evaluation.shared_prefill import build_index
 from wavejax.evaluation.summary import tabulate
-from wavejax.memory import host_available, set_memory_limits
-from wavejax.programs import DecodeState, Params, commit
-from wavejax.prompts import bucket
+from wavejax.planning.memory import host_available, set_memory_limits
+from wavejax.store.rows import init_cache
 
 # Of the host's memory, what may be pinned.
 PINNED_SHARE = 0.5

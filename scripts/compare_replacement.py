@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from models.errors import InputError
 from wavejax.evaluation.files import replacing, write_growing
+from wavejax.evaluation.replacement import study
+from wavejax.evaluation.replacement.policies import policies
+from wavejax.evaluation.replacement.simulate import PAGE_BYTES
+from wavejax.evaluation.replacement.trace import Trace
 from wavejax.evaluation.setup import make_room_for
-from wavejax.replacement import study
-from wavejax.replacement.policies import policies
-from wavejax.replacement.simulate import PAGE_BYTES
-from wavejax.replacement.trace import Trace
 
 
 def main() -> int:

@@ -8,9 +8,9 @@ from decode_model import memory_of
 
 from models.parameters import Params
 from wavejax import DenseAttention, WaveAttention
-from wavejax.dense_attention import DenseState
-from wavejax.staged import StagedState, wave_of
-from wavejax.wave_attention import WaveState
+from wavejax.attention.dense import DenseState
+from wavejax.attention.wave import WaveState
+from wavejax.engine.staged import StagedState, wave_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from decode_timing import Decoder, profile, time_decoding, time_growth
 from models.config import ModelConfig
 from models.parameters import Params
 from wavejax import Generator, WaveAttention
-from wavejax.memory import FreeMemory, MemoryNeed, host_available, memory_need
-from wavejax.plan import STAGING_BYTES
+from wavejax.planning.memory import FreeMemory, MemoryNeed, host_available, memory_need
+from wavejax.planning.plan import STAGING_BYTES
 
 LARGEST_BATCH = 1024
 CALLS = 5  # that are timed

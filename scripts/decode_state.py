@@ -14,11 +14,11 @@ from jax import Array, lax
 from models.config import ModelConfig
 from models.parameters import Params
 from wavejax import DenseAttention, Generator, WaveAttention
-from wavejax.buffer import SteadyZone
-from wavejax.dense_attention import DenseState
-from wavejax.generator import DecodeState
-from wavejax.prompts import bucket
-from wavejax.staged import StagedState, hold_rows, wave_of
+from wavejax.attention.dense import DenseState
+from wavejax.engine.generator import DecodeState
+from wavejax.engine.prompts import bucket
+from wavejax.engine.staged import StagedState, hold_rows, wave_of
+from wavejax.store.steady import SteadyZone
 
 Attention = WaveAttention | DenseAttention
 

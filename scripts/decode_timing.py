@@ -18,9 +18,9 @@ from profile_step import kernel_times
 
 from models.parameters import Params
 from wavejax import Generator, WaveAttention
-from wavejax.generator import DecodeState
-from wavejax.sampling import step_keys
-from wavejax.staged import wave_of
+from wavejax.engine.generator import DecodeState
+from wavejax.engine.sampling import step_keys
+from wavejax.engine.staged import wave_of
 
 WARM_UPS = 2  # The first compiles, the second tells how long that took.
 PROBES = 8  # at most, of strides that might give the hit ratio

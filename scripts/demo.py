@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from models.checkpoint import find_default_model
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.checkpoints.open import find_default_model
+from models.text.tokenizer import Tokenizer, load_tokenizer
 from wavejax import generate
 from wavejax.evaluation import haystack
 

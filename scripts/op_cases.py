@@ -13,9 +13,9 @@ import numpy as np
 from jax import Array
 
 import pallas_kernels as ops
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.select_tokens import RowTable
-from pallas_kernels.specs import StepShape
+from pallas_kernels.shapes import StepShape
 from pallas_kernels.testing import StepInputs, make_step
 
 STEP_OPS = (

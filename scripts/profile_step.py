@@ -16,7 +16,7 @@ import jax
 from gpu_timing import chain
 from op_cases import StepBench, by_api, names_from
 
-from pallas_kernels.specs import SHAPES
+from pallas_kernels.shapes import SHAPES
 
 CALLS = 8
 

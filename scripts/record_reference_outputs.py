@@ -4,7 +4,7 @@ Needs torch, transformers and accelerate (for the GGUF file), not jax:
 
     python scripts/record_reference_outputs.py --out tests/references
 
-Writes ``<name>.npz`` for each tiny model of tests/models/tiny_models.py (tokens int32 [batch, 80];
+Writes ``<name>.npz`` for each tiny model of tests/support/tiny_models.py (tokens int32 [batch, 80];
 prefill float32 [batch, 48, vocab]; decode float32 [batch, 32, vocab]: logits of 32 single steps on
 transformers' KV cache) and ``smollm2_gguf.npz`` for the default model's file (tokens, argmax int32
 [256]; max_logits float32 [256]).
@@ -24,7 +24,7 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.models import tiny_models  # noqa: E402
+from tests.support import tiny_models  # noqa: E402
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_TOKENS = 256

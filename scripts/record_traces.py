@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from models.checkpoint import find_default_model, open_checkpoint
+from models.checkpoints.open import find_default_model, open_checkpoint
 from models.errors import InputError
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.text.tokenizer import Tokenizer, load_tokenizer
 from wavejax import DenseAttention, Generator, Sampler, WaveConfig
+from wavejax.engine.generator import NO_TOKEN
+from wavejax.engine.prompts import bucket
 from wavejax.evaluation.files import replacing
 from wavejax.evaluation.haystack import MANUAL, Haystack, load_haystack, paragraphs
+from wavejax.evaluation.replacement.trace import record, tracing
 from wavejax.evaluation.setup import check_context, make_room_for
 from wavejax.evaluation.shared_prefill import SharedPrefill
-from wavejax.generator import NO_TOKEN
-from wavejax.prompts import bucket
-from wavejax.replacement.trace import record, tracing
 
 QUESTIONS = (
     "Write a detailed guide for beginners about what this text explains, with examples.",

@@ -19,10 +19,10 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from models.checkpoint import find_default_model, open_checkpoint
+from models.checkpoints.open import find_default_model, open_checkpoint
 from models.errors import InputError
 from models.parameters import Params
-from models.tokenizer import load_tokenizer
+from models.text.tokenizer import load_tokenizer
 from models.unstacked import unstack_layers
 from wavejax import Generator, WaveConfig, make_plan
 from wavejax.cli.progress import bytes_text

@@ -24,8 +24,8 @@ import numpy as np
 from gpu_timing import time_calls
 from op_cases import OTHER_OPS, STEP_OPS, Run, StepBench, by_api, names_from
 
-from pallas_kernels import _tuning
-from pallas_kernels.specs import SHAPES
+from pallas_kernels import tuning
+from pallas_kernels.shapes import SHAPES
 from wavejax.evaluation.files import write_text
 
 # A change must gain so much to count: timings differ by that from run to run.
@@ -68,19 +68,19 @@ def with_config(op: str, config: Any, rest: Run) -> Run:
 def heuristic_of(op: str, bench: StepBench) -> tuple[Any, str] | None:
     """The config that the op takes for the shape by itself, and the shape's key in the table."""
     asked: list[tuple[Any, str]] = []
-    original = _tuning.config
+    original = tuning.config
 
     def note(name: str, heuristic: Any, **shape: Any) -> Any:
         if name == op:
-            asked.append((heuristic, _tuning.key(**shape)))
+            asked.append((heuristic, tuning.key(**shape)))
         return original(name, heuristic, **shape)
 
     case = bench.case(op, with_config(op, None, bench.run))
-    setattr(_tuning, "config", note)  # noqa: B010
+    setattr(tuning, "config", note)  # noqa: B010
     try:
         jax.eval_shape(case.call, case.links[0], case.operands, case.state)
     finally:
-        setattr(_tuning, "config", original)  # noqa: B010
+        setattr(tuning, "config", original)  # noqa: B010
     return asked[0] if asked else None
 
 
@@ -170,10 +170,10 @@ def main() -> None:
     parser.add_argument("--shapes", default="A,A1,1M", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--ops", default=",".join(STEP_OPS), help="or attend_dense")
     parser.add_argument("--budget-seconds", type=float, default=400)
-    parser.add_argument("--table", type=Path, default=_tuning.TABLE)
+    parser.add_argument("--table", type=Path, default=tuning.TABLE)
     parser.add_argument("--again", action="store_true", help="tune what the table has, too")
     arguments = parser.parse_args()
-    kind = _tuning.device_kind()
+    kind = tuning.device_kind()
     if kind is None:
         parser.error(f"there is no GPU to tune for: JAX runs on {jax.default_backend()}")
     deadline = time.monotonic() + arguments.budget_seconds

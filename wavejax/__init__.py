@@ -9,35 +9,35 @@ import importlib
 TYPE_CHECKING = False  # True for type-checkers; `typing` itself takes long to import
 if TYPE_CHECKING:
     from models.errors import InputError as InputError
-    from wavejax.buffer import RowCache as RowCache
-    from wavejax.buffer import RowStore as RowStore
-    from wavejax.buffer import SteadyZone as SteadyZone
+    from wavejax.attention.dense import DenseAttention as DenseAttention
+    from wavejax.attention.wave import WaveAttention as WaveAttention
     from wavejax.config import WaveConfig as WaveConfig
-    from wavejax.dense_attention import DenseAttention as DenseAttention
-    from wavejax.generator import DecodeState as DecodeState
-    from wavejax.generator import Generator as Generator
-    from wavejax.index import WaveIndex as WaveIndex
-    from wavejax.plan import Plan as Plan
-    from wavejax.plan import make_plan as make_plan
-    from wavejax.sampling import Sampler as Sampler
-    from wavejax.wave_attention import WaveAttention as WaveAttention
-    from wavejax.wave_state import WaveState as WaveState
+    from wavejax.engine.generator import DecodeState as DecodeState
+    from wavejax.engine.generator import Generator as Generator
+    from wavejax.engine.sampling import Sampler as Sampler
+    from wavejax.planning.plan import Plan as Plan
+    from wavejax.planning.plan import make_plan as make_plan
+    from wavejax.store.index import WaveIndex as WaveIndex
+    from wavejax.store.rows import RowCache as RowCache
+    from wavejax.store.rows import RowStore as RowStore
+    from wavejax.store.state import WaveState as WaveState
+    from wavejax.store.steady import SteadyZone as SteadyZone
 
 _MODULE_OF = {
     "InputError": "models.errors",
-    "RowCache": "wavejax.buffer",
-    "RowStore": "wavejax.buffer",
-    "SteadyZone": "wavejax.buffer",
+    "RowCache": "wavejax.store.rows",
+    "RowStore": "wavejax.store.rows",
+    "SteadyZone": "wavejax.store.steady",
     "WaveConfig": "wavejax.config",
-    "DenseAttention": "wavejax.dense_attention",
-    "DecodeState": "wavejax.generator",
-    "Generator": "wavejax.generator",
-    "WaveIndex": "wavejax.index",
-    "Plan": "wavejax.plan",
-    "make_plan": "wavejax.plan",
-    "Sampler": "wavejax.sampling",
-    "WaveAttention": "wavejax.wave_attention",
-    "WaveState": "wavejax.wave_state",
+    "DenseAttention": "wavejax.attention.dense",
+    "DecodeState": "wavejax.engine.generator",
+    "Generator": "wavejax.engine.generator",
+    "WaveIndex": "wavejax.store.index",
+    "Plan": "wavejax.planning.plan",
+    "make_plan": "wavejax.planning.plan",
+    "Sampler": "wavejax.engine.sampling",
+    "WaveAttention": "wavejax.attention.wave",
+    "WaveState": "wavejax.store.state",
 }
 __all__ = list(_MODULE_OF)
 

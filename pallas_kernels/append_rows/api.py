@@ -3,9 +3,9 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
 from pallas_kernels.append_rows import reference, triton
+from pallas_kernels.dispatch import Implementation
 
 
 def append_rows(
@@ -27,13 +27,13 @@ def append_rows(
         rows: on the device; converted to the store's dtype.
         layer, sequence: where in the stack.
         start: the first row to write.
-        implementation: see `pallas_kernels._dispatch.call`. With None the kernel writes to host
+        implementation: see `pallas_kernels.dispatch.call`. With None the kernel writes to host
             memory only: XLA's update there was slow in the program that reads a prompt
             (docs/benchmarks.md); on the device XLA does well.
     """
     if implementation is None and jax.typeof(store).memory_space != jax.memory.Space.Host:
         implementation = "xla"
-    return _dispatch.call(
+    return dispatch.call(
         "append_rows",
         implementation,
         {"xla": reference.append_rows, "triton": triton.append_rows},

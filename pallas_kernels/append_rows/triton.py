@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
+from pallas_kernels.toolbox import launch
 
 # So many programs fill the bus, with room to spare; where rows are few, so many share them.
 PROGRAMS = 128
@@ -68,7 +68,7 @@ def append_rows(
         NotImplementedError: see `_pallas.check_heads`; or there are no rows, or more than fit.
     """
     kv_heads, new, _, head_dim = rows.shape
-    _pallas.check_heads("append_rows", 1, head_dim, store.dtype, rows.dtype)
+    launch.check_heads("append_rows", 1, head_dim, store.dtype, rows.dtype)
     if not 0 < new <= store.shape[3]:
         raise NotImplementedError(
             f"append_rows: {new} rows for a store of {store.shape[3]}; the kernel wants 1 or more, "
@@ -76,9 +76,9 @@ def append_rows(
         )
     config = config or heuristic(kv_heads, new, head_dim, store.dtype.itemsize)
     # One result and no tuple: XLA takes it to be where its operand is only then.
-    written = _pallas.call(
+    written = launch.call(
         functools.partial(_kernel, config=config),
-        (store, rows, *(_pallas.scalar(i) for i in (layer, sequence, start))),
+        (store, rows, *(launch.scalar(i) for i in (layer, sequence, start))),
         jax.ShapeDtypeStruct(store.shape, store.dtype),
         (pl.cdiv(new, config.tokens), kv_heads),
         name="append_rows",

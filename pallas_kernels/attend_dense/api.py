@@ -2,9 +2,9 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
 from pallas_kernels.attend_dense import reference, triton
+from pallas_kernels.dispatch import Implementation
 
 
 def attend_dense(
@@ -30,14 +30,14 @@ def attend_dense(
             less, all for more than there are.
         layer: which layer of the stacks.
         scale: multiplies every product; 1/sqrt(head_dim) for most models.
-        implementation: see `pallas_kernels._dispatch.call`.
+        implementation: see `pallas_kernels.dispatch.call`.
 
     Returns:
         output, logsumexp: float32, the softmax-weighted mean of the values and the log of the sum
         of exponentials; zeros and about -1e30 for a sequence of length 0. `merge_states` merges
         them with attention to other tokens.
     """
-    return _dispatch.call(
+    return dispatch.call(
         "attend_dense",
         implementation,
         {"xla": reference.attend_dense, "triton": triton.attend_dense},

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels._numerics import MASKED, log_total
+from pallas_kernels.numerics import MASKED, log_total
 
 
 def attend_dense(

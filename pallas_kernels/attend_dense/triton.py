@@ -10,9 +10,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas, _tuning
-from pallas_kernels._numerics import MASKED, log_total
+from pallas_kernels import tuning
 from pallas_kernels.merge_states import triton as merging
+from pallas_kernels.numerics import MASKED, log_total
+from pallas_kernels.toolbox import launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Config:
 def heuristic(rows: int, tokens: int, head_dim: int, itemsize: int) -> Config:
     """Four programs for each of an H200's processors, if each then has four blocks to attend to."""
     # 16 KiB of keys and of values at once: three stages of both are 96 KiB of shared memory.
-    block = 16384 // (_pallas.tile(head_dim) * itemsize)
-    block = min(max(block, _pallas.DOT_TILE), 64, _pallas.tile(tokens, _pallas.DOT_TILE))
+    block = 16384 // (launch.tile(head_dim) * itemsize)
+    block = min(max(block, launch.DOT_TILE), 64, launch.tile(tokens, launch.DOT_TILE))
     splits = min(-(-4 * 132 // rows), tokens // (4 * block))
     return Config(max(1, splits), block)
 
@@ -59,8 +60,8 @@ def _kernel(
     # Each sequence's own tokens are cut evenly, so that none of its programs is left without.
     length = jnp.minimum(plt.load(lengths.at[sequence]), keys.shape[3])
     blocks = pl.cdiv(pl.cdiv(length, config.block), config.splits)
-    heads = jnp.arange(_pallas.tile(group, _pallas.DOT_TILE))
-    dims = jnp.arange(_pallas.tile(head_dim))
+    heads = jnp.arange(launch.tile(group, launch.DOT_TILE))
+    dims = jnp.arange(launch.tile(head_dim))
     in_group, in_dims = heads < group, dims < head_dim
     q = plt.load(
         query.at[sequence, head, heads[:, None], dims[None, :]],
@@ -75,12 +76,12 @@ def _kernel(
         seen = token < length
         mask = seen[:, None] & in_dims[None, :]
         k = plt.load(keys.at[here], mask=mask, other=0.0)
-        logits = jnp.where(seen[None, :], scale * _pallas.dot(q, k, (1, 1)), MASKED)
+        logits = jnp.where(seen[None, :], scale * launch.dot(q, k, (1, 1)), MASKED)
         higher = jnp.maximum(peak, jnp.max(logits, axis=1))
         mass = jnp.where(seen[None, :], jnp.exp(logits - higher[:, None]), 0.0)
         fade = jnp.exp(peak - higher)
         v = plt.load(values.at[here], mask=mask, other=0.0)
-        total = total * fade[:, None] + _pallas.dot(mass.astype(v.dtype), v)
+        total = total * fade[:, None] + launch.dot(mass.astype(v.dtype), v)
         return total, weight * fade + jnp.sum(mass, axis=1), higher
 
     start = (
@@ -116,14 +117,14 @@ def attend_dense(
     """
     batch, kv_heads, group, head_dim = query.shape
     tokens = keys.shape[3]
-    _pallas.check_heads("attend_dense", group, head_dim, query.dtype)
+    launch.check_heads("attend_dense", group, head_dim, query.dtype)
     if not query.dtype == keys.dtype == values.dtype:
         raise NotImplementedError(
             f"attend_dense: query is {query.dtype}, keys are {keys.dtype}, values {values.dtype}; "
             "the kernel knows one dtype for all"
         )
     if config is None:
-        config = _tuning.config(
+        config = tuning.config(
             "attend_dense",
             heuristic(batch * kv_heads, tokens, head_dim, keys.dtype.itemsize),
             rows=batch * kv_heads,
@@ -132,9 +133,9 @@ def attend_dense(
             dtype=keys.dtype.name,
         )
     heads = (config.splits, batch, kv_heads, group)
-    outputs, logsumexps = _pallas.call(
+    outputs, logsumexps = launch.call(
         functools.partial(_kernel, scale=scale, config=config),
-        (query, keys, values, lengths.astype(jnp.int32), _pallas.scalar(layer)),
+        (query, keys, values, lengths.astype(jnp.int32), launch.scalar(layer)),
         (
             jax.ShapeDtypeStruct((*heads, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(heads, jnp.float32),

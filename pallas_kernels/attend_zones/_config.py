@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from pallas_kernels import _pallas
+from pallas_kernels.toolbox import launch
 
 # So many programs that read the store fill the bus. More would only read from more pages at a time,
 # and what translates their addresses remembers few.
@@ -59,9 +59,9 @@ def heuristic(
         head_dim, itemsize: of the stored rows and mean values.
         retrieved, clusters, window: the capacities of a row's lists.
     """
-    row_bytes = _pallas.tile(head_dim) * itemsize
-    row_tile = max(min(TILE_BYTES // (2 * row_bytes), 32), _pallas.DOT_TILE)
-    cluster_tile = max(min(TILE_BYTES // row_bytes, 64), _pallas.DOT_TILE)
+    row_bytes = launch.tile(head_dim) * itemsize
+    row_tile = max(min(TILE_BYTES // (2 * row_bytes), 32), launch.DOT_TILE)
+    cluster_tile = max(min(TILE_BYTES // row_bytes, 64), launch.DOT_TILE)
     tiles = (retrieved / row_tile, clusters / cluster_tile, window / row_tile)
     # Hits come from all over the cache, and take longer.
     work = (1.5 * tiles[0], tiles[1], tiles[2])
@@ -77,7 +77,7 @@ def heuristic(
         max(hit, math.ceil(tiles[0] / MOST_HIT_TILES)),
         estimated,
         steady,
-        missed_tile=max(row_tile // 2, _pallas.DOT_TILE),
+        missed_tile=max(row_tile // 2, launch.DOT_TILE),
         hit_tile=row_tile,
         cluster_tile=cluster_tile,
         steady_tile=row_tile,

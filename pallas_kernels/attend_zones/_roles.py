@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _pallas
+from pallas_kernels.toolbox import launch
 
 # Of a large GPU. On another one, other processors may take some of the parts in every call.
 PROCESSORS = 132
@@ -34,7 +34,7 @@ def by_processor(store: Any, missed: int) -> bool:
     on_host = aval.memory_space == jax.memory.Space.Host
     size = math.prod(aval.shape) * aval.dtype.itemsize
     few = missed <= PROCESSORS and size <= REMEMBERED_BYTES
-    return on_host and few and _pallas.on_cuda()
+    return on_host and few and launch.on_cuda()
 
 
 def choose_part(claims_ref: Any, missed: int, others: int, threads: int, interpret: bool) -> Array:
@@ -56,7 +56,7 @@ def choose_part(claims_ref: Any, missed: int, others: int, threads: int, interpr
     pair = 2 if 2 * missed <= PROCESSORS else 1
 
     def ask(at: Any) -> Any:
-        return _pallas.add_atomically(claims_ref, (at,), jnp.int32(1), interpret)
+        return launch.add_atomically(claims_ref, (at,), jnp.int32(1), interpret)
 
     def choose() -> Any:
         place = lax.div(_processor(number, threads, interpret), jnp.int32(pair))
@@ -86,4 +86,4 @@ def _processor(number: Any, threads: int, interpret: bool) -> Any:
     if interpret:
         return lax.rem(number * 89 + 5, jnp.int32(PROCESSORS))
     lane = jnp.arange(threads, dtype=jnp.int32)
-    return jnp.max(_pallas.assembly("mov.u32 $0, %smid;", lane, dtype=jnp.int32))
+    return jnp.max(launch.assembly("mov.u32 $0, %smid;", lane, dtype=jnp.int32))

@@ -8,10 +8,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
-from pallas_kernels._numerics import LOG2_E, MASKED, NO_ID
 from pallas_kernels.attend_zones._config import Config
 from pallas_kernels.attend_zones._roles import choose_part
+from pallas_kernels.numerics import LOG2_E, MASKED, NO_ID
+from pallas_kernels.toolbox import launch
 
 # How many tiles' logits are read at once to find the greatest.
 LOGIT_TILES = 4
@@ -67,8 +67,8 @@ class Program:
         row = number % rows
         self.b, self.h = row // kv_heads, row % kv_heads
         self.row = (refs.layer[...], self.b, self.h)
-        self.d = jnp.arange(_pallas.tile(head_dim))[None, :]
-        self.g = jnp.arange(_pallas.MAX_GROUP)
+        self.d = jnp.arange(launch.tile(head_dim))[None, :]
+        self.g = jnp.arange(launch.MAX_GROUP)
         self.head_dim = head_dim
         self.in_group = self.g < group
 
@@ -87,7 +87,7 @@ class Program:
         refs, size, splits = self.refs, self.config.missed_tile, self.config.missed_splits
         room = refs.tokens.shape[2]
         share = pl.cdiv(room, splits)
-        lane = jnp.arange(_pallas.tile(share))
+        lane = jnp.arange(launch.tile(share))
         first = split * share
         inside = (lane < share) & (first + lane < room)
         where = (self.b, self.h, first + lane)
@@ -105,7 +105,7 @@ class Program:
             at = jnp.where(missed, first + jnp.cumsum(number) - 1, NO_ID)
             plt.store(refs.missed_tokens.at[self.b, self.h, at], token, mask=missed)
             plt.store(refs.missed_slots.at[self.b, self.h, at], slot, mask=missed)
-            _pallas.barrier(self.interpret)
+            launch.barrier(self.interpret)
 
         def read(ids: Any, i: Array) -> Array:
             at = i * size + jnp.arange(size)
@@ -199,7 +199,7 @@ class Program:
                 other=0,
             )
             weights = jnp.exp2(exponents - peak[:, None]) * count.astype(jnp.float32)[None, :]
-            return output + _pallas.dot(weights.astype(means.dtype), means), masses + weights
+            return output + launch.dot(weights.astype(means.dtype), means), masses + weights
 
         steps = _trips(split, splits, pl.cdiv(end, size))
         output, masses = lax.fori_loop(0, steps, step, (output, masses))
@@ -233,7 +233,7 @@ class Program:
         """
         refs = self.refs
         room = refs.tokens.shape[2]
-        tile = jnp.arange(_pallas.tile(pl.cdiv(pl.cdiv(room, size), splits)))[:, None]
+        tile = jnp.arange(launch.tile(pl.cdiv(pl.cdiv(room, size), splits)))[:, None]
         at = (split + tile * splits) * size + jnp.arange(size)[None, :]
         where, inside = (self.b, self.h, at), at < room
         if refs.cache is None:
@@ -246,9 +246,9 @@ class Program:
 
     def start(self, size: int) -> State:
         return (
-            jnp.zeros((_pallas.MAX_GROUP, self.d.size), jnp.float32),
-            jnp.full((_pallas.MAX_GROUP,), MASKED, jnp.float32),
-            jnp.zeros((_pallas.MAX_GROUP, size), jnp.float32),
+            jnp.zeros((launch.MAX_GROUP, self.d.size), jnp.float32),
+            jnp.full((launch.MAX_GROUP,), MASKED, jnp.float32),
+            jnp.zeros((launch.MAX_GROUP, size), jnp.float32),
         )
 
     def of_rows(self, valid: Array) -> Array:
@@ -277,12 +277,12 @@ class Program:
         """Attends to a tile of keys and values."""
         output, peak, masses = state
         keys, values = rows
-        exponents = (self.scale * LOG2_E) * _pallas.dot(query, keys, (1, 1))
+        exponents = (self.scale * LOG2_E) * launch.dot(query, keys, (1, 1))
         exponents = jnp.where(valid[None, :], exponents, MASKED)
         higher = jnp.maximum(peak, jnp.max(exponents, axis=1))
         weights = jnp.where(valid[None, :], jnp.exp2(exponents - higher[:, None]), 0.0)
         shrink = jnp.exp2(peak - higher)[:, None]
-        output = output * shrink + _pallas.dot(weights.astype(values.dtype), values, (1, 0))
+        output = output * shrink + launch.dot(weights.astype(values.dtype), values, (1, 0))
         return output, higher, masses * shrink + weights
 
     def finish(self, state: State) -> None:

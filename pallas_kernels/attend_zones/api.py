@@ -2,10 +2,10 @@
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
 from pallas_kernels.attend_zones import reference, triton
 from pallas_kernels.attend_zones.reference import ZoneStates
+from pallas_kernels.dispatch import Implementation
 
 
 def attend_zones(
@@ -58,7 +58,7 @@ def attend_zones(
         layer: which layer of the stacks.
         scale: as in `score_clusters`.
     """
-    return _dispatch.call(
+    return dispatch.call(
         "attend_zones",
         implementation,
         {"xla": reference.attend_zones, "triton": triton.attend_zones},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import _compat
-from pallas_kernels._numerics import MASKED, NO_ID, is_masked, log_count, log_sum_exp
+from pallas_kernels.numerics import MASKED, NO_ID, is_masked, log_count, log_sum_exp
 
 
 class ZoneStates(NamedTuple):

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import _pallas, _tuning
+from pallas_kernels import tuning
 from pallas_kernels.attend_zones._config import Config, heuristic
 from pallas_kernels.attend_zones._roles import by_processor
 from pallas_kernels.attend_zones._zones import Program, Refs
 from pallas_kernels.attend_zones.reference import ZoneStates
+from pallas_kernels.toolbox import launch
 
 __all__ = ["Config", "attend_zones", "heuristic"]
 
@@ -54,7 +55,7 @@ def attend_zones(
                 f"attend_zones: {name} is {array.dtype}, query {query.dtype}; the kernel wants "
                 "one dtype"
             )
-    _pallas.check_heads("attend_zones", group, head_dim, query.dtype, value_means.dtype)
+    launch.check_heads("attend_zones", group, head_dim, query.dtype, value_means.dtype)
     cached = cache_rows.size > 0
     if not cached and jax.typeof(store).memory_space == jax.memory.Space.Host:
         raise NotImplementedError(
@@ -66,7 +67,7 @@ def attend_zones(
             raise NotImplementedError(f"attend_zones: {name} is empty: {array.shape}")
     if config is None:
         retrieved, clusters, room = tokens.shape[2], remaining.shape[2], window.shape[3]
-        config = _tuning.config(
+        config = tuning.config(
             "attend_zones",
             heuristic(batch * kv_heads, head_dim, query.dtype.itemsize, retrieved, clusters, room),
             rows=batch * kv_heads,
@@ -99,7 +100,7 @@ def attend_zones(
         value_means,
         offsets,
         remaining,
-        _pallas.scalar(layer),
+        launch.scalar(layer),
         jnp.zeros(missed + 1, jnp.int32) if choosing else None,
     ]
     results = [
@@ -122,7 +123,7 @@ def attend_zones(
         missing = (None,) * (len(Refs._fields) - len(refs))
         Program(Refs(*refs, *missing), config, with_sink, scale, interpret).run()
 
-    outputs, logsumexps, *rest = _pallas.call(
+    outputs, logsumexps, *rest = launch.call(
         kernel,
         operands,
         tuple(results),

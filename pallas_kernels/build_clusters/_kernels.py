@@ -7,9 +7,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
-from pallas_kernels._numerics import MASKED, NO_ID
 from pallas_kernels.build_clusters.reference import POWER_ITERATIONS
+from pallas_kernels.numerics import MASKED, NO_ID
+from pallas_kernels.toolbox import launch
 
 
 def _dot(a: Any, b: Any) -> Any:
@@ -195,7 +195,7 @@ def cut_kernel(
 
     for phase in (project, assign_piece, write):
         lax.fori_loop(0, steps, phase, 0)
-        _pallas.barrier(interpret)
+        launch.barrier(interpret)
 
 
 def average_kernel(

@@ -2,10 +2,10 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
 from pallas_kernels.build_clusters import reference, triton
 from pallas_kernels.build_clusters.reference import Clusters
+from pallas_kernels.dispatch import Implementation
 
 
 def build_clusters(
@@ -46,7 +46,7 @@ def build_clusters(
     Raises:
         ValueError: the sizes are arrays, and `least_sizes` is not given.
     """
-    return _dispatch.call(
+    return dispatch.call(
         "build_clusters",
         implementation,
         {"xla": reference.build_clusters, "triton": triton.build_clusters},

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _pallas, _tuning
+from pallas_kernels import tuning
 from pallas_kernels.build_clusters import _kernels
 from pallas_kernels.build_clusters.reference import Clusters, capacity, check_sizes
+from pallas_kernels.toolbox import launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def heuristic(rows: int, clusters: int, head_dim: int, dtype: Any) -> Config:
         )
     wide = head_dim > 128
     move_clusters = 64 if wide else 128
-    while move_clusters > _pallas.DOT_TILE and rows * -(-clusters // move_clusters) < 128:
+    while move_clusters > launch.DOT_TILE and rows * -(-clusters // move_clusters) < 128:
         move_clusters //= 2
     small = move_clusters <= 32
     return Config(
@@ -89,7 +90,7 @@ def build_clusters(
 ) -> Clusters:
     """See `pallas_kernels.build_clusters`."""
     *lead, tokens, head_dim = keys.shape
-    _pallas.check_heads("build_clusters", 1, head_dim, keys.dtype, values.dtype)
+    launch.check_heads("build_clusters", 1, head_dim, keys.dtype, values.dtype)
     least_sizes = check_sizes(cluster_size, max_cluster_size, least_sizes)
     max_clusters = -(-tokens // least_sizes[0])
     if (max_clusters + 1) * tokens > 2**32:
@@ -103,7 +104,7 @@ def build_clusters(
         for x in (count, cluster_size, max_cluster_size)
     )
     if config is None:
-        config = _tuning.config(
+        config = tuning.config(
             "build_clusters",
             heuristic(keys.shape[0], max_clusters, head_dim, keys.dtype),
             rows=keys.shape[0],
@@ -112,7 +113,7 @@ def build_clusters(
             head_dim=head_dim,
             dtype=keys.dtype.name,
         )
-    run = functools.partial(_pallas.call, interpret=interpret)
+    run = functools.partial(launch.call, interpret=interpret)
 
     x = centre(keys, counts, max(config.assign_tokens, config.move_tokens))
     assignment = k_means(run, config, x, counts, max_clusters, sizes, iterations)
@@ -137,7 +138,7 @@ def centre(keys: Array, counts: Array, multiple: int) -> Array:
     mean = total / jnp.maximum(jnp.sum(sound, axis=1, keepdims=True), 1)
     dtype = jnp.float32 if keys.dtype == jnp.float32 else jnp.bfloat16
     x = jnp.where(sound, keys.astype(jnp.float32) - mean, 0).astype(dtype)
-    return jnp.pad(x, ((0, 0), (0, -tokens % multiple), (0, _pallas.tile(head_dim) - head_dim)))
+    return jnp.pad(x, ((0, 0), (0, -tokens % multiple), (0, launch.tile(head_dim) - head_dim)))
 
 
 def k_means(
@@ -266,7 +267,7 @@ def average_pieces(
     """Means of each piece's keys and values: `[rows, num_pieces, head_dim]` float32 each."""
     rows, _, head_dim = keys.shape
     num_pieces = offsets.shape[1] - 1
-    tile, width = config.sum_clusters, _pallas.tile(head_dim)
+    tile, width = config.sum_clusters, launch.tile(head_dim)
     steps = pl.cdiv(num_pieces, tile)
     out = jax.ShapeDtypeStruct((rows, steps * tile, width), jnp.float32)
     # Told to the kernel, which would have to look at each tile's tokens one by one.

@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.encode_tokens import reference, triton
 from pallas_kernels.encode_tokens.reference import TokenCodes
 
@@ -26,7 +26,7 @@ def encode_tokens(
         centroids: each token's own centroid, as stored: rounding it changes what is encoded.
         rotation_matrix: R, orthogonal; `rotation(head_dim)`.
     """
-    return _dispatch.call(
+    return dispatch.call(
         "encode_tokens",
         implementation,
         {"xla": reference.encode_tokens, "triton": triton.encode_tokens},

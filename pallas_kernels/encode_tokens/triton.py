@@ -11,8 +11,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas, _tuning
+from pallas_kernels import tuning
 from pallas_kernels.encode_tokens.reference import WORD_BITS, TokenCodes
+from pallas_kernels.toolbox import launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,27 +38,27 @@ def encode_tokens(
     from the reference's.
     """
     *lead, head_dim = keys.shape
-    _pallas.check_heads("encode_tokens", 1, head_dim, keys.dtype, centroids.dtype)
+    launch.check_heads("encode_tokens", 1, head_dim, keys.dtype, centroids.dtype)
     tokens = math.prod(lead)
     if config is None:
-        config = _tuning.config(
+        config = tuning.config(
             "encode_tokens",
             Config(tokens=128, num_warps=8) if head_dim > 128 else Config(),
             tokens=tokens,
             head_dim=head_dim,
             dtype=keys.dtype.name,
         )
-    width, words = _pallas.tile(head_dim), -(-head_dim // WORD_BITS)
+    width, words = launch.tile(head_dim), -(-head_dim // WORD_BITS)
     padding = (0, words * WORD_BITS - head_dim), (0, width - head_dim)
     rotation = jnp.pad(rotation_matrix.astype(jnp.float32), padding)
     blocks = pl.cdiv(tokens, config.tokens)
     room = blocks * config.tokens
-    codes, scales = _pallas.call(
+    codes, scales = launch.call(
         functools.partial(_kernel, shape=(config.tokens, words, width), head_dim=head_dim),
         (
             keys.reshape(tokens, head_dim),
             centroids.reshape(tokens, head_dim),
-            *_pallas.split_bfloat16(rotation, 2),
+            *launch.split_bfloat16(rotation, 2),
         ),
         (
             jax.ShapeDtypeStruct((room, words), jnp.int32),

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.merge_states import reference, triton
 
 
@@ -31,7 +31,7 @@ def merge_states(
         output, logsumexp: in `dtype` and float32, of the union; zeros and about -1e30 where all
             parts are empty.
     """
-    return _dispatch.call(
+    return dispatch.call(
         "merge_states",
         implementation,
         {"xla": reference.merge_states, "triton": triton.merge_states},

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels._numerics import is_masked, log_sum_exp
+from pallas_kernels.numerics import is_masked, log_sum_exp
 
 
 def merge_states(

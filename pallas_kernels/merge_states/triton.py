@@ -10,8 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from pallas_kernels import _pallas, _tuning
-from pallas_kernels._numerics import MASKED, is_masked, log_sum_exp
+from pallas_kernels import tuning
+from pallas_kernels.numerics import MASKED, is_masked, log_sum_exp
+from pallas_kernels.toolbox import launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Config:
 
 def heuristic(parts: int, head_dim: int) -> Config:
     """All parts at once, up to 256, and as many dimensions as keep them in 64 registers."""
-    part_tile = min(_pallas.tile(parts), 256)
-    dim_tile = min(max(4096 // part_tile, 32), _pallas.tile(head_dim))
+    part_tile = min(launch.tile(parts), 256)
+    dim_tile = min(max(4096 // part_tile, 32), launch.tile(head_dim))
     return Config(part_tile, dim_tile)
 
 
@@ -55,9 +56,9 @@ def merge_states(
             f"merge_states: outputs are {outputs.dtype}, logsumexps {logsumexps.dtype}; the "
             "kernel knows float32"
         )
-    _pallas.check_heads("merge_states", group, head_dim, outputs.dtype)
+    launch.check_heads("merge_states", group, head_dim, outputs.dtype)
     if config is None:
-        config = _tuning.config(
+        config = tuning.config(
             "merge_states",
             heuristic(parts, head_dim),
             parts=parts,
@@ -67,9 +68,9 @@ def merge_states(
     tile, dims = config.part_tile, config.dim_tile
 
     def kernel(outputs: Any, logsumexps: Any, output: Any, logsumexp: Any) -> None:
-        at = _pallas.head_of(pl.program_id(1), kv_heads, group)
+        at = launch.head_of(pl.program_id(1), kv_heads, group)
         d = pl.program_id(0) * dims + jnp.arange(dims)
-        part = jnp.arange(_pallas.tile(parts))
+        part = jnp.arange(launch.tile(parts))
         lse = plt.load(logsumexps.at[part, *at], mask=part < parts, other=MASKED)
         total = log_sum_exp(lse, axis=0)
 
@@ -98,7 +99,7 @@ def merge_states(
         plt.store(output.at[*at, d], merged.astype(dtype), mask=d < head_dim)
         logsumexp[*at] = total
 
-    output, logsumexp = _pallas.call(
+    output, logsumexp = launch.call(
         kernel,
         [outputs, logsumexps],
         (

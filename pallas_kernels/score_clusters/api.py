@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.score_clusters import reference, triton
 from pallas_kernels.score_clusters.reference import ClusterScores
 
@@ -29,9 +29,9 @@ def score_clusters(
         scale: multiplies every product; 1/sqrt(head_dim) for most models.
         rotated: rotate the query too, as `score_tokens` wants it. On a GPU that takes no time of
             its own: programs of the same kernel do it beside the others.
-        implementation: see `pallas_kernels._dispatch.call`.
+        implementation: see `pallas_kernels.dispatch.call`.
     """
-    return _dispatch.call(
+    return dispatch.call(
         "score_clusters",
         implementation,
         {"xla": reference.score_clusters, "triton": triton.score_clusters},

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels._numerics import MASKED, log_count, log_sum_exp
 from pallas_kernels.encode_tokens.reference import rotate
+from pallas_kernels.numerics import MASKED, log_count, log_sum_exp
 from pallas_kernels.score_tokens._query import PackedQuery
 
 

@@ -10,9 +10,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas, _tuning
-from pallas_kernels._numerics import MASKED, log_sum_exp, log_total
+from pallas_kernels import tuning
 from pallas_kernels.encode_tokens.reference import rotate
+from pallas_kernels.numerics import MASKED, log_sum_exp, log_total
 from pallas_kernels.score_clusters.reference import ClusterScores
 from pallas_kernels.score_tokens._query import (
     PackedQuery,
@@ -20,6 +20,7 @@ from pallas_kernels.score_tokens._query import (
     rotate_and_pack,
     rotations,
 )
+from pallas_kernels.toolbox import launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def heuristic(rows: int, clusters: int, head_dim: int, dtype: str) -> Config:
     if dtype == "float32":
         # Its products are made one by one, in registers.
         block //= 4
-    block = min(block, _pallas.tile(clusters, _pallas.DOT_TILE))
+    block = min(block, launch.tile(clusters, launch.DOT_TILE))
     # Where there are programs enough, each loads its next block while it works on one.
     return Config(block, blocks=2 if rows * clusters >= 1024 * block else 1)
 
@@ -84,8 +85,8 @@ def _score(refs: tuple[Any, ...], part: Any, row: Any, *, scale: float, config: 
     _, kv_heads, group, head_dim = query_ref.shape
     clusters = centroids_ref.shape[3]
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
-    g = jnp.arange(_pallas.DOT_TILE)[:, None]
-    dim = jnp.arange(_pallas.tile(head_dim))
+    g = jnp.arange(launch.DOT_TILE)[:, None]
+    dim = jnp.arange(launch.tile(head_dim))
     in_dim = dim < head_dim
     query = plt.load(
         query_ref.at[b, h, g, dim[None, :]],
@@ -108,7 +109,7 @@ def _score(refs: tuple[Any, ...], part: Any, row: Any, *, scale: float, config: 
             mask=in_use[:, None] & in_dim[None, :],
             other=0,
         )
-        logits = scale * _pallas.dot(query, centroids, (1, 1))
+        logits = scale * launch.dot(query, centroids, (1, 1))
         # A cluster without members may hold anything, NaN included.
         logits = jnp.where((sizes > 0)[None, :], logits, MASKED)
         plt.store(logits_ref.at[b, h, g, c[None, :]], logits, mask=(g < group) & exists[None, :])
@@ -117,18 +118,18 @@ def _score(refs: tuple[Any, ...], part: Any, row: Any, *, scale: float, config: 
         return higher, total * jnp.exp(peak - higher) + jnp.sum(weights, axis=1)
 
     empty = (
-        jnp.full(_pallas.DOT_TILE, MASKED, jnp.float32),
-        jnp.zeros(_pallas.DOT_TILE, jnp.float32),
+        jnp.full(launch.DOT_TILE, MASKED, jnp.float32),
+        jnp.zeros(launch.DOT_TILE, jnp.float32),
     )
     peak, total = lax.fori_loop(0, config.blocks, visit, empty)
-    row_g = jnp.arange(_pallas.DOT_TILE)
+    row_g = jnp.arange(launch.DOT_TILE)
     plt.store(partial_ref.at[b, h, row_g, part], log_total(peak, total), mask=row_g < group)
 
 
 def _combine(partial_ref: Any, logsumexp_ref: Any) -> None:
     _, kv_heads, group, parts = partial_ref.shape
-    at = _pallas.head_of(pl.program_id(0), kv_heads, group)
-    part = jnp.arange(_pallas.tile(parts))
+    at = launch.head_of(pl.program_id(0), kv_heads, group)
+    part = jnp.arange(launch.tile(parts))
     partial = plt.load(partial_ref.at[*at, part], mask=part < parts, other=MASKED)
     plt.store(logsumexp_ref.at[at], log_sum_exp(partial, axis=0))
 
@@ -151,10 +152,10 @@ def score_clusters(
     """
     batch, kv_heads, group, head_dim = query.shape
     clusters = centroids.shape[3]
-    _pallas.check_heads("score_clusters", group, head_dim, query.dtype, centroids.dtype)
+    launch.check_heads("score_clusters", group, head_dim, query.dtype, centroids.dtype)
     rows = batch * kv_heads
     dtype = jnp.dtype(centroids.dtype).name
-    config = config or _tuning.config(
+    config = config or tuning.config(
         "score_clusters",
         heuristic(rows, clusters, head_dim, dtype),
         rows=rows,
@@ -165,12 +166,12 @@ def score_clusters(
     parts = pl.cdiv(clusters, config.block * config.blocks)
     heads = (batch, kv_heads, group)
     # As `score_tokens` multiplies codes: with float32 scales it takes the query as it is.
-    packs = rotated and dtype != "float32" and query.dtype != jnp.float32 and _pallas.on_cuda()
+    packs = rotated and dtype != "float32" and query.dtype != jnp.float32 and launch.on_cuda()
     shapes = packed_shapes(*query.shape) if packs else ()
-    logits, partial, *packed = _pallas.call(
+    logits, partial, *packed = launch.call(
         functools.partial(_kernel, scale=scale, config=config),
         (
-            *(query.astype(centroids.dtype), centroids, offsets, _pallas.scalar(layer)),
+            *(query.astype(centroids.dtype), centroids, offsets, launch.scalar(layer)),
             jnp.asarray(rotations(head_dim)) if packs else None,
         ),
         (
@@ -188,7 +189,7 @@ def score_clusters(
     if rotated and not packs:
         turned = rotate(query)
     # One kernel, where XLA would make three of it.
-    logsumexp = _pallas.call(
+    logsumexp = launch.call(
         _combine,
         (partial,),
         jax.ShapeDtypeStruct(heads, jnp.float32),

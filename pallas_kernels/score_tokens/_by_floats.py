@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
-from pallas_kernels._numerics import LOG2_E, MASKED
+from pallas_kernels.numerics import LOG2_E, MASKED
 from pallas_kernels.score_tokens._members import Members, find_members
+from pallas_kernels.toolbox import launch
 
 
 def score(
@@ -41,7 +41,7 @@ def score(
     a = plt.load(scales_ref.at[layer, b, h, position], mask=valid, other=0)
     a = scale * a.astype(jnp.float32)
     product = _products(query_ref, codes_ref, layer, b, h, position, valid, head_dim)
-    heads = jnp.arange(_pallas.DOT_TILE)
+    heads = jnp.arange(launch.DOT_TILE)
     in_group = (heads < group)[None, :]
     estimate = plt.load(
         logits_ref.at[b, h, heads[None, :], cluster[:, None]],
@@ -72,7 +72,7 @@ def _products(
         query_ref: `[batch, kv_heads, parts, group, head_dim]` bfloat16, from `_query.split`.
     """
     _, _, parts, group, _ = query_ref.shape
-    dim = jnp.arange(_pallas.tile(head_dim))
+    dim = jnp.arange(launch.tile(head_dim))
     words = plt.load(
         codes_ref.at[layer, b, h, position[:, None], (dim // 32)[None, :]],
         mask=valid[:, None] & (dim < head_dim)[None, :],
@@ -82,8 +82,8 @@ def _products(
         words, jnp.broadcast_to((dim % 32)[None, :], words.shape).astype(jnp.uint32)
     )
     signs = jnp.where((bits & 1) == 1, 1.0, -1.0).astype(jnp.bfloat16)
-    g = jnp.arange(_pallas.DOT_TILE)
-    product = jnp.zeros((position.shape[0], _pallas.DOT_TILE), jnp.float32)
+    g = jnp.arange(launch.DOT_TILE)
+    product = jnp.zeros((position.shape[0], launch.DOT_TILE), jnp.float32)
     for part in range(parts):
         query = plt.load(
             query_ref.at[b, h, jnp.int32(part), g[None, :], dim[:, None]],

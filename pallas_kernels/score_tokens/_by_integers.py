@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _warp
-from pallas_kernels._numerics import LOG2_E
+from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.score_tokens import _products
 from pallas_kernels.score_tokens._members import (
     Members,
@@ -16,6 +15,7 @@ from pallas_kernels.score_tokens._members import (
     find_members_of_granules,
 )
 from pallas_kernels.score_tokens._query import WORDS
+from pallas_kernels.toolbox import warp
 
 
 def score(
@@ -71,7 +71,7 @@ def score(
             words = [word for of_slice in codes for four in of_slice for word in four]
             read = [*words, *scales, *(x for of_slice in logits for x in of_slice)]
             # What all products begin with.
-            right[0][0] = _warp.after(right[0][0], read)
+            right[0][0] = warp.after(right[0][0], read)
         units = [[plt.load(ref.at[head]) for ref in query[1:]] for head in heads]
         for s, (words, scale) in enumerate(zip(codes, scales, strict=True)):
             products = _products.products(words, right, group, emulate=emulate)
@@ -84,7 +84,7 @@ def score(
 def _read_query(fragments_ref: Any, at: tuple[Any, Any, Any], threads: int) -> list[list[Any]]:
     """What lanes hold of the query, as `_products.products` takes it."""
     _, b, h = at
-    lane = _warp.lanes(threads)
+    lane = warp.lanes(threads)
 
     def load(*index: int) -> Any:
         return plt.load(fragments_ref.at[b, h, *(jnp.int32(i) for i in index), lane])
@@ -103,7 +103,7 @@ def _read_codes(codes_ref: Any, at: tuple[Any, Any, Any], position: Any, emulate
         emulate: in plain JAX instead of CUDA's assembly.
     """
     words, rows = codes_ref.shape[-1], _products.rows_of_quad(position, emulate=emulate)
-    word = _warp.lanes(position.shape[0]) & (WORDS - 1)
+    word = warp.lanes(position.shape[0]) & (WORDS - 1)
     # Past the last word the query is zero.
     return [
         [plt.load(codes_ref.at[*at, row, jnp.minimum(first + word, words - 1)]) for row in rows]

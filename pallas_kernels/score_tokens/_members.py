@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas, _warp
 from pallas_kernels.select_clusters.reference import GRANULE
+from pallas_kernels.toolbox import launch, warp
 
 
 class Members(NamedTuple):
@@ -105,7 +105,7 @@ def find_members_of_granules(
     offsets = [plt.load(offsets_ref.at[layer, b, h, cluster]) for cluster in read]
     found = []
     for place, begins, cluster, offset in zip(places, starts, read, offsets, strict=True):
-        source = _pallas.assembly(
+        source = launch.assembly(
             # A distance that is negative shifts the bit out, as a large one does. The first cluster
             # may begin at the granule's first place, and does not count.
             """{
@@ -120,6 +120,6 @@ def find_members_of_granules(
             begins - (place - lane),
             dtype=jnp.int32,
         )
-        own, shift = (_warp.from_lane(x, source) for x in (cluster, offset - begins))
+        own, shift = (warp.from_lane(x, source) for x in (cluster, offset - begins))
         found.append((own, place + shift))
     return found

@@ -15,8 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _pallas, _warp
 from pallas_kernels.score_tokens._query import PHASES, ROUND
+from pallas_kernels.toolbox import launch, warp
 
 # Rows of a left operand that a lane holds: r and r + 8.
 ROWS = 2
@@ -29,7 +29,7 @@ def rows_of_quad(position: Any, *, emulate: bool) -> list[Any]:
         position: `[threads]` int32, each lane's own token's.
         emulate: in plain JAX instead of CUDA's assembly.
     """
-    return [_warp.from_quad(position, nth, emulate=emulate) for nth in range(_warp.QUAD)]
+    return [warp.from_quad(position, nth, emulate=emulate) for nth in range(warp.QUAD)]
 
 
 def products(
@@ -51,11 +51,11 @@ def products(
     heads: list[Any] = []
     for first, right in zip(range(0, group, ROUND), query, strict=True):
         # The even columns of the product are four heads', the odd ones four more.
-        columns = -(-min(group - first, ROUND) // _warp.QUAD)
+        columns = -(-min(group - first, ROUND) // warp.QUAD)
         multiply = _emulated if emulate else _multiply
         tiles = [
             multiply([four[row : row + ROWS] for four in words], right, columns)
-            for row in range(0, _warp.QUAD, ROWS)
+            for row in range(0, warp.QUAD, ROWS)
         ]
         for sums in zip(*tiles, strict=True):
             heads += _of_own_tokens(*sums, emulate=emulate)
@@ -101,11 +101,11 @@ def _multiply(left: list[list[Any]], right: list[Any], columns: int) -> list[Any
         lines += ["prmt.b32 high, s1, s3, 0x5410;", "mov.b64 $0, {low, high};"]
     text = "{\n" + "\n".join(lines) + "\n}"
     dtype = jnp.int32 if columns == 1 else jnp.int64
-    found = _pallas.assembly(text, *words, *right, dtype=dtype)
+    found = launch.assembly(text, *words, *right, dtype=dtype)
     if columns == 1:
         return [found]
     return [
-        _pallas.assembly(f"{{ .reg .b32 x; mov.b64 {pair}, $1; }}", found, dtype=jnp.int32)
+        launch.assembly(f"{{ .reg .b32 x; mov.b64 {pair}, $1; }}", found, dtype=jnp.int32)
         for pair in ("{$0, x}", "{x, $0}")
     ]
 
@@ -122,7 +122,7 @@ def _emulated(left: list[list[Any]], right: list[Any], columns: int) -> list[Any
                 for word in rows
             ]
             at = 2 * (PHASES * four + phase)
-            added = _warp.multiply_bytes([x.astype(jnp.int32) for x in bits], right[at : at + 2])
+            added = warp.multiply_bytes([x.astype(jnp.int32) for x in bits], right[at : at + 2])
             sums = [x + y for x, y in zip(sums, added, strict=True)]
     sums = [lax.shift_right_arithmetic(x, jnp.int32(PHASES - 1)) for x in sums]
     return [(sums[c] & 0xFFFF) | (sums[2 + c] << 16) for c in range(columns)]
@@ -139,16 +139,16 @@ def _of_own_tokens(lower: Any, upper: Any, *, emulate: bool) -> list[Any]:
     Returns:
         the sums of the heads of the quad's lanes 0 to 3, for the lane's own token.
     """
-    lane = _warp.lanes(lower.shape[0])
+    lane = warp.lanes(lower.shape[0])
     odd, second = (lane & 1) == 1, (lane & 2) == 2
     # Of one of the two tokens, the heads of this lane and of its neighbour.
     lower, upper = (
-        _warp.join_halves(x, _warp.exchange(x, 1, emulate=emulate), odd, emulate=emulate)
+        warp.join_halves(x, warp.exchange(x, 1, emulate=emulate), odd, emulate=emulate)
         for x in (lower, upper)
     )
-    other = _warp.exchange(jnp.where(second, lower, upper), 2, emulate=emulate)
+    other = warp.exchange(jnp.where(second, lower, upper), 2, emulate=emulate)
     pairs = jnp.where(second, other, lower), jnp.where(second, upper, other)
-    return [_warp.half(pair, i, emulate=emulate) for pair in pairs for i in range(2)]
+    return [warp.half(pair, i, emulate=emulate) for pair in pairs for i in range(2)]
 
 
 def log_sum_exp2(heads: list[Any], *, emulate: bool) -> Any:
@@ -173,8 +173,8 @@ def multiply_add(x: Any, y: Any, z: Any, *, emulate: bool) -> Any:
     if emulate:
         return x * y + z
     y, z = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), x.shape) for a in (y, z))
-    return _pallas.assembly("fma.rn.f32 $0, $1, $2, $3;", x, y, z, dtype=x.dtype)
+    return launch.assembly("fma.rn.f32 $0, $1, $2, $3;", x, y, z, dtype=x.dtype)
 
 
 def _approximate(instruction: str, x: Any) -> Any:
-    return _pallas.assembly(f"{instruction}.approx.ftz.f32 $0, $1;", x, dtype=x.dtype)
+    return launch.assembly(f"{instruction}.approx.ftz.f32 $0, $1;", x, dtype=x.dtype)

@@ -11,10 +11,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
-from pallas_kernels._numerics import LOG2_E, NO_ID
-from pallas_kernels._warp import LANES, QUAD
 from pallas_kernels.encode_tokens.reference import WORD_BITS, rotation
+from pallas_kernels.numerics import LOG2_E, NO_ID
+from pallas_kernels.toolbox import launch
+from pallas_kernels.toolbox.warp import LANES, QUAD
 
 # How many of a word's bits lie in each of its four bytes.
 BYTE = 8
@@ -77,7 +77,7 @@ def write_packed(parts: list[Any], refs: PackedQuery, b: Any, h: Any, *, scale: 
         scale: multiplies every product of query and key.
     """
     group, rounds = refs.factors.shape[-1], refs.fragments.shape[2]
-    g = jnp.arange(_pallas.MAX_GROUP)
+    g = jnp.arange(launch.MAX_GROUP)
     largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, parts)), axis=1)
     step = jnp.maximum(largest, 1e-30) / 127
     # To the nearest: a conversion alone would cut off what is behind the point.
@@ -111,7 +111,7 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> PackedQuery:
 
     def kernel(query_ref: Any, *refs: Any) -> None:
         b, h = pl.program_id(0) // kv_heads, pl.program_id(0) % kv_heads
-        g = jnp.arange(_pallas.MAX_GROUP)[:, None]
+        g = jnp.arange(launch.MAX_GROUP)[:, None]
         parts = []
         for dim in dimensions(head_dim):
             exists = (g < group) & (dim < head_dim)[None, :]
@@ -119,7 +119,7 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> PackedQuery:
             parts.append(part.astype(jnp.float32))
         write_packed(parts, PackedQuery(*refs), b, h, scale=scale)
 
-    packed: PackedQuery = _pallas.call(
+    packed: PackedQuery = launch.call(
         kernel,
         (query,),
         packed_shapes(batch, kv_heads, group, head_dim),
@@ -159,12 +159,12 @@ def rotate_and_pack(
         scale: multiplies every product of query and key.
     """
     group, head_dim = query_ref.shape[2:]
-    g, d = jnp.arange(_pallas.MAX_GROUP)[:, None], jnp.arange(_pallas.tile(head_dim))
+    g, d = jnp.arange(launch.MAX_GROUP)[:, None], jnp.arange(launch.tile(head_dim))
     exists = (g < group) & (d < head_dim)[None, :]
     query = plt.load(query_ref.at[b, h, g, d[None, :]], mask=exists, other=0)
     halves = [query]
     if query.dtype != jnp.bfloat16:
-        halves = _pallas.split_bfloat16(query.astype(jnp.float32), 2)
+        halves = launch.split_bfloat16(query.astype(jnp.float32), 2)
     n = jnp.arange(rotations_ref.shape[-1])[None, :]
     mask = jnp.broadcast_to((d < head_dim)[:, None], (d.size, n.size))
     parts = []
@@ -175,7 +175,7 @@ def rotate_and_pack(
             )
             for j in range(2)
         ]
-        products = (_pallas.dot(half, table) for table in tables for half in halves)
+        products = (launch.dot(half, table) for table in tables for half in halves)
         parts.append(functools.reduce(jnp.add, products))
     write_packed(parts, refs, b, h, scale=scale)
 
@@ -186,4 +186,4 @@ def split(query: Array) -> Array:
     Three of them hold all bits of a float32, one those of a bfloat16.
     """
     parts = {"bfloat16": 1, "float16": 2}.get(query.dtype.name, 3)
-    return jnp.stack(_pallas.split_bfloat16(query.astype(jnp.float32), parts), axis=2)
+    return jnp.stack(launch.split_bfloat16(query.astype(jnp.float32), parts), axis=2)

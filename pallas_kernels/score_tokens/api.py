@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.score_tokens import reference, triton
 from pallas_kernels.score_tokens._query import PackedQuery
 from pallas_kernels.select_clusters.reference import Candidates
@@ -46,7 +46,7 @@ def score_tokens(
         float32, log of each candidate's group mass by estimate, in the candidates' order; about
         -1e30 past the last one.
     """
-    return _dispatch.call(
+    return dispatch.call(
         "score_tokens",
         implementation,
         {"xla": reference.score_tokens, "triton": triton.score_tokens},

@@ -10,13 +10,14 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas, _tuning
-from pallas_kernels._numerics import MASKED
+from pallas_kernels import tuning
 from pallas_kernels.encode_tokens.reference import WORD_BITS
+from pallas_kernels.numerics import MASKED
 from pallas_kernels.score_tokens import _by_floats, _by_integers, _query
 from pallas_kernels.score_tokens._members import Members
 from pallas_kernels.score_tokens._query import PackedQuery
 from pallas_kernels.select_clusters.reference import Candidates
+from pallas_kernels.toolbox import launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,10 @@ def heuristic(rows: int, candidates: int, dtype: str) -> Config:
     An int8 query errs about as much as a bfloat16 one. Where the scales are float32, as in a
     model that is, it would be the largest error.
     """
-    if dtype == "float32" or not _pallas.on_cuda():
-        return Config(min(128, _pallas.tile(candidates, _pallas.DOT_TILE)), integers=False)
+    if dtype == "float32" or not launch.on_cuda():
+        return Config(min(128, launch.tile(candidates, launch.DOT_TILE)), integers=False)
     # Four candidates a thread; two where they are few, for programs enough for a large GPU.
-    block = min(256, _pallas.tile(candidates, 32))
+    block = min(256, launch.tile(candidates, 32))
     return Config(block, num_warps=min(4 if rows * candidates <= 2**19 else 2, block // 32))
 
 
@@ -148,11 +149,11 @@ def score_tokens(
         dtype = "bfloat16"
     else:
         head_dim = rotated_query.shape[-1]
-        _pallas.check_heads("score_tokens", group, head_dim, rotated_query.dtype)
+        launch.check_heads("score_tokens", group, head_dim, rotated_query.dtype)
         dtype = "float32" if scales is None else jnp.dtype(scales.dtype).name
     if codes is not None and scales is None:
         raise NotImplementedError("score_tokens: codes without scales")
-    config = config or _tuning.config(
+    config = config or tuning.config(
         "score_tokens",
         heuristic(batch * kv_heads, max_candidates, dtype),
         rows=batch * kv_heads,
@@ -178,7 +179,7 @@ def score_tokens(
         query = _query.pack(rotated_query, scale=scale, interpret=interpret)
     elif codes is not None:
         query = (_query.split(rotated_query), None, None)
-    return _pallas.call(
+    return launch.call(
         functools.partial(
             _kernel, scale=scale, head_dim=head_dim, config=config, emulate=interpret
         ),
@@ -192,7 +193,7 @@ def score_tokens(
             offsets,
             codes,
             scales,
-            _pallas.scalar(layer),
+            launch.scalar(layer),
         ),
         jax.ShapeDtypeStruct((batch, kv_heads, max_candidates), jnp.float32),
         (pl.cdiv(max_candidates, config.block), batch * kv_heads),

@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.select_clusters import reference, triton
 from pallas_kernels.select_clusters.reference import Candidates
 
@@ -32,7 +32,7 @@ def select_clusters(
         budget: tokens wanted, for each sequence.
         max_candidates: room for candidates a row, which the ops that read them must have too.
     """
-    return _dispatch.call(
+    return dispatch.call(
         "select_clusters",
         implementation,
         {"xla": reference.select_clusters, "triton": triton.select_clusters},

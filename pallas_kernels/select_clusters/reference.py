@@ -6,14 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels._numerics import (
-    MASKED,
-    NO_ID,
-    heaviest,
-    list_places,
-    log_sum_exp,
-    ordered_bits,
-)
+from pallas_kernels.numerics import MASKED, NO_ID, heaviest, list_places, log_sum_exp, ordered_bits
 
 # Places of the list that one entry of `Candidates.granules` stands for.
 GRANULE = 32

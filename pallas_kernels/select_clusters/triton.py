@@ -9,12 +9,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas, _tuning
-from pallas_kernels._end import end_of_all, find_end, read_end
-from pallas_kernels._numerics import NO_ID, ordered_bits
-from pallas_kernels._row import Row
-from pallas_kernels._rows import Rows
-from pallas_kernels._split import (
+from pallas_kernels import tuning
+from pallas_kernels.numerics import NO_ID, ordered_bits
+from pallas_kernels.select_clusters._list import list_chunk
+from pallas_kernels.select_clusters.reference import GRANULE, Candidates
+from pallas_kernels.toolbox import launch
+from pallas_kernels.toolbox.head_calls import Rows
+from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.sampled_split import (
     Lists,
     find_bracket,
     list_shapes,
@@ -22,8 +24,7 @@ from pallas_kernels._split import (
     sample_stride,
     split,
 )
-from pallas_kernels.select_clusters._list import list_chunk
-from pallas_kernels.select_clusters.reference import GRANULE, Candidates
+from pallas_kernels.toolbox.selection_end import end_of_all, find_end, read_end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ MOST_IN_REGISTERS = 8192
 
 def heuristic(rows: int, clusters: int) -> Config:
     """A config for shapes that were not tuned."""
-    whole = _pallas.tile(clusters, 32)
+    whole = launch.tile(clusters, 32)
     if whole > MOST_IN_REGISTERS:
         # A larger sample costs less than the contenders that it leaves out.
         return Config(
@@ -69,7 +70,7 @@ def heuristic(rows: int, clusters: int) -> Config:
             num_warps=16,
         )
     # No more programs than processors of a large GPU: they would all do the same in turns.
-    chunk = max(whole // min(16, _pallas.tile(max(128 // rows, 1))), 32)
+    chunk = max(whole // min(16, launch.tile(max(128 // rows, 1))), 32)
     return Config(
         # Of few rows, programs enough for a large GPU's processors.
         share=min(256 if rows * whole <= 128 * 512 else 512, whole),
@@ -211,8 +212,8 @@ def select_clusters(
         ValueError: the config's tile does not hold the clusters that it is to hold.
     """
     batch, kv_heads, group, clusters = logits.shape
-    _pallas.check_heads("select_clusters", group, _pallas.HEAD_DIMS[0])
-    config = config or _tuning.config(
+    launch.check_heads("select_clusters", group, launch.HEAD_DIMS[0])
+    config = config or tuning.config(
         "select_clusters",
         heuristic(batch * kv_heads, clusters),
         rows=batch * kv_heads,
@@ -233,13 +234,13 @@ def select_clusters(
         shapes += [rows.of(config.sample, dtype=jnp.uint32), rows.of(config.sample)]
     keys, sizes, *sampled = call(
         functools.partial(_rank, config=config),
-        (logits, logsumexp, offsets, _pallas.scalar(layer)),
+        (logits, logsumexp, offsets, launch.scalar(layer)),
         tuple(shapes),
         padded // config.share,
         name="rank_clusters",
         num_warps=config.share_warps,
     )
-    operands = (keys, sizes, offsets, budget.astype(jnp.int32), _pallas.scalar(layer))
+    operands = (keys, sizes, offsets, budget.astype(jnp.int32), launch.scalar(layer))
     chunks = pl.cdiv(clusters, config.chunk)
     found: tuple[Any, ...] = ()
     if not config.in_registers:

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _pallas
-from pallas_kernels._bisect import threshold
-from pallas_kernels._numerics import NO_ID
-from pallas_kernels._pairs import list_selected
-from pallas_kernels._row import Row
+from pallas_kernels.numerics import NO_ID
 from pallas_kernels.select_tokens._dropped import Dropped
 from pallas_kernels.select_tokens._look_up import count
 from pallas_kernels.select_tokens._pick import limits
+from pallas_kernels.toolbox import launch
+from pallas_kernels.toolbox.bisection import threshold
+from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.packed_counts import list_selected
 
 # Slots' ages that a thread looks at at once.
 SLOTS_A_THREAD = 4
@@ -73,7 +73,7 @@ def admit_rows(refs: Admit, *, candidates: int, threads: int, interpret: bool) -
         interpret=interpret,
         block=SLOTS_A_THREAD * threads,
     )
-    nth = jnp.arange(_pallas.tile(refs.block_hits.shape[-1]))
+    nth = jnp.arange(launch.tile(refs.block_hits.shape[-1]))
     hits = jnp.sum(row.load(refs.block_hits, nth, mask=nth < refs.block_hits.shape[-1]))
     _, listed = limits(row, refs.starts, refs.budget, (candidates, refs.tokens.shape[-1]))
     retrieved = listed
@@ -94,7 +94,7 @@ def _admit(row: Row, refs: Admit, listed: Any, wanted: Any, step: Any) -> None:
         used = row.load(refs.last_used, slot, mask=exists, stacked=True)
         return jnp.where(exists, step - used, 0).astype(jnp.uint32)
 
-    most = _pallas.tile(slots)
+    most = launch.tile(slots)
     in_registers = most <= BLOCKS_IN_REGISTERS * row.block
     if in_registers:
         every = jnp.arange(most)

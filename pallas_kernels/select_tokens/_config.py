@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from pallas_kernels import _pallas
 from pallas_kernels.select_tokens._contenders import most_expected
+from pallas_kernels.toolbox import launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,12 @@ def heuristic(candidates: int, max_tokens: int) -> Config:
         candidates, max_tokens: room for candidates and for retrieved ones, a row.
     """
     long = candidates > 128 * 1024
-    chunk = min(1024 if long else 2048, _pallas.tile(candidates, 32))
-    sample = min(_pallas.tile(candidates // 16, 32), 8192)
-    tile = _pallas.tile(most_expected(max_tokens, candidates, sample), 32)
+    chunk = min(1024 if long else 2048, launch.tile(candidates, 32))
+    sample = min(launch.tile(candidates // 16, 32), 8192)
+    tile = launch.tile(most_expected(max_tokens, candidates, sample), 32)
     tile = min(tile, MOST_IN_REGISTERS)
     # At most 128 programs a row: what they found is put together by one.
-    block = min(max(128, _pallas.tile(max_tokens) // 128), _pallas.tile(max_tokens, 32))
+    block = min(max(128, launch.tile(max_tokens) // 128), launch.tile(max_tokens, 32))
     return Config(
         sample,
         chunk,

@@ -10,10 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
-from pallas_kernels._numerics import NO_ID, ordered_bits
-from pallas_kernels._search import last_key
-from pallas_kernels._sums import scan_together
+from pallas_kernels.numerics import NO_ID, ordered_bits
+from pallas_kernels.toolbox import launch
+from pallas_kernels.toolbox.block_select import last_key
+from pallas_kernels.toolbox.block_sums import scan_together
 
 # How fine the sample's threshold is set, in bits of the keys: 2^-7 of a mass's logarithm.
 FINE = 16
@@ -113,7 +113,7 @@ def list_contenders(*refs: Any, chunk: int, threads: int, interpret: bool) -> No
 
     clusters = sizes_ref.shape[-1]
     share = pl.cdiv(clusters, counts_ref.shape[-1])
-    lane = jnp.arange(_pallas.tile(share))
+    lane = jnp.arange(launch.tile(share))
     c = part * share + lane
     exists = (lane < share) & (c < clusters)
     begins = plt.load(offsets_ref.at[layer, b, h, c], mask=exists, other=0)
@@ -166,7 +166,7 @@ def join_contenders(*refs: Any, block: int) -> None:
     _, kv_heads, chunks, _ = keys_ref.shape
     part, row = pl.program_id(0), pl.program_id(1)
     b, h, first = row // kv_heads, row % kv_heads, jnp.int32(0)
-    nth = jnp.arange(_pallas.tile(chunks))
+    nth = jnp.arange(launch.tile(chunks))
     counts = plt.load(counts_ref.at[b, h, nth], mask=nth < chunks, other=0)
     own = plt.load(counts_ref.at[b, h, part])
     before = jnp.sum(jnp.where(nth < part, counts, 0))

@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _pallas
-from pallas_kernels._numerics import from_ordered_bits
-from pallas_kernels._row import Row
+from pallas_kernels.numerics import from_ordered_bits
+from pallas_kernels.toolbox import launch
+from pallas_kernels.toolbox.head_view import Row
 
 
 def worth_reading(
@@ -80,7 +80,7 @@ class Dropped:
             remaining_ref: `[batch, kv_heads, clusters]` int32; as the blocks' programs left it.
         """
         row, parts = self.row, self.blocks.shape[-1]
-        nth = jnp.arange(_pallas.tile(parts))
+        nth = jnp.arange(launch.tile(parts))
         exists = nth < parts
         total, back, cluster = (
             row.load(self.blocks, jnp.int32(kind), nth, mask=exists) for kind in range(3)

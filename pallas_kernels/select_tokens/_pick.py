@@ -10,13 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas, _warp
-from pallas_kernels._bisect import threshold
-from pallas_kernels._numerics import ordered_bits
-from pallas_kernels._pairs import halves, list_selected
-from pallas_kernels._row import Row
-from pallas_kernels._search import last_key
-from pallas_kernels._sums import scan_together
+from pallas_kernels.numerics import ordered_bits
+from pallas_kernels.toolbox import launch, warp
+from pallas_kernels.toolbox.bisection import threshold
+from pallas_kernels.toolbox.block_select import last_key
+from pallas_kernels.toolbox.block_sums import scan_together
+from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.packed_counts import halves, list_selected
 
 # Contenders that follow each other and are one thread's: one sum over the threads serves all of
 # them, and more would lie too far apart to be read together.
@@ -126,8 +126,8 @@ def _pick_in_registers(
     own = [functools.reduce(jnp.add, of_block) for of_block in pairs]
     # Of one chunk the places are read only now, all before the first one is used.
     places = [[place() for _, place in of_block] for of_block in blocks]
-    if contenders.chunks == 1 and _pallas.takes_assembly(row.interpret):
-        own[0] = _warp.after(own[0], [place for of_block in places for place in of_block])
+    if contenders.chunks == 1 and launch.takes_assembly(row.interpret):
+        own[0] = warp.after(own[0], [place for of_block in places for place in of_block])
     before = jnp.zeros(threads, jnp.int32)
     scanned = scan_together(own, interpret=row.interpret)
     for i, (earlier, total) in enumerate(scanned):
@@ -207,7 +207,7 @@ def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret:
     rooms = log_mass_ref.shape[-1], picked_ref.shape[-1]
     total, budget = limits(row, starts_ref, budget_ref, rooms)
     keys_ref, places_ref = lists
-    nth = jnp.arange(_pallas.tile(counts_ref.shape[-1]))
+    nth = jnp.arange(launch.tile(counts_ref.shape[-1]))
     counts = row.load(counts_ref, nth, mask=nth < counts_ref.shape[-1])
     found = jnp.sum(counts)
     few = found < budget

@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float, Int, UInt16
 
-from pallas_kernels import _dispatch
-from pallas_kernels._dispatch import Implementation
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.select_clusters.reference import Candidates
 from pallas_kernels.select_tokens import reference, triton
 from pallas_kernels.select_tokens.reference import Retrieved, RowTable
@@ -53,7 +53,7 @@ def select_tokens(
         segment_tokens, growth_tokens: see `prompt_tokens`.
         admission_ratio: 1 or more; 1 retrieves all that is selected. Of no effect without slots.
     """
-    return _dispatch.call(
+    return dispatch.call(
         "select_tokens",
         implementation,
         {"xla": reference.select_tokens, "triton": triton.select_tokens},

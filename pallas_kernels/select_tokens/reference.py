@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels._numerics import NO_ID, heaviest, list_places, ordered_bits
+from pallas_kernels.numerics import NO_ID, heaviest, list_places, ordered_bits
 from pallas_kernels.score_tokens.reference import list_members
 from pallas_kernels.select_clusters.reference import Candidates
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _pallas, _tuning
-from pallas_kernels._rows import Rows
+from pallas_kernels import tuning
 from pallas_kernels.select_clusters.reference import Candidates
 from pallas_kernels.select_tokens._admit import Admit, admit_rows
 from pallas_kernels.select_tokens._config import Config, heuristic
@@ -22,6 +21,8 @@ from pallas_kernels.select_tokens._contenders import (
 from pallas_kernels.select_tokens._look_up import LookUp, look_up_rows
 from pallas_kernels.select_tokens._pick import pick_rows
 from pallas_kernels.select_tokens.reference import Retrieved, RowTable, row_budgets
+from pallas_kernels.toolbox import launch
+from pallas_kernels.toolbox.head_calls import Rows
 
 __all__ = ["Config", "heuristic", "select_tokens"]
 
@@ -50,7 +51,7 @@ def select_tokens(
     """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them."""
     batch, kv_heads, room = log_mass.shape
     slots = table.token_of_slot.shape[-1]
-    config = config or _tuning.config(
+    config = config or tuning.config(
         "select_tokens",
         heuristic(room, max_tokens),
         rows=batch * kv_heads,
@@ -58,7 +59,7 @@ def select_tokens(
         max_tokens=max_tokens,
     )
     rows, budget = Rows((batch, kv_heads), interpret), row_budgets(budget, kv_heads)
-    layer, step = _pallas.scalar(layer), _pallas.scalar(step)
+    layer, step = launch.scalar(layer), launch.scalar(step)
     # Only then a pick may be left out.
     choosy = slots > 0 and admission_ratio > 1
     ranked = log_mass, candidates.starts

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import TEMPLATE, VOCAB, write_tokenizer
-from tests.models.tiny_models import CONFIGS, make_tensors, write_folder
+from tests.support.tiny_models import CONFIGS, make_tensors, write_folder
+from tests.wavejax.cli.conftest import TEMPLATE, VOCAB, write_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)

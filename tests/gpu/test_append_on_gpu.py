@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import pallas_kernels as ops
-from tests.gpu.gpu_cases import SEED
+from tests.support.gpu_cases import SEED
 
 pytestmark = pytest.mark.gpu
 

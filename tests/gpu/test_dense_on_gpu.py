@@ -10,9 +10,9 @@ import pytest
 import pallas_kernels as ops
 from models.config import ModelConfig
 from pallas_kernels.attend_dense import triton as attend_dense
-from tests.gpu.gpu_cases import LAYER, SEED, assert_close, run_twice, shape
+from tests.support.gpu_cases import LAYER, SEED, assert_close, run_twice, shape
 from wavejax import DenseAttention
-from wavejax import causal_attention as causal
+from wavejax.attention import causal
 
 pytestmark = pytest.mark.gpu
 

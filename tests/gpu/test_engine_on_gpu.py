@@ -20,7 +20,8 @@ import pytest
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from wavejax import DecodeState, Generator, WaveAttention, WaveConfig, programs
+from wavejax import DecodeState, Generator, WaveAttention, WaveConfig
+from wavejax.engine import compiled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow(120)]
 
@@ -133,7 +134,7 @@ def test_the_compiled_step_copies_no_cache_and_asks_nothing_of_the_host(store, m
     cache = generator.attention.init_state(LLAMA, 2, 5000, 300, jnp.bfloat16)
     rest = jnp.zeros((2, LLAMA.vocab_size)), jnp.zeros(2, bool), jnp.int32(0), jnp.int32(0)
     state = DecodeState(cache, *rest)
-    program = programs.decode_n.lower(generator, params, state, jnp.int32(steps), 256).compile()
+    program = compiled.decode_n.lower(generator, params, state, jnp.int32(steps), 256).compile()
     text = program.as_text()
     for word in ("callback", "outfeed", "infeed", "MoveToHost", "MoveToDevice"):
         assert word not in text, word

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_faults import interrupted
+from tests.wavejax.cli.test_faults import interrupted
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow(60)]
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from models.config import ModelConfig
-from tests.wavejax.test_memory import compiled_workspace
+from tests.wavejax.planning.test_memory import compiled_workspace
 from wavejax import DenseAttention, WaveAttention, WaveConfig
-from wavejax.buffer import init_store
-from wavejax.memory import free_memory, memory_need
+from wavejax.planning.memory import free_memory, memory_need
+from wavejax.store.rows import init_store
 
 pytestmark = pytest.mark.gpu
 

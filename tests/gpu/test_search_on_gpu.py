@@ -7,9 +7,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import _pallas
-from pallas_kernels._search import last_key
-from pallas_kernels._sums import scan_together, sum_together
+from pallas_kernels.toolbox import launch
+from pallas_kernels.toolbox.block_select import last_key
+from pallas_kernels.toolbox.block_sums import scan_together, sum_together
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +31,7 @@ def search(keys, weights, budget, *, threads, fine=0):
             plt.store(ref.at[row, lane], x)
 
     shape = (rows, threads)
-    return _pallas.call(
+    return launch.call(
         kernel,
         (keys, weights, budget),
         tuple(jax.ShapeDtypeStruct(shape, x) for x in (jnp.uint32, jnp.int32, jnp.int32)),
@@ -105,7 +105,7 @@ def test_sums_over_threads(number, threads):
                 plt.store(ref.at[row, jnp.int32(i), lane], x)
 
     shape = jax.ShapeDtypeStruct(values.shape, jnp.int32)
-    sums, before, totals = _pallas.call(
+    sums, before, totals = launch.call(
         kernel,
         (jnp.asarray(values),),
         (shape,) * 3,

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.checkpoints.hf_config import config_from_hf
 from models.config import ModelConfig, RopeScaling
 from models.errors import InputError
-from models.hf_config import config_from_hf
 from models.rope import inverse_frequencies
-from tests.models import tiny_models
+from tests.support import tiny_models
 
 LLAMA = tiny_models.CONFIGS["llama"]
 QWEN2 = tiny_models.CONFIGS["qwen2"]

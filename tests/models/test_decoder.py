@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.checkpoints.hf_config import config_from_hf
 from models.decoder import Decoder, apply_layer, embed, final_norm, unembed
-from models.hf_config import config_from_hf
 from models.parameters import parameter_shapes
-from tests.models import plain_attention, tiny_models
+from tests.support import plain_attention, tiny_models
 
 TOKENS = 12
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.checkpoint import find_default_model, open_checkpoint
+from models.checkpoints.open import find_default_model, open_checkpoint
 from models.decoder import Decoder, apply_layer, embed, final_norm, unembed
-from tests.models import plain_attention, tiny_models
+from tests.support import plain_attention, tiny_models
 
 # The outputs compared are those of users.
 pytestmark = pytest.mark.optimised

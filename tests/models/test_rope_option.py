@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.checkpoint import Checkpoint, open_checkpoint, write_orbax
+from models.checkpoints.hf_config import config_from_hf
+from models.checkpoints.open import Checkpoint, open_checkpoint, write_orbax
 from models.config import ModelConfig, RopeScaling
 from models.decoder import Decoder, unembed
 from models.errors import InputError
-from models.hf_config import config_from_hf
 from models.rope_option import suggest_rope_scaling, with_rope_scaling
-from tests.models import plain_attention, tiny_models
-from tests.models.tiny_gguf import write_gguf
+from tests.support import plain_attention, tiny_models
+from tests.support.tiny_gguf import write_gguf
 
 QWEN2 = tiny_models.CONFIGS["qwen2"]
 TENSORS = tiny_models.make_tensors(QWEN2)

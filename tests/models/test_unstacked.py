@@ -7,7 +7,7 @@ import pytest
 
 from models.decoder import Decoder, apply_layer, apply_model, embed
 from models.unstacked import only_layer, unstack_layers, without_layers
-from tests.wavejax.tiny_generator import MODEL, make_params
+from tests.support.tiny_generator import MODEL, make_params
 
 TOKENS = jnp.arange(12).reshape(2, 6)
 POSITIONS = jnp.broadcast_to(jnp.arange(6), (2, 6))

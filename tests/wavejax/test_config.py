@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wavejax import InputError, WaveAttention, WaveConfig
-from wavejax.retrieval import budgets
+from wavejax.attention.retrieval import budgets
 
 SIZES = ("local_tokens", "growth_tokens", "segment_tokens", "cluster_size")
 COUNTS = (

@@ -10,8 +10,8 @@ from pallas_kernels.score_clusters import ClusterScores
 from pallas_kernels.select_tokens import Retrieved
 from pallas_kernels.select_tokens.reference import empty_table
 from wavejax import WaveConfig
-from wavejax.index import init_index
-from wavejax.retrieval import to_estimate
+from wavejax.attention.retrieval import to_estimate
+from wavejax.store.index import init_index
 
 CLUSTERS, SIZE = 20, 10  # 200 tokens; the nearest cluster comes first
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from models import checkpoint
-from tests.cli.conftest import TEMPLATE, TINY, write_tokenizer
-from tests.models.tiny_models import make_tensors, write_folder
+from models.checkpoints import open
+from tests.support.tiny_models import make_tensors, write_folder
+from tests.wavejax.cli.conftest import TEMPLATE, TINY, write_tokenizer
 from wavejax.cli.generate_command import command
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
     # A tiny model in the place of SmolLM2, which takes a minute.
     write_folder(tmp_path, TINY, make_tensors(TINY))
     write_tokenizer(tmp_path, chat_template=TEMPLATE)
-    monkeypatch.setattr(checkpoint, "find_default_model", lambda: tmp_path)
+    monkeypatch.setattr(open, "find_default_model", lambda: tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(LIBRARY, "README.md", "exec"), {})

@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from models.checkpoint import open_checkpoint, write_orbax
+from models.checkpoints.open import open_checkpoint, write_orbax
+from models.checkpoints.orbax import refuse_existing
 from models.errors import InputError
-from models.orbax_folder import refuse_existing
 from models.paths import stat_of
-from models.tokenizer import load_tokenizer
+from models.text.tokenizer import load_tokenizer
 from wavejax.cli.guard import main_guard
 from wavejax.cli.model_sampling import FILE as GENERATION_CONFIG
-from wavejax.memory import host_available
+from wavejax.planning.memory import host_available
 
 
 @click.command()

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from models.checkpoint import Checkpoint
+from models.checkpoints.open import Checkpoint
 from models.errors import InputError
 from models.rope_option import suggest_rope_scaling
-from models.tokenizer import Tokenizer
+from models.text.tokenizer import Tokenizer
 from wavejax.cli.prompts import (
     parse_template_args,
     read_conversations,

@@ -9,12 +9,13 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from models.checkpoint import Checkpoint, find_default_model, open_checkpoint
+from models.checkpoints.open import Checkpoint, find_default_model, open_checkpoint
 from models.errors import InputError
 from models.rope_option import with_rope_scaling
-from models.stop_strings import StopStrings
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.text.stop_strings import StopStrings
+from models.text.tokenizer import Tokenizer, load_tokenizer
 from models.unstacked import unstack_layers
+from wavejax.attention.dense import DenseAttention
 from wavejax.cli.compilation import keep_compiled_programs
 from wavejax.cli.encoding import check_lengths, encode_prompts
 from wavejax.cli.generate_options import generate_options
@@ -26,10 +27,9 @@ from wavejax.cli.planning import check_context, check_placement, plan_run, print
 from wavejax.cli.progress import progress_bar
 from wavejax.cli.run import Answer, Run
 from wavejax.config import WaveConfig
-from wavejax.dense_attention import DenseAttention
-from wavejax.generator import Generator
-from wavejax.plan import FetchChoice, StoreChoice
-from wavejax.sampling import Sampler
+from wavejax.engine.generator import Generator
+from wavejax.engine.sampling import Sampler
+from wavejax.planning.plan import FetchChoice, StoreChoice
 
 
 @click.command(

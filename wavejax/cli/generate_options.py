@@ -6,7 +6,7 @@ import click
 
 from wavejax.cli.options import option, options_from
 from wavejax.config import WaveConfig
-from wavejax.sampling import Sampler
+from wavejax.engine.sampling import Sampler
 
 INPUT, SAMPLING, OUTPUT, MEMORY = "Input", "Sampling", "Output", "Memory"
 RESEARCH = "Research: attention and its settings"

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import jax
 
-from models.checkpoint import Checkpoint
+from models.checkpoints.open import Checkpoint
 from models.errors import InputError
+from wavejax.attention.dense import DenseAttention
 from wavejax.config import WaveConfig
-from wavejax.dense_attention import DenseAttention
-from wavejax.generator import Generator
-from wavejax.memory import set_memory_limits
-from wavejax.plan import FetchChoice, Plan, StoreChoice, make_plan, pinned_need
-from wavejax.plan_table import plan_json, plan_text
+from wavejax.engine.generator import Generator
+from wavejax.planning.memory import set_memory_limits
+from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan, pinned_need
+from wavejax.planning.table import plan_json, plan_text
 
 
 def check_placement(attention: str, store: StoreChoice, fetch: FetchChoice) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from models.errors import InputError
-from models.stop_strings import StopStrings
-from models.tokenizer import TextStream
+from models.text.stop_strings import StopStrings
+from models.text.tokenizer import TextStream
 from wavejax.cli.compilation import compilation_notices
 from wavejax.cli.progress import bytes_text, progress_bar
-from wavejax.facts import Facts
-from wavejax.generator import NO_TOKEN, Generator
+from wavejax.engine.facts import Facts
+from wavejax.engine.generator import NO_TOKEN, Generator
 
 
 @dataclasses.dataclass

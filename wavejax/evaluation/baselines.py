@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from models.config import ModelConfig
-from pallas_kernels._numerics import MASKED, heaviest, log_sum_exp, ordered_bits
+from pallas_kernels.numerics import MASKED, heaviest, log_sum_exp, ordered_bits
 from wavejax._pytree import state as pytree
+from wavejax.attention.dense import DenseAttention, DenseState
+from wavejax.attention.retrieval import budgets
 from wavejax.config import WaveConfig
-from wavejax.dense_attention import DenseAttention, DenseState
-from wavejax.retrieval import budgets
 
 PAGE_TOKENS = 16
 Rank = Literal["mass", "recency", "page_bound"]

@@ -10,8 +10,11 @@ import numpy as np
 
 from models.config import ModelConfig
 from models.parameters import Params
-from models.tokenizer import Tokenizer
-from wavejax.dense_attention import DenseAttention
+from models.text.tokenizer import Tokenizer
+from wavejax.attention.dense import DenseAttention
+from wavejax.attention.wave import WaveAttention
+from wavejax.engine.generator import NO_TOKEN, Generator
+from wavejax.engine.prompts import bucket
 from wavejax.evaluation.methods import FULL
 from wavejax.evaluation.samples import Sample, score
 from wavejax.evaluation.shared_prefill import SharedPrefill
@@ -26,9 +29,6 @@ from wavejax.evaluation.teacher_forcing import (
     places_of,
     sample_keys,
 )
-from wavejax.generator import NO_TOKEN, Generator
-from wavejax.prompts import bucket
-from wavejax.wave_attention import WaveAttention
 
 
 @dataclasses.dataclass(frozen=True)

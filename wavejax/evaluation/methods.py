@@ -5,11 +5,11 @@ import re
 from typing import Any
 
 from models.errors import InputError
+from wavejax.attention.dense import DenseAttention
+from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
-from wavejax.dense_attention import DenseAttention
 from wavejax.evaluation.ablations import AblatedAttention
 from wavejax.evaluation.baselines import Rank, SparseAttention
-from wavejax.wave_attention import WaveAttention
 
 FULL = "full"
 METHODS = {

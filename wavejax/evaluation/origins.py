@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from models.checkpoint import Checkpoint
+from models.checkpoints.open import Checkpoint
 from models.errors import InputError
 from wavejax.evaluation.samples import GENERATOR, Material, Sample, Task
 from wavejax.evaluation.setup import Subject

@@ -11,15 +11,15 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from models.parameters import Params
-from pallas_kernels._numerics import MASKED, NO_ID
-from wavejax import retrieval
+from pallas_kernels.numerics import MASKED, NO_ID
 from wavejax._pytree import state as pytree
-from wavejax.dense_attention import DenseAttention, DenseState
+from wavejax.attention import retrieval
+from wavejax.attention.dense import DenseAttention, DenseState
+from wavejax.attention.wave import WaveAttention, WaveState, scale_of
+from wavejax.engine.generator import DecodeState, Generator
 from wavejax.evaluation.baselines import SparseAttention
 from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.evaluation.teacher_forcing import CHUNK, Answer
-from wavejax.generator import DecodeState, Generator
-from wavejax.wave_attention import WaveAttention, WaveState, scale_of
 
 
 @pytree

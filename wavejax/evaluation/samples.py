@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from models.errors import InputError
-from models.tokenizer import Tokenizer
+from models.text.tokenizer import Tokenizer
 from wavejax.evaluation.haystack import Haystack
 
 # Of the code that makes samples: to be raised when it makes others of the same settings.

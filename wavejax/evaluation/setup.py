@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from models.checkpoint import Checkpoint, find_default_model, open_checkpoint
+from models.checkpoints.open import Checkpoint, find_default_model, open_checkpoint
 from models.errors import InputError
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.text.tokenizer import Tokenizer, load_tokenizer
 from wavejax.cli.compilation import keep_compiled_programs
 
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from wavejax.attention.dense import DenseState
+from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
-from wavejax.dense_attention import DenseState
+from wavejax.engine.generator import DecodeState, Generator
 from wavejax.evaluation.baselines import SparseAttention, SparseState
-from wavejax.generator import DecodeState, Generator
-from wavejax.wave_attention import WaveAttention
 
 # What only a decode step asks for: methods that differ in nothing else share their index.
 _DECODING = (

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int, Key
 
 from models.parameters import Params
-from wavejax.generator import NO_TOKEN, DecodeState, Generator
+from wavejax.engine.generator import NO_TOKEN, DecodeState, Generator
 
 # Steps in one call: one compiled program serves answers of every length.
 CHUNK = 128

@@ -7,12 +7,12 @@ import pytest
 
 import pallas_kernels as ops
 from models.errors import InputError
-from pallas_kernels._numerics import NO_ID
-from tests.wavejax.attention_harness import decode, model_of, prefill, random_stream
+from pallas_kernels.numerics import NO_ID
+from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import WaveAttention, WaveConfig
+from wavejax.attention.wave import scale_of
 from wavejax.evaluation.ablations import AblatedAttention, _corrected, quantise
 from wavejax.evaluation.methods import parse_methods
-from wavejax.wave_attention import scale_of
 
 CONFIG = WaveConfig(
     segment_tokens=256,

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from models.checkpoint import find_default_model
+from models.checkpoints.open import find_default_model
 from models.errors import InputError
-from models.tokenizer import load_tokenizer
+from models.text.tokenizer import load_tokenizer
 from wavejax.evaluation.haystack import load_haystack
 from wavejax.evaluation.niah import NOISE, NeedleTask
 from wavejax.evaluation.samples import Material, largest, score

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoint import Checkpoint
+from models.checkpoints.open import Checkpoint
 from models.errors import InputError
-from tests.cli.conftest import TEMPLATE, TINY, write_tokenizer
-from tests.models.tiny_models import make_tensors, write_folder
+from tests.support.tiny_models import make_tensors, write_folder
+from tests.wavejax.cli.conftest import TEMPLATE, TINY, write_tokenizer
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.wavejax.tiny_generator import CONFIG, MODEL, make_params, make_prompts
+from tests.support.tiny_generator import CONFIG, MODEL, make_params, make_prompts
 from wavejax import DenseAttention, Generator
+from wavejax.engine.generator import NO_TOKEN
+from wavejax.engine.prompts import bucket
 from wavejax.evaluation import teacher_forcing
 from wavejax.evaluation.baselines import SparseAttention
 from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.evaluation.teacher_forcing import answer, bins, greedy, judge, places_of, sample_keys
-from wavejax.generator import NO_TOKEN
-from wavejax.prompts import bucket
 
 STEPS = 11
 PROMPTS = make_prompts([200, 90])

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from models.errors import InputError
-from tests.wavejax.attention_harness import decode, model_of, prefill, random_stream
-from tests.wavejax.tiny_generator import CONFIG
+from tests.support.attention_harness import decode, model_of, prefill, random_stream
+from tests.support.tiny_generator import CONFIG
 from wavejax import DenseAttention, WaveAttention, WaveConfig
+from wavejax.attention.retrieval import budgets
 from wavejax.evaluation.baselines import PAGE_TOKENS, SparseAttention, page_bounds
 from wavejax.evaluation.methods import METHODS, parse_methods
 from wavejax.evaluation.probe import ProbeAttention, ProbeState, wave_reads
-from wavejax.retrieval import budgets
 
 RANKS = ("mass", "recency", "page_bound")
 # 16 local tokens, growth after 64 more.

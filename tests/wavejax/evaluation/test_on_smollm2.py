@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from models.checkpoint import find_default_model, open_checkpoint
-from models.tokenizer import load_tokenizer
+from models.checkpoints.open import find_default_model, open_checkpoint
+from models.text.tokenizer import load_tokenizer
 from wavejax.evaluation.bench import Bench
 from wavejax.evaluation.haystack import load_haystack
 from wavejax.evaluation.methods import parse_methods

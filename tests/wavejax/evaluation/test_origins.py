@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from models.checkpoint import open_checkpoint
-from models.tokenizer import load_tokenizer
-from tests.cli.conftest import TEMPLATE, TINY, write_tokenizer
-from tests.models.tiny_models import make_tensors, write_folder
+from models.checkpoints.open import open_checkpoint
+from models.text.tokenizer import load_tokenizer
+from tests.support.tiny_models import make_tensors, write_folder
+from tests.wavejax.cli.conftest import TEMPLATE, TINY, write_tokenizer
 from wavejax.evaluation import niah, origins, word_counting, words
 from wavejax.evaluation.haystack import Haystack, load_haystack
 from wavejax.evaluation.origins import parts_of, settings_of

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from wavejax.evaluation.files import write_growing
-from wavejax.replacement import study
-from wavejax.replacement.trace import Trace
+from wavejax.evaluation.replacement import study
+from wavejax.evaluation.replacement.trace import Trace
 
 ROOT = Path(__file__).parents[3]
 SOURCES = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "wavejax" / "evaluation").glob("*.py")]

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.wavejax.tiny_generator import CONFIG, MODEL, make_params, make_prompts
+from tests.support.tiny_generator import CONFIG, MODEL, make_params, make_prompts
 from wavejax import DenseAttention, Generator, WaveAttention
+from wavejax.engine.prompts import bucket
 from wavejax.evaluation import shared_prefill
 from wavejax.evaluation.methods import parse_methods
 from wavejax.evaluation.shared_prefill import SharedPrefill
-from wavejax.prompts import bucket
 
 
 @pytest.mark.parametrize("name", ["full", "quest", "wave_no_estimation"])

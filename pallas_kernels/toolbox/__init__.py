@@ -1,0 +1,1 @@
+"""What the Triton kernels share, each file named after its purpose."""

@@ -1,0 +1,188 @@
+"""The room that `Generator.start` makes: what fits in it, and what is refused."""
+
+import dataclasses
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pallas_kernels.build_clusters import capacity
+from tests.support.tiny_generator import (
+    ATTENTIONS,
+    CONFIG,
+    GREEDY,
+    MODEL,
+    make_params,
+    make_prompts,
+)
+from wavejax import DenseAttention, Generator, InputError, WaveAttention
+from wavejax.attention import wave
+from wavejax.engine.prompts import SMALLEST_ROOM, answer_room, bucket
+from wavejax.planning.memory import memory_need
+from wavejax.store import index
+from wavejax.store.index import cluster_capacity, segment_sizes
+from wavejax.store.state import Selection
+
+
+def staged_or_not():
+    wave = ATTENTIONS["wave"]
+    return [ATTENTIONS["dense"], wave, dataclasses.replace(wave, store="host", fetch="staged")]
+
+
+@pytest.mark.parametrize("attention", staged_or_not(), ids=["dense", "wave", "staged"])
+def test_what_there_is_no_room_for_is_refused(attention):
+    generator = Generator(MODEL, attention, GREEDY)
+    params, prompts = make_params(), make_prompts((262, 90))
+    state = generator.start(params, prompts, 8)
+    cache = state.cache.wave if generator.staged else state.cache
+    left = np.asarray(attention.remaining(cache))
+    assert (left >= 8).all()
+    steps = int(left.min())
+    with pytest.raises(InputError, match=f"{steps + 1} tokens are more than there is room for"):
+        generator.force(params, state, jnp.zeros((steps + 1, 2), jnp.int32))
+    # As many as there is room for fill it, to the token.
+    state, logits = generator.force(params, state, jnp.zeros((steps, 2), jnp.int32))
+    assert len(logits) == steps
+    cache = state.cache.wave if generator.staged else state.cache
+    np.testing.assert_array_equal(attention.remaining(cache), left - steps)
+    assert np.asarray(attention.is_full(cache)).tolist() == (left == steps).tolist()
+
+
+@pytest.mark.parametrize("attention", staged_or_not(), ids=["dense", "wave", "staged"])
+def test_no_steps_are_no_steps_and_fewer_are_refused(attention):
+    generator = Generator(MODEL, attention, GREEDY)
+    params, prompts = make_params(), make_prompts((20,))
+    for settings, said in (
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        (
+            {"max_new_tokens": 1, "seed": 2**31},
+            "seed is 2147483648; it must be a whole number from",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            generator.start(params, prompts, **settings)
+    state = generator.start(params, prompts, 8)
+    with pytest.raises(InputError, match="steps is -1; it must be a whole number from 0 to"):
+        generator.decode_n(params, state, -1)
+    state, tokens = generator.decode_n(params, state, 0)
+    assert tokens.shape == (0, 1)
+    state, logits = generator.force(params, state, jnp.zeros((0, 1), jnp.int32))
+    assert logits.shape == (0, 1, MODEL.vocab_size)
+
+
+@given(st.integers(1, 2**24))
+def test_an_answers_room_is_at_least_what_was_asked_for_and_a_quarter_more(tokens):
+    room = answer_room(tokens)
+    assert tokens <= room
+    assert room == SMALLEST_ROOM or room < 1.25 * tokens
+    assert answer_room(room) == room <= answer_room(tokens + 1)
+
+
+def test_rooms_of_answers_are_few():
+    assert answer_room(0) == 0
+    sizes = {answer_room(tokens) for tokens in range(1, 2**15 + 1)}
+    assert len(sizes) == 1 + 4 * 9  # four for each of the 9 doublings from 64 to 32768
+
+
+@pytest.mark.parametrize("attention", staged_or_not(), ids=["dense", "wave", "staged"])
+@pytest.mark.parametrize("asked", [1, 20, 63, 64, 65, 129, 150])
+def test_the_room_made_is_the_room_planned_and_no_less_than_asked(attention, asked):
+    """Also where a prompt leaves the window full, and an index must grow for the first token."""
+    generator = Generator(MODEL, attention, GREEDY)
+    lengths = (CONFIG.sink_tokens + CONFIG.window_tokens - 1, 128)
+    state = generator.start(make_params(), make_prompts(lengths), asked)
+    cache = state.cache.wave if generator.staged else state.cache
+    assert (np.asarray(attention.remaining(cache)) >= asked).all()
+    need = memory_need(MODEL, attention, 2, max(lengths), asked, jnp.float32)
+    facts = generator.facts(state)
+    assert (need.state, need.host) == (facts.device_bytes, facts.host_bytes)
+    if isinstance(attention, DenseAttention):
+        assert cache.keys.shape[3] == bucket(max(lengths)) + answer_room(asked)
+
+
+@pytest.mark.parametrize("name, value", [("store", "gpu"), ("fetch", "stagd")])
+def test_an_attention_of_no_such_kind_is_refused(name, value):
+    # Not by the class itself, whose arguments the tests' type checker sees first.
+    fields = types.SimpleNamespace(**({"store": "host", "fetch": None} | {name: value}))
+    with pytest.raises(InputError, match=f"{name} is '{value}'; it must be one of"):
+        WaveAttention.__post_init__(fields)
+
+
+# Where what is cut off clusters too large differs by segment, by one.
+@example(prompt=66, other=129, growth=10, size=5, most=2, clusters=0, new=0)
+@given(
+    prompt=st.integers(1, 700),
+    other=st.integers(1, 700),
+    growth=st.integers(1, 40),
+    size=st.integers(1, 70),
+    most=st.integers(1, 3),
+    clusters=st.integers(0, 30),
+    new=st.integers(0, 90),
+)
+def test_there_are_clusters_enough_for_every_prompt_beside_a_longer_one(
+    prompt, other, growth, size, most, clusters, new
+):
+    """A short prompt's are smaller, so there may be more of them than of the longest one's."""
+    sizes = {"cluster_size": size, "max_cluster_size": most * size, "min_clusters": clusters}
+    config = dataclasses.replace(CONFIG, growth_tokens=growth, **sizes)
+    prompt, other = sorted((prompt, other))
+    padded = segment_sizes(config, other)
+    growths = -(-new // growth)
+    room = cluster_capacity(config, padded, growths)
+    own = [config.segment_tokens] * (prompt // config.segment_tokens)
+    own += [prompt % config.segment_tokens]
+    held = sum(capacity(count, *config.cluster_sizes(prompt)) for count in own)
+    for nth in range(1, growths + 1):
+        held += capacity(growth, *config.cluster_sizes(prompt + nth * growth))
+    assert held <= room
+
+
+@given(
+    tokens=st.integers(0, 2**31 - 1),
+    size=st.integers(1, 200),
+    clusters=st.sampled_from([0, 1, 20, 3072, 2**31 - 1]),
+)
+def test_a_traced_number_of_tokens_has_the_same_clusters(tokens, size, clusters):
+    sizes = {"cluster_size": size, "max_cluster_size": 3 * size, "min_clusters": clusters}
+    config = dataclasses.replace(CONFIG, **sizes)
+    found = index.sizes_of(config, jnp.int32(tokens))
+    assert tuple(map(int, found)) == config.cluster_sizes(tokens)
+
+
+def test_a_sequence_grows_as_often_beside_a_longer_prompt_as_alone():
+    attention = ATTENTIONS["wave"]
+    alone, both = (
+        attention.init_state(MODEL, batch, room, 100, jnp.float32)
+        for batch, room in ((1, 256), (2, 1024))
+    )
+    lengths = jnp.array([250, 1000])
+    for b in range(2):
+        both = attention.finish_prefill(both, jnp.int32(b), lengths[b])
+    alone = attention.finish_prefill(alone, jnp.int32(0), lengths[0])
+    assert attention.remaining(both)[0] == attention.remaining(alone)[0]
+    assert (np.asarray(attention.remaining(both)) >= 100).all()
+
+
+def test_a_full_sequences_step_reads_its_window_and_no_more(monkeypatch):
+    """The step's own row has no place there; past the window lie another head's rows."""
+    attention = ATTENTIONS["wave"]
+    state = attention.init_state(MODEL, 2, 128, 8, jnp.float32)
+    most = CONFIG.window_tokens
+    counts = jnp.array([most, most - 2], jnp.int32)
+    state = dataclasses.replace(
+        state, steady=dataclasses.replace(state.steady, window_tokens=counts)
+    )
+    read = []
+
+    def look(query, sink, sink_tokens, window, window_tokens, *rest, **settings):
+        read.append(window_tokens.tolist())
+        raise InterruptedError
+
+    monkeypatch.setattr(wave.ops, "attend_zones", look)
+    nothing = Selection(*[jnp.zeros((1, 1, 1, 1))] * len(Selection._fields))
+    with pytest.raises(InterruptedError):
+        attention.attend(jnp.int32(0), nothing, state)
+    assert read == [[most, most - 1]]

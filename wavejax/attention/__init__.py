@@ -1,0 +1,1 @@
+"""Attention over that state, and full attention with the same methods."""

@@ -1,0 +1,1 @@
+"""Generation: the programs of a step, sampling, and what callers give and get."""

@@ -1,0 +1,1 @@
+"""Plans of a run: what it takes of memory, and where its rows go."""

@@ -1,0 +1,239 @@
+"""The memory planner: where a run's rows go, how large its cache is, and whether it fits at all."""
+
+import bisect
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from models.config import ModelConfig
+from models.decoder import MLP_BLOCK
+from models.errors import InputError
+from wavejax.attention.dense import DenseAttention
+from wavejax.attention.wave import WaveAttention
+from wavejax.config import WaveConfig
+from wavejax.engine.prompts import SMALLEST_BUCKET, bucket
+from wavejax.planning.memory import PINNED_LIMIT, FreeMemory, MemoryNeed, free_memory, memory_need
+from wavejax.store.rows import Fetch, StoreKind
+
+StoreChoice = Literal["auto"] | StoreKind
+FetchChoice = Literal["auto"] | Fetch
+# What XLA pins besides the store: it stages what it copies to the device from memory that is not
+# pinned, such as a stack of layers' weights.
+STAGING_BYTES = 8 * 2**30
+_LONGEST = 2**24  # tokens; nobody waits for more
+_Choice = tuple[WaveAttention | DenseAttention, MemoryNeed, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will take, and why.
+
+    Attributes:
+        model, batch, prompt_tokens, new_tokens, dtype: the run that was asked for.
+        attention: what to run it with; its store and its cache's size are the plan's.
+        need: what it takes.
+        free: what there is.
+        reason: why the store is where it is.
+        shrunk: the cache fraction asked for, where the plan has a smaller cache; else None.
+        longest: tokens of the longest prompt, padded, that the same run could have; 0 for none.
+    """
+
+    model: ModelConfig
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    dtype: str
+    attention: WaveAttention | DenseAttention
+    need: MemoryNeed
+    free: FreeMemory
+    reason: str
+    shrunk: float | None
+    longest: int
+
+    def check(self) -> None:
+        """Raises InputError, with the numbers and what to do, if the run does not fit."""
+        short = shortage(self.need, self.free)
+        if short is None:
+            return
+        name, needed, there_is = short
+        need = self.need
+        parts = f"weights {gib(need.weights)}, KV cache and index {gib(need.state)}"
+        if need.host:
+            parts += f", rows in host memory {gib(need.host)}"
+        longest = (
+            f"the longest prompt that fits has {self.longest} tokens; " if self.longest else ""
+        )
+        advice = "use a shorter prompt, fewer prompts or new tokens"
+        if self.dtype == "float32":
+            advice += ", or --dtype bfloat16"
+        if name == "pinned memory":
+            advice = f"set {PINNED_LIMIT}={math.ceil(needed / 2**30)} before JAX starts"
+            advice += ", or --fetch staged, which pins no rows"
+        elif need.rows_on == "device" and self.free.device is not None and need.index:
+            advice += ", or --store host"
+        raise InputError(
+            f"not enough {name}: {gib(needed)} needed ({parts}, workspace {gib(need.workspace)}), "
+            f"{gib(there_is)} free; {longest}{advice}"
+        )
+
+
+def make_plan(
+    model: ModelConfig,
+    attention: WaveConfig | DenseAttention,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    dtype: DTypeLike,
+    *,
+    store: StoreChoice = "auto",
+    fetch: FetchChoice = "auto",
+    free: FreeMemory | None = None,
+) -> Plan:
+    """Decides where the rows go and how many the cache holds; allocates nothing.
+
+    "auto" keeps the rows on the device while they fit, where they need no cache; else in host
+    memory, with as large a cache, up to what was asked for, as the device has room for. A cache's
+    size changes what is computed only with an `admission_ratio` above 1.
+
+    Args:
+        model: the model's sizes.
+        attention: the settings of wave attention, whose `cache_fraction` is what is asked for; or
+            full attention.
+        batch: sequences.
+        prompt_tokens: of the longest prompt.
+        new_tokens: to generate.
+        dtype: of weights and state.
+        store: where the rows shall go.
+        fetch: how rows on the host reach the device; see `WaveAttention`.
+        free: what there is; None asks the device.
+
+    Returns:
+        the plan. It may not fit: `Plan.check` says so.
+    """
+    free = free_memory() if free is None else free
+    dtype = jnp.dtype(dtype)
+
+    def choose(prompt: int, free: FreeMemory) -> _Choice:
+        need = functools.partial(
+            memory_need,
+            model,
+            batch=batch,
+            prompt_tokens=prompt,
+            new_tokens=new_tokens,
+            dtype=dtype,
+        )
+        choices = [
+            (candidate, need(candidate), why)
+            for candidate, why in _candidates(attention, store, fetch, free, need)
+        ]
+        # Of what does not fit, the last is shown: it takes least of the device.
+        fitting = (choice for choice in choices if shortage(choice[1], free) is None)
+        return next(fitting, choices[-1])
+
+    chosen, need, reason = choose(prompt_tokens, free)
+    shrunk = None
+    if isinstance(attention, WaveConfig) and isinstance(chosen, WaveAttention):
+        asked = attention.cache_fraction
+        shrunk = asked if chosen.config.cache_fraction < asked else None
+
+    if shortage(need, free) is not None:
+        reason = "nothing fits; shown is what takes least of the device's memory"
+    # A run of its own would have a limit of its own.
+    unlimited = dataclasses.replace(free, pinned=free.host)
+
+    def fits(prompt: int) -> bool:
+        return shortage(choose(prompt, unlimited)[1], unlimited) is None
+
+    buckets = _buckets()
+    count = bisect.bisect_left(buckets, True, key=lambda prompt: not fits(prompt))
+    longest = buckets[count - 1] if count else 0
+    # Of some lengths below four of its blocks the MLP takes less at once than of shorter ones.
+    uneven = buckets[count + 1 : bisect.bisect_left(buckets, 4 * MLP_BLOCK)]
+    longest = next(filter(fits, reversed(uneven)), longest)
+    return Plan(
+        model, batch, prompt_tokens, new_tokens, dtype.name, chosen, need, free, reason, shrunk,
+        longest,
+    )  # fmt: skip
+
+
+def _candidates(
+    attention: WaveConfig | DenseAttention,
+    store: StoreChoice,
+    fetch: FetchChoice,
+    free: FreeMemory,
+    need: Callable[[WaveAttention], MemoryNeed],
+) -> Iterator[tuple[WaveAttention | DenseAttention, str]]:
+    """Ways to run, the best first, and why each would be chosen."""
+    if isinstance(attention, DenseAttention):
+        yield attention, "full attention keeps keys and values on the device"
+        return
+    without = dataclasses.replace(attention, cache_fraction=0.0)
+    if store != "host":
+        why = "asked for" if store == "device" else "it fits there"
+        yield WaveAttention(attention, "device"), why
+    if store == "device" or (store == "auto" and free.device is None):
+        return  # on a CPU, the host's memory is the same
+    why = "asked for" if store == "host" else "it does not fit on the device"
+    on_host = functools.partial(
+        WaveAttention, store="host", fetch=None if fetch == "auto" else fetch
+    )
+    cached, uncached = on_host(attention), on_host(without)
+    yield cached, why
+    if free.device is not None:
+        # A cache's bytes grow with its slots, but for the table, which has an entry a token.
+        full = need(cached)
+        least, most = need(uncached).device, full.device
+        if least < free.device < most:
+            part = (free.device - least) / (most - least)
+            smaller = attention.with_part_of_cache(full.slots, part)
+            yield on_host(smaller), f"{why}, with a smaller row cache"
+    yield uncached, f"{why}, without a row cache"
+
+
+def shortage(need: MemoryNeed, free: FreeMemory) -> tuple[str, int, int] | None:
+    """The memory that does not suffice, what is needed of it and what is free; None if all do."""
+    if free.device is None:
+        wanted = [("memory", need.device + need.host, free.host)]
+    else:
+        wanted = [
+            ("device memory", need.device, free.device),
+            # The weights pass through the host's memory before the store is made.
+            ("host memory", max(need.host, need.loading), free.host),
+            ("pinned memory", need.pinned, free.pinned),
+        ]
+    return next((entry for entry in wanted if entry[1] > entry[2]), None)
+
+
+def pinned_need(
+    model: ModelConfig,
+    attention: WaveConfig | DenseAttention,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    dtype: DTypeLike,
+    fetch: FetchChoice = "auto",
+) -> int:
+    """Bytes that XLA should be allowed to pin, whatever the plan will be; starts no device."""
+    if isinstance(attention, DenseAttention) or fetch == "staged":
+        return STAGING_BYTES
+    in_place = WaveAttention(attention, "host", "in_place")
+    need = memory_need(model, in_place, batch, prompt_tokens, new_tokens, dtype)
+    return need.pinned + STAGING_BYTES
+
+
+def _buckets() -> list[int]:
+    """The padded lengths of prompts, rising."""
+    sizes = [SMALLEST_BUCKET]
+    while sizes[-1] < _LONGEST:
+        sizes.append(bucket(sizes[-1] + 1))
+    return sizes
+
+
+def gib(count: int) -> str:
+    """Bytes as GiB with two decimals."""
+    return f"{count / 2**30:.2f} GiB"

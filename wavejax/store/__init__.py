@@ -1,0 +1,1 @@
+"""What is kept of the tokens: the wave index, the rows and the steady zone, in one state."""

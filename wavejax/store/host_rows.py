@@ -1,0 +1,70 @@
+"""Rows in the host's own memory, gathered there for the device."""
+
+from typing import Any
+
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from pallas_kernels.numerics import NO_ID
+
+_LEAST_WIDTH = 16  # rows a head in the smallest block
+
+
+class HostRows:
+    """All indexed tokens' rows, in the host's memory; changed in place.
+
+    Attributes:
+        rows: `[layers, batch, kv_heads, tokens, 2, head_dim]`, in token order.
+    """
+
+    def __init__(self, shape: tuple[int, ...], widest: int, dtype: DTypeLike):
+        """Room for rows of this shape, and for blocks of at most `widest` rows a head."""
+        self.rows = np.zeros(shape, dtype)
+        self._widest = widest
+        _, batch, kv_heads, _, *row = shape
+        block = (batch * kv_heads * widest, *row)
+        # One to fill while the last one may be on its way.
+        self._blocks = [np.zeros(block, dtype), np.zeros(block, dtype)]
+        self._coming: list[tuple[Any, Array]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return self.rows.nbytes
+
+    def put(self, where: tuple[Any, ...], rows: Array) -> None:
+        """Writes `rows` to `self.rows[where]`, once they are there: waits for those put before."""
+        rows.copy_to_host_async()
+        self.take_in()
+        self._coming.append((where, rows))
+
+    def take_in(self) -> None:
+        """Waits for all rows that were put."""
+        for where, rows in self._coming:
+            self.rows[where] = np.asarray(rows)
+        self._coming.clear()
+
+    def gather(
+        self, layer: int, tokens: Int[np.ndarray, "batch kv_heads missed"]
+    ) -> Float[np.ndarray, "batch kv_heads width 2 head_dim"]:
+        """Reads one layer's rows of these tokens, which come first in each list, NO_ID after them.
+
+        Returns:
+            the rows, as many a head as the longest list has, rounded up to one of few widths, each
+            of which is a program; anything past a list's end. Good until the next but one call.
+        """
+        self.take_in()
+        batch, kv_heads, room = tokens.shape
+        longest = int((tokens != NO_ID).sum(axis=-1).max(initial=0))
+        width = min(room, max(_LEAST_WIDTH, 2 ** (longest - 1).bit_length()))
+        stored = self.rows[layer].reshape(-1, *self.rows.shape[4:])
+        first = np.arange(batch * kv_heads).reshape(batch, kv_heads, 1) * self.rows.shape[3]
+        listed = tokens[..., :width]
+        places = first + np.where(listed == NO_ID, 0, listed)
+        self._blocks.reverse()
+        block = self._blocks[0][: places.size]
+        # "clip" only because numpy else makes a copy first; nothing is out of bounds.
+        np.take(stored, places.reshape(-1), axis=0, out=block, mode="clip")
+        return block.reshape(batch, kv_heads, width, *block.shape[1:])

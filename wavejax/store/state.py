@@ -1,0 +1,47 @@
+"""Wave attention's state, and what a decode step attends to in one layer of it."""
+
+from typing import NamedTuple
+
+from jax import Array
+
+from wavejax._pytree import state as pytree
+from wavejax.store.index import WaveIndex
+from wavejax.store.rows import RowCache, RowStore
+from wavejax.store.steady import SteadyZone
+
+
+@pytree
+class WaveState:
+    """The KV cache of all layers and sequences, as a wave index and a wave buffer.
+
+    Attributes:
+        index, store, cache, steady: see their classes.
+        step: int32 scalar, decode steps done; the row cache's clock.
+        attended: `[batch]` float32, the tokens that dense attention would have read so far, in
+            each layer and kv head: what the share of tokens retrieved is a share of.
+    """
+
+    index: WaveIndex
+    store: RowStore
+    cache: RowCache
+    steady: SteadyZone
+    step: Array
+    attended: Array
+
+
+class Selection(NamedTuple):
+    """What a decode step attends to in one layer.
+
+    Attributes:
+        query: `[batch, kv_heads, group, head_dim]`.
+        tokens, slots, hit: `pallas_kernels.select_tokens.Retrieved`'s.
+        logits: `[batch, kv_heads, group, clusters]` float32, of the clusters.
+        estimated: `[batch, kv_heads, clusters]` int32, members of each cluster to estimate.
+    """
+
+    query: Array
+    tokens: Array
+    slots: Array
+    hit: Array
+    logits: Array
+    estimated: Array

@@ -1,0 +1,72 @@
+"""The steady zone: the rows that are always attended to exactly."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from wavejax._pytree import state
+
+
+@state
+class SteadyZone:
+    """The rows that are always attended to exactly, on the device.
+
+    Attributes:
+        sink: `[layers, batch, kv_heads, sink_tokens, 2, head_dim]`, the first tokens.
+        sink_tokens: `[batch]` int32, how many there are.
+        window: `[layers, batch, kv_heads, window, 2, head_dim]`, the tokens after the indexed
+            ones, oldest first.
+        window_tokens: `[batch]` int32, how many there are.
+    """
+
+    sink: Array
+    sink_tokens: Array
+    window: Array
+    window_tokens: Array
+
+
+def init_steady(
+    row: tuple[int, int, int], sinks: int, window: int, head_dim: int, dtype: DTypeLike
+) -> SteadyZone:
+    """An empty steady zone; `row` is (layers, batch, kv_heads)."""
+    return SteadyZone(
+        sink=jnp.zeros((*row, sinks, 2, head_dim), dtype),
+        sink_tokens=jnp.zeros(row[1], jnp.int32),
+        window=jnp.zeros((*row, window, 2, head_dim), dtype),
+        window_tokens=jnp.zeros(row[1], jnp.int32),
+    )
+
+
+def fill_steady(
+    steady: SteadyZone,
+    layer: Int[Array, ""],
+    sequence: Int[Array, ""],
+    rows: Float[Array, "kv_heads tokens 2 head_dim"],
+    window_start: Int[Array, ""],
+) -> SteadyZone:
+    """Writes a prompt's first rows and those from `window_start` on, in one layer."""
+    sinks, window = steady.sink.shape[3], steady.window.shape[3]
+    padded = jnp.pad(rows, ((0, 0), (0, max(sinks, window)), (0, 0), (0, 0)))
+    tail = lax.dynamic_slice_in_dim(padded, window_start, window, axis=1)
+    dtype = steady.sink.dtype
+    return SteadyZone(
+        sink=steady.sink.at[layer, sequence].set(padded[:, :sinks].astype(dtype)),
+        sink_tokens=steady.sink_tokens,
+        window=steady.window.at[layer, sequence].set(tail.astype(dtype)),
+        window_tokens=steady.window_tokens,
+    )
+
+
+def push_rows(
+    steady: SteadyZone,
+    layer: Int[Array, ""] | int,
+    rows: Float[Array, "batch kv_heads 2 head_dim"],
+) -> SteadyZone:
+    """Writes each sequence's newest row at its window's end. Does not move `window_tokens`."""
+    batch, kv_heads = rows.shape[:2]
+    b, h = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
+    window = steady.window.at[layer, b, h, steady.window_tokens[:, None]].set(
+        rows.astype(steady.window.dtype)
+    )
+    return SteadyZone(steady.sink, steady.sink_tokens, window, steady.window_tokens)
