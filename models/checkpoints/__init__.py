@@ -1,1 +1,1 @@
-"""Model files: what a path holds, its config, and its parameters, in every format that can be read."""
+"""Model files: what a path holds, its config and its parameters, in every format that is read."""
