@@ -206,9 +206,12 @@ def _decode_workspace(model: ModelConfig, state: object, batch: int, itemsize: i
         _, _, kv_heads, clusters, head_dim = state.index.centroids.shape
         window = state.steady.window.shape[3] + state.steady.sink.shape[3]
         group = model.num_heads // model.num_kv_heads
-        # Centroids and mean values in float32, a number for each cluster and query head, some for
-        # each token; the steady rows, once as they are and once without what is not valid.
-        layer = 4 * clusters * (2 * head_dim + 4 * group) + 8 * state.index.token_ids.shape[-1]
+        # Centroids and mean values in float32, of which those that are so need no copy but one; a
+        # number for each cluster and query head, some for each token; the steady rows, once as they
+        # are and once without what is not valid.
+        copies = 2 if itemsize < 4 else 1
+        layer = 4 * clusters * (copies * head_dim + 4 * group)
+        layer += 8 * state.index.token_ids.shape[-1]
         layer += 2 * window * 2 * head_dim * itemsize
     else:
         _, _, kv_heads, tokens, head_dim = state.keys.shape  # type: ignore[attr-defined]
