@@ -1,5 +1,7 @@
 """Public function of the op `append_rows`."""
 
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float, Int
 
@@ -27,16 +29,18 @@ def append_rows(
         rows: on the device; converted to the store's dtype.
         layer, sequence: where in the stack.
         start: the first row to write.
-        implementation: see `pallas_kernels.dispatch.call`. With None the kernel writes to host
+        implementation: see `pallas_kernels.dispatch.call`. With "auto" the kernel writes to host
             memory only: XLA's update there was slow in the program that reads a prompt
             (docs/benchmarks.md); on the device XLA does well.
     """
-    if implementation is None and jax.typeof(store).memory_space != jax.memory.Space.Host:
-        implementation = "xla"
+    implementations: dict[str, Callable[..., Array]] = {"xla": reference.append_rows}
+    on_host = jax.typeof(store).memory_space == jax.memory.Space.Host
+    if on_host or dispatch.requested(implementation) != "auto":
+        implementations["triton"] = triton.append_rows
     return dispatch.call(
         "append_rows",
         implementation,
-        {"xla": reference.append_rows, "triton": triton.append_rows},
+        implementations,
         store,
         rows,
         layer,
