@@ -1,8 +1,8 @@
 """The ops of a decode step over a clustered KV cache, and of the plain one it is compared with.
 
-Each op is a folder: `api.py` (the public function), `reference.py` (its semantics, in plain JAX)
-and `triton.py` (its kernels for GPUs). `specs.py` names the real shapes that tests and benchmarks
-share; `testing.py` makes inputs of them.
+Each op is a folder: `__init__.py` (the public function), `reference.py` (its meaning, in plain
+JAX) and `triton.py` (its kernels for GPUs). `shapes.py` names the real shapes that tests and
+benchmarks share; `testing.py` makes inputs of them.
 """
 
 from pallas_kernels.append_rows import append_rows as append_rows
