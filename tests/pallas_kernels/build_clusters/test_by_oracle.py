@@ -158,7 +158,7 @@ def test_clusters_are_those_of_float64(name, most, iterations, implementation):
     assert agrees(expect(name, most, iterations), pieces)
     for j, piece in enumerate(pieces):
         np.testing.assert_allclose(clusters.centroids[row, j], keys[piece].mean(0), 1e-6, 1e-5)
-        np.testing.assert_allclose(clusters.value_sums[row, j], values[piece].sum(0), 1e-6, 1e-5)
+        np.testing.assert_allclose(clusters.value_means[row, j], values[piece].mean(0), 1e-6, 1e-5)
 
 
 def test_ties_between_different_centroids_go_to_the_lower_id():
