@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.errors import InputError
+from models.families import FAMILIES, unknown_architecture
 from models.values import INT32_LIMIT
 
-SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KINDS = ("linear", "llama3", "yarn", "divisors")
 
 
@@ -60,7 +60,7 @@ class ModelConfig:
     """A decoder's sizes and variations. Hashable: a static argument of compiled functions.
 
     Attributes:
-      architecture: one of `SUPPORTED_ARCHITECTURES`.
+      architecture: a key of `families.FAMILIES`, the model's family.
       vocab_size: rows of the embedding.
       num_layers, hidden_size, intermediate_size: depth, width, and width of the MLP.
       num_heads, num_kv_heads, head_dim: query heads, key/value heads that they share, and the size
@@ -69,8 +69,8 @@ class ModelConfig:
       rope_scaling: None for plain RoPE.
       norm_eps: epsilon of every RMSNorm.
       tie_embeddings: logits reuse the embedding instead of a matrix of their own.
-      qkv_bias: query, key and value projections add a bias (Qwen2).
-      qk_norm: each query and key head is normalised before RoPE (Qwen3).
+      qkv_bias: query, key and value projections add a bias.
+      qk_norm: each query and key head is normalised before RoPE.
       max_context: most tokens that a sequence may hold. Where the model slides a window over its
         attention, this is the window: within it sliding and full attention are the same.
       stop_token_ids: tokens that end a text.
@@ -99,7 +99,7 @@ class ModelConfig:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.architecture not in SUPPORTED_ARCHITECTURES:
+        if self.architecture not in FAMILIES:
             raise InputError(unknown_architecture(self.architecture))
         for name in _SIZES:
             if getattr(self, name) <= 0:
@@ -153,15 +153,6 @@ _SIZES = (
     "head_dim",
     "max_context",
 )
-
-
-def unknown_architecture(name: str) -> str:
-    """The message for a model of another architecture."""
-    return (
-        f"model architecture {name!r} is not supported; supported are: "
-        + ", ".join(SUPPORTED_ARCHITECTURES)
-        + " (SmolLM2 is llama)"
-    )
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
