@@ -1,5 +1,6 @@
 """Properties of the decoder that hold for any parameters, and random parameters themselves."""
 
+import doctest
 import functools
 from typing import Any
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import models.decoder
 from models.checkpoints.hf_config import config_from_hf
+from models.config import ModelConfig
 from models.decoder import Decoder, apply_layer, embed, final_norm, unembed
-from models.parameters import parameter_shapes
+from models.parameters import parameter_axes, parameter_shapes
 from tests.support import plain_attention, tiny_models
 
 TOKENS = 12
@@ -44,6 +47,50 @@ def test_random_parameters(name: str) -> None:
             np.testing.assert_allclose(leaf.std() * leaf.shape[-1] ** 0.5, 1, atol=0.1)
             assert len(np.unique(leaf)) > 0.99 * leaf.size
     assert not np.array_equal(params["params"]["layers"]["gate"], params["params"]["layers"]["up"])
+
+
+def test_every_axis_has_a_name() -> None:
+    """Sizes that all differ, so that no name can stand for another."""
+    config = ModelConfig("llama", 97, 5, 31, 57, 6, 3, 14, 64, qkv_bias=True, qk_norm=True)
+    sizes = {
+        "vocab": 97,
+        "layers": 5,
+        "embed": 31,
+        "mlp": 57,
+        "heads": 6 * 14,
+        "kv_heads": 3 * 14,
+        "head_dim": 14,
+    }
+    axes, shapes = parameter_axes(config), parameter_shapes(config)
+    assert list(axes) == list(shapes)
+    for path, shape in shapes.items():
+        assert tuple(sizes[axis] for axis in axes[path]) == shape
+        assert (axes[path][0] == "layers") == (path[0] == "layers")
+    assert {axis for names in axes.values() for axis in names} == set(sizes)
+    assert axes["layers", "query"] == ("layers", "heads", "embed")
+    assert axes["layers", "output"] == ("layers", "embed", "heads")
+    assert axes["layers", "key_bias"] == ("layers", "kv_heads")
+    assert axes["layers", "query_norm"] == ("layers", "head_dim")
+
+
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+def test_axes_are_those_of_the_parameters(name: str) -> None:
+    config = config_from_hf(tiny_models.CONFIGS[name])
+    axes, shapes = parameter_axes(config), parameter_shapes(config)
+    assert {path: len(names) for path, names in axes.items()} == {
+        path: len(shape) for path, shape in shapes.items()
+    }
+    assert shapes["layers", "down"] == (3, config.hidden_size, config.intermediate_size)
+    assert shapes["layers", "key"][1] == config.num_kv_heads * config.head_dim
+    assert (("unembedding",) in shapes) == (not config.tie_embeddings)
+
+
+def test_the_modules_example_runs() -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(Decoder, "Decoder", models.decoder)
+    assert example.examples
+    report: list[str] = []
+    doctest.DocTestRunner().run(example, out=report.append)
+    assert not report
 
 
 def test_layer_by_layer_equals_the_whole() -> None:
@@ -98,7 +145,7 @@ def test_a_long_prompts_mlp_goes_by_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     whole, _ = jax.jit(decoder.apply)(params, tokens, positions, state)
     inner = decoder.config.intermediate_size
     for block, at_once in [(4, 4), (6, 6), (8, 4), (11, TOKENS)]:  # of 12 tokens
-        monkeypatch.setattr("models.decoder.MLP_BLOCK", block)
+        monkeypatch.setattr("models.layer.MLP_BLOCK", block)
         apply = jax.jit(lambda *inputs: decoder.apply(*inputs))  # compiled anew
         text = apply.lower(params, tokens, positions, state).as_text()
         assert f"tensor<2x{at_once}x{inner}xf32>" in text
