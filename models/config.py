@@ -77,6 +77,8 @@ class ModelConfig:
       bos_token_id: the token that begins a text, if the file names one.
       sliding_window: the window's tokens, where the model slides one; None where it does not, or
         where an older converted folder does not say.
+      rope_layers: for each layer whether RoPE turns its queries and keys; None where it does in
+        all layers.
     """
 
     architecture: str
@@ -97,6 +99,7 @@ class ModelConfig:
     stop_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     sliding_window: int | None = None
+    rope_layers: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.architecture not in FAMILIES:
@@ -115,6 +118,11 @@ class ModelConfig:
             raise InputError(
                 f"rope_theta {self.rope_theta} must exceed 1, norm_eps {self.norm_eps} be 0 or more"
             )
+        if self.rope_layers is not None and len(self.rope_layers) != self.num_layers:
+            raise InputError(
+                f"the model says of {len(self.rope_layers)} layers whether they have RoPE; "
+                f"expected its {self.num_layers}"
+            )
         divisors = self.rope_scaling.divisors if self.rope_scaling else ()
         if divisors and len(divisors) != self.head_dim // 2:
             raise InputError(
@@ -124,7 +132,10 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` turns back into an equal config."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.rope_layers is None:  # as older folders have it: the same model, the same text
+            del values["rope_layers"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -133,8 +144,10 @@ class ModelConfig:
             scaling = values.get("rope_scaling")
             if scaling is not None:
                 scaling = RopeScaling(**{**scaling, "divisors": tuple(scaling["divisors"])})
-            stop_token_ids = tuple(values["stop_token_ids"])
-            return cls(**{**values, "rope_scaling": scaling, "stop_token_ids": stop_token_ids})
+            lists = {"stop_token_ids": tuple(values["stop_token_ids"])}
+            if values.get("rope_layers") is not None:
+                lists["rope_layers"] = tuple(values["rope_layers"])
+            return cls(**{**values, "rope_scaling": scaling, **lists})
         except InputError:
             raise
         except (TypeError, KeyError, AttributeError) as error:

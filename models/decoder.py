@@ -48,8 +48,8 @@ It is called once a layer, in the order of the layers, with what the tokens of t
 
 - layer: int32 scalar, from 0. It is traced where the layers run in a compiled loop, so that
   ``state[layer]`` works and ``if layer`` does not.
-- query: ``[batch, tokens, num_heads, head_dim]``, after its norm and RoPE, in the parameters'
-  dtype.
+- query: ``[batch, tokens, num_heads, head_dim]``, after its norm and, in layers that have
+  it, RoPE, in the parameters' dtype.
 - key: ``[batch, tokens, num_kv_heads, head_dim]``, the same. Query head h reads kv head
   ``h // (num_heads // num_kv_heads)``.
 - value: as key.
@@ -221,7 +221,7 @@ def apply_layer(
       TypeError: the layer is a traced scalar, and several that are not stacked are given.
     """
     weights = pick_layer(params, layer)
-    query, key, value = enter_layer(config, weights, hidden, positions)
+    query, key, value = enter_layer(config, weights, layer, hidden, positions)
     attended, state = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
     return leave_layer(config, weights, hidden, attended), state
 

@@ -7,6 +7,10 @@ holds where a file is silent, and how its texts are cut. docs/adding-a-model.md 
 import enum
 from dataclasses import dataclass
 
+from models.errors import InputError
+
+_MOST_LAYERS = 2**16
+
 
 class WindowRule(enum.Enum):
     """Which layers slide a window over their attention, by a family's config.json.
@@ -19,6 +23,10 @@ class WindowRule(enum.Enum):
     UPPER_LAYERS = (
         "none unless `use_sliding_window`; then those that `layer_types` names, or, where it names "
         "none, those from `max_window_layers` on"
+    )
+    LAYERS_WITHOUT_ROPE = (
+        "none unless `use_sliding_window`; then those that `layer_types` names, or, where it names "
+        "none, those without RoPE"
     )
 
 
@@ -40,6 +48,9 @@ class Family:
       ties_embeddings: whether logits reuse the embedding where config.json is silent.
       qkv_bias: query, key and value projections add a bias.
       qk_norm: each query and key head is normalised before RoPE.
+      no_rope_interval: the last of every n layers has no RoPE, where a file is silent; None where
+        all layers have it. config.json may say otherwise by `no_rope_layers` or
+        `no_rope_layer_interval`, if these are among `own_settings`; GGUF files are silent.
       own_settings: settings of config.json that this family reads, or whose effect its rows above
         describe. Others are refused unless they are neutral (`hf_config`).
       gguf_interleaved: GGUF files order the rows of queries and keys so that RoPE turns
@@ -63,6 +74,7 @@ class Family:
     ties_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    no_rope_interval: int | None = None
     own_settings: frozenset[str] = frozenset()
     gguf_interleaved: bool = False
     tokenizer_class: str | None = None
@@ -137,6 +149,18 @@ def family_of_gguf(architecture: object) -> Family | None:
     if architecture is None:
         return None
     return next((row for row in FAMILIES.values() if row.gguf_architecture == architecture), None)
+
+
+def layers_with_rope(num_layers: int, no_rope_interval: int | None) -> tuple[bool, ...] | None:
+    """For each layer whether it has RoPE: all but the last of every n; None where all have it.
+
+    Raises InputError for more layers than a model can have.
+    """
+    if no_rope_interval is None or no_rope_interval > num_layers:
+        return None
+    if num_layers > _MOST_LAYERS:
+        raise InputError(f"the model's num_layers is {num_layers}; expected at most {_MOST_LAYERS}")
+    return tuple((layer + 1) % no_rope_interval != 0 for layer in range(num_layers))
 
 
 def short_class_name(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from models.config import ModelConfig
 from models.parameters import Params
@@ -53,6 +53,7 @@ def pick_layer(params: Params, layer: Int[Array, ""] | int) -> dict[str, Array]:
 def enter_layer(
     config: ModelConfig,
     weights: dict[str, Array],
+    layer: Int[Array, ""] | int,
     hidden: Float[Array, "batch tokens hidden"],
     positions: Int[Array, "batch tokens"],
 ) -> tuple[
@@ -65,6 +66,7 @@ def enter_layer(
     Args:
       config: the model's.
       weights: the layer's own, of `pick_layer`.
+      layer: its number, which may be a traced int32 scalar: it says whether the layer has RoPE.
       hidden: the layer's input, in the parameters' dtype.
       positions: int32, each token's place in its sequence.
 
@@ -78,7 +80,13 @@ def enter_layer(
     if config.qk_norm:
         query = rms_norm(query, weights["query_norm"], config.norm_eps)
         key = rms_norm(key, weights["key_norm"], config.norm_eps)
+    turns = _has_rope(config, layer)
+    if turns is False:
+        return query, key, value
     cosines, sines = cosines_and_sines(config, positions)
+    if turns is not True:
+        # By no angle, which leaves every number as it is, also where YaRN has a factor.
+        cosines, sines = jnp.where(turns, cosines, 1.0), jnp.where(turns, sines, 0.0)
     return rotate(query, cosines, sines), rotate(key, cosines, sines), value
 
 
@@ -108,6 +116,15 @@ def leave_layer(
         return hidden + linear(gated, weights["down"])
 
     return _by_blocks(mlp, hidden)
+
+
+def _has_rope(config: ModelConfig, layer: Int[Array, ""] | int) -> Bool[Array, ""] | bool:
+    """Whether RoPE turns the layer's queries and keys: known now, or traced as its number is."""
+    if config.rope_layers is None:
+        return True
+    if isinstance(layer, int):
+        return config.rope_layers[layer]
+    return jnp.asarray(config.rope_layers)[layer]
 
 
 def mlp_block(tokens: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from models.checkpoints.gguf_header import END_KINDS, named_tokens, number_of
 from models.config import ModelConfig, RopeScaling, scaled_context, yarn_attention_factor
 from models.errors import InputError
-from models.families import family_of_gguf, unknown_architecture
+from models.families import family_of_gguf, layers_with_rope, unknown_architecture
 from models.parameters import Shape
 
 _EMBEDDING = "token_embd.weight"
@@ -83,10 +83,11 @@ def config_from_gguf(
     max_context = scaled_context(max_context, scaling, str(path))
     window = keys.integer("attention.sliding_window", 0) or None
     ids = named_tokens(path, metadata)
+    num_layers = keys.integer("block_count")
     return ModelConfig(
         architecture=family.name,
         vocab_size=shapes[_EMBEDDING][0],
-        num_layers=keys.integer("block_count"),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         intermediate_size=keys.integer("feed_forward_length"),
         num_heads=num_heads,
@@ -102,6 +103,7 @@ def config_from_gguf(
         stop_token_ids=tuple(dict.fromkeys(ids[kind] for kind in END_KINDS if kind in ids)),
         bos_token_id=ids.get("bos"),
         sliding_window=window,
+        rope_layers=layers_with_rope(num_layers, family.no_rope_interval),
     )
 
 

@@ -1,5 +1,6 @@
 """Properties of the decoder that hold for any parameters, and random parameters themselves."""
 
+import dataclasses
 import doctest
 import functools
 from typing import Any
@@ -13,6 +14,7 @@ import models.decoder
 from models.checkpoints.hf_config import config_from_hf
 from models.config import ModelConfig
 from models.decoder import Decoder, apply_layer, embed, final_norm, unembed
+from models.layer import enter_layer, pick_layer
 from models.parameters import parameter_axes, parameter_shapes
 from tests.support import plain_attention, tiny_models
 
@@ -113,6 +115,46 @@ def test_layer_by_layer_equals_the_whole() -> None:
     np.testing.assert_allclose(final_norm(config, params, hidden), whole, atol=1e-5)
     for left, right in zip(state, whole_state, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+def test_layers_without_rope_see_no_positions() -> None:
+    """By a number that is known and by one that is traced; in a loop, written out, one by one."""
+    decoder, params, (tokens, positions, state) = make("qwen2_yarn")  # whose RoPE has a factor
+    config = dataclasses.replace(decoder.config, rope_layers=(True, False, True))
+    hidden = embed(config, params, tokens)
+    moved = positions + jnp.arange(TOKENS) ** 2 + 1
+    enter = functools.partial(enter_layer, config)
+    for layer, has_rope in enumerate(config.rope_layers or ()):
+        weights = pick_layer(params, layer)
+        here, there = (enter(weights, layer, hidden, at) for at in (positions, moved))
+        traced = jax.jit(enter)(weights, jnp.int32(layer), hidden, moved)
+        usual = enter_layer(decoder.config, weights, layer, hidden, moved)
+        for left, right, by_number in zip(here[:2], there[:2], traced[:2], strict=True):
+            assert np.array_equal(left, right) != has_rope
+            np.testing.assert_allclose(by_number, right, atol=1e-5)
+        assert np.array_equal(there[0], usual[0]) == has_rope
+        np.testing.assert_array_equal(there[2], usual[2])
+
+    def run(config: ModelConfig, unroll: bool = False) -> Any:
+        decoder = Decoder(config, plain_attention.attend, unroll=unroll)
+        return jax.jit(decoder.apply)(params, tokens, positions, state)[0]
+
+    whole, state_now = run(config), state
+    np.testing.assert_allclose(run(config, unroll=True), whole, atol=1e-5)
+    for layer in range(config.num_layers):
+        hidden, state_now = apply_layer(
+            config,
+            params,
+            jnp.int32(layer),
+            hidden,
+            positions,
+            plain_attention.attend,
+            state_now,
+        )
+    np.testing.assert_allclose(final_norm(config, params, hidden), whole, atol=1e-5)
+    assert np.abs(run(decoder.config) - whole).max() > 1e-2
+    everywhere = dataclasses.replace(config, rope_layers=(True, True, True))
+    np.testing.assert_allclose(run(everywhere), run(decoder.config), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
