@@ -215,7 +215,8 @@ def _select(
     wave: WaveState,
 ) -> tuple[Selection, Array, Array, WaveState]:
     """What to attend to, and of it the rows that the cache does not hold, side by side."""
-    inputs = decoder.enter_layer(model, decoder.pick_layer(params, layer), hidden, positions)
+    weights = decoder.pick_layer(params, layer)
+    inputs = decoder.enter_layer(model, weights, layer, hidden, positions)
     selection, wave = attention.select(layer, *inputs, wave)
     missed = (selection.tokens != NO_ID) & ~selection.hit
     places = list_places(missed, missed.shape[-1])
