@@ -288,7 +288,7 @@ class Generator(Parts):
         """
         check_state(self, state)
         with own_modes():
-            return facts_of(state.cache)
+            return facts_of(self.attention, state.cache)
 
 
 def _all_stopped(last: np.ndarray, stop_tokens: tuple[int, ...]) -> bool:

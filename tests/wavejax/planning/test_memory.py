@@ -37,7 +37,7 @@ def test_the_need_is_the_state_that_is_made(attention, dtype, prompt, new):
     need = memory_need(MODEL, attention, 3, prompt, new, jnp.dtype(dtype))
     # As `Generator.start` makes it.
     state = attention.init_state(MODEL, 3, bucket(prompt), answer_room(new), dtype)
-    facts = facts_of(state)
+    facts = facts_of(attention, state)
     assert (need.state, need.host) == (facts.device_bytes, facts.host_bytes)
     assert need.device == need.weights + need.state + need.workspace
     if isinstance(attention, WaveAttention):
