@@ -9,7 +9,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
-from models.config import ModelConfig
 from pallas_kernels.numerics import MASKED
 from wavejax._pytree import state as pytree
 from wavejax.attention.protocol import (
@@ -20,6 +19,7 @@ from wavejax.attention.protocol import (
     StepQuery,
     scale_of,
 )
+from wavejax.store.shape import CacheShape
 
 
 @pytree
@@ -41,13 +41,13 @@ class DenseAttention(Attention[DenseState]):
     """Full attention: every token is attended to exactly, its key and value on the device."""
 
     def init_state(
-        self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+        self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> DenseState:
         room = prompt_tokens + new_tokens
-        shape = (model.num_layers, batch, model.num_kv_heads, room, model.head_dim)
-        zeros = jnp.zeros(shape, dtype)
+        size = (*shape.stack(batch), room, shape.head_dim)
         # Two arrays, not one twice: a buffer cannot be donated twice.
-        return DenseState(zeros, jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        keys, values = jnp.zeros(size, dtype), jnp.zeros(size, dtype)
+        return DenseState(keys, values, jnp.zeros(batch, jnp.int32))
 
     @property
     def state_type(self) -> type[DenseState]:

@@ -8,8 +8,8 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from models.config import ModelConfig
 from wavejax.attention.causal import causal_attention
+from wavejax.store.shape import CacheShape
 
 State = TypeVar("State")
 
@@ -65,12 +65,12 @@ class Attention(abc.ABC, Generic[State]):
 
     @abc.abstractmethod
     def init_state(
-        self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+        self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> State:
         """Make an empty state.
 
         Args:
-            model: gives the numbers of layers and heads.
+            shape: the layers and heads; `CacheShape.of(model_config)` of a model of this library.
             batch: sequences.
             prompt_tokens: room for prompts of this many tokens, padding included.
             new_tokens: room for this many tokens more.

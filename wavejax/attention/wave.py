@@ -10,7 +10,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
-from models.config import ModelConfig
 from models.errors import InputError
 from pallas_kernels.attend_zones import ZoneStates
 from pallas_kernels.score_clusters import ClusterScores
@@ -31,6 +30,7 @@ from wavejax.store import rows as row_store
 from wavejax.store import steady as steady_zone
 from wavejax.store.growth import grow
 from wavejax.store.rows import Fetch, RowCache, RowStore, StoreKind
+from wavejax.store.shape import CacheShape
 from wavejax.store.state import Selection, WaveState
 
 
@@ -88,7 +88,7 @@ class WaveAttention(Attention[WaveState]):
         return self.store == "host" and (self.fetch or row_store.best_fetch()) == "staged"
 
     def init_state(
-        self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+        self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> WaveState:
         config = self.config
         segments = index.segment_sizes(config, config.indexed_tokens(prompt_tokens))
@@ -98,20 +98,15 @@ class WaveAttention(Attention[WaveState]):
         tokens = max(1, sum(segments) + growths * config.growth_tokens)
         clusters = index.cluster_capacity(config, segments, growths)
         slots = config.cache_slots(tokens) if self.has_cache else 0
-        layers, kv_heads, head_dim = model.num_layers, model.num_kv_heads, model.head_dim
-        row = (layers, batch, kv_heads)
+        stack, row = shape.stack(batch), (2, shape.head_dim)
         # Staged rows are not the state's, and an empty store in pinned memory is still one.
         kept = 0 if self.staged else tokens
         store: StoreKind = "device" if self.staged else self.store
         return WaveState(
-            index=index.init_index(
-                config, layers, batch, kv_heads, head_dim, clusters, tokens, growths, dtype
-            ),
-            store=row_store.init_store((*row, kept, 2, head_dim), dtype, store),
-            cache=row_store.init_cache((*row, slots, 2, head_dim), tokens, dtype),
-            steady=steady_zone.init_steady(
-                row, config.sink_tokens, config.window_tokens, head_dim, dtype
-            ),
+            index=index.init_index(config, shape, batch, clusters, tokens, growths, dtype),
+            store=row_store.init_store((*stack, kept, *row), dtype, store),
+            cache=row_store.init_cache((*stack, slots, *row), tokens, dtype),
+            steady=steady_zone.init_steady(config, shape, batch, dtype),
             step=jnp.int32(0),
             attended=jnp.zeros(batch, jnp.float32),
         )

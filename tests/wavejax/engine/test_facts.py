@@ -10,12 +10,13 @@ import pytest
 from tests.support.tiny_generator import ATTENTIONS, CONFIG, MODEL
 from wavejax import WaveAttention
 from wavejax.engine.facts import facts_of
+from wavejax.store.shape import CacheShape
 
 
 def state_with(hits, misses, attended, store="device", cached=True):
     """An empty state of two layers, two kv heads and a batch of two, with these counts."""
     attention = WaveAttention(CONFIG, store, cached=cached)
-    state = attention.init_state(MODEL, 2, 128, 64, jnp.float32)
+    state = attention.init_state(CacheShape.of(MODEL), 2, 128, 64, jnp.float32)
     # Of each sequence, all in its first kv head.
     hits, misses = (
         jnp.zeros((2, 2, 2), jnp.uint32).at[..., 0].set(jnp.asarray(x, jnp.uint32))
@@ -76,7 +77,7 @@ def test_bytes_by_memory(store):
 
 def test_full_attention_retrieves_all():
     attention = ATTENTIONS["dense"]
-    facts = facts_of(attention, attention.init_state(MODEL, 2, 128, 64, jnp.float32))
+    facts = facts_of(attention, attention.init_state(CacheShape.of(MODEL), 2, 128, 64, jnp.float32))
     assert facts.retrieved_share == 1
     assert facts.hit_ratio is None
     assert facts.host_bytes == 0

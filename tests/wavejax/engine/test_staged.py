@@ -14,6 +14,7 @@ from wavejax.engine.facts import facts_of
 from wavejax.engine.generator import NO_TOKEN
 from wavejax.store import rows
 from wavejax.store.host_rows import HostRows
+from wavejax.store.shape import CacheShape
 
 # It says of users' programs which give the same tokens.
 pytestmark = pytest.mark.optimised
@@ -128,7 +129,9 @@ def test_the_platform_chooses(monkeypatch):
 
 def test_nothing_of_the_state_is_pinned():
     for fetch, kinds in [("staged", {"device"}), ("in_place", {"device", "pinned_host"})]:
-        state = WaveAttention(CONFIG, fetch=fetch).init_state(MODEL, 1, 300, 1, jnp.float32)
+        state = WaveAttention(CONFIG, fetch=fetch).init_state(
+            CacheShape.of(MODEL), 1, 300, 1, jnp.float32
+        )
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == kinds
 
 
