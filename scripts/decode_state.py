@@ -18,6 +18,7 @@ from wavejax.attention.dense import DenseState
 from wavejax.engine.generator import DecodeState
 from wavejax.engine.prompts import bucket
 from wavejax.engine.staged import StagedState, hold_rows, wave_of
+from wavejax.store.shape import CacheShape
 from wavejax.store.steady import SteadyZone
 
 Attention = WaveAttention | DenseAttention
@@ -88,7 +89,7 @@ def _write_rows(
     model, attention = generator.model, generator.attention
     # As large as a real prompt's would be.
     room = bucket(context)
-    cache: Any = attention.init_state(model, batch, room, new_tokens, dtype)
+    cache: Any = attention.init_state(CacheShape.of(model), batch, room, new_tokens, dtype)
     logits = jnp.zeros((batch, model.vocab_size), jnp.float32)
     rest = jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0)
     cache, logits, rest = jax.tree.map(

@@ -27,6 +27,7 @@ from wavejax.engine.facts import Facts, facts_of
 from wavejax.engine.modes import own_modes
 from wavejax.engine.prompts import answer_room, bucket
 from wavejax.engine.state_checks import check_params, check_state
+from wavejax.store.shape import CacheShape
 
 STREAM_CHUNK = 8  # Steps in one call while streaming: what a reader sees at once.
 
@@ -110,7 +111,7 @@ class Generator(Parts):
         dtype = params["params"]["embedding"].dtype
         rooms = [bucket(len(prompt)) for prompt in prompts]
         most = max(rooms), answer_room(new_tokens)
-        cache: Any = self.attention.init_state(self.model, batch, *most, dtype)
+        cache: Any = self.attention.init_state(CacheShape.of(self.model), batch, *most, dtype)
         cache, logits = compiled.commit((cache, jnp.zeros((batch, vocab), jnp.float32)))
         # Memory that is refused shows now, not when all has been read and compiled for nothing.
         jax.block_until_ready(cache)
@@ -288,7 +289,7 @@ class Generator(Parts):
         """
         check_state(self, state)
         with own_modes():
-            return facts_of(state.cache)
+            return facts_of(self.attention, state.cache)
 
 
 def _all_stopped(last: np.ndarray, stop_tokens: tuple[int, ...]) -> bool:

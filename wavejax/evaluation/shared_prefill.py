@@ -13,6 +13,7 @@ from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import DecodeState, Generator
 from wavejax.evaluation.baselines import SparseAttention, SparseState
+from wavejax.store.shape import CacheShape
 
 # What only a decode step asks for: methods that differ in nothing else share their index.
 _DECODING = (
@@ -81,7 +82,9 @@ def build_index(
 ) -> Any:
     """A wave state from a dense cache, without running the model; see `SharedPrefill`."""
     batch = full.tokens.shape[0]
-    cache = attention.init_state(generator.model, batch, prompt_tokens, new_tokens, full.keys.dtype)
+    cache = attention.init_state(
+        CacheShape.of(generator.model), batch, prompt_tokens, new_tokens, full.keys.dtype
+    )
     for sequence in range(batch):
         where = jnp.int32(sequence), full.tokens[sequence]
         for layer in range(generator.model.num_layers):

@@ -19,6 +19,7 @@ from wavejax.attention.wave import WaveAttention, WaveState
 from wavejax.engine.prompts import answer_room, bucket
 from wavejax.store.index import segment_sizes, segments_at_once
 from wavejax.store.rows import StoreKind
+from wavejax.store.shape import CacheShape
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 DEVICE_FRACTION = "XLA_CLIENT_MEM_FRACTION"
@@ -104,7 +105,9 @@ def memory_need(
         # `eval_shape` traces, and placing an array in host memory is no traced operation.
         cached = attention.has_cache
         on_device = dataclasses.replace(attention, store="device", cached=cached)
-    state = jax.eval_shape(lambda: on_device.init_state(model, batch, room, answer, dtype))
+    state = jax.eval_shape(
+        lambda: on_device.init_state(CacheShape.of(model), batch, room, answer, dtype)
+    )
     sizes = [math.prod(shape) for shape in parameter_shapes(model).values()]
     itemsize = jnp.dtype(dtype).itemsize
     total = _bytes(state)

@@ -17,6 +17,7 @@ from tests.support.tiny_generator import (
 )
 from wavejax import DecodeState, Generator, WaveAttention
 from wavejax.engine import compiled
+from wavejax.store.shape import CacheShape
 
 # It looks at compiled programs.
 pytestmark = pytest.mark.optimised
@@ -98,7 +99,7 @@ def test_requests_of_about_as_many_tokens_share_all_programs(attention):
 
 def empty_state(attention):
     """A state whose first tokens come from nothing: needs no prefill."""
-    cache = attention.init_state(MODEL, 2, 320, NEW_TOKENS, jnp.float32)
+    cache = attention.init_state(CacheShape.of(MODEL), 2, 320, NEW_TOKENS, jnp.float32)
     logits = jnp.zeros((2, MODEL.vocab_size), jnp.float32)
     return DecodeState(cache, logits, jnp.zeros(2, bool), jnp.int32(0), jnp.int32(0))
 

@@ -13,6 +13,7 @@ from tests.support.attention_harness import model_of
 from tests.support.lowering import lower_for
 from wavejax import DenseAttention, WaveAttention
 from wavejax.engine import staged
+from wavejax.store.shape import CacheShape
 
 STEP = {
     *("score_clusters", "rank_clusters", "list_clusters", "score_tokens", "estimate_threshold"),
@@ -27,7 +28,7 @@ def test_all_the_work_is_kernels(store, monkeypatch):
     monkeypatch.setattr(dispatch, "call", by_kernels)
     attention = WaveAttention(store=store)
     model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
-    state = attention.init_state(model, 2, 2500, 100, jnp.bfloat16)
+    state = attention.init_state(CacheShape.of(model), 2, 2500, 100, jnp.bfloat16)
 
     def arrays(batch, tokens):
         return [jnp.zeros((batch, tokens, heads, 64), jnp.bfloat16) for heads in (6, 2, 2)]
@@ -56,7 +57,7 @@ def test_full_attention_reads_its_cache_in_kernels_only(monkeypatch):
     monkeypatch.setattr(dispatch, "call", by_kernels)
     attention = DenseAttention()
     model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
-    state = attention.init_state(model, 2, 2500, 100, jnp.bfloat16)
+    state = attention.init_state(CacheShape.of(model), 2, 2500, 100, jnp.bfloat16)
     query, key, value = (jnp.zeros((2, 1, heads, 64), jnp.bfloat16) for heads in (6, 2, 2))
     text = lower_for("cuda", attention.decode, jnp.int32(1), query, key, value, state)
     assert kernels_of(text) == {"attend_dense", "merge_states"}
@@ -72,7 +73,7 @@ def test_staged_rows_are_arguments_of_programs_that_know_no_host_memory(platform
         monkeypatch.setattr(dispatch, "call", by_kernels)
     model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
     attention = WaveAttention(fetch="staged")
-    state = attention.init_state(model, 2, 2500, 100, jnp.bfloat16)
+    state = attention.init_state(CacheShape.of(model), 2, 2500, 100, jnp.bfloat16)
     shapes = parameter_shapes(model)
     params = nest({at: jnp.zeros(shape, jnp.bfloat16) for at, shape in shapes.items()})
     params, layer = {"params": params}, jnp.int32(1)

@@ -24,6 +24,7 @@ from wavejax.engine.prompts import SMALLEST_ROOM, answer_room, bucket
 from wavejax.planning.memory import memory_need
 from wavejax.store import index
 from wavejax.store.index import cluster_capacity, segment_sizes
+from wavejax.store.shape import CacheShape
 from wavejax.store.state import Selection
 
 
@@ -155,7 +156,7 @@ def test_a_traced_number_of_tokens_has_the_same_clusters(tokens, size, clusters)
 def test_a_sequence_grows_as_often_beside_a_longer_prompt_as_alone():
     attention = ATTENTIONS["wave"]
     alone, both = (
-        attention.init_state(MODEL, batch, room, 100, jnp.float32)
+        attention.init_state(CacheShape.of(MODEL), batch, room, 100, jnp.float32)
         for batch, room in ((1, 256), (2, 1024))
     )
     lengths = jnp.array([250, 1000])
@@ -169,7 +170,7 @@ def test_a_sequence_grows_as_often_beside_a_longer_prompt_as_alone():
 def test_a_full_sequences_step_reads_its_window_and_no_more(monkeypatch):
     """The step's own row has no place there; past the window lie another head's rows."""
     attention = ATTENTIONS["wave"]
-    state = attention.init_state(MODEL, 2, 128, 8, jnp.float32)
+    state = attention.init_state(CacheShape.of(MODEL), 2, 128, 8, jnp.float32)
     most = CONFIG.window_tokens
     counts = jnp.array([most, most - 2], jnp.int32)
     state = dataclasses.replace(

@@ -14,6 +14,7 @@ from wavejax.engine.facts import facts_of
 from wavejax.engine.generator import NO_TOKEN
 from wavejax.store import rows
 from wavejax.store.host_rows import HostRows
+from wavejax.store.shape import CacheShape
 
 # It says of users' programs which give the same tokens.
 pytestmark = pytest.mark.optimised
@@ -73,8 +74,9 @@ def test_a_ragged_batch_gets_the_tokens_that_rows_in_place_give(config):
                 wave.cache.rows[layer, b, head, slot],
                 stored[layer, head, owners[layer, head, slot]],
             )
-    assert facts_of(staged.cache) == facts_of(state.cache)
-    assert facts_of(staged.cache).host_bytes == staged.cache.rows.nbytes
+    facts, expected = (facts_of(WaveAttention(config), x.cache) for x in (staged, state))
+    assert facts == expected
+    assert facts.host_bytes == staged.cache.rows.nbytes
 
 
 @pytest.mark.slow(45)
@@ -127,7 +129,9 @@ def test_the_platform_chooses(monkeypatch):
 
 def test_nothing_of_the_state_is_pinned():
     for fetch, kinds in [("staged", {"device"}), ("in_place", {"device", "pinned_host"})]:
-        state = WaveAttention(CONFIG, fetch=fetch).init_state(MODEL, 1, 300, 1, jnp.float32)
+        state = WaveAttention(CONFIG, fetch=fetch).init_state(
+            CacheShape.of(MODEL), 1, 300, 1, jnp.float32
+        )
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == kinds
 
 
