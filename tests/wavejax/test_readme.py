@@ -16,7 +16,7 @@ from wavejax.cli.generate_command import command
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 ONE_OP, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
