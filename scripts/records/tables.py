@@ -207,9 +207,10 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 def dated(runs: Runs, *names: str) -> str:
     """The line below a table: each record's device and day."""
-    short = (f"{runs[name].device.split(',')[0]}, {runs[name].date[:10]}" for name in names)
-    where = [f"{words} (`{name}`)" for words, name in zip(short, names, strict=True)]
-    return f"\nMeasured on {'; '.join(where)}.\n"
+    devices = [runs[name].device.split(",")[0] for name in names]
+    days = [runs[name].date.split("T")[0] for name in names]
+    each = zip(devices, days, names, strict=True)
+    return "\n" + " ".join(f"On {device}, {day}: `{name}`." for device, day, name in each) + "\n"
 
 
 def times(slow: float, fast: float) -> str:
