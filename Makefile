@@ -22,7 +22,7 @@ READY := $(VENV)/ready
 REFERENCES := build/references
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test parity lint format clean
+.PHONY: help demo test parity docs lint format clean
 
 help: ## say what each target does
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
@@ -38,6 +38,10 @@ parity: $(READY) $(TORCH_VENV)/ready ## record torch's outputs now and compare t
 	$(TORCH_VENV)/bin/python scripts/record_reference_outputs.py --out $(REFERENCES)
 	$(TORCH_VENV)/bin/python scripts/record_tokenizer_reference.py --out $(REFERENCES)
 	WAVEJAX_REFERENCES=$(REFERENCES) $(BIN)/python -m pytest tests/models --durations=15
+
+docs: $(READY) ## the documentation as a site, in build/site; a warning is an error
+	$(BIN)/python -m pip install -qq --editable '.[docs]' $(if $(JAX),'jax==$(JAX)' 'jaxlib==$(JAX)')
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check

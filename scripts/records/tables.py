@@ -1,0 +1,229 @@
+"""The tables of README and docs that hold figures, made of run records."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from run_records import RunRecord
+
+Runs = Mapping[str, RunRecord]
+
+OPS = {"H200": "2026-11-27-ops-h200", "H100": "2026-11-27-ops-h100"}
+STEPS = {"H200": "2026-11-29-steps-h200", "H100": "2026-11-27-steps-h100"}
+MISSED = "2026-11-27-missed-rows-h200"
+RULER, ONE_BUDGET, FWE = "2026-11-26-ruler", "2026-11-26-one-budget", "2026-11-29-fwe-1.5b"
+BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
+SHAPES = {"A": "batch 8, 131,072 tokens", "A1": "batch 1, 131,072", "1M": "batch 1, 1,048,576"}
+PLACES = {"full": "full attention", "device": "wave, device", "host": "wave, host"}
+
+
+def speed(runs: Runs) -> str:
+    """README's table: times of one step by workload and method, on an H200."""
+    ops, steps = runs[OPS["H200"]], runs[STEPS["H200"]]
+    rows = []
+    for shape, words in SHAPES.items():
+        full, wave = ops[f"{shape}/full_attention"], ops[f"{shape}/step"]
+        rows.append(
+            [f"attention of one layer: {words}", f"{full} us", f"{wave} us", times(full, wave)]
+        )
+    for tokens, words, place in (
+        ("122880", "122,880 tokens", "device"),
+        ("122880", "122,880 tokens, rows in host memory", "host"),
+        ("30720", "30,720 tokens", "device"),
+    ):
+        full, wave = (steps[f"{tokens}/batch_1/{name}/ms"] for name in ("full", place))
+        line = f"step of a whole model: batch 1, {words}"
+        rows.append([line, f"{full:.2f} ms", f"{wave:.2f} ms", times(full, wave)])
+    full, wave = (steps[f"122880/largest/{name}"] for name in ("full", "device"))
+    line = f"whole model: 122,880 tokens, the largest batches ({full['batch']} and {wave['batch']})"
+    rate = [f"{each['tokens_per_s']} tokens/s" for each in (full, wave)]
+    rows.append([line, *rate, times(wave["tokens_per_s"], full["tokens_per_s"])])
+    head = ["workload", "full attention", "wave attention", "times as fast"]
+    return table(head, rows) + dated(runs, OPS["H200"], STEPS["H200"])
+
+
+def accuracy(runs: Runs) -> str:
+    """README's table: RULER's scores by workload and method."""
+    model, budget, fwe = runs[RULER]["Qwen2.5-Coder-0.5B"], runs[ONE_BUDGET], runs[FWE]
+    rows = []
+    for tokens, words in (("32768", "32,768 tokens"), ("8192", "8,192 tokens")):
+        at = model[tokens]
+        line = f"0.5B model, {words}, by default"
+        rows.append([line, f"{at['full']}", f"{at['wave']} ({interval(at)})", "", "", ""])
+    names = ("full", "wave", "paper", "quest", "streaming_llm")
+    scores = [str(budget[f"{name}/score"]) for name in names]
+    rows.append(["0.5B model, 8,192 tokens, 1.8 % retrieved by each", *scores])
+    line, wave = "1.5B model, 32,768 tokens, by default, `fwe` alone", fwe["wave"]
+    rows.append(
+        [line, str(fwe["full/score"]), f"{wave['score']} ({interval(wave, 1)})", "", "", ""]
+    )
+    head = ["RULER, score of 100", "full attention", "wave attention"]
+    head += ["RetroInfer's settings", "Quest", "StreamingLLM"]
+    return table(head, rows) + dated(runs, RULER, ONE_BUDGET, FWE)
+
+
+def ops(runs: Runs) -> str:
+    """Times of each op, us."""
+    head = ["us"] + [f"{device}: {shape}" for device in OPS for shape in SHAPES]
+    rows = []
+    for op in runs[OPS["H200"]]["A"]:
+        name = {"step": "all, in one program", "full_attention": "full attention"}.get(
+            op, f"`{op}`"
+        )
+        rows.append(
+            [name] + [f"{runs[run][f'{shape}/{op}']}" for run in OPS.values() for shape in SHAPES]
+        )
+    cells = []
+    for run in OPS.values():
+        for shape in SHAPES:
+            cells.append(times(runs[run][f"{shape}/full_attention"], runs[run][f"{shape}/step"]))
+    return table(head, [*rows, ["times as fast", *cells]]) + dated(runs, *OPS.values())
+
+
+def steps(device: str) -> Callable[[Runs], str]:
+    """The table of whole steps by context on a device."""
+
+    def make(runs: Runs) -> str:
+        run = runs[STEPS[device]]
+        head = ["tokens", "method", "batch 1: ms a step", "times as fast"]
+        head += ["largest batch", "tokens/s", "times as fast"]
+        rows = []
+        for tokens, at in run.figures.items():
+            full_ms, full_rate = at["batch_1"]["full"]["ms"], at["largest"]["full"]["tokens_per_s"]
+            for place, words in PLACES.items():
+                ms, largest = at["batch_1"][place]["ms"], at["largest"][place]
+                rate = largest["tokens_per_s"]
+                first = f"{int(tokens):,}" if place == "full" else ""
+                row = [first, words, f"{ms:.2f}", times(full_ms, ms)]
+                rows.append([*row, str(largest["batch"]), str(rate), times(rate, full_rate)])
+        return table(head, rows) + dated(runs, STEPS[device])
+
+    return make
+
+
+def missed(runs: Runs) -> str:
+    """Times of `attend_zones` by the share of rows that it reads from host memory."""
+    run = runs[MISSED]
+    rows = [
+        [f"{share} %", str(at["us"]), str(at.get("gb_per_s", "-"))]
+        for share, at in run.figures.items()
+    ]
+    return table(["rows missed", "us", "GB/s from host memory"], rows) + dated(runs, MISSED)
+
+
+def ruler(runs: Runs) -> str:
+    """RULER by model and length, by default."""
+    head = ["model, tokens", "full attention", "wave", "difference", "worst task"]
+    head += ["KL, nats", "strings kept"]
+    rows = []
+    for model, lengths in runs[RULER].figures.items():
+        for tokens, at in lengths.items():
+            row = [f"{model}, {int(tokens):,}", str(at["full"]), str(at["wave"]), interval(at)]
+            kl, kept = f"{at['kl_nats']:g}", f"{at['kept_percent']} %"
+            rows.append([*row, str(at["worst_task"]), plain(kl), kept])
+    return table(head, rows) + dated(runs, RULER)
+
+
+def one_budget(runs: Runs) -> str:
+    """Eight methods at one budget."""
+    names = {
+        "full": "full attention",
+        "oracle": "oracle: the best tokens by true mass, no estimate",
+        "wave": "wave attention",
+        "wave_no_estimation": "wave without the estimate",
+        "wave_no_codes": "wave without codes",
+        "paper": "RetroInfer's settings",
+        "quest": "Quest",
+        "streaming_llm": "StreamingLLM",
+    }
+    run = runs[ONE_BUDGET]
+    rows = [
+        [
+            words,
+            *(
+                plain(str(run[f"{name}/{figure}"]))
+                for figure in ("score", "kl_nats", "kept_percent")
+            ),
+        ]
+        for name, words in names.items()
+    ]
+    return table(["method", "score", "KL, nats", "strings kept, %"], rows) + dated(runs, ONE_BUDGET)
+
+
+def fwe(runs: Runs) -> str:
+    """Counting words with a 1.5B model."""
+    names = {
+        "full": "full attention",
+        "wave": "wave, by default",
+        "wave_8192": "wave, 8192 retrieved",
+    }
+    names["oracle"] = "oracle, 4096 retrieved, no estimate"
+    run = runs[FWE]
+    rows = []
+    for name, words in names.items():
+        at = run[name]
+        rows.append([words, str(at["score"]), interval(at, 1) if "interval" in at else ""])
+    return table(["`fwe`, 1.5B model", "score", "to full attention"], rows) + dated(runs, FWE)
+
+
+def budget(runs: Runs) -> str:
+    """The error by tokens retrieved."""
+    rows = [
+        [f"{int(tokens):,}", *(plain(str(value)) for value in at.values())]
+        for tokens, at in runs[BUDGET].figures.items()
+    ]
+    head = ["tokens retrieved", "KL, nats", "KL of `fwe`, nats", "`fwe`: strings kept, %"]
+    return table(head, rows) + dated(runs, BUDGET)
+
+
+def admission(runs: Runs) -> str:
+    """The error, and the rows missed, by admission ratio."""
+    rows = [
+        [f"`{ratio}`", str(at["kl_nats"]), str(at["missed"])]
+        for ratio, at in runs[ADMISSION].figures.items()
+    ]
+    head = ["`--admission-ratio`", "KL, nats", "rows missed a step and head"]
+    return table(head, rows) + dated(runs, ADMISSION)
+
+
+TABLES: dict[str, Callable[[Runs], str]] = {
+    "speed": speed,
+    "accuracy": accuracy,
+    "ops": ops,
+    "steps on an H200": steps("H200"),
+    "steps on an H100": steps("H100"),
+    "missed rows": missed,
+    "ruler": ruler,
+    "one budget": one_budget,
+    "fwe": fwe,
+    "budget": budget,
+    "admission": admission,
+}
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def dated(runs: Runs, *names: str) -> str:
+    """The line below a table: each record's device and day."""
+    devices = [runs[name].device.split(",")[0] for name in names]
+    days = [runs[name].date.split("T")[0] for name in names]
+    each = zip(devices, days, names, strict=True)
+    return "\n" + " ".join(f"On {device}, {day}: `{name}`." for device, day, name in each) + "\n"
+
+
+def times(slow: float, fast: float) -> str:
+    """How many times as fast, to three digits at most."""
+    ratio = slow / fast
+    return f"{ratio:.2f}x" if ratio < 3 else f"{ratio:.1f}x"
+
+
+def interval(figures: Mapping[str, float], digits: int = 2) -> str:
+    """A difference with the half width of its 95 % interval."""
+    return f"{figures['difference']:+.{digits}f} ± {figures['interval']:.{digits}f}"
+
+
+def plain(number: str) -> str:
+    """A number without an exponent."""
+    return f"{float(number):.5f}".rstrip("0") if "e" in number else number
