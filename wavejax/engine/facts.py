@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from wavejax.attention.dense import DenseState
-from wavejax.engine.staged import StagedState
+from wavejax.engine.staged_state import StagedState
 from wavejax.store.state import WaveState
 
 
