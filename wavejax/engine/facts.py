@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from wavejax.attention.protocol import Attention
-from wavejax.engine.staged import StagedState
+from wavejax.engine.staged_state import StagedState
 
 
 @dataclasses.dataclass(frozen=True)

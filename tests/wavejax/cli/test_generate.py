@@ -20,8 +20,8 @@ from wavejax import Generator, loading
 from wavejax.cli import generate_command as module
 from wavejax.cli.generate_command import command
 from wavejax.config import WaveConfig
-from wavejax.engine import staged
 from wavejax.engine.sampling import Sampler
+from wavejax.engine.staged import StagedEngine
 
 Generate = Callable[..., Result]
 LONG = "The quick brown fox jumps over the lazy dog; " * 6
@@ -263,8 +263,8 @@ def test_staged_rows_give_the_same_answers(
 ) -> None:
     common = ("--model", tiny, "--prompt", LONG, "--max-new-tokens", 20, "--json", *SMALL_ZONES)
     common = (*common, "--store", "host")
-    fed, feed = [], staged.feed
-    monkeypatch.setattr(staged, "feed", lambda *args: fed.append(1) or feed(*args))
+    fed, feed = [], StagedEngine.feed
+    monkeypatch.setattr(StagedEngine, "feed", lambda *args: fed.append(1) or feed(*args))
     in_place = answers(generate(*common, "--fetch", "in_place"))
     assert not fed
     assert in_place == answers(generate(*common, "--fetch", "staged"))

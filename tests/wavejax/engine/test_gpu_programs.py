@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from tests.support.attention_harness import model_of
 from tests.support.lowering import lower_for
 from wavejax import DenseAttention, WaveAttention
-from wavejax.engine import staged
+from wavejax.engine import staged_programs
 from wavejax.store.shape import CacheShape
 
 STEP = {
@@ -80,9 +80,9 @@ def test_staged_rows_are_arguments_of_programs_that_know_no_host_memory(platform
     hidden = jnp.zeros((2, 1, model.hidden_size), jnp.bfloat16)
     block = jnp.zeros((2, 2, 16, 2, 64), jnp.bfloat16)
     # Unwrapped, since JAX would keep what is traced here for other platforms too.
-    select = functools.partial(staged._select.__wrapped__, model, attention)
-    attend = functools.partial(staged._attend.__wrapped__, attention)
-    finish = functools.partial(staged._finish.__wrapped__, model)
+    select = functools.partial(staged_programs.select.__wrapped__, model, attention)
+    attend = functools.partial(staged_programs.attend.__wrapped__, attention)
+    finish = functools.partial(staged_programs.finish.__wrapped__, model)
 
     inputs = params, layer, hidden, jnp.zeros((2, 1), jnp.int32), state
     selection, tokens, slots, _ = jax.eval_shape(select, *inputs)

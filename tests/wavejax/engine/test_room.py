@@ -38,7 +38,7 @@ def test_what_there_is_no_room_for_is_refused(attention):
     generator = Generator(MODEL, attention, GREEDY)
     params, prompts = make_params(), make_prompts((262, 90))
     state = generator.start(params, prompts, 8)
-    cache = state.cache.wave if generator.staged else state.cache
+    cache = generator.engine.arrays_of(state.attention_state)
     left = np.asarray(attention.remaining(cache))
     assert (left >= 8).all()
     steps = int(left.min())
@@ -47,7 +47,7 @@ def test_what_there_is_no_room_for_is_refused(attention):
     # As many as there is room for fill it, to the token.
     state, logits = generator.force(params, state, jnp.zeros((steps, 2), jnp.int32))
     assert len(logits) == steps
-    cache = state.cache.wave if generator.staged else state.cache
+    cache = generator.engine.arrays_of(state.attention_state)
     np.testing.assert_array_equal(attention.remaining(cache), left - steps)
     assert np.asarray(attention.is_full(cache)).tolist() == (left == steps).tolist()
 
@@ -95,7 +95,7 @@ def test_the_room_made_is_the_room_planned_and_no_less_than_asked(attention, ask
     generator = Generator(MODEL, attention, GREEDY)
     lengths = (CONFIG.sink_tokens + CONFIG.window_tokens - 1, 128)
     state = generator.start(make_params(), make_prompts(lengths), asked)
-    cache = state.cache.wave if generator.staged else state.cache
+    cache = generator.engine.arrays_of(state.attention_state)
     assert (np.asarray(attention.remaining(cache)) >= asked).all()
     need = memory_need(MODEL, attention, 2, max(lengths), asked, jnp.float32)
     facts = generator.facts(state)

@@ -82,7 +82,7 @@ def test_a_step_slices_weights_out_of_stacks_only(attention):
     state = DecodeState(cache, logits, jnp.zeros(3, bool), jnp.int32(0), jnp.int32(0))
 
     def slices(form):
-        lowered = compiled.decode_n.lower(generator, params_of(form), state, jnp.int32(8), 8)
+        lowered = compiled.decode_n.lower(generator.engine, params_of(form), state, jnp.int32(8), 8)
         return weight_slices(lowered.compile().as_text())
 
     assert slices("layers") == []

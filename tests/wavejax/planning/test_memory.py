@@ -77,10 +77,10 @@ def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32):
 
     state = jax.eval_shape(state)
     hidden = of((1, room, model.hidden_size))
-    arguments = params, hidden, number, number, number, state.cache
+    arguments = params, hidden, number, number, number, state.attention_state
     prefill = compiled.prefill_layer.lower(model, attention, *arguments).compile()
     generator = Generator(model, attention)
-    decode = compiled.decode_n.lower(generator, params, state, number, 8).compile()
+    decode = compiled.decode_n.lower(generator.engine, params, state, number, 8).compile()
     return [program.memory_analysis().temp_size_in_bytes for program in (prefill, decode)]
 
 
