@@ -20,18 +20,22 @@ TORCH_VENV = .venv-torch-$(call python_version,$(TORCH_PYTHON))
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 REFERENCES := build/references
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test parity docs lint format clean
+.PHONY: help demo test test-slow parity docs lint format clean
 
 help: ## say what each target does
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
 
 demo: $(READY) ## SmolLM2 finds a number hidden in a long text, by wave attention
 	$(BIN)/python scripts/demo.py
 
-test: lint ## lint, then every test that needs neither torch nor a GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
+test: lint ## lint, then every test that needs neither torch nor a GPU, but for the slow ones
+	$(PYTEST) -m "not slow" --durations=15
+
+test-slow: $(READY) ## the tests that take more than about 20 seconds each
+	$(PYTEST) -m slow --durations=15
 
 parity: $(READY) $(TORCH_VENV)/ready ## record torch's outputs now and compare the models with them
 	rm -rf $(REFERENCES)
