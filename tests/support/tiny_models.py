@@ -45,6 +45,14 @@ _QWEN2 = _LLAMA | {
     "sliding_window": 4096,
     "max_window_layers": 2,
 }
+_SMOLLM3 = _LLAMA | {
+    "model_type": "smollm3",
+    "architectures": ["SmolLM3ForCausalLM"],
+    "num_hidden_layers": 5,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "rope_theta": 5e6,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"rope_theta": 10000.0},
     # The original context is such that the 8 frequencies fall in all three of llama3's bands.
@@ -113,6 +121,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 100000,
         "rope_interleaved": False,
         "is_llama_config": True,
+    },
+    # Every fourth layer has no RoPE, though nothing says so.
+    "smollm3": _SMOLLM3,
+    "smollm3_yarn": _SMOLLM3
+    | {
+        "num_hidden_layers": 3,
+        "no_rope_layers": [0, 1, 0],
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
     },
 }
 
