@@ -10,9 +10,9 @@ PACKAGES = ("wavejax", "pallas_kernels")
 
 
 def public_names(package: types.ModuleType) -> list[str]:
-    """What a package exports: its `__all__`, or else what it imports by name, without modules."""
+    """What a package exports: its `__all__`, or else the names that are no modules, sorted."""
     if hasattr(package, "__all__"):
-        return sorted(package.__all__)
+        return list(package.__all__)
     values = {name: value for name, value in vars(package).items() if not name.startswith("_")}
     return sorted(name for name, value in values.items() if not isinstance(value, types.ModuleType))
 
