@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.errors import InputError
+from models.families import FAMILIES, unknown_architecture
 from models.values import INT32_LIMIT
 
-SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KINDS = ("linear", "llama3", "yarn", "divisors")
 
 
@@ -60,7 +60,7 @@ class ModelConfig:
     """A decoder's sizes and variations. Hashable: a static argument of compiled functions.
 
     Attributes:
-      architecture: one of `SUPPORTED_ARCHITECTURES`.
+      architecture: a key of `families.FAMILIES`, the model's family.
       vocab_size: rows of the embedding.
       num_layers, hidden_size, intermediate_size: depth, width, and width of the MLP.
       num_heads, num_kv_heads, head_dim: query heads, key/value heads that they share, and the size
@@ -69,14 +69,16 @@ class ModelConfig:
       rope_scaling: None for plain RoPE.
       norm_eps: epsilon of every RMSNorm.
       tie_embeddings: logits reuse the embedding instead of a matrix of their own.
-      qkv_bias: query, key and value projections add a bias (Qwen2).
-      qk_norm: each query and key head is normalised before RoPE (Qwen3).
+      qkv_bias: query, key and value projections add a bias.
+      qk_norm: each query and key head is normalised before RoPE.
       max_context: most tokens that a sequence may hold. Where the model slides a window over its
         attention, this is the window: within it sliding and full attention are the same.
       stop_token_ids: tokens that end a text.
       bos_token_id: the token that begins a text, if the file names one.
       sliding_window: the window's tokens, where the model slides one; None where it does not, or
         where an older converted folder does not say.
+      rope_layers: for each layer whether RoPE turns its queries and keys; None where it does in
+        all layers.
     """
 
     architecture: str
@@ -97,9 +99,10 @@ class ModelConfig:
     stop_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     sliding_window: int | None = None
+    rope_layers: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.architecture not in SUPPORTED_ARCHITECTURES:
+        if self.architecture not in FAMILIES:
             raise InputError(unknown_architecture(self.architecture))
         for name in _SIZES:
             if getattr(self, name) <= 0:
@@ -115,6 +118,11 @@ class ModelConfig:
             raise InputError(
                 f"rope_theta {self.rope_theta} must exceed 1, norm_eps {self.norm_eps} be 0 or more"
             )
+        if self.rope_layers is not None and len(self.rope_layers) != self.num_layers:
+            raise InputError(
+                f"the model says of {len(self.rope_layers)} layers whether they have RoPE; "
+                f"expected its {self.num_layers}"
+            )
         divisors = self.rope_scaling.divisors if self.rope_scaling else ()
         if divisors and len(divisors) != self.head_dim // 2:
             raise InputError(
@@ -124,7 +132,10 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` turns back into an equal config."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.rope_layers is None:  # as older folders have it: the same model, the same text
+            del values["rope_layers"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -133,8 +144,10 @@ class ModelConfig:
             scaling = values.get("rope_scaling")
             if scaling is not None:
                 scaling = RopeScaling(**{**scaling, "divisors": tuple(scaling["divisors"])})
-            stop_token_ids = tuple(values["stop_token_ids"])
-            return cls(**{**values, "rope_scaling": scaling, "stop_token_ids": stop_token_ids})
+            lists = {"stop_token_ids": tuple(values["stop_token_ids"])}
+            if values.get("rope_layers") is not None:
+                lists["rope_layers"] = tuple(values["rope_layers"])
+            return cls(**{**values, "rope_scaling": scaling, **lists})
         except InputError:
             raise
         except (TypeError, KeyError, AttributeError) as error:
@@ -153,15 +166,6 @@ _SIZES = (
     "head_dim",
     "max_context",
 )
-
-
-def unknown_architecture(name: str) -> str:
-    """The message for a model of another architecture."""
-    return (
-        f"model architecture {name!r} is not supported; supported are: "
-        + ", ".join(SUPPORTED_ARCHITECTURES)
-        + " (SmolLM2 is llama)"
-    )
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:

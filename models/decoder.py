@@ -1,12 +1,11 @@
 """The decoder: RMSNorm, RoPE, grouped-query attention passed in, gated MLP; pure functions.
 
-One set of functions serves Llama, Mistral, Qwen2, Qwen3 and SmolLM2. `apply_model` runs all layers,
-and `Decoder` does as a Flax module; `embed`, `apply_layer`, `final_norm` and `unembed` are the same
+One set of functions serves every family of `models.families`. `apply_model` runs all layers, and
+`Decoder` does as a Flax module. `embed`, `apply_layer`, `final_norm` and `unembed` are the same
 steps one by one, for a caller that wants to do something between two layers (show progress, move a
-layer's cache).
+layer's cache). The halves of `apply_layer` are in `models.layer`, and can be had here too.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,35 +15,88 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
+from models.layer import (
+    MLP_BLOCK,
+    enter_layer,
+    leave_layer,
+    linear,
+    mlp_block,
+    pick_layer,
+    rms_norm,
+)
 from models.parameters import Params, nest, parameter_shapes
-from models.rope import cosines_and_sines, rotate
+
+__all__ = [
+    "MLP_BLOCK",
+    "Attend",
+    "Decoder",
+    "apply_layer",
+    "apply_model",
+    "embed",
+    "enter_layer",
+    "final_norm",
+    "leave_layer",
+    "mlp_block",
+    "pick_layer",
+    "unembed",
+]
 
 Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
-"""``attend(layer, query, key, value, state) -> (output, state)``
+"""``attend(layer, query, key, value, state) -> (output, state)``: the attention of every layer.
 
-layer int32 scalar; query, output ``[batch, tokens, num_heads, head_dim]``; key, value ``[batch,
-tokens, num_kv_heads, head_dim]``. Query and key come after their norm and RoPE. Query head h reads
-kv head ``h // (num_heads // num_kv_heads)``. The 1/sqrt(head_dim) is the attention's to apply.
-`state` is any pytree whose structure, shapes and dtypes stay as they are.
+It is called once a layer, in the order of the layers, with what the tokens of this call make:
+
+- layer: int32 scalar, from 0. It is traced where the layers run in a compiled loop, so that
+  ``state[layer]`` works and ``if layer`` does not.
+- query: ``[batch, tokens, num_heads, head_dim]``, after its norm and, in layers that have
+  it, RoPE, in the parameters' dtype.
+- key: ``[batch, tokens, num_kv_heads, head_dim]``, the same. Query head h reads kv head
+  ``h // (num_heads // num_kv_heads)``.
+- value: as key.
+- state: what the layer before returned; for the first layer what the caller gave. Any pytree whose
+  structure, shapes and dtypes stay as they are, such as the keys and values of earlier tokens.
+
+It returns the output, with `query`'s shape and any floating dtype, and the new state. Which tokens
+see which is the attention's to say, and the 1/sqrt(head_dim) its to apply.
 """
-
-
-MLP_BLOCK = 8192
-"""Tokens of a prompt that go through an MLP at a time."""
 
 
 class Decoder(nn.Module):
     """All layers of a decoder-only language model, as a Flax linen module.
 
-    `init` makes random parameters; `apply` gives the hidden state after the final norm and the
-    attention's state. Logits are `unembed`'s, so that a caller can ask for one position's alone.
+    `init` makes random parameters: ones for norms, zeros for biases, else normal numbers of
+    variance 1 / inputs. `apply` gives the hidden state after the final norm, and the attention's
+    state. Logits are `unembed`'s, so that a caller can ask for one position's alone.
+
+    The variables are one collection, ``params``, which is what checkpoints are loaded as
+    (`checkpoints.open.Checkpoint.load_params`): ``embedding``, ``layers`` (a dict of stacks, the
+    layer first), ``final_norm`` and, unless the embedding is tied, ``unembedding``.
+    `parameters.parameter_shapes` lists their shapes, `parameters.parameter_axes` names their axes
+    ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab"), for a mesh's rules.
+
+    A decoder with an attention of your own, which keeps no state:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from models.config import ModelConfig
+    >>> from models.decoder import Decoder, unembed
+    >>> config = ModelConfig("llama", vocab_size=50, num_layers=2, hidden_size=32, head_dim=8,
+    ...                      intermediate_size=48, num_heads=4, num_kv_heads=2, max_context=64)
+    >>> def attend(layer, query, key, value, state):
+    ...     return jax.nn.dot_product_attention(query, key, value, is_causal=True), state
+    >>> decoder = Decoder(config, attend)
+    >>> tokens, positions = jnp.array([[7, 3, 9]]), jnp.array([[0, 1, 2]])
+    >>> variables = decoder.init(jax.random.key(0), tokens, positions, None)
+    >>> hidden, state = decoder.apply(variables, tokens, positions, None)
+    >>> unembed(config, variables, hidden).shape
+    (1, 3, 50)
 
     Attributes:
       config: the model's sizes and variations.
-      attend: see `Attend`.
+      attend: the attention, called once a layer; see `Attend`.
       unroll: False loops over the layers in compiled code; True writes every layer out, which runs
         faster on a GPU and compiles longer.
-      param_dtype: dtype of the parameters that `init` makes.
+      param_dtype: dtype of the parameters that `init` makes. Given parameters keep theirs, which
+        hidden states take.
     """
 
     config: ModelConfig
@@ -56,10 +108,16 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"], state: Any
     ) -> tuple[Float[Array, "batch tokens hidden"], Any]:
-        """Runs tokens at their positions (both int32) through the model.
+        """Run tokens through the model.
+
+        Args:
+          tokens: int32, their ids. A prompt's tokens, or the last one of each sequence.
+          positions: int32, each token's place in its sequence, from 0.
+          state: handed to `attend`, and from one layer's to the next's.
 
         Returns:
-          hidden state after the final norm, in the parameters' dtype, and the attention's state.
+          hidden state after the final norm, in the parameters' dtype, and the state that the last
+          layer's attention returned.
         """
         tree = nest({path: path for path in parameter_shapes(self.config)})
         params = {"params": {name: self._parameter(name, below) for name, below in tree.items()}}
@@ -163,56 +221,16 @@ def apply_layer(
       TypeError: the layer is a traced scalar, and several that are not stacked are given.
     """
     weights = pick_layer(params, layer)
-    query, key, value = enter_layer(config, weights, hidden, positions)
+    query, key, value = enter_layer(config, weights, layer, hidden, positions)
     attended, state = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
     return leave_layer(config, weights, hidden, attended), state
-
-
-def enter_layer(
-    config: ModelConfig,
-    weights: dict[str, Array],
-    hidden: Float[Array, "batch tokens hidden"],
-    positions: Int[Array, "batch tokens"],
-) -> tuple[
-    Float[Array, "batch tokens heads head_dim"],
-    Float[Array, "batch tokens kv_heads head_dim"],
-    Float[Array, "batch tokens kv_heads head_dim"],
-]:
-    """What `apply_layer` does before attention, with the layer's own weights, of `pick_layer`."""
-    normed = _rms_norm(hidden, weights["attention_norm"], config.norm_eps)
-    query = _heads(normed, weights["query"], weights.get("query_bias"), config.head_dim)
-    key = _heads(normed, weights["key"], weights.get("key_bias"), config.head_dim)
-    value = _heads(normed, weights["value"], weights.get("value_bias"), config.head_dim)
-    if config.qk_norm:
-        query = _rms_norm(query, weights["query_norm"], config.norm_eps)
-        key = _rms_norm(key, weights["key_norm"], config.norm_eps)
-    cosines, sines = cosines_and_sines(config, positions)
-    return rotate(query, cosines, sines), rotate(key, cosines, sines), value
-
-
-def leave_layer(
-    config: ModelConfig,
-    weights: dict[str, Array],
-    hidden: Float[Array, "batch tokens hidden"],
-    attended: Float[Array, "batch tokens heads head_dim"],
-) -> Float[Array, "batch tokens hidden"]:
-    """What `apply_layer` does after attention: the layer's output, of its input `hidden`."""
-    attended = attended.astype(hidden.dtype).reshape(*hidden.shape[:2], -1)
-    hidden = hidden + _linear(attended, weights["output"])
-
-    def mlp(hidden: Array) -> Array:
-        normed = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
-        gated = nn.silu(_linear(normed, weights["gate"])) * _linear(normed, weights["up"])
-        return hidden + _linear(gated, weights["down"])
-
-    return _by_blocks(mlp, hidden)
 
 
 def final_norm(
     config: ModelConfig, params: Params, hidden: Float[Array, "*batch hidden"]
 ) -> Float[Array, "*batch hidden"]:
     """Normalises the last layer's output, as `unembed` expects it."""
-    return _rms_norm(hidden, params["params"]["final_norm"], config.norm_eps)
+    return rms_norm(hidden, params["params"]["final_norm"], config.norm_eps)
 
 
 def unembed(
@@ -220,79 +238,7 @@ def unembed(
 ) -> Float[Array, "*batch {config.vocab_size}"]:
     """Logits, float32, of hidden states that `final_norm` has normalised."""
     table = params["params"]["embedding" if config.tie_embeddings else "unembedding"]
-    return _linear(hidden, table, jnp.float32)
-
-
-def mlp_block(tokens: int) -> int:
-    """How many of a prompt's padded tokens the MLP treats at once: all of a short one's.
-
-    Of a longer one's as large a part as goes evenly into them, up to `MLP_BLOCK`: a prompt's padded
-    length (`wavejax.engine.prompts.bucket`) has large powers of two in it. Of other lengths all.
-    """
-    part = math.gcd(tokens, MLP_BLOCK)
-    return tokens if tokens <= MLP_BLOCK or 8 * part < MLP_BLOCK else part
-
-
-def _by_blocks(function: Callable[[Array], Array], hidden: Array) -> Array:
-    """Applies what treats each token alone, to blocks of a long prompt's tokens one after another.
-
-    The MLP's inner width is several times the model's: of a whole long prompt at once it would be
-    the largest array of all.
-    """
-    batch, tokens, size = hidden.shape
-    block = mlp_block(tokens)
-    if block == tokens:
-        return function(hidden)
-    blocks = hidden.reshape(batch, tokens // block, block, size).swapaxes(0, 1)
-    return jax.lax.map(function, blocks).swapaxes(0, 1).reshape(batch, tokens, size)
-
-
-def pick_layer(params: Params, layer: Int[Array, ""] | int) -> dict[str, Array]:
-    """One layer's weights by their names; arguments and TypeError as of `apply_layer`."""
-    layers = params["params"]["layers"]
-    if isinstance(layers, tuple):
-        if isinstance(layer, int):
-            return layers[layer]
-        if len(layers) != 1:
-            raise TypeError(
-                f"a traced number cannot pick one of {len(layers)} layers that are not stacked: "
-                "give the params of the one that is run, see models.unstacked.only_layer"
-            )
-        return layers[0]
-    if isinstance(layer, int):
-        return {name: stack[layer] for name, stack in layers.items()}
-    # Unlike stack[layer], this has no code for negative numbers, so it stays a plain slice.
-    return {
-        name: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-        for name, stack in layers.items()
-    }
-
-
-def _linear(
-    inputs: Float[Array, "*batch in"], matrix: Float[Array, "out in"], dtype: Any = None
-) -> Float[Array, "*batch out"]:
-    return jnp.einsum("...i,oi->...o", inputs, matrix, preferred_element_type=dtype)
-
-
-def _heads(
-    inputs: Float[Array, "batch tokens hidden"],
-    matrix: Float[Array, "heads_times_dim hidden"],
-    bias: Float[Array, "heads_times_dim"] | None,
-    head_dim: int,
-) -> Float[Array, "batch tokens heads {head_dim}"]:
-    projected = _linear(inputs, matrix)
-    if bias is not None:
-        projected = projected + bias
-    return projected.reshape(*inputs.shape[:2], -1, head_dim)
-
-
-def _rms_norm(
-    inputs: Float[Array, "*batch dim"], weight: Float[Array, "dim"], eps: float
-) -> Float[Array, "*batch dim"]:
-    """RMSNorm in float32, whatever the dtype of its input, which the output has."""
-    wide = inputs.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight.astype(jnp.float32)).astype(inputs.dtype)
+    return linear(hidden, table, jnp.float32)
 
 
 def _random(name: str, shape: tuple[int, ...], key: Array, dtype: Any) -> Array:

@@ -1,55 +1,185 @@
-"""Picks an op's implementation."""
+"""Chooses an op's implementation, and tells what was chosen."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax
 
+from pallas_kernels.explanation import Choice, Explanation, FallbackWarning
 from pallas_kernels.toolbox import launch
 
 # The least compute capability that has the kernels' instructions.
 OLDEST_GPU = (8, 0)
 
-Implementation = Literal["xla", "triton"]
+# The environment variable that chooses for a whole process.
+VARIABLE = "WAVEJAX_IMPLEMENTATION"
+
+Implementation = Literal["auto", "xla", "triton"]
+
+Result = TypeVar("Result")
+
+# Of each thread its own, and part of `jit`'s cache key: a jitted caller is traced anew.
+_in_force = jax.make_user_context(default_value=None)
+
+# In the order of their first use. A dict, since it keeps that order.
+_choices: dict[Choice, None] = {}
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def use_implementation(implementation: Implementation) -> Iterator[None]:
+    """Makes all ops that are traced inside take one implementation.
+
+    It holds for the thread that enters it, and wins over `WAVEJAX_IMPLEMENTATION`. An op's own
+    argument `implementation` wins over it. It is part of `jax.jit`'s cache key: a jitted function
+    that was traced outside is traced anew inside. A program that was compiled ahead of time
+    (`jax.jit(f).lower(...).compile()`) stays as it is.
+
+    Args:
+        implementation: "xla", plain JAX; "triton", the kernels; or "auto", the platform's best.
+
+    Raises:
+        ValueError: there is no implementation of that name.
+        NotImplementedError: raised by an op inside, where a kernel does not support the case.
+
+    Example:
+        >>> with use_implementation("xla"):
+        ...     output = jax.jit(step)(query)  # without kernels
+    """
+    _check(implementation, "use_implementation")
+    with _in_force(implementation):
+        yield
+
+
+def requested(implementation: Implementation | None) -> Implementation:
+    """Returns what holds: the argument, else the context manager's, else the variable's, or "auto".
+
+    Args:
+        implementation: an op's argument.
+
+    Raises:
+        ValueError: the environment variable names no implementation.
+    """
+    return _request(implementation).implementation
+
+
+def explain() -> Explanation:
+    """Tells what each op took, and why, since the process began or `forget` was called.
+
+    An op is recorded when it is traced. A program that comes from `jit`'s cache adds nothing.
+
+    Returns:
+        One `Choice` for each op, implementation and reason, by first use. `str` makes a table.
+    """
+    with _lock:
+        return Explanation(_choices)
+
+
+def forget() -> None:
+    """Empties what `explain` tells. Warnings that were given before are then given again."""
+    with _lock:
+        _choices.clear()
 
 
 def call(
     op: str,
     implementation: Implementation | None,
-    implementations: dict[str, Callable[..., Any]],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Calls the implementation asked for; with None, the platform's best that supports the case.
+    implementations: Mapping[str, Callable[..., Result]],
+    *operands: Any,
+    **settings: Any,
+) -> Result:
+    """Calls the implementation asked for; with "auto" the platform's best that supports the case.
+
+    "auto" takes the kernel on a CUDA GPU of compute capability 8.0 or later. It falls back to
+    "xla" where the kernel raises NotImplementedError, and warns of it once for each reason.
+
+    The choice is made while the op is traced. A jitted caller keeps it for as long as it keeps the
+    trace. `use_implementation` is part of `jit`'s cache key. The environment variable is not: set
+    it before the process starts, or call `jax.clear_caches()` after a change.
 
     Args:
         op: the op's name, for messages.
-        implementation: None picks the kernel on a CUDA GPU where there is one, of compute
-            capability 8.0 or later, and falls back to "xla" only where the kernel raises
-            NotImplementedError.
-        implementations: the op's functions by name; "xla" is always there.
+        implementation: the op's argument; None leaves it to `use_implementation`, or else to the
+            environment variable `WAVEJAX_IMPLEMENTATION`.
+        implementations: the op's functions by name. "xla" is always there. One that was left out
+            is of no use in this case.
+        operands, settings: of the op.
 
     Raises:
         NotImplementedError: a named implementation does not exist, or does not support the case.
+        ValueError: the environment variable names no implementation.
     """
-    if implementation is not None:
-        if implementation not in implementations:
+    request = _request(implementation)
+    if request.implementation != "auto":
+        if request.implementation not in implementations:
             known = ", ".join(sorted(implementations))
             raise NotImplementedError(
-                f"{op}: no implementation {implementation!r}; there is: {known}"
+                f"{op}: no implementation {request.implementation!r}; there is: {known}"
             )
-        return implementations[implementation](*args, **kwargs)
-    if "triton" in implementations and _takes_kernels():
+        result = implementations[request.implementation](*operands, **settings)
+        _record(op, request.implementation, f"asked for by {request.by}")
+        return result
+    if "triton" not in implementations:
+        reason, lost = "plain JAX serves this case best", False
+    elif unfit := _unfit():
+        reason, lost = unfit, jax.default_backend() == "gpu"
+    else:
         try:
-            return implementations["triton"](*args, **kwargs)
-        except NotImplementedError:
-            pass
-    return implementations["xla"](*args, **kwargs)
+            result = implementations["triton"](*operands, **settings)
+        except NotImplementedError as error:
+            reason, lost = str(error).removeprefix(f"{op}: "), True
+        else:
+            _record(op, "triton", "the kernel supports this case")
+            return result
+    result = implementations["xla"](*operands, **settings)
+    _record(op, "xla", reason, warn=lost)
+    return result
 
 
-def _takes_kernels() -> bool:
-    """Whether JAX's default device is a GPU, and no NVIDIA one that is too old."""
-    if jax.default_backend() != "gpu":
-        return False
+class _Request(NamedTuple):
+    implementation: Implementation
+    by: str
+
+
+def _request(argument: Implementation | None) -> _Request:
+    """What is asked for, and where it was."""
+    if argument is not None:
+        return _Request(argument, "its argument")
+    in_force: Implementation | None = _in_force.value
+    if in_force is not None:
+        return _Request(in_force, "use_implementation")
+    return _Request(_check(os.environ.get(VARIABLE) or "auto", VARIABLE), VARIABLE)
+
+
+def _check(name: str, source: str) -> Implementation:
+    known = get_args(Implementation)
+    if name not in known:
+        raise ValueError(f"{source}: no implementation {name!r}; give one of {', '.join(known)}")
+    return cast(Implementation, name)
+
+
+def _unfit() -> str | None:
+    """Why JAX's default device takes no kernels; None where it does."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return f"there are no kernels for {backend}"
     capability = launch.compute_capability()
-    return capability is None or capability >= OLDEST_GPU
+    if capability is None or capability >= OLDEST_GPU:
+        return None
+    has, least = (".".join(map(str, version)) for version in (capability, OLDEST_GPU))
+    return f"the GPU has compute capability {has}; the kernels need {least}"
+
+
+def _record(op: str, implementation: str, reason: str, warn: bool = False) -> None:
+    choice = Choice(op, implementation, jax.default_backend(), reason)
+    with _lock:
+        known = choice in _choices
+        _choices[choice] = None
+    if warn and not known:
+        message = f"{op} runs in plain JAX on a GPU: {reason}"
+        # Of the op's caller: below it are the op, `call` and this function.
+        warnings.warn(message, FallbackWarning, stacklevel=4)

@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from models.checkpoints.open import find_default_model, open_checkpoint
 from models.errors import InputError
+from models.parameters import Params
 from models.text.tokenizer import load_tokenizer
 from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
-from wavejax.engine.compiled import DecodeState, Params, commit
 from wavejax.engine.prompts import bucket
+from wavejax.engine.state import DecodeState, commit
 from wavejax.evaluation.files import write_growing
 from wavejax.evaluation.haystack import MANUAL, load_haystack
 from wavejax.evaluation.setup import check_context, make_room_for
@@ -69,13 +70,13 @@ def start(state: DecodeState, generator: Generator, room: int, new: int, slots: 
     """
     attention = generator.attention
     assert isinstance(attention, WaveAttention)
-    wave = build_index(attention, generator, state.cache, room, new)
+    wave = build_index(attention, generator, state.attention_state, room, new)
     if slots:
         shape, tokens = wave.cache.rows.shape, wave.cache.table.slot_of_token.shape[-1]
         cache = init_cache((*shape[:3], slots, *shape[4:]), tokens, wave.cache.rows.dtype)
         wave = dataclasses.replace(wave, cache=cache)
-    rest = dataclasses.replace(state, cache=None)
-    return commit(dataclasses.replace(jax.tree.map(jnp.copy, rest), cache=wave))
+    rest = dataclasses.replace(state, attention_state=None)
+    return commit(dataclasses.replace(jax.tree.map(jnp.copy, rest), attention_state=wave))
 
 
 def measure(
@@ -92,11 +93,11 @@ def measure(
         expected: full attention's logits, `[steps, 1, vocab]`.
         warm_up: steps not counted.
     """
-    slots = state.cache.cache.rows.shape[3]
+    slots = state.attention_state.cache.rows.shape[3]
     counts, logits = [], []
     for tokens in (answer[:warm_up], answer[warm_up:]):
         state, some = generator.force(params, state, tokens)
-        table = state.cache.cache.table
+        table = state.attention_state.cache.table
         counts.append([np.asarray(x).astype(np.int64).sum() for x in (table.hits, table.misses)])
         logits.append(some)
     # A row is a layer's, too: as many as the table has counters.

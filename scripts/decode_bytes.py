@@ -10,7 +10,7 @@ from models.parameters import Params
 from wavejax import DenseAttention, WaveAttention
 from wavejax.attention.dense import DenseState
 from wavejax.attention.wave import WaveState
-from wavejax.engine.staged import StagedState, wave_of
+from wavejax.engine.staged_state import StagedState, wave_of
 
 
 @dataclasses.dataclass(frozen=True)

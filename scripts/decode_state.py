@@ -17,7 +17,8 @@ from wavejax import DenseAttention, Generator, WaveAttention
 from wavejax.attention.dense import DenseState
 from wavejax.engine.generator import DecodeState
 from wavejax.engine.prompts import bucket
-from wavejax.engine.staged import StagedState, hold_rows, wave_of
+from wavejax.engine.staged_state import StagedState, hold_rows, wave_of
+from wavejax.store.shape import CacheShape
 from wavejax.store.steady import SteadyZone
 
 Attention = WaveAttention | DenseAttention
@@ -65,7 +66,7 @@ def fill(
 def _read_prompts(
     generator: Generator, params: Params, batch: int, context: int, new_tokens: int
 ) -> Filled:
-    vocab = generator.model.vocab_size
+    vocab = generator.model_config.vocab_size
     prompts = np.random.default_rng(0).integers(0, vocab, (batch, context)).tolist()
     # Of a batch the first prompt compiles; a single prompt is read twice.
     for _ in range(1 if batch > 1 else 2):
@@ -85,10 +86,10 @@ def _read_prompts(
 def _write_rows(
     generator: Generator, batch: int, context: int, new_tokens: int, dtype: str
 ) -> Filled:
-    model, attention = generator.model, generator.attention
+    model, attention = generator.model_config, generator.attention
     # As large as a real prompt's would be.
     room = bucket(context)
-    cache: Any = attention.init_state(model, batch, room, new_tokens, dtype)
+    cache: Any = attention.init_state(CacheShape.of(model), batch, room, new_tokens, dtype)
     logits = jnp.zeros((batch, model.vocab_size), jnp.float32)
     rest = jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0)
     cache, logits, rest = jax.tree.map(
@@ -160,11 +161,13 @@ def _finish(attention: Attention, cache: Any, sequence: Array, length: Array) ->
 
 def about_to_grow(generator: Generator, state: DecodeState, dtype: str) -> DecodeState:
     """Fills every sequence's window: the next step makes the index grow."""
-    cache = wave_of(state.cache)
-    cache = dataclasses.replace(cache, steady=_fill_window(generator.model, dtype, cache.steady))
-    if isinstance(state.cache, StagedState):
-        cache = dataclasses.replace(state.cache, wave=cache)
-    return dataclasses.replace(state, cache=cache)
+    cache = wave_of(state.attention_state)
+    cache = dataclasses.replace(
+        cache, steady=_fill_window(generator.model_config, dtype, cache.steady)
+    )
+    if isinstance(state.attention_state, StagedState):
+        cache = dataclasses.replace(state.attention_state, wave=cache)
+    return dataclasses.replace(state, attention_state=cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="steady")

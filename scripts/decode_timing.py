@@ -20,7 +20,7 @@ from models.parameters import Params
 from wavejax import Generator, WaveAttention
 from wavejax.engine.generator import DecodeState
 from wavejax.engine.sampling import step_keys
-from wavejax.engine.staged import wave_of
+from wavejax.engine.staged_state import wave_of
 
 WARM_UPS = 2  # The first compiles, the second tells how long that took.
 PROBES = 8  # at most, of strides that might give the hit ratio
@@ -48,7 +48,7 @@ class Decoder:
     def __init__(self, generator: Generator, params: Params, state: DecodeState):
         self.generator, self.params, self.state = generator, params, state
         batch = state.logits.shape[0]
-        vocab = generator.model.vocab_size
+        vocab = generator.model_config.vocab_size
         tokens = jnp.asarray(np.arange(batch) * vocab // batch, jnp.int32)
         self.tokens = jax.device_put(tokens, tokens.sharding)
         self.stride = 0
@@ -70,9 +70,9 @@ class Decoder:
 
     def counted(self, steps: int, calls: int = 1) -> tuple[list[float], Counts]:
         """Seconds of each call, and what the caches counted in all of them."""
-        before = Counts.of(self.state.cache)
+        before = Counts.of(self.state.attention_state)
         seconds = [self.run(steps) for _ in range(calls)]
-        return seconds, Counts.of(self.state.cache).since(before)
+        return seconds, Counts.of(self.state.attention_state).since(before)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
@@ -115,7 +115,7 @@ def _sample(
     """The tokens to feed next, and what was drawn so far."""
     keys = step_keys(jnp.int32(0), step, jnp.arange(logits.shape[0], dtype=jnp.int32))
     sampled = generator.sampler.sample(logits, keys)
-    return (tokens + stride) % generator.model.vocab_size, drawn ^ sampled
+    return (tokens + stride) % generator.model_config.vocab_size, drawn ^ sampled
 
 
 def reach_hit_ratio(decoder: Decoder, wanted: float, steps: int) -> list[tuple[int, float]]:
@@ -128,7 +128,7 @@ def reach_hit_ratio(decoder: Decoder, wanted: float, steps: int) -> list[tuple[i
     """
     tried: list[tuple[int, float]] = []
     # From equal tokens to such as have nothing in common.
-    low, high = 0, max(2, decoder.generator.model.vocab_size // 16)
+    low, high = 0, max(2, decoder.generator.model_config.vocab_size // 16)
     stride = high // 4
     while len(tried) < PROBES and stride not in [one for one, _ in tried]:
         decoder.stride = stride
@@ -164,13 +164,17 @@ def time_decoding(
     wave = isinstance(attention, WaveAttention)
     cached = isinstance(attention, WaveAttention) and attention.has_cache
     tried = reach_hit_ratio(decoder, hit_ratio, steps) if cached else []
-    indexed = Counts.of(decoder.state.cache).indexed
+    indexed = Counts.of(decoder.state.attention_state).indexed
     seconds, counts = decoder.counted(steps, calls)
-    grew = Counts.of(decoder.state.cache).indexed != indexed
+    grew = Counts.of(decoder.state.attention_state).indexed != indexed
     batch = len(decoder.tokens)
     step = statistics.median(seconds) / steps
     moved = bytes_of_step(
-        decoder.params, decoder.generator.attention, decoder.state.cache, counts, steps * calls
+        decoder.params,
+        decoder.generator.attention,
+        decoder.state.attention_state,
+        counts,
+        steps * calls,
     )
     # What is missed in the host's memory is not read from the device's, but written to it.
     on_device = moved["weights"] + moved["attention"] + moved["missed"]
@@ -205,10 +209,10 @@ def time_growth(decoder: Decoder, dtype: str) -> dict[str, float]:
     alone, growing = [], []
     for _ in range(GROWTHS):
         decoder.state = about_to_grow(decoder.generator, decoder.state, dtype)
-        jax.block_until_ready(wave_of(decoder.state.cache))
-        before = Counts.of(decoder.state.cache).indexed
+        jax.block_until_ready(wave_of(decoder.state.attention_state))
+        before = Counts.of(decoder.state.attention_state).indexed
         growing.append(decoder.run(1))
-        assert Counts.of(decoder.state.cache).indexed > before, "the index did not grow"
+        assert Counts.of(decoder.state.attention_state).indexed > before, "the index did not grow"
         alone.append(decoder.run(1))
     every = decoder.generator.attention.config.growth_tokens  # type: ignore[union-attr]
     more = statistics.median(growing) - statistics.median(alone)

@@ -1,5 +1,56 @@
 """wavejax: long-context decoding over a clustered KV cache (RetroInfer, arXiv 2505.02922).
 
+Text to text:
+
+- `load`: a model with its tokenizer, from a path.
+- `LanguageModel`: what `load` returns: `generate`, `stream`, `plan`, `flax`.
+- `Generation`, `Answer`: the answers of a run, with finish reasons and facts.
+- `TextStream`, `TextPiece`: answers piece by piece.
+- `Sampler`: how tokens are drawn.
+
+Tokens and logits:
+
+- `Generator`: reads prompts and generates, for a model, an attention and a sampler.
+- `DecodeState`: a batch of sequences between two steps.
+- `Facts`: what a run retrieved, found cached, and occupies.
+- `Plan`, `make_plan`: where a run's keys and values go, and what it takes of memory.
+
+Attention:
+
+- `WaveAttention`, `DenseAttention`: pure functions of a state, for any decoder.
+- `WaveConfig`: the settings of wave attention.
+- `WaveState`, with its parts `WaveIndex`, `RowStore`, `RowCache` and `SteadyZone`.
+
+Errors: `InputError`, a line that says what was given, what was expected, and what to do.
+
+Examples, of which `examples/` in the repository has longer ones:
+
+    >>> import wavejax
+    >>> model = wavejax.load()  # SmolLM2, or the path of a folder or file
+    >>> result = model.generate("What is a key-value cache?", max_new_tokens=4)
+    >>> len(result.token_ids) <= 4
+    True
+    >>> sampler = wavejax.Sampler(temperature=0.7, top_p=0.9)
+    >>> for piece in model.stream("Tell me more.", max_new_tokens=2, sampler=sampler):
+    ...     _ = piece.text
+    >>> wavejax.Sampler(top_p=2.0)
+    Traceback (most recent call last):
+    models.errors.InputError: top_p is 2.0; it must be above 0 and at most 1
+    >>> wavejax.WaveConfig.paper().cluster_size
+    16
+    >>> small = wavejax.WaveConfig(retrieval_fraction=0.02, min_retrieved_tokens=64)
+    >>> attention = wavejax.WaveAttention(small, store="device")
+    >>> generator = wavejax.Generator(model.config, attention, sampler, model.stop_tokens)
+    >>> state = generator.start(model.params, [[3, 4, 5]], max_new_tokens=4, seed=1)
+    >>> state, tokens = generator.decode_n(model.params, state, 4)
+    >>> tokens.shape  # [steps, batch]
+    (4, 1)
+    >>> generator.facts(state).indexed_tokens
+    0
+    >>> plan = wavejax.make_plan(model.config, small, 1, 1000, 64, "bfloat16")
+    >>> plan.need.rows_on
+    'device'
+
 A public name is imported when it is first asked for: `python -m wavejax.generate` imports this
 package before its own module, and must set up signals before JAX is imported, which takes seconds.
 """
@@ -12,9 +63,16 @@ if TYPE_CHECKING:
     from wavejax.attention.dense import DenseAttention as DenseAttention
     from wavejax.attention.wave import WaveAttention as WaveAttention
     from wavejax.config import WaveConfig as WaveConfig
+    from wavejax.engine.facts import Facts as Facts
     from wavejax.engine.generator import DecodeState as DecodeState
     from wavejax.engine.generator import Generator as Generator
     from wavejax.engine.sampling import Sampler as Sampler
+    from wavejax.engine.text import Answer as Answer
+    from wavejax.engine.text import Generation as Generation
+    from wavejax.engine.text import TextPiece as TextPiece
+    from wavejax.language_model import LanguageModel as LanguageModel
+    from wavejax.language_model import TextStream as TextStream
+    from wavejax.loading import load as load
     from wavejax.planning.plan import Plan as Plan
     from wavejax.planning.plan import make_plan as make_plan
     from wavejax.store.index import WaveIndex as WaveIndex
@@ -24,20 +82,27 @@ if TYPE_CHECKING:
     from wavejax.store.steady import SteadyZone as SteadyZone
 
 _MODULE_OF = {
-    "InputError": "models.errors",
-    "RowCache": "wavejax.store.rows",
-    "RowStore": "wavejax.store.rows",
-    "SteadyZone": "wavejax.store.steady",
-    "WaveConfig": "wavejax.config",
-    "DenseAttention": "wavejax.attention.dense",
-    "DecodeState": "wavejax.engine.generator",
+    "load": "wavejax.loading",
+    "LanguageModel": "wavejax.language_model",
+    "Generation": "wavejax.engine.text",
+    "Answer": "wavejax.engine.text",
+    "TextStream": "wavejax.language_model",
+    "TextPiece": "wavejax.engine.text",
+    "Sampler": "wavejax.engine.sampling",
     "Generator": "wavejax.engine.generator",
-    "WaveIndex": "wavejax.store.index",
+    "DecodeState": "wavejax.engine.generator",
+    "Facts": "wavejax.engine.facts",
     "Plan": "wavejax.planning.plan",
     "make_plan": "wavejax.planning.plan",
-    "Sampler": "wavejax.engine.sampling",
     "WaveAttention": "wavejax.attention.wave",
+    "DenseAttention": "wavejax.attention.dense",
+    "WaveConfig": "wavejax.config",
     "WaveState": "wavejax.store.state",
+    "WaveIndex": "wavejax.store.index",
+    "RowStore": "wavejax.store.rows",
+    "RowCache": "wavejax.store.rows",
+    "SteadyZone": "wavejax.store.steady",
+    "InputError": "models.errors",
 }
 __all__ = list(_MODULE_OF)
 

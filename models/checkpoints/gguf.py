@@ -12,6 +12,7 @@ from models.checkpoints.gguf_header import GgufTensor
 from models.checkpoints.gguf_parts import read_gguf_parts
 from models.checkpoints.tensor_source import TensorSource
 from models.errors import InputError
+from models.families import FAMILIES
 from models.parameters import Path
 
 _NAMES: dict[Path, str] = {
@@ -70,7 +71,7 @@ def open_gguf(path: FilePath) -> TensorSource:
     for name in parts.tensors:
         check_decodable(name)
     permuted = {}
-    if config.architecture == "llama":
+    if FAMILIES[config.architecture].gguf_interleaved:
         permuted = {"attn_q.weight": config.num_heads, "attn_k.weight": config.num_kv_heads}
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:

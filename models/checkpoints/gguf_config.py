@@ -7,18 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoints.gguf_header import END_KINDS, named_tokens, number_of
-from models.config import (
-    ModelConfig,
-    RopeScaling,
-    scaled_context,
-    unknown_architecture,
-    yarn_attention_factor,
-)
+from models.config import ModelConfig, RopeScaling, scaled_context, yarn_attention_factor
 from models.errors import InputError
+from models.families import family_of_gguf, layers_with_rope, unknown_architecture
 from models.parameters import Shape
 
-# llama.cpp has no "mistral": those files say llama.
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _EMBEDDING = "token_embd.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
 # Settings, below the architecture's name, that change what a model computes and that the decoder
@@ -53,7 +46,7 @@ def config_from_gguf(
     shapes: Mapping[str, Shape],
     rope_divisors: Callable[[], tuple[float, ...]] | None = None,
 ) -> ModelConfig:
-    """Reads the metadata of a Llama, Mistral, Qwen2 or Qwen3 model.
+    """Reads the metadata of a model of one of the families.
 
     Args:
       path: the file, for messages.
@@ -70,7 +63,8 @@ def config_from_gguf(
         what = _OTHER_KINDS.get(str(kind), "no model; give a file of type model")
         raise InputError(f"{path} is of type {reprlib.repr(kind)}: {what}")
     architecture = metadata.get("general.architecture", "unnamed")
-    if architecture not in _ARCHITECTURES:
+    family = family_of_gguf(architecture)
+    if family is None:
         raise InputError(f"{path}: {unknown_architecture(str(architecture))}")
     keys = _Keys(path, metadata, architecture)
     if keys.number("expert_count", 0):
@@ -89,25 +83,27 @@ def config_from_gguf(
     max_context = scaled_context(max_context, scaling, str(path))
     window = keys.integer("attention.sliding_window", 0) or None
     ids = named_tokens(path, metadata)
+    num_layers = keys.integer("block_count")
     return ModelConfig(
-        architecture=architecture,
+        architecture=family.name,
         vocab_size=shapes[_EMBEDDING][0],
-        num_layers=keys.integer("block_count"),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         intermediate_size=keys.integer("feed_forward_length"),
         num_heads=num_heads,
         num_kv_heads=keys.integer("attention.head_count_kv", num_heads),
         head_dim=head_dim,
         max_context=min(max_context, window or max_context),
-        rope_theta=keys.number("rope.freq_base", 10000.0),
+        rope_theta=keys.number("rope.freq_base", family.default_theta),
         rope_scaling=scaling,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in shapes,
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         stop_token_ids=tuple(dict.fromkeys(ids[kind] for kind in END_KINDS if kind in ids)),
         bos_token_id=ids.get("bos"),
         sliding_window=window,
+        rope_layers=layers_with_rope(num_layers, family.no_rope_interval),
     )
 
 

@@ -4,19 +4,22 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import (
-    SUPPORTED_ARCHITECTURES,
-    ModelConfig,
-    RopeScaling,
-    scaled_context,
-    unknown_architecture,
-    yarn_attention_factor,
-)
+from models.checkpoints.hf_layers import rope_layers, sliding_window
+from models.checkpoints.hf_numbers import integer_in, number_in
+from models.config import ModelConfig, RopeScaling, scaled_context, yarn_attention_factor
 from models.errors import InputError
-from models.values import is_number, token_ids
+from models.families import (
+    FAMILIES,
+    Family,
+    family_of_hf_class,
+    short_class_name,
+    unknown_architecture,
+)
+from models.values import token_ids
 
 # Settings that change what a model computes and that the decoder has no code for. Any value but
-# those listed (or the key's absence, or null) is refused: ignoring it would give wrong text.
+# those listed (or the key's absence, or null) is refused: ignoring it would give wrong text. Not
+# looked at are a family's own settings.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
@@ -51,6 +54,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "dim_model_base": (),
     "quantization": (),
     "compression_config": (),
+    # transformers adds it to the output projection too, for which the decoder has none.
+    "attention_bias": (False,),
+    "use_qk_norm": (False,),
 }
 _QUANTIZATION = ("quantization_config", "quantization", "compression_config")
 # The same, inside the settings of RoPE.
@@ -58,16 +64,12 @@ _NEUTRAL_ROPE: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "llama_4_scaling_beta": (0,),
 }
-# Here transformers adds the bias to the output projection too, for which the decoder has none.
-_NEUTRAL_BIAS = ("llama", "mistral", "qwen3")
-_DEFAULT_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def config_from_hf(
     config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
 ) -> ModelConfig:
-    """Reads the config.json of a Llama, Mistral, Qwen2 or Qwen3 model.
+    """Reads the config.json of a model of one of the families.
 
     Both spellings of the RoPE settings are read: `rope_theta` with `rope_scaling` (transformers 4)
     and `rope_parameters` (transformers 5). Where a key is absent, transformers' default holds.
@@ -80,63 +82,63 @@ def config_from_hf(
       InputError: unknown architecture, a feature that the decoder lacks, or a value that makes no
         sense.
     """
-    architecture = _architecture(config)
-    _refuse_what_is_not_supported(config, architecture)
-    hidden_size = _integer(config, "hidden_size")
-    num_heads = _integer(config, "num_attention_heads")
-    qwen3_head_dim = 128 if architecture == "qwen3" else None
-    max_positions = _integer(config, "max_position_embeddings", _DEFAULT_CONTEXT[architecture])
-    num_layers = _integer(config, "num_hidden_layers")
-    theta, scaling = _rope(config, max_positions)
+    family = _family(config)
+    _refuse_what_is_not_supported(config, family)
+    hidden_size = integer_in(config, "hidden_size")
+    num_heads = integer_in(config, "num_attention_heads")
+    max_positions = integer_in(config, "max_position_embeddings", family.default_context)
+    num_layers = integer_in(config, "num_hidden_layers")
+    theta, scaling = _rope(config, max_positions, family.default_theta)
     # Qwen's documents add YaRN without changing max_position_embeddings.
     max_context = scaled_context(max_positions, scaling, "config.json")
     max_context = min(max_context, _plain_attention_context(config) or max_context)
-    window = _sliding_window(config, architecture, num_layers)
+    with_rope = rope_layers(config, family, num_layers)
+    window = sliding_window(config, family, num_layers, with_rope)
+    usual_head_dim = family.default_head_dim or hidden_size // max(num_heads, 1)
     return ModelConfig(
-        architecture=architecture,
-        vocab_size=_integer(config, "vocab_size"),
+        architecture=family.name,
+        vocab_size=integer_in(config, "vocab_size"),
         num_layers=num_layers,
         hidden_size=hidden_size,
-        intermediate_size=_integer(config, "intermediate_size"),
+        intermediate_size=integer_in(config, "intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=_integer(config, "num_key_value_heads", num_heads),
-        head_dim=_integer(config, "head_dim", qwen3_head_dim or hidden_size // max(num_heads, 1)),
+        num_kv_heads=integer_in(config, "num_key_value_heads", num_heads),
+        head_dim=integer_in(config, "head_dim", usual_head_dim),
         max_context=min(max_context, window or max_context),
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=_number(config, "rms_norm_eps", 1e-6),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        norm_eps=number_in(config, "rms_norm_eps", 1e-6),
+        tie_embeddings=bool(config.get("tie_word_embeddings", family.ties_embeddings)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         stop_token_ids=_stop_token_ids(config, generation_config or {}),
         bos_token_id=_bos_token_id(config),
         sliding_window=window,
+        rope_layers=with_rope,
     )
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def _family(config: Mapping[str, Any]) -> Family:
     name = config.get("model_type")
-    if not name:
+    if name:
+        family = FAMILIES.get(name) if isinstance(name, str) else None
+    else:
         classes = config.get("architectures") or ["unnamed"]
         if not isinstance(classes, list):
             raise InputError(
                 f"config.json: architectures is {reprlib.repr(classes)}; expected a list of names"
             )
-        name = str(classes[0]).removesuffix("ForCausalLM").lower()
-    if name not in SUPPORTED_ARCHITECTURES:
+        name = short_class_name(str(classes[0]))
+        family = family_of_hf_class(str(classes[0]))
+    if family is None:
         raise InputError(unknown_architecture(str(name)))
-    return str(name)
+    return family
 
 
-def _refuse_what_is_not_supported(config: Mapping[str, Any], architecture: str) -> None:
-    neutral = dict(_NEUTRAL)
-    if architecture in _NEUTRAL_BIAS:
-        neutral["attention_bias"] = (False,)
-    if architecture != "qwen3":  # whose heads are normalised
-        neutral["use_qk_norm"] = (False,)
-    for key, allowed in neutral.items():
+def _refuse_what_is_not_supported(config: Mapping[str, Any], family: Family) -> None:
+    for key, allowed in _NEUTRAL.items():
         value = config.get(key)
-        if value is not None and value not in allowed:
+        if key not in family.own_settings and value is not None and value not in allowed:
             shown = "set" if isinstance(value, dict) else repr(value)
             expected = f"; supported is {allowed[0]!r}" if allowed else ""
             if key in _QUANTIZATION:
@@ -144,7 +146,9 @@ def _refuse_what_is_not_supported(config: Mapping[str, Any], architecture: str) 
             raise InputError(f"config.json: {key} is {shown}, which is not supported{expected}")
 
 
-def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
+def _rope(
+    config: Mapping[str, Any], max_positions: int, default_theta: float
+) -> tuple[float, RopeScaling | None]:
     """RoPE's theta and scaling from either spelling."""
     parameters = config.get("rope_parameters") or {}
     given = config.get("rope_scaling") or parameters
@@ -152,7 +156,7 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
         raise InputError("config.json: RoPE settings that differ by layer type are not supported")
     settings = {key: value for key, value in given.items() if value is not None}
     theta = settings.get("rope_theta", parameters.get("rope_theta", config.get("rope_theta")))
-    theta = 10000.0 if theta is None else _number({"rope_theta": theta}, "rope_theta")
+    theta = default_theta if theta is None else number_in({"rope_theta": theta}, "rope_theta")
     for key, allowed in _NEUTRAL_ROPE.items():
         if settings.get(key, allowed[0]) not in allowed:
             raise InputError(
@@ -163,19 +167,19 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, RopeScaling("linear", factor=_number(settings, "factor"))
+        return theta, RopeScaling("linear", factor=number_in(settings, "factor"))
     original = settings.get(
         "original_max_position_embeddings",
         config.get("original_max_position_embeddings") or max_positions,
     )
-    original = _integer({"original": original}, "original")
+    original = integer_in({"original": original}, "original")
     if kind == "llama3":
         return theta, RopeScaling(
             "llama3",
-            factor=_number(settings, "factor"),
+            factor=number_in(settings, "factor"),
             original_context=original,
-            low_freq_factor=_number(settings, "low_freq_factor"),
-            high_freq_factor=_number(settings, "high_freq_factor"),
+            low_freq_factor=number_in(settings, "low_freq_factor"),
+            high_freq_factor=number_in(settings, "high_freq_factor"),
         )
     if kind == "yarn":
         return theta, _yarn(settings, original, max_positions)
@@ -192,8 +196,8 @@ def _is_flat(settings: Any) -> bool:
 
 
 def _yarn(settings: Mapping[str, Any], original: int, max_positions: int) -> RopeScaling:
-    factor = _number(settings, "factor", max_positions / max(original, 1))
-    mscale, mscale_all_dim = (_number(settings, key, 0.0) for key in ("mscale", "mscale_all_dim"))
+    factor = number_in(settings, "factor", max_positions / max(original, 1))
+    mscale, mscale_all_dim = (number_in(settings, key, 0.0) for key in ("mscale", "mscale_all_dim"))
     attention_factor = yarn_attention_factor(factor)
     if mscale and mscale_all_dim:
         attention_factor = yarn_attention_factor(factor, mscale) / yarn_attention_factor(
@@ -203,36 +207,11 @@ def _yarn(settings: Mapping[str, Any], original: int, max_positions: int) -> Rop
         "yarn",
         factor=factor,
         original_context=original,
-        attention_factor=_number(settings, "attention_factor", attention_factor),
-        beta_fast=_number(settings, "beta_fast", 32.0) or 32.0,
-        beta_slow=_number(settings, "beta_slow", 1.0) or 1.0,
+        attention_factor=number_in(settings, "attention_factor", attention_factor),
+        beta_fast=number_in(settings, "beta_fast", 32.0) or 32.0,
+        beta_slow=number_in(settings, "beta_slow", 1.0) or 1.0,
         truncate=bool(settings.get("truncate", True)),
     )
-
-
-def _sliding_window(config: Mapping[str, Any], architecture: str, num_layers: int) -> int | None:
-    """The window in tokens, or None where no layer slides one."""
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list):
-        raise InputError(
-            f"config.json: layer_types is {reprlib.repr(layer_types)}; expected a list of names"
-        )
-    unknown = sorted({str(kind) for kind in layer_types if kind not in _LAYER_TYPES})
-    if unknown:
-        raise InputError(f"config.json: layer_types {unknown} are not supported")
-    window = config.get("sliding_window", 4096 if architecture == "mistral" else None)
-    if architecture == "mistral":
-        slides = True
-    elif architecture == "llama":
-        slides = "sliding_attention" in layer_types
-    elif not config.get("use_sliding_window", False):
-        slides = False
-    elif layer_types:
-        slides = "sliding_attention" in layer_types
-    else:
-        slides = _integer(config, "max_window_layers", 28) < num_layers
-        window = config.get("sliding_window", 4096)
-    return _integer({"sliding_window": window}, "sliding_window") if slides and window else None
 
 
 def _plain_attention_context(config: Mapping[str, Any]) -> int | None:
@@ -250,8 +229,8 @@ def _plain_attention_context(config: Mapping[str, Any]) -> int | None:
             "object"
         )
     # 8192 is the default of the engines that have this attention.
-    chunk = _integer(settings, "chunk_size", 8192)
-    original = _integer(settings, "original_max_position_embeddings", 0)
+    chunk = integer_in(settings, "chunk_size", 8192)
+    original = integer_in(settings, "original_max_position_embeddings", 0)
     limit = min(chunk, original or chunk)
     if limit < 1:
         raise InputError(f"config.json: dual chunk attention's chunk_size is {chunk}; expected > 0")
@@ -270,20 +249,3 @@ def _stop_token_ids(
 
 def _bos_token_id(config: Mapping[str, Any]) -> int | None:
     return next(iter(token_ids(config.get("bos_token_id"), "config.json: bos_token_id")), None)
-
-
-def _integer(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    number = _number(values, key, None if default is None else float(default))
-    if number != int(number):
-        raise InputError(f"config.json: {key} is {number}; expected a whole number")
-    return int(number)
-
-
-def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = values.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise InputError(f"config.json: {key} is missing")
-    if not is_number(value):
-        raise InputError(f"config.json: {key} is {reprlib.repr(value)}; expected a number")
-    return float(value)

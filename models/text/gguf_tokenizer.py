@@ -12,15 +12,15 @@ from tokenizers.models import BPE
 
 from models.checkpoints.gguf_header import END_KINDS, named_tokens, read_gguf_header
 from models.errors import InputError
+from models.families import family_of_gguf
 from models.text.control_tokens import END_TOKENS, is_special, looks_like_marker
 from models.text.pre_tokenizers import PRE_TOKENIZERS
 from models.text.sentencepiece_bpe import merges_from_scores, sentencepiece_bpe, vocabulary
 from models.values import token_id
 
 SUPPORTED_PRE_TOKENIZERS = tuple(sorted(PRE_TOKENIZERS))
-SUPPORTED_MODELS = ("gpt2", "llama")
+SUPPORTED_MODELS = ("gpt2", "llama")  # kinds of tokenizers, whatever the family of the model
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # what stands for a byte, whether typed so or not
-_LLAMA3_TOKENS = 128256  # by which a file of Llama 3 is known that names no pre-tokenizer
 # What the metadata must be where they are there at all.
 _ARRAYS = ("ggml.tokens", "ggml.token_type", "ggml.scores", "ggml.merges")
 _TEXTS = ("ggml.pre", "chat_template")
@@ -89,11 +89,8 @@ def _check_kinds(path: str | Path, metadata: dict[str, Any]) -> None:
 
 def _unnamed_pre_tokenizer(architecture: Any, num_tokens: int) -> str:
     """The pre-tokenizer of a byte-level file that names none, as old files do."""
-    if architecture in ("qwen2", "qwen3"):
-        return "qwen2"
-    if architecture == "llama" and num_tokens == _LLAMA3_TOKENS:
-        return "llama-bpe"
-    return "default"
+    family = family_of_gguf(architecture)
+    return (family and family.unnamed_pre_tokenizer(num_tokens)) or "default"
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, metadata: dict[str, Any], named: set[int]) -> None:

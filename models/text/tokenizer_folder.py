@@ -9,6 +9,7 @@ from tokenizers import decoders, normalizers
 from tokenizers.models import BPE
 
 from models.errors import InputError
+from models.families import FAMILIES
 from models.paths import refuse_stand_in
 from models.text.added_tokens import (
     add_special,
@@ -24,8 +25,9 @@ from models.text.text_files import one_line, read_json, read_text
 from models.values import token_ids
 
 # vocab.json and merges.txt do not say how texts are cut: the class that wrote them does.
-_CUT_BY_CLASS = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
-_CUT_BY_MODEL = {"qwen2": "qwen2", "qwen3": "qwen2"}
+_CUT_BY_CLASS = {
+    row.tokenizer_class: row.pre_tokenizer for row in FAMILIES.values() if row.tokenizer_class
+} | {"GPT2Tokenizer": "gpt-2"}
 # Files of tokenizers that are not read here, by which a refusal is to be understood.
 _OTHER_FILES = ("vocab.json", "merges.txt", "*.tiktoken", "*.model", "*.vocab", "vocab.txt")
 
@@ -117,7 +119,8 @@ def _read_vocab_and_merges(folder: Path, config: dict[str, Any]) -> tokenizers.T
     given = config.get("tokenizer_class")
     if given is None:
         model_type = read_json(folder / "config.json").get("model_type")
-        name = _CUT_BY_MODEL.get(model_type) if isinstance(model_type, str) else None
+        family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+        name = family.pre_tokenizer if family else None
     else:
         name = _CUT_BY_CLASS.get(str(given).removesuffix("Fast"))
     if name is None or config.get("add_prefix_space"):

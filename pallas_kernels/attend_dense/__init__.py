@@ -1,1 +1,50 @@
-from pallas_kernels.attend_dense.api import attend_dense as attend_dense
+"""The op `attend_dense`. Its meaning is in `reference.py`, its kernels are in `triton.py`."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.attend_dense import reference, triton
+from pallas_kernels.dispatch import Implementation
+
+
+def attend_dense(
+    query: Float[Array, "batch kv_heads group head_dim"],
+    keys: Float[Array, "layers batch kv_heads tokens head_dim"],
+    values: Float[Array, "layers batch kv_heads tokens head_dim"],
+    lengths: Int[Array, " batch"],
+    layer: Int[Array, ""] | int,
+    *,
+    scale: float,
+    implementation: Implementation | None = None,
+) -> tuple[
+    Float[Array, "batch kv_heads group head_dim"],
+    Float[Array, "batch kv_heads group"],
+]:
+    """Full attention of one decode step: every query to all of its sequence's tokens.
+
+    Args:
+        query: one decode step's queries, grouped by the kv head that they share.
+        keys, values: of all layers; what lies past a sequence's length is not attended to and may
+            be anything, NaN included.
+        lengths: int32, how many tokens each sequence attends to, the first ones; none for 0 or
+            less, all for more than there are.
+        layer: which layer of the stacks.
+        scale: multiplies every product; 1/sqrt(head_dim) for most models.
+        implementation: see `pallas_kernels.dispatch.call`.
+
+    Returns:
+        output, logsumexp: float32, the softmax-weighted mean of the values and the log of the sum
+        of exponentials; zeros and about -1e30 for a sequence of length 0. `merge_states` merges
+        them with attention to other tokens.
+    """
+    return dispatch.call(
+        "attend_dense",
+        implementation,
+        {"xla": reference.attend_dense, "triton": triton.attend_dense},
+        query,
+        keys,
+        values,
+        lengths,
+        layer,
+        scale=scale,
+    )

@@ -133,9 +133,10 @@ def centre(keys: Array, counts: Array, multiple: int) -> Array:
     _, tokens, head_dim = keys.shape
     # Padding may hold anything, NaN included.
     sound = (jnp.arange(tokens) < counts[:, None]) & jnp.all(jnp.isfinite(keys), axis=-1)
+    number = jnp.maximum(jnp.sum(sound, axis=1), 1)
     sound = sound[..., None]
     total = jnp.sum(jnp.where(sound, keys.astype(jnp.float32), 0), axis=1, keepdims=True)
-    mean = total / jnp.maximum(jnp.sum(sound, axis=1, keepdims=True), 1)
+    mean = total / number[:, None, None]
     dtype = jnp.float32 if keys.dtype == jnp.float32 else jnp.bfloat16
     x = jnp.where(sound, keys.astype(jnp.float32) - mean, 0).astype(dtype)
     return jnp.pad(x, ((0, 0), (0, -tokens % multiple), (0, launch.tile(head_dim) - head_dim)))

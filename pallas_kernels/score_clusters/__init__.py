@@ -1,2 +1,44 @@
-from pallas_kernels.score_clusters.api import score_clusters as score_clusters
+"""The op `score_clusters`. Its meaning is in `reference.py`, its kernels are in `triton.py`."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.score_clusters import reference, triton
 from pallas_kernels.score_clusters.reference import ClusterScores as ClusterScores
+
+
+def score_clusters(
+    query: Float[Array, "batch kv_heads group head_dim"],
+    centroids: Float[Array, "layers batch kv_heads clusters head_dim"],
+    offsets: Int[Array, "layers batch kv_heads clusters+1"],
+    layer: Int[Array, ""] | int,
+    *,
+    scale: float,
+    rotated: bool = False,
+    implementation: Implementation | None = None,
+) -> ClusterScores:
+    """Scores every cluster's centroid for every query head (RetroInfer, section 4.2).
+
+    Args:
+        query: one decode step's queries, grouped by the kv head that they share.
+        centroids: plain means of the clusters' keys.
+        offsets: cluster j holds the index positions offsets[j] to offsets[j + 1]; clusters not in
+            use have none.
+        layer: which layer of the stacks.
+        scale: multiplies every product; 1/sqrt(head_dim) for most models.
+        rotated: rotate the query too, as `score_tokens` wants it. On a GPU that takes no time of
+            its own: programs of the same kernel do it beside the others.
+        implementation: see `pallas_kernels.dispatch.call`.
+    """
+    return dispatch.call(
+        "score_clusters",
+        implementation,
+        {"xla": reference.score_clusters, "triton": triton.score_clusters},
+        query,
+        centroids,
+        offsets,
+        layer,
+        scale=scale,
+        rotated=rotated,
+    )

@@ -1,3 +1,46 @@
-from pallas_kernels.select_clusters.api import select_clusters as select_clusters
+"""The op `select_clusters`. Its meaning is in `reference.py`, its kernels are in `triton.py`."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.select_clusters import reference, triton
 from pallas_kernels.select_clusters.reference import Candidates as Candidates
 from pallas_kernels.select_clusters.reference import list_candidates as list_candidates
+
+
+def select_clusters(
+    logits: Float[Array, "batch kv_heads group clusters"],
+    logsumexp: Float[Array, "batch kv_heads group"],
+    offsets: Int[Array, "layers batch kv_heads clusters+1"],
+    layer: Int[Array, ""] | int,
+    budget: Int[Array, " batch"],
+    *,
+    max_candidates: int,
+    implementation: Implementation | None = None,
+) -> Candidates:
+    """Selects the clusters of most group mass per token, until they hold `budget` tokens.
+
+    Group mass per token: exp(logit - logsumexp), summed over the query heads that share the kv
+    head. The order is exact, ties to the lower id; the last cluster taken is the one with which
+    the members reach the budget, so the selection holds fewer than budget + the largest cluster's
+    size tokens, and fewer than the budget only if it holds all.
+
+    Args:
+        logits, logsumexp: from `score_clusters`.
+        offsets: as there.
+        layer: which layer of `offsets`.
+        budget: tokens wanted, for each sequence.
+        max_candidates: room for candidates a row, which the ops that read them must have too.
+    """
+    return dispatch.call(
+        "select_clusters",
+        implementation,
+        {"xla": reference.select_clusters, "triton": triton.select_clusters},
+        logits,
+        logsumexp,
+        offsets,
+        layer,
+        budget,
+        max_candidates=max_candidates,
+    )

@@ -13,6 +13,7 @@ from pallas_kernels.attend_dense import triton as attend_dense
 from tests.support.gpu_cases import LAYER, SEED, assert_close, run_twice, shape
 from wavejax import DenseAttention
 from wavejax.attention import causal
+from wavejax.store.shape import CacheShape
 
 pytestmark = pytest.mark.gpu
 
@@ -66,7 +67,7 @@ def test_a_step_copies_no_cache():
     """All layers of a decode step in one program, in place on a donated state."""
     model = ModelConfig("llama", 100, 3, 256, 256, 8, 2, 128, 10_000)
     attention = DenseAttention()
-    state = attention.init_state(model, 2, 4096, 64, jnp.bfloat16)
+    state = attention.init_state(CacheShape.of(model), 2, 4096, 64, jnp.bfloat16)
 
     def step(query, key, value, state):
         for layer in range(model.num_layers):

@@ -22,6 +22,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from wavejax import DecodeState, Generator, WaveAttention, WaveConfig
 from wavejax.engine import compiled
+from wavejax.store.shape import CacheShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow(120)]
 
@@ -131,15 +132,19 @@ def test_the_compiled_step_copies_no_cache_and_asks_nothing_of_the_host(store, m
     params = Decoder(
         LLAMA, lambda layer, q, k, v, state: (q, state), param_dtype=jnp.bfloat16
     ).init(jax.random.key(0), ids, ids, None)
-    cache = generator.attention.init_state(LLAMA, 2, 5000, 300, jnp.bfloat16)
+    cache = generator.attention.init_state(CacheShape.of(LLAMA), 2, 5000, 300, jnp.bfloat16)
     rest = jnp.zeros((2, LLAMA.vocab_size)), jnp.zeros(2, bool), jnp.int32(0), jnp.int32(0)
     state = DecodeState(cache, *rest)
-    program = compiled.decode_n.lower(generator, params, state, jnp.int32(steps), 256).compile()
+    program = compiled.decode_n.lower(
+        generator.engine, params, state, jnp.int32(steps), 256
+    ).compile()
     text = program.as_text()
     for word in ("callback", "outfeed", "infeed", "MoveToHost", "MoveToDevice"):
         assert word not in text, word
     stacks = {
-        tuple(leaf.shape) for leaf in jax.tree.leaves(state.cache) if leaf.size > 2 * 3 * 2 * 64
+        tuple(leaf.shape)
+        for leaf in jax.tree.leaves(state.attention_state)
+        if leaf.size > 2 * 3 * 2 * 64
     }
     layers = {shape[1:] for shape in stacks}
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|copy-start|dynamic-slice|slice)\(", text)
@@ -158,6 +163,6 @@ def test_the_compiled_step_copies_no_cache_and_asks_nothing_of_the_host(store, m
 
     before = pointers(state)
     state, _ = program(params, state, jnp.int32(steps))
-    assert state.cache.index.tokens.tolist() == [CONFIG.growth_tokens] * 2
+    assert state.attention_state.index.tokens.tolist() == [CONFIG.growth_tokens] * 2
     assert pointers(state) == before
-    assert state.cache.store.rows.sharding.memory_kind == memory
+    assert state.attention_state.store.rows.sharding.memory_kind == memory

@@ -15,6 +15,7 @@ from tests.support import tiny_models
 LLAMA = tiny_models.CONFIGS["llama"]
 QWEN2 = tiny_models.CONFIGS["qwen2"]
 MISTRAL = tiny_models.CONFIGS["mistral"]
+ABSENT = "absent"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -119,6 +120,27 @@ def test_what_is_not_supported_is_refused(changes: dict[str, Any], part: str) ->
             },
             256,
         ),
+        # Where the file names no width, it is transformers' own, 4096, whatever names the layers.
+        (
+            QWEN2
+            | {
+                "max_position_embeddings": 9000,
+                "use_sliding_window": True,
+                "max_window_layers": 0,
+                "sliding_window": ABSENT,
+            },
+            4096,
+        ),
+        (
+            QWEN2
+            | {
+                "max_position_embeddings": 9000,
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                "sliding_window": ABSENT,
+            },
+            4096,
+        ),
         # Qwen's own instructions for YaRN leave max_position_embeddings as it was.
         (
             QWEN2
@@ -135,6 +157,7 @@ def test_what_is_not_supported_is_refused(changes: dict[str, Any], part: str) ->
     ],
 )
 def test_max_context(config: dict[str, Any], max_context: int) -> None:
+    config = {key: value for key, value in config.items() if value != ABSENT}
     assert config_from_hf(config).max_context == max_context
 
 

@@ -22,6 +22,9 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# Whose query and key rows llama.cpp's converter reorders, and whose files say another name.
+_INTERLEAVED = {"llama"}
+_SAYS = {"mistral": "llama"}
 
 
 def gguf_name(name: str) -> str:
@@ -59,7 +62,7 @@ def write_gguf(
 
     `splitting` are options of `gguf.GGUFWriter` that make several files of it.
     """
-    architecture = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    architecture = _SAYS.get(config["model_type"], config["model_type"])
     head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     values: dict[str, Any] = {
         f"{architecture}.block_count": config["num_hidden_layers"],
@@ -93,7 +96,7 @@ def write_gguf(
     }
     for name, tensor in tensors.items():
         for suffix, count in heads.items():
-            if architecture == "llama" and name.endswith(suffix):
+            if architecture in _INTERLEAVED and name.endswith(suffix):
                 tensor = interleave_rows(tensor, count)
         if tensor.ndim == 1 or encoding == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(gguf_name(name), tensor)

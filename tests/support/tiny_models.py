@@ -116,6 +116,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+FAMILIES = [name for name, config in CONFIGS.items() if config["model_type"] == name]
+"""One model of each family: the one that has its name."""
+
 
 def make_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 tensors under Hugging Face's names for the model that `config` describes."""

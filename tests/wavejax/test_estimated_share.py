@@ -12,6 +12,7 @@ from pallas_kernels.select_tokens.reference import empty_table
 from wavejax import WaveConfig
 from wavejax.attention.retrieval import to_estimate
 from wavejax.store.index import init_index
+from wavejax.store.shape import CacheShape
 
 CLUSTERS, SIZE = 20, 10  # 200 tokens; the nearest cluster comes first
 
@@ -21,7 +22,7 @@ def estimated(fraction, retrieved=0.1):
     config = WaveConfig(
         retrieval_fraction=retrieved, min_retrieved_tokens=0, estimation_fraction=fraction
     )
-    wave = init_index(config, 1, 1, 1, 32, CLUSTERS, CLUSTERS * SIZE, jnp.float32)
+    wave = init_index(config, CacheShape(1, 1, 32), 1, CLUSTERS, CLUSTERS * SIZE, 0, jnp.float32)
     offsets = SIZE * jnp.arange(CLUSTERS + 1, dtype=jnp.int32)
     wave = dataclasses.replace(
         wave, offsets=offsets[None, None, None], tokens=jnp.full(1, CLUSTERS * SIZE, jnp.int32)

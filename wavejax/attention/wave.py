@@ -1,37 +1,44 @@
 """Wave attention: a decode step's tripartite attention over the index and the buffer."""
 
 import dataclasses
-import math
 from typing import get_args
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
-from models.config import ModelConfig
 from models.errors import InputError
 from pallas_kernels.attend_zones import ZoneStates
 from pallas_kernels.score_clusters import ClusterScores
 from pallas_kernels.select_tokens import Retrieved
 from wavejax.attention import retrieval
-from wavejax.attention.causal import causal_attention
+from wavejax.attention.protocol import (
+    Attention,
+    Counts,
+    Layer,
+    PromptTokenKV,
+    StepKV,
+    StepQuery,
+    scale_of,
+)
 from wavejax.config import WaveConfig
 from wavejax.store import index
 from wavejax.store import rows as row_store
 from wavejax.store import steady as steady_zone
 from wavejax.store.growth import grow
 from wavejax.store.rows import Fetch, RowCache, RowStore, StoreKind
+from wavejax.store.shape import CacheShape
 from wavejax.store.state import Selection, WaveState
 
 
 @dataclasses.dataclass(frozen=True)
-class WaveAttention:
+class WaveAttention(Attention[WaveState]):
     """Wave attention, for `Generator` or for a decoder of your own.
 
-    Prefer it to `DenseAttention` where the context is long. Its methods are pure functions of the
-    state that `init_state` makes; a state is meant to be donated and used once.
+    Prefer it to `DenseAttention` where the context is long.
 
     Attributes:
         config: the settings.
@@ -60,27 +67,29 @@ class WaveAttention:
                 raise InputError(f"{name} is {value!r}; it must be one of {known}")
 
     @property
+    def state_type(self) -> type[WaveState]:
+        return WaveState
+
+    @property
+    def has_index(self) -> bool:
+        return True
+
+    @property
+    def cache_fraction(self) -> float:
+        return self.config.cache_fraction
+
+    @property
     def has_cache(self) -> bool:
-        """Whether there is a row cache."""
         return self.cached or self.store == "host"
 
     @property
     def staged(self) -> bool:
-        """Whether rows are fetched by `wavejax.engine.staged`; may start JAX's device."""
+        """Whether KV rows are fetched by `wavejax.engine.staged`; may start JAX's device."""
         return self.store == "host" and (self.fetch or row_store.best_fetch()) == "staged"
 
     def init_state(
-        self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+        self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> WaveState:
-        """An empty state. Staged rows are not in it: its store has no room.
-
-        Args:
-            model: gives the numbers of layers and heads.
-            batch: sequences.
-            prompt_tokens: room for prompts of so many tokens, padding included.
-            new_tokens: room for so many more.
-            dtype: of rows, centroids, mean values and scales.
-        """
         config = self.config
         segments = index.segment_sizes(config, config.indexed_tokens(prompt_tokens))
         # What is generated fills the window's free room first; a prompt that is short of its
@@ -89,87 +98,55 @@ class WaveAttention:
         tokens = max(1, sum(segments) + growths * config.growth_tokens)
         clusters = index.cluster_capacity(config, segments, growths)
         slots = config.cache_slots(tokens) if self.has_cache else 0
-        layers, kv_heads, head_dim = model.num_layers, model.num_kv_heads, model.head_dim
-        row = (layers, batch, kv_heads)
+        stack, row = shape.stack(batch), (2, shape.head_dim)
         # Staged rows are not the state's, and an empty store in pinned memory is still one.
         kept = 0 if self.staged else tokens
         store: StoreKind = "device" if self.staged else self.store
         return WaveState(
-            index=index.init_index(
-                config, layers, batch, kv_heads, head_dim, clusters, tokens, growths, dtype
-            ),
-            store=row_store.init_store((*row, kept, 2, head_dim), dtype, store),
-            cache=row_store.init_cache((*row, slots, 2, head_dim), tokens, dtype),
-            steady=steady_zone.init_steady(
-                row, config.sink_tokens, config.window_tokens, head_dim, dtype
-            ),
+            index=index.init_index(config, shape, batch, clusters, tokens, growths, dtype),
+            store=row_store.init_store((*stack, kept, *row), dtype, store),
+            cache=row_store.init_cache((*stack, slots, *row), tokens, dtype),
+            steady=steady_zone.init_steady(config, shape, batch, dtype),
             step=jnp.int32(0),
             attended=jnp.zeros(batch, jnp.float32),
         )
 
     def lengths(self, state: WaveState) -> Int[Array, " batch"]:
-        """Tokens that each sequence holds; the next one's position."""
         steady = state.steady
         return steady.sink_tokens + state.index.tokens + steady.window_tokens
 
-    def is_full(self, state: WaveState) -> Bool[Array, " batch"]:
-        """Sequences that have no room for another token: neither in the window nor to grow."""
-        return self._window_is_full(state) & ~self._has_room(state)
-
     def remaining(self, state: WaveState) -> Int[Array, " batch"]:
-        """How many tokens more each sequence has room for."""
         growth = self.config.growth_tokens * self._growths_left(state)
         return self.config.window_tokens - state.steady.window_tokens + growth
 
+    def counts(self, state: WaveState) -> Counts:
+        table = state.cache.table
+        hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
+        layers, _, kv_heads = state.store.rows.shape[:3]
+        attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
+        indexed = int(np.asarray(state.index.tokens, np.int64).sum())
+        has_slots = table.token_of_slot.shape[-1] > 0
+        return Counts(hits + misses, hits if has_slots else None, attended, indexed)
+
     def due(self, state: WaveState) -> Bool[Array, " batch"]:
-        """Sequences whose index the next `grow` grows."""
-        return self._window_is_full(state) & self._has_room(state)
-
-    def _window_is_full(self, state: WaveState) -> Bool[Array, " batch"]:
-        return state.steady.window_tokens >= self.config.window_tokens
-
-    def _has_room(self, state: WaveState) -> Bool[Array, " batch"]:
-        return self._growths_left(state) > 0
+        """Say which sequences' indexes the next `grow` grows."""
+        window_is_full = state.steady.window_tokens >= self.config.window_tokens
+        return window_is_full & (self._growths_left(state) > 0)
 
     def _growths_left(self, state: WaveState) -> Int[Array, " batch"]:
         grown = state.index.tokens - state.index.prompt_tokens
         return state.index.growths - grown // self.config.growth_tokens
 
-    def prefill(
-        self,
-        layer: Int[Array, ""],
-        query: Float[Array, "1 tokens heads head_dim"],
-        key: Float[Array, "1 tokens kv_heads head_dim"],
-        value: Float[Array, "1 tokens kv_heads head_dim"],
-        state: WaveState,
-        *,
-        sequence: Int[Array, ""],
-        length: Int[Array, ""],
-    ) -> tuple[Float[Array, "1 tokens heads head_dim"], WaveState]:
-        """Attends densely to a prompt and writes its cache, in one layer.
-
-        Args:
-            layer: which layer.
-            query, key, value: the prompt's, after RoPE, padded past `length`.
-            state: `finish_prefill` must follow the last layer.
-            sequence: whose cache to write.
-            length: the prompt's tokens.
-        """
-        output = causal_attention(query[0], key[0], value[0], scale=scale_of(query))[None]
-        state = self.write_prompt(layer, key[0], value[0], state, sequence=sequence, length=length)
-        return output, state
-
     def write_prompt(
         self,
-        layer: Int[Array, ""],
-        key: Float[Array, "tokens kv_heads head_dim"],
-        value: Float[Array, "tokens kv_heads head_dim"],
+        layer: Layer,
+        key: PromptTokenKV,
+        value: PromptTokenKV,
         state: WaveState,
         *,
         sequence: Int[Array, ""],
         length: Int[Array, ""],
     ) -> WaveState:
-        """Writes a prompt's cache in one layer: index, rows and steady zone; see `prefill`."""
         where = {"sequence": sequence, "length": length}
         kept, state = self.index_prompt(layer, key, value, state, **where)
         if not kept.shape[1]:
@@ -179,9 +156,9 @@ class WaveAttention:
 
     def index_prompt(
         self,
-        layer: Int[Array, ""],
-        key: Float[Array, "tokens kv_heads head_dim"],
-        value: Float[Array, "tokens kv_heads head_dim"],
+        layer: Layer,
+        key: PromptTokenKV,
+        value: PromptTokenKV,
         state: WaveState,
         *,
         sequence: Int[Array, ""],
@@ -202,7 +179,6 @@ class WaveAttention:
     def finish_prefill(
         self, state: WaveState, sequence: Int[Array, ""], length: Int[Array, ""]
     ) -> WaveState:
-        """Sets a sequence's lengths after all layers have been prefilled; empties its slots."""
         indexed = self._indexed(length)
         sinks = jnp.minimum(length, self.config.sink_tokens)
         steady, old = state.steady, state.index
@@ -223,27 +199,15 @@ class WaveAttention:
         )
 
     def decode(
-        self,
-        layer: Int[Array, ""],
-        query: Float[Array, "batch 1 heads head_dim"],
-        key: Float[Array, "batch 1 kv_heads head_dim"],
-        value: Float[Array, "batch 1 kv_heads head_dim"],
-        state: WaveState,
-    ) -> tuple[Float[Array, "batch 1 heads head_dim"], WaveState]:
-        """One decode step of every sequence, in one layer; `grow` comes before the first one and
-        `advance` after the last one."""
+        self, layer: Layer, query: StepQuery, key: StepKV, value: StepKV, state: WaveState
+    ) -> tuple[StepQuery, WaveState]:
         selection, state = self.select(layer, query, key, value, state)
         zones, state = self.attend(layer, selection, state)
         output, _ = ops.merge_states(zones.outputs, zones.logsumexps, dtype=query.dtype)
         return output.reshape(query.shape), state
 
     def select(
-        self,
-        layer: Int[Array, ""],
-        query: Float[Array, "batch 1 heads head_dim"],
-        key: Float[Array, "batch 1 kv_heads head_dim"],
-        value: Float[Array, "batch 1 kv_heads head_dim"],
-        state: WaveState,
+        self, layer: Layer, query: StepQuery, key: StepKV, value: StepKV, state: WaveState
     ) -> tuple[Selection, WaveState]:
         """The first half of `decode`: takes the new row in, and says what to attend to."""
         batch, _, heads, head_dim = query.shape
@@ -263,7 +227,7 @@ class WaveAttention:
 
     def retrieve(
         self,
-        layer: Int[Array, ""],
+        layer: Layer,
         query: Float[Array, "batch kv_heads group head_dim"],
         scores: ClusterScores,
         state: WaveState,
@@ -275,7 +239,7 @@ class WaveAttention:
         return retrieval.retrieve(self.config, query, scores, state.index, *at, scale=scale)
 
     def attend(
-        self, layer: Int[Array, ""], selection: Selection, state: WaveState
+        self, layer: Layer, selection: Selection, state: WaveState
     ) -> tuple[ZoneStates, WaveState]:
         """The second half of `decode`, up to the merging: reads rows and admits the missed ones."""
         # A full sequence's window has no room for the step's own row.
@@ -302,11 +266,6 @@ class WaveAttention:
         return zones, dataclasses.replace(state, cache=cache)
 
     def advance(self, state: WaveState, active: Bool[Array, " batch"]) -> WaveState:
-        """Counts the step's tokens in.
-
-        Args:
-            active: bool; a sequence that is not keeps its length, and its token is forgotten.
-        """
         steady = state.steady
         # A sequence that is not active has retrieved rows too, which the cache has counted.
         attended = state.attended + self.lengths(state) + 1
@@ -330,8 +289,3 @@ class WaveAttention:
         """`WaveConfig.indexed_tokens` of a length known only when the program runs."""
         rest = length - self.config.sink_tokens
         return jnp.where(rest < self.config.window_tokens, 0, rest - self.config.local_tokens)
-
-
-def scale_of(query: Array) -> float:
-    """What multiplies every product of query and key."""
-    return 1.0 / math.sqrt(query.shape[-1])

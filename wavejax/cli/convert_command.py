@@ -14,7 +14,7 @@ from models.errors import InputError
 from models.paths import stat_of
 from models.text.tokenizer import load_tokenizer
 from wavejax.cli.guard import main_guard
-from wavejax.cli.model_sampling import FILE as GENERATION_CONFIG
+from wavejax.engine.model_sampling import FILE as GENERATION_CONFIG
 from wavejax.planning.memory import host_available
 
 

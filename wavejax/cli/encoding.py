@@ -1,17 +1,12 @@
-"""Prompts and conversations as token ids, and whether the model can take them."""
+"""The prompts and conversations of the command line as token ids."""
 
 from collections.abc import Sequence
 
-from models.checkpoints.open import Checkpoint
 from models.errors import InputError
-from models.rope_option import suggest_rope_scaling
 from models.text.tokenizer import Tokenizer
-from wavejax.cli.prompts import (
-    parse_template_args,
-    read_conversations,
-    read_prompts,
-    with_system,
-)
+from wavejax.cli.flags import errors_in_flags
+from wavejax.cli.prompts import parse_template_args, read_conversations, read_prompts
+from wavejax.engine.prompt_text import Prompt, encode_prompt, refuse_raw
 
 
 def encode_prompts(
@@ -39,58 +34,26 @@ def encode_prompts(
     """
     if message_files and (prompts or prompt_files):
         raise InputError("give --messages or a prompt, not both: the messages end with the prompt")
-    for_chat = {"--messages": message_files, "--system": system, "--template-arg": template_args}
-    given = [flag for flag, value in for_chat.items() if value or value == ""]
-    if given and chat is False:
-        raise InputError(f"{given[0]} is for chat, and --raw leaves all of that out: drop one")
-    values = parse_template_args(template_args)
-    if message_files:
-        conversations = read_conversations(message_files)
-    else:
-        texts = read_prompts(prompts, prompt_files)
-        if chat is None:
-            chat = tokenizer.chat_template is not None or bool(given)
-        if not chat:
-            ids = [
-                tokenizer.encode(text, add_special=True, control_tokens=control_tokens)
-                for text in texts
-            ]
-            return ids, True
-        conversations = [[{"role": "user", "content": text}] for text in texts]
-    ids = [
-        tokenizer.encode_chat(
-            with_system(conversation, system), template_args=values, control_tokens=control_tokens
+    raw = None if chat is None else not chat
+    with errors_in_flags():
+        # Before files are read.
+        refuse_raw(
+            raw, {"messages": message_files, "system": system, "template_args": template_args}
         )
-        for conversation in conversations
-    ]
-    return ids, False
-
-
-def check_lengths(
-    checkpoint: Checkpoint, ids: list[list[int]], new_tokens: int, max_context: int | None
-) -> None:
-    """Raises InputError for a prompt of no tokens, of unknown ones, or too long for the model."""
-    config = checkpoint.config
-    context = max_context or config.max_context
-    for number, prompt in enumerate(ids, 1):
-        if not prompt:
-            raise InputError(f"prompt {number} is empty: the model has no tokens for its text")
-        if max(prompt) >= config.vocab_size:
-            raise InputError(
-                f"the tokenizer does not fit the model: token {max(prompt)} of prompt {number} is "
-                f"not among its {config.vocab_size}"
+    values = parse_template_args(template_args)
+    given: Sequence[Prompt] = (
+        read_conversations(message_files) if message_files else read_prompts(prompts, prompt_files)
+    )
+    with errors_in_flags():
+        encoded = [
+            encode_prompt(
+                tokenizer,
+                prompt,
+                raw=raw,
+                system=system,
+                template_args=values,
+                control_tokens=control_tokens,
             )
-        needed = len(prompt) + new_tokens
-        if needed > context:
-            if max_context:
-                whose, way_out = "--max-context", f"give --max-context {needed}"
-            else:
-                whose, scaling = "the model's context", suggest_rope_scaling(config, needed)
-                way_out = None
-                if scaling is not None:
-                    way_out = f"stretch it with --rope-scaling {scaling}, if its authors advise it"
-            ways = ["shorten the prompt", "lower --max-new-tokens", *([way_out] if way_out else [])]
-            raise InputError(
-                f"prompt {number} has {len(prompt)} tokens, {needed} with {new_tokens} new ones; "
-                f"{whose} is {context} tokens: {', '.join(ways[:-1])} or {ways[-1]}"
-            )
+            for prompt in given
+        ]
+    return [prompt.ids for prompt in encoded], encoded[0].raw

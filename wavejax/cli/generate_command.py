@@ -3,32 +3,31 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from models.checkpoints.open import Checkpoint, find_default_model, open_checkpoint
 from models.errors import InputError
-from models.rope_option import with_rope_scaling
-from models.text.stop_strings import StopStrings
-from models.text.tokenizer import Tokenizer, load_tokenizer
-from models.unstacked import unstack_layers
 from wavejax.attention.dense import DenseAttention
 from wavejax.cli.compilation import keep_compiled_programs
-from wavejax.cli.encoding import check_lengths, encode_prompts
+from wavejax.cli.encoding import encode_prompts
+from wavejax.cli.flags import errors_in_flags
 from wavejax.cli.generate_options import generate_options
 from wavejax.cli.guard import main_guard
 from wavejax.cli.interrupts import Terminated
 from wavejax.cli.model_sampling import model_sampling, sampling_text
 from wavejax.cli.options import GroupedCommand, fields_of
-from wavejax.cli.planning import check_context, check_placement, plan_run, print_plan, unstacks
+from wavejax.cli.planning import check_context, print_plan
 from wavejax.cli.progress import progress_bar
-from wavejax.cli.run import Answer, Run
+from wavejax.cli.run import Run
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import Generator
+from wavejax.engine.prompt_text import EncodedPrompt, check_lengths
 from wavejax.engine.sampling import Sampler
+from wavejax.engine.text import TextRun
+from wavejax.language_model import check_samples
+from wavejax.loading import check_placement, open_model
 from wavejax.planning.plan import FetchChoice, StoreChoice
 
 
@@ -68,30 +67,34 @@ def command(
     # All that can be wrong with the input is found before the weights are read.
     sampler, config = fields_of(Sampler, settings), fields_of(WaveConfig, settings)
     wave_or_full = config if attention == "wave" else DenseAttention()
-    check_placement(attention, store, fetch)
+    with errors_in_flags():
+        check_placement(wave_or_full, store, fetch)
     if "" in stops:
         raise InputError("--stop is empty, which every text holds: give the text to stop before")
     given = [*prompts, *prompt_files, *message_files]
     of_context = context is not None or batch is not None
     if of_context:
         check_context(only_plan, context, given)
-    path = model if model is not None else find_default_model()
-    checkpoint = _open(path, rope_scaling)
+    opened = open_model(
+        model,
+        dtype=dtype,
+        attention=wave_or_full,
+        store=store,
+        fetch=fetch,
+        rope_scaling=rope_scaling,
+    )
+    checkpoint = opened.checkpoint
     stated = None
     if sampling == "model":
         stated = _not_given(model_sampling(checkpoint.path))
         sampler = dataclasses.replace(sampler, **stated)
-    if samples > 1 and sampler.greedy:
-        raise InputError(
-            f"--samples {samples} without sampling would be {samples} times the same answer: give "
-            "a --temperature above 0, or --sampling model"
-        )
+    with errors_in_flags():
+        check_samples(samples, sampler)
     ids: list[list[int]] = []
     raw = False
     if not of_context:
-        tokenizer = load_tokenizer(checkpoint.path)
         ids, raw = encode_prompts(
-            tokenizer,
+            opened.tokenizer,
             prompts,
             prompt_files,
             message_files,
@@ -100,10 +103,11 @@ def command(
             template_args=template_args,
             control_tokens=allow_control_tokens,
         )
-        check_lengths(checkpoint, ids, max_new_tokens, max_context)
+        with errors_in_flags():
+            check_lengths(checkpoint.config, ids, max_new_tokens, max_context)
     lengths = [*map(len, ids)] or [context or 1] * (batch or 1)
     lengths = [length for length in lengths for _ in range(samples)]
-    plan = plan_run(checkpoint, wave_or_full, lengths, max_new_tokens, dtype, store, fetch)
+    plan = opened.plan(lengths, max_new_tokens)
     if only_plan:
         print_plan(plan, checkpoint, as_json)
         return
@@ -111,40 +115,25 @@ def command(
     if plan.shrunk is not None:
         print(f"note: store: {plan.need.rows_on}: {plan.reason}", file=sys.stderr)
     keep_compiled_programs()
-    generator = Generator(
-        checkpoint.config,
-        plan.attention,
-        sampler,
-        tuple(sorted(tokenizer.stop_ids | set(checkpoint.config.stop_token_ids))),
-    )
+    generator = Generator(checkpoint.config, plan.attention, sampler, opened.stop_tokens)
 
     shown = sys.stderr.isatty() if progress is None else progress
-    answers = _answers(tokenizer, ids, samples, stops, raw=raw)
-    run = Run(generator, answers, plan.dtype, quiet=as_json)
+    encoded = [EncodedPrompt(prompt, raw) for prompt in ids]
+    text = TextRun(generator, opened.tokenizer, encoded, samples, stops)
+    run = Run(text, plan.dtype, quiet=as_json)
     try:
         with progress_bar("loading the model", shown) as report:
-            params = checkpoint.load_params(plan.dtype, report)
-        if unstacks(generator, plan):
-            params = unstack_layers(params)
+            params = opened.load(plan=plan, progress=report).params
         run.generate(params, max_new_tokens, seed, shown)
     except (KeyboardInterrupt, Terminated) as error:
         run.interrupt(error.signal.name if isinstance(error, Terminated) else "SIGINT")
         raise
     finally:
-        if as_json and (run.interrupted or run.facts):
+        if as_json and (run.interrupted or run.result.facts):
             facts = {"model": str(checkpoint.path), "attention": attention, "seed": seed}
             facts["sampler"] = dataclasses.asdict(sampler)
             print(json.dumps(run.as_json(**facts), ensure_ascii=False), flush=True)
     print(run.facts_line(sampling_text(stated) if stated else None), file=sys.stderr)
-
-
-def _open(path: Any, rope_scaling: str | None) -> Checkpoint:
-    checkpoint = open_checkpoint(path)
-    if rope_scaling is None:
-        return checkpoint
-    return dataclasses.replace(
-        checkpoint, config=with_rope_scaling(checkpoint.config, rope_scaling)
-    )
 
 
 def _not_given(values: dict[str, Any]) -> dict[str, Any]:
@@ -155,29 +144,6 @@ def _not_given(values: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if source(name) in (ParameterSource.DEFAULT, None)
     }
-
-
-def _answers(
-    tokenizer: Tokenizer,
-    ids: Sequence[list[int]],
-    samples: int,
-    stops: Sequence[str],
-    *,
-    raw: bool,
-) -> list[Answer]:
-    """One answer to come for each prompt and sample."""
-    return [
-        Answer(
-            number,
-            sample,
-            prompt,
-            # A text is continued; a message is answered, by a text that begins anew.
-            tokenizer.stream(prompt if raw else ()),
-            StopStrings(stops),
-        )
-        for number, prompt in enumerate(ids, 1)
-        for sample in range(1, samples + 1)
-    ]
 
 
 main = main_guard(

@@ -39,17 +39,6 @@ def read_conversations(files: Sequence[str]) -> list[list[Message]]:
     ]
 
 
-def with_system(conversation: list[Message], system: str | None) -> list[Message]:
-    """The conversation, opened by a system message; raises InputError if it has one already."""
-    if system is None:
-        return conversation
-    if conversation[0]["role"] == "system":
-        raise InputError(
-            "--system is given, and the messages begin with a system message: leave one out"
-        )
-    return [{"role": "system", "content": system}, *conversation]
-
-
 def parse_template_args(pairs: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` each; a value that is JSON as what it stands for. Raises InputError."""
     values: dict[str, Any] = {}

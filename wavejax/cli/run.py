@@ -1,190 +1,95 @@
 """One run of a generator for a person at a terminal: prints the answers, then the facts."""
 
 import dataclasses
-import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from models.errors import InputError
-from models.text.stop_strings import StopStrings
-from models.text.tokenizer import TextStream
+from models.parameters import Params
 from wavejax.cli.compilation import compilation_notices
 from wavejax.cli.progress import bytes_text, progress_bar
-from wavejax.engine.facts import Facts
-from wavejax.engine.generator import NO_TOKEN, Generator
-
-
-@dataclasses.dataclass
-class Answer:
-    """One sequence's answer, as far as it has come.
-
-    Attributes:
-        prompt: the number of its prompt, from 1.
-        sample: the number of its sample of that prompt, from 1.
-        prompt_ids: the prompt's tokens.
-        stream: turns tokens into text.
-        stops: finds the texts that end it.
-        text, tokens: what has come.
-        reason: why it ended: "stop" after a stop token or text, "length", "interrupted", or
-            "not finite"; None while it has not.
-    """
-
-    prompt: int
-    sample: int
-    prompt_ids: list[int]
-    stream: TextStream
-    stops: StopStrings
-    text: str = ""
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    reason: str | None = None
-
-    def take(self, token: int, stop_tokens: Sequence[int]) -> str:
-        """Counts in a token; the text to show for it."""
-        self.tokens.append(token)
-        if token in stop_tokens:
-            return self.end("stop")
-        piece, found = self.stops.push(self.stream.push(token))
-        self.text += piece
-        if found:
-            self.reason = "stop"
-        return piece
-
-    def end(self, reason: str) -> str:
-        """Ends the answer, if it has not; the text that was held back."""
-        if self.reason is not None:
-            return ""
-        self.reason = reason
-        piece, found = self.stops.push(self.stream.flush())
-        if not found:
-            piece += self.stops.flush()
-        self.text += piece
-        return piece
-
-    def as_json(self) -> dict[str, Any]:
-        """What --json prints of it."""
-        return {
-            "prompt": self.prompt,
-            "sample": self.sample,
-            "prompt_tokens": len(self.prompt_ids),
-            "text": self.text,
-            "token_ids": self.tokens,
-            "finish_reason": self.reason,
-        }
+from wavejax.engine.text import Answer, Generation, TextPiece, TextRun
 
 
 class Run:
-    """One generation: its answers while they come, and what it took.
+    """One generation, printed while it comes.
 
     Args:
-        generator: what generates.
-        answers: one for each sequence, empty; the samples of a prompt side by side.
+        run: the run, not started.
         dtype: of weights and caches.
         quiet: print no text.
     """
 
-    def __init__(self, generator: Generator, answers: list[Answer], dtype: str, quiet: bool):
-        self.generator, self.answers, self.dtype, self.quiet = generator, answers, dtype, quiet
+    def __init__(self, run: TextRun, dtype: str, quiet: bool):
+        self.run, self.dtype, self.quiet = run, dtype, quiet
         self.printed = 0  # answers of a batch printed so far
         self.interrupted: str | None = None  # by what signal
-        self.first_token_seconds: float | None = None
-        self.tokens_per_second: float | None = None
-        self.facts: Facts | None = None
 
-    def generate(self, params: Any, new_tokens: int, seed: int, shown: bool) -> None:
+    @property
+    def result(self) -> Generation:
+        """The answers as far as they have come, and what they took."""
+        return self.run.result()
+
+    def generate(self, params: Params, new_tokens: int, seed: int, shown: bool) -> None:
         """Reads the prompts and generates, printing one prompt's text as it comes.
 
         Raises:
             InputError: the model's logits were not finite; what came before has been printed.
         """
-        started = time.perf_counter()
         with compilation_notices("reads the prompt") as notices:
             with progress_bar("reading the prompt, building the index", shown) as report:
-                ids = [answer.prompt_ids for answer in self.answers]
-                state = self.generator.start(
-                    params, ids, new_tokens, seed, progress=report if shown else None
-                )
+                self.run.start(params, new_tokens, seed, report if shown else None)
             notices.enter("generates")
-            first = ended = None
-            for newest, steps in self.generator.stream(params, state, new_tokens):
-                state = newest
-                ended = time.perf_counter()
-                if first is None:
-                    first = ended
-                    self.first_token_seconds = first - started
-                for tokens in steps:
-                    self._take(tokens)
-                self._count_speed(ended - first)
-                self._print_finished()
-                if all(answer.reason for answer in self.answers):
-                    break
-        broken = np.flatnonzero(np.asarray(state.nonfinite)).tolist()
-        for index in broken:
-            # A text that ended it came before.
-            self._show(self.answers[index].end("not finite"))
-        self._end("length")
-        self.facts = self.generator.facts(state)
-        broken = [index for index in broken if self.answers[index].reason == "not finite"]
+            for piece in self.run.pieces(params, new_tokens):
+                self._show(piece)
+        broken = [a for a in self.run.answers if a.finish_reason == "not finite"]
         if broken:
             raise InputError(self._not_finite(broken[0]))
 
     def interrupt(self, signal_name: str) -> None:
         """Ends all answers where they are, and prints what there is of them."""
         self.interrupted = signal_name
-        self._end("interrupted")
-
-    def _count_speed(self, seconds: float) -> None:
-        later = sum(max(0, len(answer.tokens) - 1) for answer in self.answers)
-        if later:
-            self.tokens_per_second = later / seconds
-
-    def _take(self, tokens: np.ndarray) -> None:
-        """Counts in one step's tokens, `[batch]`."""
-        for answer, token in zip(self.answers, tokens.tolist(), strict=True):
-            if token != NO_TOKEN and answer.reason is None:
-                self._show(answer.take(token, self.generator.stop_tokens))
-
-    def _show(self, piece: str) -> None:
-        if piece and len(self.answers) == 1 and not self.quiet:
-            print(piece, end="", flush=True)
-
-    def _end(self, reason: str) -> None:
-        for answer in self.answers:
-            self._show(answer.end(reason))
+        for piece in self.run.end("interrupted"):
+            self._show(piece)
         self._print_finished()
+
+    def _show(self, piece: TextPiece) -> None:
+        if piece.text and self.run.batch == 1 and not self.quiet:
+            print(piece.text, end="", flush=True)
+        if piece.finish_reason is not None:
+            self._print_finished()
 
     def _print_finished(self) -> None:
         """Prints a batch's answers, in order, as soon as each and those before it are complete."""
-        batch = len(self.answers)
-        while not self.quiet and self.printed < batch and self.answers[self.printed].reason:
-            answer = self.answers[self.printed]
+        answers = self.run.answers
+        batch = len(answers)
+        while not self.quiet and self.printed < batch and answers[self.printed].finish_reason:
+            answer = answers[self.printed]
             if batch > 1:
                 print(
                     f"=== {self._name(answer)} ===", answer.text, sep="\n", end="\n\n", flush=True
                 )
-            elif answer.text or answer.reason in ("stop", "length"):
+            elif answer.text or answer.finish_reason in ("stop", "stop_string", "length"):
                 print(flush=True)
             self.printed += 1
 
     def _name(self, answer: Answer) -> str:
         """Which one it is: "prompt 2 of 3, sample 1 of 4", of what there is more than one."""
-        last = self.answers[-1]
+        last = self.run.answers[-1]
         parts = [
-            f"{what} {number} of {count}"
-            for what, number, count in (
+            f"{what} {number + 1} of {most + 1}"
+            for what, number, most in (
                 ("prompt", answer.prompt, last.prompt),
                 ("sample", answer.sample, last.sample),
             )
-            if count > 1
+            if most
         ]
         return ", ".join(parts)
 
-    def _not_finite(self, index: int) -> str:
-        answer = self.answers[index]
+    def _not_finite(self, answer: Answer) -> str:
         name = self._name(answer)
         where = f"of {name} " if name else ""
-        after = f"after {len(answer.tokens)} new tokens" if answer.tokens else "from the start"
+        count = len(answer.token_ids)
+        after = f"after {count} new tokens" if count else "from the start"
         cause = (
             "float16 holds no number above 65504, which the model seems to pass: give --dtype "
             "bfloat16 or float32"
@@ -196,37 +101,53 @@ class Run:
 
     def as_json(self, **more: Any) -> dict[str, Any]:
         """What --json prints, `more` first."""
-        facts = {} if self.facts is None else dataclasses.asdict(self.facts)
+        result = self.result
+        facts = {} if result.facts is None else dataclasses.asdict(result.facts)
         return {
             **more,
             "interrupted": self.interrupted,
-            "answers": [answer.as_json() for answer in self.answers],
+            "answers": [_answer_json(answer) for answer in result.answers],
             "facts": {
-                "first_token_seconds": self.first_token_seconds,
-                "tokens_per_second": self.tokens_per_second,
+                "first_token_seconds": result.first_token_seconds,
+                "tokens_per_second": result.tokens_per_second,
                 **facts,
             },
         }
 
     def facts_line(self, sampling: str | None = None) -> str:
         """The facts of the run, on one line; `sampling` as the model has it, if it was asked."""
-        assert self.facts is not None
-        assert self.first_token_seconds is not None
+        result = self.result
+        facts = result.facts
+        assert facts is not None
+        assert result.first_token_seconds is not None
 
         def share(value: float | None) -> str:
             return "none" if value is None else f"{value:.1%}"
 
-        speed, hits = self.tokens_per_second, self.facts.hit_ratio
-        exact = not self.facts.indexed_tokens
-        retrieved = f"tokens retrieved: {share(self.facts.retrieved_share)}"
+        speed, hits = result.tokens_per_second, facts.hit_ratio
+        exact = not facts.indexed_tokens
+        retrieved = f"tokens retrieved: {share(facts.retrieved_share)}"
         return "; ".join(
             [
-                f"first token after {self.first_token_seconds:.2f} s",
+                f"first token after {result.first_token_seconds:.2f} s",
                 "one token" if speed is None else f"{speed:.1f} tokens/s",
                 *([] if sampling is None else [f"sampling as the model has it: {sampling}"]),
                 "all tokens are exact" if exact else retrieved,
                 *([] if hits is None else [f"cache hits: {share(hits)}"]),
-                f"KV cache: {bytes_text(self.facts.device_bytes)} on the device, "
-                f"{bytes_text(self.facts.host_bytes)} on the host",
+                f"KV cache: {bytes_text(facts.device_bytes)} on the device, "
+                f"{bytes_text(facts.host_bytes)} on the host",
             ]
         )
+
+
+def _answer_json(answer: Answer) -> dict[str, Any]:
+    """What --json prints of an answer: a stop string ends it as a stop token does."""
+    reason = answer.finish_reason
+    return {
+        "prompt": answer.prompt + 1,
+        "sample": answer.sample + 1,
+        "prompt_tokens": answer.prompt_tokens,
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "finish_reason": "stop" if reason == "stop_string" else reason,
+    }

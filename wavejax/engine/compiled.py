@@ -1,4 +1,4 @@
-"""The compiled programs of a generation, and what they work on."""
+"""The engine whose decode step is one compiled program, sampling included."""
 
 import dataclasses
 import functools
@@ -7,162 +7,151 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Int
 
 from models import decoder
 from models.config import ModelConfig
-from models.errors import InputError
 from models.parameters import Params
-from wavejax._pytree import state as pytree
-from wavejax.attention.dense import DenseAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.engine import penalties
-from wavejax.engine.checks import as_stop_tokens
-from wavejax.engine.penalties import TokenCounts
-from wavejax.engine.sampling import Sampler, step_keys
+from wavejax.engine.interface import Attention, Engine
+from wavejax.engine.sampling import step_keys
+from wavejax.engine.staged_state import StagedState
+from wavejax.engine.state import NO_TOKEN, DecodeState
+from wavejax.store.state import WaveState
 
-NO_TOKEN = -1  # What a sequence yields once it has stopped.
+STEPS_AT_LEAST = 8  # Room for so many tokens in a call's result: fewer steps share its program.
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a generator is made of; see `Generator`."""
+class CompiledEngine(Engine):
+    """All layers of a decode step, and many steps, in one program that never waits for Python."""
 
-    model: ModelConfig
-    attention: WaveAttention | DenseAttention
-    sampler: Sampler = dataclasses.field(default_factory=Sampler)
-    stop_tokens: tuple[int, ...] = ()
-    unroll: bool | None = None
+    def hold(self, empty: Any) -> Any:
+        """See `Engine`: it is held as it is."""
+        return empty
 
-    def __post_init__(self) -> None:
-        for name, kinds in (
-            ("model", ModelConfig),
-            ("attention", WaveAttention | DenseAttention),
-            ("sampler", Sampler),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, kinds):
-                raise InputError(
-                    f"{name} is of type {type(value).__name__}; give a {_names(kinds)}"
-                )
-        stops = as_stop_tokens(self.stop_tokens, self.model.vocab_size)
-        object.__setattr__(self, "stop_tokens", stops)
+    def holds(self, attention_state: Any) -> bool:
+        """See `Engine`."""
+        of_wave = isinstance(self.attention, WaveAttention)
+        is_wave = isinstance(attention_state, WaveState)
+        return of_wave == is_wave and not isinstance(attention_state, StagedState)
 
-    @property
-    def unrolls(self) -> bool:
-        """Whether the compiled step writes all layers out: then unstacked ones are faster."""
-        return jax.default_backend() == "gpu" if self.unroll is None else self.unroll
+    def arrays_of(self, attention_state: Any) -> Any:
+        """See `Engine`."""
+        return attention_state
 
+    def prefill_layer(
+        self,
+        params: Params,
+        hidden: Float[Array, "1 tokens hidden"],
+        layer: Int[Array, ""],
+        sequence: Int[Array, ""],
+        length: Int[Array, ""],
+        attention_state: Any,
+    ) -> tuple[Float[Array, "1 tokens hidden"], Any]:
+        """See `Engine`."""
+        where = layer, sequence, length
+        return prefill_layer(
+            self.model_config, self.attention, params, hidden, *where, attention_state
+        )
 
-def _names(kinds: Any) -> str:
-    return " or a ".join(kind.__name__ for kind in getattr(kinds, "__args__", (kinds,)))
+    def finish_prefill(
+        self,
+        params: Params,
+        hidden: Float[Array, "1 tokens hidden"],
+        sequence: Int[Array, ""],
+        length: Int[Array, ""],
+        attention_state: Any,
+        logits: Float[Array, "batch vocab"],
+    ) -> tuple[Any, Float[Array, "batch vocab"]]:
+        """See `Engine`."""
+        given = params, hidden, sequence, length, attention_state, logits
+        return finish_prefill(self.model_config, self.attention, *given)
 
+    def decode_n(
+        self, params: Params, state: DecodeState, steps: int
+    ) -> tuple[DecodeState, Int[Array, "steps batch"]]:
+        """See `Engine`."""
+        # The room is a power of two, so that a remainder of steps needs no program of its own.
+        room = max(STEPS_AT_LEAST, 2 ** (steps - 1).bit_length())
+        state, tokens = decode_n(self, params, state, jnp.int32(steps), room)
+        return state, tokens[:steps]
 
-@pytree
-class DecodeState:
-    """A batch of sequences being generated.
+    def force(
+        self, params: Params, state: DecodeState, tokens: Int[Array, "steps batch"]
+    ) -> tuple[DecodeState, Float[Array, "steps batch vocab"]]:
+        """See `Engine`."""
+        return force(self, params, state, tokens)
 
-    Attributes:
-        cache: the attention's state.
-        logits: `[batch, vocab]` float32, of the next token.
-        finished: `[batch]` bool, sequences that yield no more tokens: they have yielded a stop
-            token, their room is full, or their logits were not finite.
-        seed: int32 scalar.
-        step: int32 scalar, tokens generated so far.
-        sequences: `[batch]` int32, the numbers by which each one's noise is keyed; 0, 1, 2, ...
-            where left out.
-        nonfinite: `[batch]` bool, sequences that ended because NaN or infinity was among their
-            logits; none where left out.
-        counts: what each has said; None where no penalty asks for it.
-    """
-
-    cache: Any
-    logits: Array
-    finished: Array
-    seed: Array
-    step: Array
-    sequences: Array = None  # type: ignore[assignment]
-    nonfinite: Array = None  # type: ignore[assignment]
-    counts: TokenCounts | None = None
-
-    def __post_init__(self) -> None:
-        batch = self.finished.shape[0]
-        for name, dtype, make in (
-            ("sequences", jnp.int32, jnp.arange),
-            ("nonfinite", bool, jnp.zeros),
-        ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, make(batch, dtype=dtype))
-
-
-def commit(tree: Any) -> Any:
-    """Ties arrays to the device they are on, as what a compiled call returns already is.
-
-    Otherwise a program compiles twice: for the first call's arrays, and for its own results.
-    """
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
+    def feed(self, params: Params, state: DecodeState, tokens: Int[Array, " batch"]) -> DecodeState:
+        """See `Engine`: to be compiled by the caller."""
+        return feed(self, params, state, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def embed(model: ModelConfig, params: Params, tokens: Array) -> Array:
-    return decoder.embed(model, params, tokens)
+def embed(model_config: ModelConfig, params: Params, tokens: Array) -> Array:
+    return decoder.embed(model_config, params, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="attention_state")
 def prefill_layer(
-    model: ModelConfig,
-    attention: WaveAttention | DenseAttention,
+    model_config: ModelConfig,
+    attention: Attention,
     params: Params,
     hidden: Array,
     layer: Array,
     sequence: Array,
     length: Array,
-    cache: Any,
+    attention_state: Any,
 ) -> tuple[Array, Any]:
     attend = functools.partial(attention.prefill, sequence=sequence, length=length)
     positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
-    return decoder.apply_layer(model, params, layer, hidden, positions, attend, cache)
+    return decoder.apply_layer(
+        model_config, params, layer, hidden, positions, attend, attention_state
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("cache", "logits"))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("attention_state", "logits"))
 def finish_prefill(
-    model: ModelConfig,
-    attention: WaveAttention | DenseAttention,
+    model_config: ModelConfig,
+    attention: Attention,
     params: Params,
     hidden: Array,
     sequence: Array,
     length: Array,
-    cache: Any,
+    attention_state: Any,
     logits: Array,
 ) -> tuple[Any, Array]:
     last = lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
-    last = decoder.unembed(model, params, decoder.final_norm(model, params, last))
-    cache = attention.finish_prefill(cache, sequence, length)
-    return cache, logits.at[sequence].set(last[0])
+    last = decoder.unembed(model_config, params, decoder.final_norm(model_config, params, last))
+    attention_state = attention.finish_prefill(attention_state, sequence, length)
+    return attention_state, logits.at[sequence].set(last[0])
 
 
-def feed(generator: Parts, params: Params, state: DecodeState, tokens: Array) -> DecodeState:
+def feed(engine: Engine, params: Params, state: DecodeState, tokens: Array) -> DecodeState:
     """Runs one token of each sequence through the model."""
-    attention = generator.attention
-    cache: Any = attention.grow(state.cache)
-    positions = attention.lengths(cache)[:, None]
-    hidden, cache = decoder.apply_model(
-        generator.model,
+    attention = engine.attention
+    attention_state: Any = attention.grow(state.attention_state)
+    positions = attention.lengths(attention_state)[:, None]
+    hidden, attention_state = decoder.apply_model(
+        engine.model_config,
         params,
         tokens[:, None],
         positions,
         # A function of its own: where layers are written out, it is traced and lowered once.
         jax.jit(attention.decode),
-        cache,
-        unroll=generator.unrolls,
+        attention_state,
+        unroll=engine.unrolls,
     )
-    cache = attention.advance(cache, ~state.finished)
-    logits = decoder.unembed(generator.model, params, hidden[:, 0])
+    attention_state = attention.advance(attention_state, ~state.finished)
+    logits = decoder.unembed(engine.model_config, params, hidden[:, 0])
     counts = state.counts and penalties.count(state.counts, tokens, state.finished)
-    new = {"cache": cache, "logits": logits, "counts": counts}
+    new = {"attention_state": attention_state, "logits": logits, "counts": counts}
     return dataclasses.replace(state, step=state.step + 1, **new)
 
 
-def draw(generator: Parts, state: DecodeState) -> tuple[DecodeState, Array, Array]:
+def draw(engine: Engine, state: DecodeState) -> tuple[DecodeState, Array, Array]:
     """Draws the next tokens.
 
     Returns:
@@ -170,17 +159,17 @@ def draw(generator: Parts, state: DecodeState) -> tuple[DecodeState, Array, Arra
         that were finished before, and for those whose logits are not finite.
     """
     # Past its room a sequence would overwrite what it has read.
-    finished = state.finished | generator.attention.is_full(state.cache)
+    finished = state.finished | engine.attention.is_full(state.attention_state)
     # What comes after a sequence's end says nothing of its answer.
     bad = ~finished & ~jnp.all(jnp.isfinite(state.logits), axis=-1)
     logits = state.logits
-    if generator.sampler.penalises:
+    if engine.sampler.penalises:
         assert state.counts is not None  # as `Generator` sees to
-        logits = penalties.penalised(generator.sampler, logits, state.counts)
+        logits = penalties.penalised(engine.sampler, logits, state.counts)
     keys = step_keys(state.seed, state.step, state.sequences)
-    drawn = generator.sampler.sample(logits, keys)
+    drawn = engine.sampler.sample(logits, keys)
     shown = jnp.where(finished | bad, NO_TOKEN, drawn)
-    stopped = jnp.isin(drawn, jnp.asarray(generator.stop_tokens, jnp.int32))
+    stopped = jnp.isin(drawn, jnp.asarray(engine.stop_tokens, jnp.int32))
     state = dataclasses.replace(
         state, finished=finished | bad | stopped, nonfinite=state.nonfinite | bad
     )
@@ -189,12 +178,12 @@ def draw(generator: Parts, state: DecodeState) -> tuple[DecodeState, Array, Arra
 
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnames="state")
 def decode_n(
-    generator: Parts, params: Params, state: DecodeState, steps: Array, room: int
+    engine: Engine, params: Params, state: DecodeState, steps: Array, room: int
 ) -> tuple[DecodeState, Array]:
     def one_step(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
         state, tokens, i = carry
-        state, drawn, shown = draw(generator, state)
-        return feed(generator, params, state, drawn), tokens.at[i].set(shown), i + 1
+        state, drawn, shown = draw(engine, state)
+        return feed(engine, params, state, drawn), tokens.at[i].set(shown), i + 1
 
     def more(carry: tuple[DecodeState, Array, Array]) -> Array:
         state, _, i = carry
@@ -207,9 +196,9 @@ def decode_n(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def force(
-    generator: Parts, params: Params, state: DecodeState, tokens: Array
+    engine: Engine, params: Params, state: DecodeState, tokens: Array
 ) -> tuple[DecodeState, Array]:
     def one_step(state: DecodeState, tokens: Array) -> tuple[DecodeState, Array]:
-        return feed(generator, params, state, tokens), state.logits
+        return feed(engine, params, state, tokens), state.logits
 
     return lax.scan(one_step, state, tokens)

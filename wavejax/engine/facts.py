@@ -1,13 +1,12 @@
 """What a generation cost and used: the line of facts."""
 
 import dataclasses
+from typing import Any
 
 import jax
-import numpy as np
 
-from wavejax.attention.dense import DenseState
-from wavejax.engine.staged import StagedState
-from wavejax.store.state import WaveState
+from wavejax.attention.protocol import Attention
+from wavejax.engine.staged_state import StagedState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +31,21 @@ class Facts:
     indexed_tokens: int
 
 
-def facts_of(state: WaveState | StagedState | DenseState) -> Facts:
-    """Reads the facts off a state; waits for the work that makes it."""
+def facts_of(attention: Attention[Any], state: Any) -> Facts:
+    """Reads the facts off an attention's state; waits for the work that makes it."""
     staged = 0
     if isinstance(state, StagedState):
         staged, state = state.rows.nbytes, state.wave
     host = sum(x.nbytes for x in jax.tree.leaves(state) if x.sharding.memory_kind == "pinned_host")
     device = sum(x.nbytes for x in jax.tree.leaves(state)) - host
-    if isinstance(state, DenseState):
-        return Facts(1.0, None, device, host, 0)
-    table = state.cache.table
-    hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
-    retrieved, slots = hits + misses, table.token_of_slot.shape[-1]
-    layers, _, kv_heads = state.store.rows.shape[:3]
-    attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
+    counts = attention.counts(state)
+    if counts is None:
+        return Facts(1.0, None, device, host + staged, 0)
+    retrieved, hits = counts.retrieved, counts.hits
     return Facts(
-        retrieved / attended if attended else None,
-        hits / retrieved if retrieved and slots else None,
+        retrieved / counts.attended if counts.attended else None,
+        hits / retrieved if retrieved and hits is not None else None,
         device,
         host + staged,
-        int(np.asarray(state.index.tokens, np.int64).sum()),
+        counts.indexed,
     )

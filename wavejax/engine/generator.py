@@ -2,37 +2,45 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models import unstacked
+from models.config import ModelConfig
 from models.errors import InputError
 from models.parameters import Params
+from wavejax.attention.dense import DenseAttention
 from wavejax.attention.wave import WaveAttention
-from wavejax.engine import compiled, penalties, staged
+from wavejax.engine import compiled, penalties
 from wavejax.engine.checks import (
     MOST_INT32,
     as_prompts,
     as_sequences,
+    as_stop_tokens,
     as_tokens,
     check_range,
     whole_number,
 )
-from wavejax.engine.compiled import NO_TOKEN, DecodeState, Parts
+from wavejax.engine.compiled import CompiledEngine
 from wavejax.engine.facts import Facts, facts_of
+from wavejax.engine.interface import Attention, Engine
 from wavejax.engine.modes import own_modes
+from wavejax.engine.prefill import read_prompt
 from wavejax.engine.prompts import answer_room, bucket
+from wavejax.engine.sampling import Sampler
+from wavejax.engine.staged import StagedEngine
+from wavejax.engine.state import NO_TOKEN, DecodeState, commit
 from wavejax.engine.state_checks import check_params, check_state
+from wavejax.store.shape import CacheShape
 
-STREAM_CHUNK = 8  # Steps in one call while streaming: what a reader sees at once.
+STREAM_CHUNK = compiled.STEPS_AT_LEAST  # Steps in one call while streaming: seen at once.
 
 
 @dataclasses.dataclass(frozen=True)
-class Generator(Parts):
+class Generator:
     """Generates text with a model, an attention and a sampler.
 
     Hashable: its compiled programs are kept by JAX and shared by equal generators; those that read
@@ -41,7 +49,7 @@ class Generator(Parts):
     Its methods compute in JAX's standard modes, whatever modes the caller's program has set.
 
     Attributes:
-        model: the model's configuration.
+        model_config: the model's configuration.
         attention: `WaveAttention` or `DenseAttention`.
         sampler: how a token is drawn; greedy by default.
         stop_tokens: a sequence ends after any of these; any iterable of token ids.
@@ -52,10 +60,40 @@ class Generator(Parts):
         InputError: a part is of another kind, or a stop token is not the model's.
     """
 
+    model_config: ModelConfig
+    attention: Attention
+    sampler: Sampler = dataclasses.field(default_factory=Sampler)
+    stop_tokens: tuple[int, ...] = ()
+    unroll: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (
+            ("model_config", (ModelConfig,)),
+            ("attention", (WaveAttention, DenseAttention)),
+            ("sampler", (Sampler,)),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                wanted = " or a ".join(kind.__name__ for kind in kinds)
+                raise InputError(f"{name} is of type {type(value).__name__}; give a {wanted}")
+        stops = as_stop_tokens(self.stop_tokens, self.model_config.vocab_size)
+        object.__setattr__(self, "stop_tokens", stops)
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the model, by the attention; may start JAX's device."""
+        kind = StagedEngine if self.staged else CompiledEngine
+        return kind(self.model_config, self.attention, self.sampler, self.stop_tokens, self.unroll)
+
     @property
     def staged(self) -> bool:
         """Whether rows are staged; see `wavejax.engine.staged`."""
         return isinstance(self.attention, WaveAttention) and self.attention.staged
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether the compiled step writes all layers out: then unstacked ones are faster."""
+        return jax.default_backend() == "gpu" if self.unroll is None else self.unroll
 
     def start(
         self,
@@ -89,11 +127,11 @@ class Generator(Parts):
                 the model's, a number is no whole one or out of range, `sequences` are not as many
                 as prompts, or the parameters are not the model's.
         """
-        prompts = as_prompts(prompts, self.model.vocab_size)
+        prompts = as_prompts(prompts, self.model_config.vocab_size)
         new_tokens = whole_number("max_new_tokens", max_new_tokens, 0, MOST_INT32)
         seed = whole_number("seed", seed, -MOST_INT32 - 1, MOST_INT32)
         numbers = as_sequences(sequences, len(prompts))
-        check_params(params, self.model)
+        check_params(params, self.model_config)
         with own_modes():
             return self._start(params, prompts, new_tokens, seed, progress, numbers)
 
@@ -106,59 +144,25 @@ class Generator(Parts):
         progress: Callable[[int, int], None] | None,
         sequences: np.ndarray,
     ) -> DecodeState:
-        batch, vocab = len(prompts), self.model.vocab_size
+        batch, vocab = len(prompts), self.model_config.vocab_size
         dtype = params["params"]["embedding"].dtype
-        rooms = [bucket(len(prompt)) for prompt in prompts]
-        most = max(rooms), answer_room(new_tokens)
-        cache: Any = self.attention.init_state(self.model, batch, *most, dtype)
-        cache, logits = compiled.commit((cache, jnp.zeros((batch, vocab), jnp.float32)))
+        most = max(bucket(len(prompt)) for prompt in prompts), answer_room(new_tokens)
+        shape = CacheShape.of(self.model_config)
+        empty = self.attention.init_state(shape, batch, *most, dtype)
+        empty, logits = commit((empty, jnp.zeros((batch, vocab), jnp.float32)))
         # Memory that is refused shows now, not when all has been read and compiled for nothing.
-        jax.block_until_ready(cache)
-        by: Any = compiled
-        if isinstance(self.attention, WaveAttention) and self.attention.staged:
-            by, cache = staged, staged.hold_rows(self.attention, cache)
-        layers, done = self.model.num_layers, 0
-        ends = unstacked.without_layers(params)
-        for sequence, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
-            padded = np.zeros((1, room), np.int32)
-            padded[0, : len(prompt)] = prompt
-            length = jnp.int32(len(prompt))
-            hidden = compiled.commit(compiled.embed(self.model, ends, jnp.asarray(padded)))
-            for layer in range(layers):
-                previous = hidden
-                hidden, cache = by.prefill_layer(
-                    self.model,
-                    self.attention,
-                    unstacked.only_layer(params, layer),
-                    hidden,
-                    jnp.int32(layer),
-                    jnp.int32(sequence),
-                    length,
-                    cache,
-                )
-                if progress is not None and layer > 0:
-                    # One layer behind, so that the device always has the next one queued.
-                    previous.block_until_ready()
-                    done += 1
-                    progress(done, batch * layers)
-            cache, logits = by.finish_prefill(
-                self.model,
-                self.attention,
-                ends,
-                hidden,
-                jnp.int32(sequence),
-                length,
-                cache,
-                logits,
+        jax.block_until_ready(empty)
+        engine, layers = self.engine, self.model_config.num_layers
+        attention_state = engine.hold(empty)
+        for sequence, prompt in enumerate(prompts):
+            note = progress and _part_of(progress, sequence * layers, batch * layers)
+            attention_state, logits = read_prompt(
+                engine, params, prompt, sequence, attention_state, logits, note
             )
-            if progress is not None:
-                logits.block_until_ready()
-                done += 1
-                progress(done, batch * layers)
         rest = jnp.zeros(batch, bool), jnp.int32(seed), jnp.int32(0), jnp.asarray(sequences)
         counts = penalties.count_prompts(prompts, vocab) if self.sampler.penalises else None
         more = {"nonfinite": jnp.zeros(batch, bool), "counts": counts}
-        return DecodeState(cache, logits, *compiled.commit(rest), **compiled.commit(more))
+        return DecodeState(attention_state, logits, *commit(rest), **commit(more))
 
     def stream(
         self, params: Params, state: DecodeState, max_new_tokens: SupportsIndex
@@ -176,7 +180,7 @@ class Generator(Parts):
             InputError: as `decode_n` does, at the call.
         """
         most = whole_number("max_new_tokens", max_new_tokens, 0, MOST_INT32)
-        check_state(self, state)
+        check_state(self.engine, self.sampler, state)
         return self._stream(params, state, most)
 
     def _stream(
@@ -218,14 +222,9 @@ class Generator(Parts):
                 that its penalties need.
         """
         steps = whole_number("steps", steps, 0, MOST_INT32)
-        check_state(self, state)
+        check_state(self.engine, self.sampler, state)
         with own_modes():
-            if self.staged:
-                return staged.decode_n(self, params, state, steps)
-            # The room is a power of two, so that a remainder of steps needs no program of its own.
-            room = max(STREAM_CHUNK, 2 ** (steps - 1).bit_length())
-            state, tokens = compiled.decode_n(self, params, state, jnp.int32(steps), room)
-            return state, tokens[:steps]
+            return self.engine.decode_n(params, state, steps)
 
     def force(
         self, params: Params, state: DecodeState, tokens: Int[Array | np.ndarray, "steps batch"]
@@ -242,25 +241,25 @@ class Generator(Parts):
             InputError: the tokens are none of the model's; the state is none to go on with, as of
                 `decode_n`; or, where it is not traced, there is no room for so many tokens.
         """
-        check_state(self, state)
-        batch, vocab = state.finished.shape[0], self.model.vocab_size
+        check_state(self.engine, self.sampler, state)
+        batch, vocab = state.finished.shape[0], self.model_config.vocab_size
         with own_modes():
             given = as_tokens(tokens, True, batch, vocab)
             if not isinstance(state.finished, jax.core.Tracer):
                 self._check_room(state, given)
-            run = staged.force if self.staged else compiled.force
-            return run(self, params, state, given)
+            return self.engine.force(params, state, given)
 
     def _check_room(self, state: DecodeState, tokens: Array) -> None:
         going = ~np.asarray(state.finished)
-        left = np.asarray(self.attention.remaining(staged.wave_of(state.cache)))[going]
+        arrays = self.engine.arrays_of(state.attention_state)
+        left = np.asarray(self.attention.remaining(arrays))[going]
         if left.size and len(tokens) > left.min():
             raise InputError(
                 f"{len(tokens)} tokens are more than there is room for, {left.min()}: give "
                 "`start` a larger max_new_tokens"
             )
         if not isinstance(tokens, jax.core.Tracer):
-            check_range(np.asarray(tokens)[:, going], self.model.vocab_size)
+            check_range(np.asarray(tokens)[:, going], self.model_config.vocab_size)
 
     def feed(
         self, params: Params, state: DecodeState, tokens: Int[Array | np.ndarray, " batch"]
@@ -274,11 +273,10 @@ class Generator(Parts):
         Raises:
             InputError: the tokens or the state are none to go on with, as of `force`.
         """
-        check_state(self, state)
+        check_state(self.engine, self.sampler, state)
         with own_modes():
-            given = as_tokens(tokens, False, state.finished.shape[0], self.model.vocab_size)
-            run = staged.feed if self.staged else compiled.feed
-            return run(self, params, state, given)
+            given = as_tokens(tokens, False, state.finished.shape[0], self.model_config.vocab_size)
+            return self.engine.feed(params, state, given)
 
     def facts(self, state: DecodeState) -> Facts:
         """What the attention retrieved, found cached, and occupies.
@@ -286,10 +284,17 @@ class Generator(Parts):
         Raises:
             InputError: the state was used before.
         """
-        check_state(self, state)
+        check_state(self.engine, self.sampler, state)
         with own_modes():
-            return facts_of(state.cache)
+            return facts_of(self.attention, state.attention_state)
 
 
 def _all_stopped(last: np.ndarray, stop_tokens: tuple[int, ...]) -> bool:
     return bool(np.isin(last, (*stop_tokens, NO_TOKEN)).all())
+
+
+def _part_of(
+    progress: Callable[[int, int], None], before: int, total: int
+) -> Callable[[int], None]:
+    """One prompt's progress as a part of all prompts'."""
+    return lambda done: progress(before + done, total)

@@ -12,12 +12,12 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from models.config import ModelConfig
 from pallas_kernels.numerics import MASKED, heaviest, log_sum_exp, ordered_bits
 from wavejax._pytree import state as pytree
 from wavejax.attention.dense import DenseAttention, DenseState
 from wavejax.attention.retrieval import budgets
 from wavejax.config import WaveConfig
+from wavejax.store.shape import CacheShape
 
 PAGE_TOKENS = 16
 Rank = Literal["mass", "recency", "page_bound"]
@@ -56,10 +56,10 @@ class SparseAttention(DenseAttention):
     rank: Rank = "mass"
 
     def init_state(
-        self, model: ModelConfig, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+        self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> SparseState:
         """An empty state with room for so many tokens a sequence."""
-        dense = super().init_state(model, batch, prompt_tokens, new_tokens, dtype)
+        dense = super().init_state(shape, batch, prompt_tokens, new_tokens, dtype)
         return _with_prompts(dense, jnp.zeros(batch, jnp.int32))
 
     def prefill(

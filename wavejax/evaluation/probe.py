@@ -150,13 +150,14 @@ def probe(
     attention = generator.attention
     assert isinstance(attention, SparseAttention | WaveAttention)
     state, dense = shared.state(generator), shared.dense
-    model, batch = generator.model, dense.finished.shape[0]
+    model, batch = generator.model_config, dense.finished.shape[0]
     shape = (model.num_layers, batch, model.num_heads)
-    full = jax.tree.map(jnp.copy, dense.cache)
+    full = jax.tree.map(jnp.copy, dense.attention_state)
     cache = ProbeState(
-        full.keys, full.values, full.tokens, state.cache, jnp.zeros(shape), jnp.zeros(shape)
+        *(full.keys, full.values, full.tokens, state.attention_state),
+        *(jnp.zeros(shape), jnp.zeros(shape)),
     )
-    state = dataclasses.replace(state, cache=cache)
+    state = dataclasses.replace(state, attention_state=cache)
     probing = dataclasses.replace(generator, attention=ProbeAttention(method=attention))
     found = []
     for part in answers:
@@ -175,8 +176,8 @@ def _probe(
     def one_step(i: Array, carry: carry_type) -> carry_type:
         state, recall, error = carry
         state = generator.feed(params, state, jnp.maximum(answer[i], 0))
-        cache = state.cache
+        cache = state.attention_state
         return state, recall.at[i].set(cache.recall), error.at[i].set(cache.error)
 
-    room = jnp.zeros((CHUNK, *state.cache.recall.shape), jnp.float32)
+    room = jnp.zeros((CHUNK, *state.attention_state.recall.shape), jnp.float32)
     return lax.fori_loop(0, steps, one_step, (state, room, room))

@@ -13,6 +13,7 @@ from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import DecodeState, Generator
 from wavejax.evaluation.baselines import SparseAttention, SparseState
+from wavejax.store.shape import CacheShape
 
 # What only a decode step asks for: methods that differ in nothing else share their index.
 _DECODING = (
@@ -47,7 +48,7 @@ class SharedPrefill:
     def state(self, generator: Generator) -> DecodeState:
         """A state of the generator's own, after the prompts; may be donated."""
         dense, attention = self.dense, generator.attention
-        full = dense.cache
+        full = dense.attention_state
         assert isinstance(full, DenseState)
         if isinstance(attention, WaveAttention):
             cache = self._index(generator, attention)
@@ -55,7 +56,7 @@ class SharedPrefill:
             cache = SparseState(full.keys, full.values, full.tokens, full.tokens)
         else:
             cache = full
-        return jax.tree.map(jnp.copy, dataclasses.replace(dense, cache=cache))
+        return jax.tree.map(jnp.copy, dataclasses.replace(dense, attention_state=cache))
 
     def _index(self, generator: Generator, attention: WaveAttention) -> Any:
         plain = {name: getattr(WaveConfig(), name) for name in _DECODING}
@@ -67,7 +68,11 @@ class SharedPrefill:
         if builder != self._builder:
             self._builder, self._built = builder, None  # Let go before there are two.
             self._built = build_index(
-                builder, generator, self.dense.cache, self.prompt_tokens, self.new_tokens
+                builder,
+                generator,
+                self.dense.attention_state,
+                self.prompt_tokens,
+                self.new_tokens,
             )
         return self._built
 
@@ -81,10 +86,12 @@ def build_index(
 ) -> Any:
     """A wave state from a dense cache, without running the model; see `SharedPrefill`."""
     batch = full.tokens.shape[0]
-    cache = attention.init_state(generator.model, batch, prompt_tokens, new_tokens, full.keys.dtype)
+    model, dtype = generator.model_config, full.keys.dtype
+    shape = CacheShape.of(model)
+    cache = attention.init_state(shape, batch, prompt_tokens, new_tokens, dtype)
     for sequence in range(batch):
         where = jnp.int32(sequence), full.tokens[sequence]
-        for layer in range(generator.model.num_layers):
+        for layer in range(model.num_layers):
             cache = _write(
                 attention, jnp.int32(layer), *where, full.keys, full.values, cache, prompt_tokens
             )

@@ -19,6 +19,7 @@ from wavejax.attention.wave import WaveAttention, WaveState
 from wavejax.engine.prompts import answer_room, bucket
 from wavejax.store.index import segment_sizes, segments_at_once
 from wavejax.store.rows import StoreKind
+from wavejax.store.shape import CacheShape
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 DEVICE_FRACTION = "XLA_CLIENT_MEM_FRACTION"
@@ -104,7 +105,9 @@ def memory_need(
         # `eval_shape` traces, and placing an array in host memory is no traced operation.
         cached = attention.has_cache
         on_device = dataclasses.replace(attention, store="device", cached=cached)
-    state = jax.eval_shape(lambda: on_device.init_state(model, batch, room, answer, dtype))
+    state = jax.eval_shape(
+        lambda: on_device.init_state(CacheShape.of(model), batch, room, answer, dtype)
+    )
     sizes = [math.prod(shape) for shape in parameter_shapes(model).values()]
     itemsize = jnp.dtype(dtype).itemsize
     total = _bytes(state)
@@ -206,9 +209,12 @@ def _decode_workspace(model: ModelConfig, state: object, batch: int, itemsize: i
         _, _, kv_heads, clusters, head_dim = state.index.centroids.shape
         window = state.steady.window.shape[3] + state.steady.sink.shape[3]
         group = model.num_heads // model.num_kv_heads
-        # Centroids and mean values in float32, a number for each cluster and query head, some for
-        # each token; the steady rows, once as they are and once without what is not valid.
-        layer = 4 * clusters * (2 * head_dim + 4 * group) + 8 * state.index.token_ids.shape[-1]
+        # Centroids and mean values in float32, of which those that are so need no copy but one; a
+        # number for each cluster and query head, some for each token; the steady rows, once as they
+        # are and once without what is not valid.
+        copies = 2 if itemsize < 4 else 1
+        layer = 4 * clusters * (copies * head_dim + 4 * group)
+        layer += 8 * state.index.token_ids.shape[-1]
         layer += 2 * window * 2 * head_dim * itemsize
     else:
         _, _, kv_heads, tokens, head_dim = state.keys.shape  # type: ignore[attr-defined]

@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wavejax.attention.dense import DenseAttention
 from wavejax.planning.plan import Plan, gib, shortage
 
 _WIDTH = 100  # columns
@@ -17,7 +16,6 @@ def plan_text(plan: Plan, model: str) -> str:
     """A table of what the run takes and what there is, and what was chosen and why."""
     need, free = plan.need, plan.free
     unified = free.device is None
-    full = isinstance(plan.attention, DenseAttention)
     table = Table()
     table.add_column("")
     table.add_column(f"{free.name} memory" if unified else free.name, justify="right")
@@ -30,7 +28,7 @@ def plan_text(plan: Plan, model: str) -> str:
         table.add_row(name, *("" if cell is None else gib(cell) for cell in cells))
 
     add("weights", need.weights)
-    if full:
+    if not plan.attention.has_index:
         add("keys and values", need.rows)
     else:
         add("wave index", need.index)
@@ -65,12 +63,12 @@ def _run(plan: Plan) -> str:
 def _notes(plan: Plan) -> list[str]:
     """What was chosen and why, and how far the same run could go."""
     notes = []
-    if isinstance(plan.attention, DenseAttention):
+    if not plan.attention.has_index:
         notes.append(f"attention: full; {plan.reason}")
     else:
-        notes.append(f"store: {plan.attention.store}; {plan.reason}")
+        notes.append(f"store: {plan.need.rows_on}; {plan.reason}")
         if plan.shrunk is not None:
-            share = plan.attention.config.cache_fraction
+            share = plan.attention.cache_fraction
             notes.append(f"row cache: {share:.2%} of the tokens, not {plan.shrunk:.2%}: see above")
     if plan.need.staged:
         notes.append("fetch: staged; the rows' memory is not pinned")
@@ -98,9 +96,7 @@ def plan_json(plan: Plan, model: str) -> dict[str, Any]:
         "dtype": plan.dtype,
         "store": plan.need.rows_on,
         "reason": plan.reason,
-        "cache_fraction": None
-        if isinstance(plan.attention, DenseAttention)
-        else plan.attention.config.cache_fraction,
+        "cache_fraction": plan.attention.cache_fraction if plan.attention.has_index else None,
         "need": dataclasses.asdict(plan.need)
         | {"device": plan.need.device, "host": plan.need.host, "pinned": plan.need.pinned},
         "free": dataclasses.asdict(plan.free),

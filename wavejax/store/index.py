@@ -14,6 +14,7 @@ from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.numerics import NO_ID
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
+from wavejax.store.shape import CacheShape
 
 # Segments times kv heads in one call of `build_clusters`: 131,072 tokens of 8 kv heads.
 ROWS_AT_ONCE = 128
@@ -96,27 +97,35 @@ def sizes_of(config: WaveConfig, tokens: Int[Array, ""]) -> tuple[Array, Array]:
 
 def init_index(
     config: WaveConfig,
-    layers: int,
+    shape: CacheShape,
     batch: int,
-    kv_heads: int,
-    head_dim: int,
     clusters: int,
     tokens: int,
     growths: int,
     dtype: DTypeLike,
 ) -> WaveIndex:
-    """An empty index with room for so many clusters and tokens a row, and to grow so many times."""
-    row = (layers, batch, kv_heads)
+    """An empty index.
+
+    Args:
+        config: the settings.
+        shape: the layers and heads.
+        batch: sequences.
+        clusters: room for this many in each head.
+        tokens: room for this many in each head.
+        growths: how many times each sequence's index may grow.
+        dtype: of centroids, mean values and scales.
+    """
+    stack, head_dim = shape.stack(batch), shape.head_dim
     words = -(-head_dim // 32)
     coded = config.token_codes
     return WaveIndex(
-        centroids=jnp.zeros((*row, clusters, head_dim), dtype),
-        value_means=jnp.zeros((*row, clusters, head_dim), dtype),
-        offsets=jnp.zeros((*row, clusters + 1), jnp.int32),
-        num_clusters=jnp.zeros(row, jnp.int32),
-        codes=jnp.zeros((*row, tokens, words), jnp.uint32) if coded else None,
-        scales=jnp.zeros((*row, tokens), dtype) if coded else None,
-        token_ids=jnp.zeros((*row, tokens), jnp.uint16),
+        centroids=jnp.zeros((*stack, clusters, head_dim), dtype),
+        value_means=jnp.zeros((*stack, clusters, head_dim), dtype),
+        offsets=jnp.zeros((*stack, clusters + 1), jnp.int32),
+        num_clusters=jnp.zeros(stack, jnp.int32),
+        codes=jnp.zeros((*stack, tokens, words), jnp.uint32) if coded else None,
+        scales=jnp.zeros((*stack, tokens), dtype) if coded else None,
+        token_ids=jnp.zeros((*stack, tokens), jnp.uint16),
         tokens=jnp.zeros(batch, jnp.int32),
         prompt_tokens=jnp.zeros(batch, jnp.int32),
         growths=jnp.int32(growths),

@@ -6,6 +6,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from wavejax._pytree import state
+from wavejax.config import WaveConfig
+from wavejax.store.shape import CacheShape
 
 
 @state
@@ -26,15 +28,14 @@ class SteadyZone:
     window_tokens: Array
 
 
-def init_steady(
-    row: tuple[int, int, int], sinks: int, window: int, head_dim: int, dtype: DTypeLike
-) -> SteadyZone:
-    """An empty steady zone; `row` is (layers, batch, kv_heads)."""
+def init_steady(config: WaveConfig, shape: CacheShape, batch: int, dtype: DTypeLike) -> SteadyZone:
+    """An empty steady zone, with room for the settings' sinks and window."""
+    stack, row = shape.stack(batch), (2, shape.head_dim)
     return SteadyZone(
-        sink=jnp.zeros((*row, sinks, 2, head_dim), dtype),
-        sink_tokens=jnp.zeros(row[1], jnp.int32),
-        window=jnp.zeros((*row, window, 2, head_dim), dtype),
-        window_tokens=jnp.zeros(row[1], jnp.int32),
+        sink=jnp.zeros((*stack, config.sink_tokens, *row), dtype),
+        sink_tokens=jnp.zeros(batch, jnp.int32),
+        window=jnp.zeros((*stack, config.window_tokens, *row), dtype),
+        window_tokens=jnp.zeros(batch, jnp.int32),
     )
 
 

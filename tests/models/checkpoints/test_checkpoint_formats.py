@@ -15,6 +15,7 @@ from models.checkpoints.gguf_header import GgufTensor
 from models.checkpoints.open import find_default_model, open_checkpoint, write_orbax
 from models.config import RopeScaling
 from models.decoder import Decoder
+from models.families import FAMILIES
 from models.rope import inverse_frequencies
 from tests.support import plain_attention, tiny_models
 from tests.support.tiny_gguf import interleave_rows, write_gguf
@@ -43,7 +44,7 @@ def assert_same(given: dict[str, Any], expected: dict[str, Any]) -> None:
         np.testing.assert_array_equal(left, right, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
 def test_tensors_reach_their_places(name: str, tmp_path: Path) -> None:
     config, tensors = tiny(name)
     tiny_models.write_folder(tmp_path, config, tensors)
@@ -79,7 +80,7 @@ def test_tensors_reach_their_places(name: str, tmp_path: Path) -> None:
     assert not tensors
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
 def test_loaded_tree_is_the_decoders(name: str, tmp_path: Path) -> None:
     tiny_models.write_folder(tmp_path, *tiny(name))
     checkpoint = open_checkpoint(tmp_path)
@@ -132,7 +133,10 @@ def test_harmless_extra_tensors(tmp_path: Path) -> None:
     assert_same(load(tmp_path / "extra"), load(tmp_path / "plain"))
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm2", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    ["smollm2", *(name for name in tiny_models.FAMILIES if FAMILIES[name].gguf_architecture)],
+)
 def test_gguf_equals_safetensors(name: str, tmp_path: Path) -> None:
     config, tensors = tiny(name)
     tiny_models.write_folder(tmp_path / "folder", config, tensors)

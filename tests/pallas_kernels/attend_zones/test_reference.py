@@ -1,14 +1,11 @@
 """`score_clusters`, `attend_zones`, `merge_states`, `append_rows` against float64."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels import dispatch
 from pallas_kernels.numerics import MASKED, NO_ID
 
 SPACES = {"device": jax.memory.Space.Device, "host": jax.memory.Space.Host}
@@ -181,28 +178,3 @@ def test_append_rows_writes_in_place(space):
     np.testing.assert_array_equal(written, expected)
     assert written.unsafe_buffer_pointer() == address
     assert written.sharding.memory_kind == ("pinned_host" if space == "host" else "device")
-
-
-@pytest.mark.parametrize(
-    "kind, capability, kernels",
-    [
-        ("NVIDIA H200", "9.0", True),
-        ("NVIDIA RTX PRO 6000", "12.0", True),
-        ("NVIDIA T4", "7.5", False),
-        ("AMD Instinct MI300X", "gfx942", True),
-    ],
-)
-def test_gpus_too_old_for_the_kernels_get_plain_jax(monkeypatch, kind, capability, kernels):
-    device = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    by = {"xla": lambda: "plain JAX", "triton": lambda: "the kernel"}
-    assert dispatch.call("an_op", None, by) == ("the kernel" if kernels else "plain JAX")
-    assert dispatch.call("an_op", "triton", by) == "the kernel"
-
-
-def test_a_named_implementation_that_is_not_there_fails_loudly():
-    with pytest.raises(
-        NotImplementedError, match="an_op: no implementation 'triton'; there is: xla"
-    ):
-        dispatch.call("an_op", "triton", {"xla": jnp.sum}, jnp.zeros(1))

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import DenseAttention, WaveAttention, WaveConfig
+from wavejax.store.shape import CacheShape
 
 # It runs longer than it compiles.
 pytestmark = pytest.mark.optimised
@@ -21,7 +22,9 @@ def compare(config, store, lengths, stream, model, steps=STEPS):
     start = jnp.asarray(lengths, jnp.int32)
     states = {}
     for attention in (DenseAttention(), WaveAttention(config, store)):
-        state = attention.init_state(model, len(lengths), max(lengths), steps, jnp.float32)
+        state = attention.init_state(
+            CacheShape.of(model), len(lengths), max(lengths), steps, jnp.float32
+        )
         first, state = prefill(attention, state, stream, lengths)
         later, state = decode(attention, state, stream, start, steps)
         np.testing.assert_array_equal(attention.lengths(state), start + steps)
@@ -122,12 +125,12 @@ def test_a_sequence_may_be_replaced_by_another():
     rng = np.random.default_rng(5)
     old, new = random_stream(model, rng, 900, 1), random_stream(model, rng, 900, 1)
     attention, dense = WaveAttention(config, "device"), DenseAttention()
-    state = attention.init_state(model, 1, 700, 200, jnp.float32)
+    state = attention.init_state(CacheShape.of(model), 1, 700, 200, jnp.float32)
     _, state = prefill(attention, state, old, [700])
     _, state = decode(attention, state, old, jnp.array([700]), 200)
     _, state = prefill(attention, state, new, [300], room=700)
     found, _ = decode(attention, state, new, jnp.array([300]), 200)
-    state = dense.init_state(model, 1, 700, 200, jnp.float32)
+    state = dense.init_state(CacheShape.of(model), 1, 700, 200, jnp.float32)
     _, state = prefill(dense, state, new, [300], room=700)
     expected, _ = decode(dense, state, new, jnp.array([300]), 200)
     assert np.abs(np.asarray(found) - np.asarray(expected)).max() < 1e-5

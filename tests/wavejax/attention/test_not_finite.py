@@ -12,6 +12,7 @@ from tests.support import attention_harness as harness
 from tests.wavejax.attention.test_causal_attention import plain
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.attention.causal import causal_attention
+from wavejax.store.shape import CacheShape
 
 CONFIG = WaveConfig(
     sink_tokens=4,
@@ -47,7 +48,7 @@ def stream():
 
 def run(attention, key, value):
     given = stream()[0], key, value
-    state = attention.init_state(MODEL, 2, max(LENGTHS), STEPS, jnp.float32)
+    state = attention.init_state(CacheShape.of(MODEL), 2, max(LENGTHS), STEPS, jnp.float32)
     read, state = harness.prefill(attention, state, given, LENGTHS)
     outputs, _ = harness.decode(attention, state, given, jnp.array(LENGTHS), STEPS)
     return read, np.asarray(outputs)
@@ -103,7 +104,7 @@ def test_large_values_are_estimated_as_in_float64(dtype, tolerance):
     # All keys are the same, so that the estimate is exact: all tokens weigh the same.
     key = jnp.broadcast_to(key[:, :1], key.shape)
     given = tuple(x.astype(dtype) for x in (query, key, value))
-    state = attention.init_state(MODEL, 1, tokens, 1, jnp.dtype(dtype))
+    state = attention.init_state(CacheShape.of(MODEL), 1, tokens, 1, jnp.dtype(dtype))
     _, state = harness.prefill(attention, state, given, [tokens])
     outputs, _ = harness.decode(attention, state, given, jnp.array([tokens]), 1)
     mean = np.asarray(given[2], np.float64)[0].mean(0)

@@ -14,6 +14,7 @@ from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.attention import retrieval
 from wavejax.attention.wave import scale_of
 from wavejax.evaluation.ablations import AblatedAttention
+from wavejax.store.shape import CacheShape
 
 HEADS, GROUP, DIM = 2, 3, 32
 MODEL = model_of(kv_heads=HEADS, group=GROUP, head_dim=DIM)
@@ -36,7 +37,9 @@ def with_mass(mass, **changes):
 
 
 def started(attention, stream, steps=10):
-    state = attention.init_state(MODEL, len(LENGTHS), max(LENGTHS), steps, jnp.float32)
+    state = attention.init_state(
+        CacheShape.of(MODEL), len(LENGTHS), max(LENGTHS), steps, jnp.float32
+    )
     return prefill(attention, state, stream, LENGTHS)[1]
 
 

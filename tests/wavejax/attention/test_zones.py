@@ -15,6 +15,7 @@ from pallas_kernels.numerics import NO_ID
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import WaveAttention, WaveConfig
 from wavejax.attention import retrieval
+from wavejax.store.shape import CacheShape
 
 MODEL = model_of(kv_heads=2, group=3, head_dim=16)
 
@@ -72,7 +73,7 @@ def test_zones_partition_the_tokens(lengths, chunks, budget, seed):
     attention = WaveAttention(config, "device")
     stream = random_stream(MODEL, np.random.default_rng(seed), 600, 2)
     # One room for all lengths and counts of steps, so that little is compiled.
-    state = attention.init_state(MODEL, 2, 400, 150, jnp.float32)
+    state = attention.init_state(CacheShape.of(MODEL), 2, 400, 150, jnp.float32)
     _, state = prefill(attention, state, stream, lengths, room=400)
     start = jnp.asarray(lengths, jnp.int32)
     for _ in range(chunks):
@@ -104,7 +105,7 @@ def test_without_estimation_the_rest_counts_nowhere():
         estimation_fraction=0.0, min_retrieved_tokens=64, min_candidate_tokens=256, **CONFIG
     )
     attention = WaveAttention(config, "device")
-    state = attention.init_state(MODEL, 1, 300, 10, jnp.float32)
+    state = attention.init_state(CacheShape.of(MODEL), 1, 300, 10, jnp.float32)
     stream = random_stream(MODEL, np.random.default_rng(0), 310, 1)
     _, state = prefill(attention, state, stream, [300])
     query = stream[0][:, 300].reshape(1, 2, 3, 16)
@@ -117,7 +118,7 @@ def test_the_papers_settings_estimate_a_share_of_the_clusters():
     config = WaveConfig.paper(segment_tokens=1024)
     attention = WaveAttention(config, "device")
     model = model_of(kv_heads=1, group=2, head_dim=16)
-    state = attention.init_state(model, 1, 2400, 10, jnp.float32)
+    state = attention.init_state(CacheShape.of(model), 1, 2400, 10, jnp.float32)
     stream = random_stream(model, np.random.default_rng(0), 2410, 1)
     _, state = prefill(attention, state, stream, [2400])
     query = stream[0][:, 2400].reshape(1, 1, 2, 16)

@@ -16,13 +16,12 @@ from models.errors import InputError
 from models.text.tokenizer import TextStream, Tokenizer, load_tokenizer
 from models.unstacked import unstack_layers
 from tests.wavejax.cli.conftest import SMALL_ZONES, Result
-from wavejax import Generator
+from wavejax import Generator, loading
 from wavejax.cli import generate_command as module
 from wavejax.cli.generate_command import command
-from wavejax.cli.planning import unstacks
 from wavejax.config import WaveConfig
-from wavejax.engine import staged
 from wavejax.engine.sampling import Sampler
+from wavejax.engine.staged import StagedEngine
 
 Generate = Callable[..., Result]
 LONG = "The quick brown fox jumps over the lazy dog; " * 6
@@ -174,7 +173,7 @@ def test_layers_are_unstacked_where_they_are_written_out_and_there_is_room(
         unstacked.append(unstack_layers(params))
         return unstacked[-1]
 
-    monkeypatch.setattr(module, "unstack_layers", unstack)
+    monkeypatch.setattr(loading, "unstack_layers", unstack)
     assert answers(generate(*common)) == expected
     assert not unstacked  # a CPU loops over the layers
     monkeypatch.setattr(Generator, "unrolls", True)
@@ -184,7 +183,7 @@ def test_layers_are_unstacked_where_they_are_written_out_and_there_is_room(
     need = SimpleNamespace(weights=70, loading=20)
     for room, expected_choice in ((90, True), (89, False), (None, True)):
         plan = SimpleNamespace(need=need, free=SimpleNamespace(device=room))
-        assert unstacks.__wrapped__(SimpleNamespace(unrolls=True), plan) is expected_choice
+        assert loading.unstacks.__wrapped__(SimpleNamespace(unrolls=True), plan) is expected_choice
 
 
 def test_chat_or_raw(generate: Generate, tiny: Path) -> None:
@@ -264,8 +263,8 @@ def test_staged_rows_give_the_same_answers(
 ) -> None:
     common = ("--model", tiny, "--prompt", LONG, "--max-new-tokens", 20, "--json", *SMALL_ZONES)
     common = (*common, "--store", "host")
-    fed, feed = [], staged.feed
-    monkeypatch.setattr(staged, "feed", lambda *args: fed.append(1) or feed(*args))
+    fed, feed = [], StagedEngine.feed
+    monkeypatch.setattr(StagedEngine, "feed", lambda *args: fed.append(1) or feed(*args))
     in_place = answers(generate(*common, "--fetch", "in_place"))
     assert not fed
     assert in_place == answers(generate(*common, "--fetch", "staged"))

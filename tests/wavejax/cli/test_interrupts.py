@@ -15,8 +15,7 @@ import pytest
 
 from models.checkpoints.open import Checkpoint
 from tests.wavejax.cli.conftest import Result
-from wavejax import convert
-from wavejax.cli import generate_command
+from wavejax import convert, loading
 from wavejax.cli.guard import main_guard
 from wavejax.engine.generator import Generator
 
@@ -202,7 +201,7 @@ def test_json_before_anything_was_generated(
     printed = json.loads(result.out)
     assert printed["interrupted"] == "SIGTERM"
     assert printed["answers"][0]["token_ids"] == []
-    monkeypatch.setattr(generate_command, "open_checkpoint", interrupt)
+    monkeypatch.setattr(loading, "open_checkpoint", interrupt)
     assert generate(*ARGUMENTS, tiny, "--json")[:2] == (143, "")
 
 

@@ -12,7 +12,6 @@ from tests.support.tiny_generator import ATTENTIONS, GREEDY, MODEL, make_params,
 from wavejax import Generator, Sampler, WaveConfig
 from wavejax.engine import state_checks
 from wavejax.engine.checks import as_prompts, as_sequences, as_stop_tokens, as_tokens, whole_number
-from wavejax.engine.compiled import Parts
 
 VOCAB = 50
 
@@ -193,13 +192,14 @@ def test_nothing_is_read_before_all_is_checked(monkeypatch):
     [
         ({"attention": WaveConfig()}, "attention is of type WaveConfig; give a WaveAttention or a"),
         ({"sampler": 0.7}, "sampler is of type float; give a Sampler"),
-        ({"model": "llama"}, "model is of type str; give a ModelConfig"),
+        ({"model_config": "llama"}, "model_config is of type str; give a ModelConfig"),
         ({"stop_tokens": (99,)}, "a stop token is 99; it must be a whole number from 0 to 49"),
     ],
 )
 def test_a_generator_of_other_parts_is_refused(changes, said):
-    generator = object.__new__(Parts)
-    parts = {"model": MODEL, "attention": ATTENTIONS["dense"], "sampler": GREEDY, "stop_tokens": ()}
+    generator = object.__new__(Generator)
+    parts = {"model_config": MODEL, "attention": ATTENTIONS["dense"], "sampler": GREEDY}
+    parts["stop_tokens"] = ()
     for name, value in (parts | changes).items():
         object.__setattr__(generator, name, value)
     assert refused(generator.__post_init__).startswith(said)
@@ -246,4 +246,6 @@ def test_a_state_of_another_generator_is_refused():
     penalised = Generator(MODEL, ATTENTIONS["dense"], Sampler(presence_penalty=1.0))
     assert "need counts that this state has not" in refused(penalised.decode_n, params, state, 1)
     both = dense.decode_n(params, state, 1)
-    assert "the state is of type tuple" in refused(state_checks.check_state, dense, both)
+    assert "the state is of type tuple" in refused(
+        state_checks.check_state, dense.engine, GREEDY, both
+    )

@@ -17,6 +17,7 @@ from tests.support.tiny_generator import (
 )
 from wavejax import DecodeState, Generator, WaveAttention
 from wavejax.engine import compiled
+from wavejax.store.shape import CacheShape
 
 # It looks at compiled programs.
 pytestmark = pytest.mark.optimised
@@ -73,7 +74,7 @@ def test_a_new_length_in_a_bucket_and_a_growth_compile_nothing(attention):
     assert not log.names
     if attention == "wave":
         indexed = [CONFIG.indexed_tokens(length) + CONFIG.growth_tokens for length in (262, 320)]
-        assert state.cache.index.tokens.tolist() == indexed
+        assert state.attention_state.index.tokens.tolist() == indexed
 
 
 @pytest.mark.parametrize("attention", ["dense", "wave"])
@@ -98,7 +99,7 @@ def test_requests_of_about_as_many_tokens_share_all_programs(attention):
 
 def empty_state(attention):
     """A state whose first tokens come from nothing: needs no prefill."""
-    cache = attention.init_state(MODEL, 2, 320, NEW_TOKENS, jnp.float32)
+    cache = attention.init_state(CacheShape.of(MODEL), 2, 320, NEW_TOKENS, jnp.float32)
     logits = jnp.zeros((2, MODEL.vocab_size), jnp.float32)
     return DecodeState(cache, logits, jnp.zeros(2, bool), jnp.int32(0), jnp.int32(0))
 
@@ -129,7 +130,7 @@ def copies_of_stacks(text, cache):
 
 
 def test_a_copy_of_a_stack_is_seen():
-    cache = empty_state(ATTENTIONS["wave"]).cache
+    cache = empty_state(ATTENTIONS["wave"]).attention_state
     program = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache)).lower(cache).compile()
     assert copies_of_stacks(program.as_text(), cache)
 
@@ -139,17 +140,17 @@ def test_decoding_works_in_place_and_asks_nothing_of_the_host(store, memory):
     attention = WaveAttention(CONFIG, store)
     generator, params, room = Generator(MODEL, attention), make_params(), 128
     state = empty_state(attention)
-    lowered = compiled.decode_n.lower(generator, params, state, jnp.int32(90), room)
+    lowered = compiled.decode_n.lower(generator.engine, params, state, jnp.int32(90), room)
     program = lowered.compile()
     for text in (lowered.as_text(), program.as_text()):
         assert len(text) > 10_000
         assert "callback" not in text
         assert "outfeed" not in text
-    assert not copies_of_stacks(program.as_text(), state.cache)
+    assert not copies_of_stacks(program.as_text(), state.attention_state)
     before = pointers(state)
     # The growth, which writes rows to the store, included.
     state, _ = program(params, state, jnp.int32(90))
-    assert state.cache.index.tokens.tolist() == [CONFIG.growth_tokens] * 2
+    assert state.attention_state.index.tokens.tolist() == [CONFIG.growth_tokens] * 2
     # Every array of the state, whatever its size, is where it was.
     assert pointers(state) == before
-    assert state.cache.store.rows.sharding.memory_kind == memory
+    assert state.attention_state.store.rows.sharding.memory_kind == memory

@@ -10,12 +10,13 @@ import pytest
 from tests.support.tiny_generator import ATTENTIONS, CONFIG, MODEL
 from wavejax import WaveAttention
 from wavejax.engine.facts import facts_of
+from wavejax.store.shape import CacheShape
 
 
 def state_with(hits, misses, attended, store="device", cached=True):
     """An empty state of two layers, two kv heads and a batch of two, with these counts."""
     attention = WaveAttention(CONFIG, store, cached=cached)
-    state = attention.init_state(MODEL, 2, 128, 64, jnp.float32)
+    state = attention.init_state(CacheShape.of(MODEL), 2, 128, 64, jnp.float32)
     # Of each sequence, all in its first kv head.
     hits, misses = (
         jnp.zeros((2, 2, 2), jnp.uint32).at[..., 0].set(jnp.asarray(x, jnp.uint32))
@@ -29,35 +30,37 @@ def state_with(hits, misses, attended, store="device", cached=True):
 
 def test_shares_of_counts():
     # 24 of 40 retrieved rows were cached; 2 layers and 2 kv heads read 4 * (150 + 50) tokens.
-    facts = facts_of(state_with([[1, 2], [10, 11]], [[4, 4], [4, 4]], [150, 50]))
+    facts = facts_of(
+        ATTENTIONS["wave"], state_with([[1, 2], [10, 11]], [[4, 4], [4, 4]], [150, 50])
+    )
     assert facts.hit_ratio == pytest.approx(24 / 40)
     assert facts.retrieved_share == pytest.approx(40 / 800)
 
 
 def test_counts_add_up_past_32_bits():
     many = np.full((2, 2), 2**32 - 1, np.uint32)
-    facts = facts_of(state_with(many, np.zeros((2, 2)), [2.0**32, 2.0**32]))
+    facts = facts_of(ATTENTIONS["wave"], state_with(many, np.zeros((2, 2)), [2.0**32, 2.0**32]))
     assert facts.hit_ratio == 1
     assert facts.retrieved_share == pytest.approx(0.5)
 
 
 def test_without_a_cache_there_is_no_hit_ratio():
     zeros, fives = np.zeros((2, 2)), np.full((2, 2), 5)
-    facts = facts_of(state_with(zeros, fives, [50, 50], cached=False))
+    facts = facts_of(ATTENTIONS["wave"], state_with(zeros, fives, [50, 50], cached=False))
     assert facts.hit_ratio is None
     assert facts.retrieved_share == pytest.approx(20 / 400)
 
 
 def test_before_the_first_step_there_are_no_shares():
     zeros = np.zeros((2, 2))
-    facts = facts_of(state_with(zeros, zeros, [0, 0]))
+    facts = facts_of(ATTENTIONS["wave"], state_with(zeros, zeros, [0, 0]))
     assert facts.hit_ratio is None
     assert facts.retrieved_share is None
 
 
 def test_nothing_retrieved_has_a_share_but_no_hit_ratio():
     zeros = np.zeros((2, 2))
-    facts = facts_of(state_with(zeros, zeros, [10, 10]))
+    facts = facts_of(ATTENTIONS["wave"], state_with(zeros, zeros, [10, 10]))
     assert facts.hit_ratio is None
     assert facts.retrieved_share == 0
 
@@ -67,14 +70,14 @@ def test_bytes_by_memory(store):
     state = state_with(np.zeros((2, 2)), np.zeros((2, 2)), [0, 0], store)
     rows = state.store.rows.nbytes
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    facts = facts_of(state)
+    facts = facts_of(ATTENTIONS["wave"], state)
     assert facts.host_bytes == (rows if store == "host" else 0)
     assert facts.device_bytes == total - facts.host_bytes
 
 
 def test_full_attention_retrieves_all():
-    state = ATTENTIONS["dense"].init_state(MODEL, 2, 128, 64, jnp.float32)
-    facts = facts_of(state)
+    attention = ATTENTIONS["dense"]
+    facts = facts_of(attention, attention.init_state(CacheShape.of(MODEL), 2, 128, 64, jnp.float32))
     assert facts.retrieved_share == 1
     assert facts.hit_ratio is None
     assert facts.host_bytes == 0

@@ -53,7 +53,7 @@ def generate(generator, prompts, seed=0, pieces=None, sequences=None):
         for steps in pieces:
             state, tokens = generator.decode_n(params, state, steps)
             parts.append(np.asarray(tokens))
-    lengths = generator.attention.lengths(state.cache)
+    lengths = generator.attention.lengths(state.attention_state)
     return np.concatenate(parts), np.asarray(state.logits), np.asarray(lengths)
 
 
@@ -141,7 +141,7 @@ def test_forced_tokens_come_from_the_logits_returned(attention):
     state, logits = generator.force(make_params(), state, jnp.asarray(greedy))
     np.testing.assert_array_equal(np.argmax(logits, axis=-1), greedy)
     np.testing.assert_allclose(state.logits, last, atol=1e-4)
-    np.testing.assert_array_equal(generator.attention.lengths(state.cache), lengths)
+    np.testing.assert_array_equal(generator.attention.lengths(state.attention_state), lengths)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
@@ -153,7 +153,8 @@ def test_half_precision_runs(dtype):
     exact = generator.start(make_params(), prompts, NEW_TOKENS)
     error = np.abs(np.asarray(state.logits - exact.logits))
     assert error.max() < 0.03 * float(jnp.abs(exact.logits).max())
-    kept = [state.cache.store.rows, state.cache.steady.window, state.cache.index.value_means]
+    wave = state.attention_state
+    kept = [wave.store.rows, wave.steady.window, wave.index.value_means]
     assert all(array.dtype == dtype for array in kept)
     state, tokens = generator.decode_n(params, state, 8)
     assert np.isfinite(state.logits).all()
@@ -236,7 +237,7 @@ def test_a_sequence_ends_where_its_room_does(attention):
     assert 8 <= count < 300
     assert (tokens[count:] == NO_TOKEN).all()
     assert bool(state.finished[0])
-    assert int(generator.attention.lengths(state.cache)[0]) == 262 + count
+    assert int(generator.attention.lengths(state.attention_state)[0]) == 262 + count
     large = generator.start(params, prompts, 300)
     _, expected = generator.decode_n(params, large, 300)
     np.testing.assert_array_equal(tokens[:count], np.asarray(expected)[:count, 0])

@@ -12,7 +12,8 @@ from pallas_kernels import dispatch
 from tests.support.attention_harness import model_of
 from tests.support.lowering import lower_for
 from wavejax import DenseAttention, WaveAttention
-from wavejax.engine import staged
+from wavejax.engine import staged_programs
+from wavejax.store.shape import CacheShape
 
 STEP = {
     *("score_clusters", "rank_clusters", "list_clusters", "score_tokens", "estimate_threshold"),
@@ -27,7 +28,7 @@ def test_all_the_work_is_kernels(store, monkeypatch):
     monkeypatch.setattr(dispatch, "call", by_kernels)
     attention = WaveAttention(store=store)
     model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
-    state = attention.init_state(model, 2, 2500, 100, jnp.bfloat16)
+    state = attention.init_state(CacheShape.of(model), 2, 2500, 100, jnp.bfloat16)
 
     def arrays(batch, tokens):
         return [jnp.zeros((batch, tokens, heads, 64), jnp.bfloat16) for heads in (6, 2, 2)]
@@ -56,7 +57,7 @@ def test_full_attention_reads_its_cache_in_kernels_only(monkeypatch):
     monkeypatch.setattr(dispatch, "call", by_kernels)
     attention = DenseAttention()
     model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
-    state = attention.init_state(model, 2, 2500, 100, jnp.bfloat16)
+    state = attention.init_state(CacheShape.of(model), 2, 2500, 100, jnp.bfloat16)
     query, key, value = (jnp.zeros((2, 1, heads, 64), jnp.bfloat16) for heads in (6, 2, 2))
     text = lower_for("cuda", attention.decode, jnp.int32(1), query, key, value, state)
     assert kernels_of(text) == {"attend_dense", "merge_states"}
@@ -72,16 +73,16 @@ def test_staged_rows_are_arguments_of_programs_that_know_no_host_memory(platform
         monkeypatch.setattr(dispatch, "call", by_kernels)
     model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
     attention = WaveAttention(fetch="staged")
-    state = attention.init_state(model, 2, 2500, 100, jnp.bfloat16)
+    state = attention.init_state(CacheShape.of(model), 2, 2500, 100, jnp.bfloat16)
     shapes = parameter_shapes(model)
     params = nest({at: jnp.zeros(shape, jnp.bfloat16) for at, shape in shapes.items()})
     params, layer = {"params": params}, jnp.int32(1)
     hidden = jnp.zeros((2, 1, model.hidden_size), jnp.bfloat16)
     block = jnp.zeros((2, 2, 16, 2, 64), jnp.bfloat16)
     # Unwrapped, since JAX would keep what is traced here for other platforms too.
-    select = functools.partial(staged._select.__wrapped__, model, attention)
-    attend = functools.partial(staged._attend.__wrapped__, attention)
-    finish = functools.partial(staged._finish.__wrapped__, model)
+    select = functools.partial(staged_programs.select.__wrapped__, model, attention)
+    attend = functools.partial(staged_programs.attend.__wrapped__, attention)
+    finish = functools.partial(staged_programs.finish.__wrapped__, model)
 
     inputs = params, layer, hidden, jnp.zeros((2, 1), jnp.int32), state
     selection, tokens, slots, _ = jax.eval_shape(select, *inputs)

@@ -24,6 +24,7 @@ from wavejax.engine.prompts import SMALLEST_ROOM, answer_room, bucket
 from wavejax.planning.memory import memory_need
 from wavejax.store import index
 from wavejax.store.index import cluster_capacity, segment_sizes
+from wavejax.store.shape import CacheShape
 from wavejax.store.state import Selection
 
 
@@ -37,7 +38,7 @@ def test_what_there_is_no_room_for_is_refused(attention):
     generator = Generator(MODEL, attention, GREEDY)
     params, prompts = make_params(), make_prompts((262, 90))
     state = generator.start(params, prompts, 8)
-    cache = state.cache.wave if generator.staged else state.cache
+    cache = generator.engine.arrays_of(state.attention_state)
     left = np.asarray(attention.remaining(cache))
     assert (left >= 8).all()
     steps = int(left.min())
@@ -46,7 +47,7 @@ def test_what_there_is_no_room_for_is_refused(attention):
     # As many as there is room for fill it, to the token.
     state, logits = generator.force(params, state, jnp.zeros((steps, 2), jnp.int32))
     assert len(logits) == steps
-    cache = state.cache.wave if generator.staged else state.cache
+    cache = generator.engine.arrays_of(state.attention_state)
     np.testing.assert_array_equal(attention.remaining(cache), left - steps)
     assert np.asarray(attention.is_full(cache)).tolist() == (left == steps).tolist()
 
@@ -94,7 +95,7 @@ def test_the_room_made_is_the_room_planned_and_no_less_than_asked(attention, ask
     generator = Generator(MODEL, attention, GREEDY)
     lengths = (CONFIG.sink_tokens + CONFIG.window_tokens - 1, 128)
     state = generator.start(make_params(), make_prompts(lengths), asked)
-    cache = state.cache.wave if generator.staged else state.cache
+    cache = generator.engine.arrays_of(state.attention_state)
     assert (np.asarray(attention.remaining(cache)) >= asked).all()
     need = memory_need(MODEL, attention, 2, max(lengths), asked, jnp.float32)
     facts = generator.facts(state)
@@ -155,7 +156,7 @@ def test_a_traced_number_of_tokens_has_the_same_clusters(tokens, size, clusters)
 def test_a_sequence_grows_as_often_beside_a_longer_prompt_as_alone():
     attention = ATTENTIONS["wave"]
     alone, both = (
-        attention.init_state(MODEL, batch, room, 100, jnp.float32)
+        attention.init_state(CacheShape.of(MODEL), batch, room, 100, jnp.float32)
         for batch, room in ((1, 256), (2, 1024))
     )
     lengths = jnp.array([250, 1000])
@@ -169,7 +170,7 @@ def test_a_sequence_grows_as_often_beside_a_longer_prompt_as_alone():
 def test_a_full_sequences_step_reads_its_window_and_no_more(monkeypatch):
     """The step's own row has no place there; past the window lie another head's rows."""
     attention = ATTENTIONS["wave"]
-    state = attention.init_state(MODEL, 2, 128, 8, jnp.float32)
+    state = attention.init_state(CacheShape.of(MODEL), 2, 128, 8, jnp.float32)
     most = CONFIG.window_tokens
     counts = jnp.array([most, most - 2], jnp.int32)
     state = dataclasses.replace(

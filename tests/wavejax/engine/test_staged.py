@@ -14,6 +14,7 @@ from wavejax.engine.facts import facts_of
 from wavejax.engine.generator import NO_TOKEN
 from wavejax.store import rows
 from wavejax.store.host_rows import HostRows
+from wavejax.store.shape import CacheShape
 
 # It says of users' programs which give the same tokens.
 pytestmark = pytest.mark.optimised
@@ -56,15 +57,15 @@ def test_a_ragged_batch_gets_the_tokens_that_rows_in_place_give(config):
     (state, tokens), (staged, found) = (run(one, prompts) for one in generators(config))
     np.testing.assert_array_equal(found, tokens)
     np.testing.assert_allclose(staged.logits, state.logits, atol=1e-4)
-    wave = staged.cache.wave
+    wave, in_place = staged.attention_state.wave, state.attention_state
     # All three have grown; what is retrieved and cached is the same, step for step.
-    assert wave.index.tokens.tolist() == state.cache.index.tokens.tolist() == [64, 306, 362]
-    jax.tree.map(np.testing.assert_array_equal, counts_of(wave), counts_of(state.cache))
+    assert wave.index.tokens.tolist() == in_place.index.tokens.tolist() == [64, 306, 362]
+    jax.tree.map(np.testing.assert_array_equal, counts_of(wave), counts_of(in_place))
     assert int(wave.cache.table.misses.sum()) > 0
     for b in range(3):
         indexed = int(wave.index.tokens[b])
-        stored = staged.cache.rows.rows[:, b, :, :indexed]
-        expected = np.asarray(state.cache.store.rows)[:, b, :, :indexed]
+        stored = staged.attention_state.rows.rows[:, b, :, :indexed]
+        expected = np.asarray(in_place.store.rows)[:, b, :, :indexed]
         np.testing.assert_allclose(stored, expected, atol=1e-4)
         # A slot that holds a row holds that very row.
         owners = np.asarray(wave.cache.table.token_of_slot[:, b])
@@ -73,8 +74,9 @@ def test_a_ragged_batch_gets_the_tokens_that_rows_in_place_give(config):
                 wave.cache.rows[layer, b, head, slot],
                 stored[layer, head, owners[layer, head, slot]],
             )
-    assert facts_of(staged.cache) == facts_of(state.cache)
-    assert facts_of(staged.cache).host_bytes == staged.cache.rows.nbytes
+    facts = facts_of(WaveAttention(config), staged.attention_state)
+    assert facts == facts_of(WaveAttention(config), in_place)
+    assert facts.host_bytes == staged.attention_state.rows.nbytes
 
 
 @pytest.mark.slow(45)
@@ -101,14 +103,14 @@ def test_the_stream_and_teacher_forcing():
     state, found = staged.force(make_params(), state, jnp.asarray(tokens))
     np.testing.assert_allclose(found, logits, atol=1e-4)
     np.testing.assert_array_equal(np.argmax(found, axis=-1), tokens)
-    assert staged.attention.lengths(state.cache.wave).tolist() == [LENGTHS[1] + 12]
+    assert staged.attention.lengths(state.attention_state.wave).tolist() == [LENGTHS[1] + 12]
 
 
 def test_half_precision_runs():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params())
     staged = generators(CONFIG)[1]
     state = staged.start(params, make_prompts(LENGTHS[1:2]), NEW_TOKENS)
-    assert state.cache.rows.rows.dtype == jnp.bfloat16
+    assert state.attention_state.rows.rows.dtype == jnp.bfloat16
     state, tokens = staged.decode_n(params, state, 4)
     assert np.isfinite(state.logits).all()
     assert (np.asarray(tokens) >= 0).all()
@@ -127,7 +129,9 @@ def test_the_platform_chooses(monkeypatch):
 
 def test_nothing_of_the_state_is_pinned():
     for fetch, kinds in [("staged", {"device"}), ("in_place", {"device", "pinned_host"})]:
-        state = WaveAttention(CONFIG, fetch=fetch).init_state(MODEL, 1, 300, 1, jnp.float32)
+        state = WaveAttention(CONFIG, fetch=fetch).init_state(
+            CacheShape.of(MODEL), 1, 300, 1, jnp.float32
+        )
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == kinds
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.tiny_generator import ATTENTIONS, MODEL, make_params, make_prompts
 from wavejax import Generator, Sampler, WaveAttention
+from wavejax.store.shape import CacheShape
 
 # The second prompt's index grows after five tokens.
 PROMPTS, STEPS = make_prompts((150, 79)), 8
@@ -86,7 +87,7 @@ def test_full_attention_writes_a_prompt_with_numbers_of_64_bits():
     """Where `DenseAttention` is part of a caller's own program, the caller's modes hold."""
     attention = ATTENTIONS["dense"]
     with mode("jax_enable_x64", True):
-        state = attention.init_state(MODEL, 1, 16, 4, jnp.float32)
+        state = attention.init_state(CacheShape.of(MODEL), 1, 16, 4, jnp.float32)
         query = jnp.ones((1, 16, 4, 16), jnp.float32)
         key = jnp.ones((1, 16, 2, 16), jnp.float32)
         at = {"sequence": jnp.int32(0), "length": jnp.int32(16)}

@@ -46,9 +46,8 @@ def test_each_gets_the_answer_that_it_gets_alone(store):
     )
     attention, prompts = WaveAttention(CONFIG, store), make_prompts(LENGTHS)
     together, state = read_once(attention, params, prompts, None)
-    sizes = (
-        np.asarray(state.cache.index.tokens) / np.asarray(state.cache.index.num_clusters)[0, :, 0]
-    )
+    index = state.attention_state.index
+    sizes = np.asarray(index.tokens) / np.asarray(index.num_clusters)[0, :, 0]
     assert sizes[1] < 10 < sizes[3]  # clusters of two sizes are in the batch
     assert (together[0] != together[1]).any()
     for sequence, prompt in enumerate(prompts):

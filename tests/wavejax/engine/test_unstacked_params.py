@@ -13,6 +13,7 @@ from models.unstacked import unstack_layers
 from tests.support.tiny_generator import ATTENTIONS, GREEDY, MODEL, make_params, make_prompts
 from wavejax import DecodeState, Generator
 from wavejax.engine import compiled
+from wavejax.store.shape import CacheShape
 
 # It looks at compiled programs.
 pytestmark = pytest.mark.optimised
@@ -76,12 +77,12 @@ def weight_slices(text):
 @pytest.mark.parametrize("attention", ["dense", "wave"])
 def test_a_step_slices_weights_out_of_stacks_only(attention):
     generator = make_generator(attention)
-    cache = ATTENTIONS[attention].init_state(MODEL, 3, 320, NEW_TOKENS, jnp.float32)
+    cache = ATTENTIONS[attention].init_state(CacheShape.of(MODEL), 3, 320, NEW_TOKENS, jnp.float32)
     logits = jnp.zeros((3, MODEL.vocab_size), jnp.float32)
     state = DecodeState(cache, logits, jnp.zeros(3, bool), jnp.int32(0), jnp.int32(0))
 
     def slices(form):
-        lowered = compiled.decode_n.lower(generator, params_of(form), state, jnp.int32(8), 8)
+        lowered = compiled.decode_n.lower(generator.engine, params_of(form), state, jnp.int32(8), 8)
         return weight_slices(lowered.compile().as_text())
 
     assert slices("layers") == []

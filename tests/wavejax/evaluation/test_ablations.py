@@ -13,6 +13,7 @@ from wavejax import WaveAttention, WaveConfig
 from wavejax.attention.wave import scale_of
 from wavejax.evaluation.ablations import AblatedAttention, _corrected, quantise
 from wavejax.evaluation.methods import parse_methods
+from wavejax.store.shape import CacheShape
 
 CONFIG = WaveConfig(
     segment_tokens=256,
@@ -37,7 +38,9 @@ def stream():
 
 
 def started(attention, stream):
-    state = attention.init_state(MODEL, len(LENGTHS), max(LENGTHS), STEPS, jnp.float32)
+    state = attention.init_state(
+        CacheShape.of(MODEL), len(LENGTHS), max(LENGTHS), STEPS, jnp.float32
+    )
     return prefill(attention, state, stream, LENGTHS)[1]
 
 

@@ -15,6 +15,7 @@ from wavejax.attention.retrieval import budgets
 from wavejax.evaluation.baselines import PAGE_TOKENS, SparseAttention, page_bounds
 from wavejax.evaluation.methods import METHODS, parse_methods
 from wavejax.evaluation.probe import ProbeAttention, ProbeState, wave_reads
+from wavejax.store.shape import CacheShape
 
 RANKS = ("mass", "recency", "page_bound")
 # 16 local tokens, growth after 64 more.
@@ -24,7 +25,7 @@ STEPS = 70
 
 def started(attention, model, stream, new_tokens=STEPS, layers=1):
     room = max(LENGTHS)
-    state = attention.init_state(model, len(LENGTHS), room, new_tokens, jnp.float32)
+    state = attention.init_state(CacheShape.of(model), len(LENGTHS), room, new_tokens, jnp.float32)
     return prefill(attention, state, stream, LENGTHS, room=room)[1]
 
 

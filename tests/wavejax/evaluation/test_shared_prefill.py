@@ -68,7 +68,7 @@ def test_a_shared_prefill_has_the_row_cache_that_the_method_has(least):
     for cached in (True, False):
         generator = Generator(MODEL, WaveAttention(config, store="device", cached=cached))
         found, expected = (
-            state.cache.cache.table.token_of_slot.shape[-1]
+            state.attention_state.cache.table.token_of_slot.shape[-1]
             for state in (shared.state(generator), generator.start(params, prompts, 8))
         )
         assert found == expected

@@ -18,6 +18,7 @@ from wavejax.engine.prompts import answer_room, bucket
 from wavejax.planning import memory
 from wavejax.planning.memory import free_memory, host_available, memory_need, set_memory_limits
 from wavejax.store.rows import init_store
+from wavejax.store.shape import CacheShape
 
 # It looks at compiled programs.
 pytestmark = pytest.mark.optimised
@@ -36,8 +37,8 @@ ATTENTIONS = {
 def test_the_need_is_the_state_that_is_made(attention, dtype, prompt, new):
     need = memory_need(MODEL, attention, 3, prompt, new, jnp.dtype(dtype))
     # As `Generator.start` makes it.
-    state = attention.init_state(MODEL, 3, bucket(prompt), answer_room(new), dtype)
-    facts = facts_of(state)
+    state = attention.init_state(CacheShape.of(MODEL), 3, bucket(prompt), answer_room(new), dtype)
+    facts = facts_of(attention, state)
     assert (need.state, need.host) == (facts.device_bytes, facts.host_bytes)
     assert need.device == need.weights + need.state + need.workspace
     if isinstance(attention, WaveAttention):
@@ -70,16 +71,16 @@ def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32):
     number = of((), jnp.int32)
 
     def state():
-        cache = attention.init_state(model, batch, room, new, dtype)
+        cache = attention.init_state(CacheShape.of(model), batch, room, new, dtype)
         logits = jnp.zeros((batch, model.vocab_size))
         return DecodeState(cache, logits, jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0))
 
     state = jax.eval_shape(state)
     hidden = of((1, room, model.hidden_size))
-    arguments = params, hidden, number, number, number, state.cache
+    arguments = params, hidden, number, number, number, state.attention_state
     prefill = compiled.prefill_layer.lower(model, attention, *arguments).compile()
     generator = Generator(model, attention)
-    decode = compiled.decode_n.lower(generator, params, state, number, 8).compile()
+    decode = compiled.decode_n.lower(generator.engine, params, state, number, 8).compile()
     return [program.memory_analysis().temp_size_in_bytes for program in (prefill, decode)]
 
 

@@ -19,6 +19,7 @@ from pallas_kernels.select_clusters import list_candidates
 from pallas_kernels.select_tokens import RowTable, empty_table
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import WaveAttention, WaveConfig
+from wavejax.store.shape import CacheShape
 
 LAYERS, BATCH, HEADS, TOKENS, DIM, ROOM = 2, 2, 2, 24, 4, 8
 LAYER = 1  # the one in use; nothing may happen in the other
@@ -206,7 +207,7 @@ def attention_of(cache_fraction):
 
 def run(attention, stream, lengths, chunks):
     """Reads prompts and decodes chunks of 50 tokens; yields the outputs and the state."""
-    state = attention.init_state(MODEL, 2, 300, 150, jnp.float32)
+    state = attention.init_state(CacheShape.of(MODEL), 2, 300, 150, jnp.float32)
     _, state = prefill(attention, state, stream, lengths, room=300)
     start = jnp.asarray(lengths, jnp.int32)
     yield None, state

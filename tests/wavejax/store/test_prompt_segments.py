@@ -14,6 +14,7 @@ from tests.support.lowering import lower_for
 from wavejax import WaveAttention, WaveConfig
 from wavejax.store import index
 from wavejax.store.index import segments_at_once
+from wavejax.store.shape import CacheShape
 
 # Clusters of 8 tokens below 128 of them, of 16 below 256, else of 32.
 CONFIG = WaveConfig(
@@ -32,7 +33,7 @@ LAYER, SEQUENCE = jnp.int32(1), jnp.int32(2)
 
 
 def empty(config, dtype=jnp.float32):
-    return index.init_index(config, LAYERS, BATCH, HEADS, DIM, 150, ROOM, 0, dtype)
+    return index.init_index(config, CacheShape.of(MODEL), BATCH, 150, ROOM, 0, dtype)
 
 
 def make_rows(seed, dtype=jnp.float32):
@@ -106,7 +107,7 @@ def test_prompts_of_a_batch_do_not_meet(monkeypatch):
 
     write = jax.jit(lambda a, *args, **where: a.write_prompt(*args, **where), static_argnums=0)
     PADDING = {n: ((0, 300 - n), (0, 0), (0, 0)) for n in lengths}
-    state = attention.init_state(MODEL, BATCH, 300, 20, jnp.float32)
+    state = attention.init_state(CacheShape.of(MODEL), BATCH, 300, 20, jnp.float32)
     together = read(state, (0, 1, 2))
     assert together.index.tokens.tolist() == [CONFIG.indexed_tokens(n) for n in lengths]
     assert_same(read(together, (2, 0, 1)).index, together.index)
@@ -126,7 +127,9 @@ def test_kernels_get_all_segments_in_one_call(monkeypatch, segments, calls):
     monkeypatch.setattr(dispatch, "call", by_kernels)
     config, rows = CONFIG, jax.ShapeDtypeStruct((2, segments * 64, 2, 64), jnp.bfloat16)
     wave = jax.eval_shape(
-        lambda: index.init_index(config, 1, 1, 2, 64, 12 * segments, segments * 64, 0, jnp.bfloat16)
+        lambda: index.init_index(
+            config, CacheShape(1, 2, 64), 1, 12 * segments, segments * 64, 0, jnp.bfloat16
+        )
     )
     zero = jnp.int32(0)
     text = lower_for(

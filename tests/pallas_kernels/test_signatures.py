@@ -1,0 +1,36 @@
+"""Each op's implementations take what its public function takes."""
+
+import importlib
+import inspect
+
+import pytest
+
+import pallas_kernels as ops
+
+OPS = sorted(name for name in vars(ops) if inspect.isfunction(getattr(ops, name)) and "_" in name)
+OPS.remove("use_implementation")
+
+
+def taken(function):
+    """Names, kinds and defaults of a function's parameters."""
+    signature = inspect.signature(inspect.unwrap(function))
+    return {name: (p.kind, p.default) for name, p in signature.parameters.items()}
+
+
+def test_these_are_the_ops():
+    assert len(OPS) == 10
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_implementations_take_what_the_op_takes(op):
+    of_op = taken(getattr(ops, op))
+    assert of_op.pop("implementation") == (inspect.Parameter.KEYWORD_ONLY, None)
+    plain, kernel = (
+        taken(getattr(importlib.import_module(f"pallas_kernels.{op}.{name}"), op))
+        for name in ("reference", "triton")
+    )
+    assert list(plain.items()) == list(of_op.items())
+    assert kernel.pop("config") == (inspect.Parameter.KEYWORD_ONLY, None)
+    assert kernel.pop("interpret") == (inspect.Parameter.KEYWORD_ONLY, False)
+    assert list(kernel.items()) == list(of_op.items())
+    assert inspect.getdoc(getattr(ops, op))

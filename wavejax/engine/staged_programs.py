@@ -1,0 +1,161 @@
+"""The compiled programs of a step whose rows are staged; see `wavejax.engine.staged`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import pallas_kernels as ops
+from models import decoder
+from models.config import ModelConfig
+from models.parameters import Params
+from pallas_kernels.attend_zones import ZoneStates
+from pallas_kernels.attend_zones.reference import attend_rows
+from pallas_kernels.numerics import NO_ID, list_places
+from wavejax.attention.causal import causal_attention
+from wavejax.attention.wave import WaveAttention, scale_of
+from wavejax.engine import compiled
+from wavejax.engine.interface import Engine
+from wavejax.engine.state import DecodeState
+from wavejax.store import growth
+from wavejax.store.rows import RowStore
+from wavejax.store.state import Selection, WaveState
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="wave")
+def prefill_layer(
+    model_config: ModelConfig,
+    attention: WaveAttention,
+    params: Params,
+    hidden: Array,
+    layer: Array,
+    sequence: Array,
+    length: Array,
+    wave: WaveState,
+) -> tuple[Array, tuple[WaveState, Array]]:
+    def attend_prompt(
+        layer: Array, query: Array, key: Array, value: Array, wave: WaveState
+    ) -> tuple[Array, tuple[WaveState, Array]]:
+        output = causal_attention(query[0], key[0], value[0], scale=scale_of(query))[None]
+        where = {"sequence": sequence, "length": length}
+        rows, wave = attention.index_prompt(layer, key[0], value[0], wave, **where)
+        return output, (wave, rows.astype(wave.store.rows.dtype))
+
+    positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
+    return decoder.apply_layer(model_config, params, layer, hidden, positions, attend_prompt, wave)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def draw(engine: Engine, state: DecodeState) -> tuple[DecodeState, Array, Array]:
+    return compiled.draw(engine, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def enter_step(
+    model_config: ModelConfig,
+    attention: WaveAttention,
+    params: Params,
+    wave: WaveState,
+    tokens: Array,
+) -> tuple[Array, Array]:
+    return decoder.embed(model_config, params, tokens[:, None]), attention.lengths(wave)[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="wave")
+def select(
+    model_config: ModelConfig,
+    attention: WaveAttention,
+    params: Params,
+    layer: Array,
+    hidden: Array,
+    positions: Array,
+    wave: WaveState,
+) -> tuple[Selection, Array, Array, WaveState]:
+    """What to attend to, and of it the rows that the cache does not hold, side by side."""
+    weights = decoder.pick_layer(params, layer)
+    inputs = decoder.enter_layer(model_config, weights, layer, hidden, positions)
+    selection, wave = attention.select(layer, *inputs, wave)
+    missed = (selection.tokens != NO_ID) & ~selection.hit
+    places = list_places(missed, missed.shape[-1])
+
+    def of_missed(x: Array) -> Array:
+        taken = jnp.take_along_axis(x, jnp.minimum(places, x.shape[-1] - 1), axis=-1)
+        return jnp.where(places == NO_ID, NO_ID, taken)
+
+    tokens, slots = of_missed(selection.tokens), of_missed(selection.slots)
+    found = (jnp.where(selection.hit, x, NO_ID) for x in (selection.tokens, selection.slots))
+    cached = dict(zip(("tokens", "slots"), found, strict=True))
+    return selection._replace(**cached), tokens, slots, wave
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="wave")
+def attend(
+    attention: WaveAttention, layer: Array, selection: Selection, wave: WaveState
+) -> tuple[ZoneStates, WaveState]:
+    """Attends to all that is on the device."""
+    # Nothing is missed, so nothing is read of what stands for the store.
+    stored = dataclasses.replace(wave, store=RowStore(wave.steady.window))
+    zones, stored = attention.attend(layer, selection, stored)
+    wave = dataclasses.replace(stored, store=wave.store)
+    # The cache is the state's; no array may come out twice, to be donated twice.
+    return zones._replace(cache_rows=jnp.zeros(0, wave.cache.rows.dtype)), wave
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames=("hidden", "wave"))
+def finish(
+    model_config: ModelConfig,
+    params: Params,
+    layer: Array,
+    hidden: Array,
+    query: Array,
+    zones: ZoneStates,
+    tokens: Array,
+    slots: Array,
+    block: Array,
+    wave: WaveState,
+) -> tuple[Array, WaveState]:
+    """Attends to the missed rows, admits them to the cache, and ends the layer."""
+    batch, kv_heads, width = block.shape[:3]
+    tokens, slots = tokens[..., :width], slots[..., :width]
+    missed = attend_rows(query, block, tokens != NO_ID, scale=scale_of(query))
+    parts = (
+        jnp.concatenate([all_else, part[None]])
+        for all_else, part in zip(zones[:2], missed, strict=True)
+    )
+    output, _ = ops.merge_states(*parts, dtype=query.dtype)
+    b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
+    cached = wave.cache.rows.at[layer, b, h, slots].set(block, mode="drop")
+    wave = dataclasses.replace(wave, cache=dataclasses.replace(wave.cache, rows=cached))
+    output = output.reshape(batch, 1, -1, query.shape[-1])
+    return decoder.leave_layer(
+        model_config, decoder.pick_layer(params, layer), hidden, output
+    ), wave
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="wave")
+def leave_step(
+    model_config: ModelConfig,
+    attention: WaveAttention,
+    params: Params,
+    hidden: Array,
+    finished: Array,
+    wave: WaveState,
+) -> tuple[Array, WaveState]:
+    wave = attention.advance(wave, ~finished)
+    last = decoder.final_norm(model_config, params, hidden[:, 0])
+    return decoder.unembed(model_config, params, last), wave
+
+
+due = jax.jit(WaveAttention.due, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def oldest(window: Array, sequence: Array, size: int) -> Array:
+    return window[:, sequence, :, :size]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="wave")
+def grow_index(attention: WaveAttention, wave: WaveState, due: Array) -> WaveState:
+    return growth.grow(attention.config, wave, due)
