@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import wavejax
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import TEMPLATE, TINY, write_tokenizer
 from wavejax.cli.generate_command import command
@@ -31,6 +30,7 @@ EXAMPLES = [
 # The last line that an example prints.
 LAST_LINES = {
     ("python.md", "Generator("): r"Facts\(retrieved_share=.*",
+    ("python.md", "CacheShape("): r"\(1, 1, 4, 64\) \[2001\]",
     ("kernels.md", "ops.score_clusters"): r"\(1, 8, 4, 512\) \(1, 8, 4\)",
     ("debugging.md", "generator.force"): r"largest difference of logits: [\d.e-]+",
 }
@@ -38,8 +38,6 @@ LAST_LINES = {
 
 @pytest.mark.parametrize(("page", "code"), EXAMPLES)
 def test_examples_run(page, code, tmp_path, monkeypatch):
-    if "wavejax.load(" in code and "load" not in wavejax.__all__:
-        pytest.skip("wavejax.load is not there yet")
     # A tiny model in the place of SmolLM2, which takes a minute.
     write_folder(tmp_path, TINY, make_tensors(TINY))
     write_tokenizer(tmp_path, chat_template=TEMPLATE)
