@@ -10,9 +10,9 @@ PACKAGES = ("wavejax", "pallas_kernels")
 
 
 def public_names(package: types.ModuleType) -> list[str]:
-    """What a package exports: its `__all__`, or else what it imports by name, without modules."""
+    """What a package exports: its `__all__`, or else the names that are no modules, sorted."""
     if hasattr(package, "__all__"):
-        return sorted(package.__all__)
+        return list(package.__all__)
     values = {name: value for name, value in vars(package).items() if not name.startswith("_")}
     return sorted(name for name, value in values.items() if not isinstance(value, types.ModuleType))
 
@@ -29,18 +29,23 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         marker = NAMES.format(name)
         if marker in markdown:
             package = importlib.import_module(name)
-            listed = "\n\n".join(_reference(package, each) for each in public_names(package))
+            named = {each: _path(package, each) for each in public_names(package)}
+            # A name that has a section of its own is not repeated.
+            new = {each: path for each, path in named.items() if f"::: {path}\n" not in markdown}
+            listed = "\n\n".join(
+                f"::: {path}\n    options:\n      heading: {name}.{each}\n      toc_label: {each}"
+                for each, path in new.items()
+            )
             markdown = markdown.replace(marker, listed)
     return markdown
 
 
-def _reference(package: types.ModuleType, name: str) -> str:
-    """A name's reference, from where it is defined: an op has the name of its folder."""
-    value, path = getattr(package, name), f"{package.__name__}.{name}"
+def _path(package: types.ModuleType, name: str) -> str:
+    """Where a name is defined: in its package an op has the name of its folder."""
+    value = getattr(package, name)
     if hasattr(value, "__qualname__"):
-        path = f"{value.__module__}.{value.__qualname__}"
-    heading = f"{package.__name__}.{name}"
-    return f"::: {path}\n    options:\n      heading: {heading}\n      toc_label: {name}"
+        return f"{value.__module__}.{value.__qualname__}"
+    return f"{package.__name__}.{name}"
 
 
 def _existing(nav: list[Any], folder: Path) -> list[Any]:

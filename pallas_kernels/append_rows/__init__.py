@@ -31,7 +31,7 @@ def append_rows(
         start: the first row to write.
         implementation: see `pallas_kernels.dispatch.call`. With "auto" the kernel writes to host
             memory only: XLA's update there was slow in the program that reads a prompt
-            (docs/benchmarks.md); on the device XLA does well.
+            (docs/lab/benchmarks.md); on the device XLA does well.
     """
     implementations: dict[str, Callable[..., Array]] = {"xla": reference.append_rows}
     on_host = jax.typeof(store).memory_space == jax.memory.Space.Host

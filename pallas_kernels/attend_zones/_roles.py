@@ -3,7 +3,7 @@
 A missed row waits for the translation of its address. What has been translated is remembered by the
 part of the GPU (one GPC of eight) that asked, for some 0.8 GB, and a launch may begin with any of
 them. So there each processor takes the same part of the missed rows in every call
-(docs/host-rows.md, "What a single row waits for").
+(docs/lab/host-rows.md, "What a single row waits for").
 """
 
 import math
@@ -18,8 +18,8 @@ from pallas_kernels.toolbox import launch
 
 # Of a large GPU. On another one, other processors may take some of the parts in every call.
 PROCESSORS = 132
-# Of 4.3 GB, on an H200, a call finds what it wants remembered (docs/host-rows.md); of 16 GB it does
-# not, whoever reads, and to choose takes 1 to 2 us.
+# Of 4.3 GB, on an H200, a call finds what it wants remembered (docs/lab/host-rows.md); of 16 GB it
+# does not, whoever reads, and to choose takes 1 to 2 us.
 REMEMBERED_BYTES = 4_500_000_000
 
 

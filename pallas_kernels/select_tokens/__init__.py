@@ -39,7 +39,7 @@ def select_tokens(
     in the cache is retrieved only if its mass is at least so many times that of the least row
     selected. The others are left to be estimated: they are in `remaining`, and are neither hits nor
     misses. This holds once a row of the table has missed as often as it has slots; until then its
-    cache fills with all that is selected. See docs/host-rows.md for what it gains.
+    cache fills with all that is selected. See docs/lab/host-rows.md for what it gains.
 
     Args:
         log_mass: from `score_tokens`.

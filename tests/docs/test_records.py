@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,48 @@ def test_what_is_no_record_is_told_by_its_name(tmp_path, records, change, messag
     (tmp_path / "run.json").write_text(json.dumps(good | change), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"^run\.json: .*{message}"):
         records[0].read_runs(tmp_path)
+
+
+RESULTS = {
+    "device": "NVIDIA H200",
+    "jax": "0.11.2",
+    "date": "2026-12-01 10:00:00",
+    "shapes": {"A": {"step": {"us": 139.5, "share": 0.7}, "note": "none"}, "1M": {}},
+}
+
+
+def make_record(tmp_path, results, *arguments):
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    script = ROOT / "scripts/records/new_record.py"
+    command = [sys.executable, script, tmp_path / "results.json", "--name", "new"]
+    command += ["--conditions", "us", "--command", "bench", "--commit", "abc1234"]
+    command += ["--out", tmp_path, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_benchmarks_file_becomes_a_record(tmp_path, records):
+    run = make_record(tmp_path, RESULTS, "--figures", "shapes/*/*/us")
+    assert run.returncode == 0, run.stderr
+    (tmp_path / "results.json").unlink()
+    record = records[0].read_runs(tmp_path)["new"]
+    assert record.figures == {"A": {"step": 139.5}}
+    assert (record.date, record.device) == ("2026-12-01T10:00:00", "NVIDIA H200")
+    assert (record.commit, record.versions["jax"]) == ("abc1234", "0.11.2")
+    again = make_record(tmp_path, RESULTS, "--figures", "shapes/*/*/us")
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("results", "figures", "message"),
+    [
+        (RESULTS, "shapes/*/*/ms", "no figures at 'shapes/*/*/ms'"),
+        (RESULTS, "shapes/A/step/us", "no figures"),
+        ({"shapes": {}}, "shapes/*", "lacks 'date'"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, results, figures, message):
+    run = make_record(tmp_path, results, "--figures", figures)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert not (tmp_path / "new.json").exists()

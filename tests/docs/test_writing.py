@@ -31,11 +31,11 @@ def sentences(text):
 
 
 def faults(text):
-    """Sentences that are too long or begin with "What"."""
+    """Sentences that are too long, or begin with "What" and are no questions."""
     return [
         f"{len(sentence.split())} words: {sentence}"
         for sentence in sentences(text)
-        if len(sentence.split()) > MOST_WORDS or re.match(r"What\b", sentence)
+        if len(sentence.split()) > MOST_WORDS or re.match(r"What\b.*[^?]$", sentence)
     ]
 
 
@@ -49,6 +49,7 @@ def test_what_is_counted():
     assert faults(f"A page. {long}\n") == [f"26 words: {long}"]
     assert faults(f"- an item\n- {long}\n") == [f"26 words: {long}"]
     assert faults("What a sentence. This is one, too.\n") == ["3 words: What a sentence."]
+    assert not faults("What is it? It is one.\n")
     assert not faults(f"# {long}\n\n| {long} |\n\n    {long}\n\n```\n{long}\n```\n")
     assert not faults(f"A `{long}` of [words]({'a' * 99}).\n")
 

@@ -66,7 +66,7 @@ def _in_host_memory(shape: tuple[int, ...], dtype: np.dtype) -> Array:
 
     Of zeros that are moved to host memory and updated there, XLA makes but room on a GPU. Without
     the update it would make the zeros on the device, which may not have the room; and to copy them
-    from numpy takes longer than to write a prompt's rows (docs/benchmarks.md).
+    from numpy takes longer than to write a prompt's rows (docs/lab/benchmarks.md).
     """
     host = jax.memory.Space.Host
     first = jnp.zeros((*(1 for _ in shape[:-2]), *shape[-2:]), dtype)

@@ -8,7 +8,7 @@ import numpy as np
 from wavejax.evaluation.replacement.policies import Clock, Optimum
 from wavejax.evaluation.replacement.trace import NO_ROW, Trace
 
-# Of host memory: rows so near each other share a translation of addresses (docs/host-rows.md).
+# Of host memory: rows so near each other share a translation of addresses (docs/lab/host-rows.md).
 PAGE_BYTES = 65536
 Order = Literal["token", "cluster"]
 
