@@ -125,7 +125,8 @@ class DenseAttention(Attention[DenseState]):
         logits = jnp.where(seen[:, :, None, :], self.logits(layer, query, state), MASKED)
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        values = state.values[layer].astype(jnp.float32)
+        # A weight of zero does not keep out a value that is not finite.
+        values = jnp.where(seen[..., None], state.values[layer], 0).astype(jnp.float32)
         output = jnp.einsum("bhgs,bhsd->bhgd", weights, values)
         return output.astype(query.dtype).reshape(query.shape)
 

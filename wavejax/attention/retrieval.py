@@ -1,4 +1,4 @@
-"""What a decode step retrieves and what it estimates: the wave index's query."""
+"""What a decode step retrieves and what it estimates: steps 2 to 6 of `WaveAttention.decode`."""
 
 import math
 
@@ -19,65 +19,23 @@ from wavejax.store.steady import SteadyZone
 
 def score_clusters(
     query: Float[Array, "batch kv_heads group head_dim"],
-    wave: WaveIndex,
+    index: WaveIndex,
     layer: Int[Array, ""],
     *,
     scale: float,
 ) -> ClusterScores:
-    """Scores the index's clusters; where it has codes, the query is rotated for them too.
+    """Score the index's clusters; where it has codes, rotate the query for them too.
 
     Args:
         query: one decode step's queries, grouped by the kv head that they share.
-        wave: the index.
-        layer: which layer.
+        index: the index.
+        layer: int32, which layer.
         scale: multiplies every product of query and key.
     """
-    coded = wave.codes is not None
+    coded = index.codes is not None
     return ops.score_clusters(
-        query, wave.centroids, wave.offsets, layer, scale=scale, rotated=coded
+        query, index.centroids, index.offsets, layer, scale=scale, rotated=coded
     )
-
-
-def retrieve(
-    config: WaveConfig,
-    query: Float[Array, "batch kv_heads group head_dim"],
-    scores: ClusterScores,
-    wave: WaveIndex,
-    table: RowTable,
-    layer: Int[Array, ""],
-    step: Int[Array, ""],
-    *,
-    scale: float,
-) -> Retrieved:
-    """Ranks the best clusters' tokens and retrieves the best of them, in one layer.
-
-    Args:
-        config: the settings.
-        query: one decode step's queries, grouped by the kv head that they share.
-        scores: of the clusters, from `score_clusters`; with `min_token_mass`, `of_all_tokens`.
-        wave: the index.
-        table: the row cache's.
-        layer: which layer.
-        step: the row cache's clock.
-        scale: multiplies every product of query and key.
-
-    Returns:
-        the tokens' rows, where to read them, and what each cluster keeps.
-    """
-    chosen = choose_clusters(config, scores, wave, layer)
-    log_mass = ops.score_tokens(
-        rotate(query) if scores.rotated is None else scores.rotated,
-        scores.logits,
-        scores.logsumexp,
-        chosen,
-        wave.offsets,
-        wave.codes,
-        wave.scales,
-        layer,
-        scale=scale,
-        max_candidates=config.most_candidates(wave.token_ids.shape[-1]),
-    )
-    return pick_tokens(config, log_mass, chosen, wave, table, layer, step)
 
 
 def of_all_tokens(
@@ -88,7 +46,7 @@ def of_all_tokens(
     *,
     scale: float,
 ) -> ClusterScores:
-    """Scores whose masses are shares of all attention, the steady zone's included.
+    """Make the masses shares of all attention, the steady zone's included.
 
     Most heads attend to the first tokens most, so that little is left to share among the others.
 
@@ -96,7 +54,7 @@ def of_all_tokens(
         scores: from `score_clusters`, whose masses are shares of the clusters' together.
         query: grouped by kv head.
         steady: with the step's own row.
-        layer: which layer.
+        layer: int32, which layer.
         scale: multiplies every product of query and key.
     """
     total = scores.logsumexp
@@ -113,31 +71,89 @@ def of_all_tokens(
     return scores._replace(logsumexp=total)
 
 
-def choose_clusters(
-    config: WaveConfig, scores: ClusterScores, wave: WaveIndex, layer: Int[Array, ""]
+def select_clusters(
+    config: WaveConfig, scores: ClusterScores, index: WaveIndex, layer: Int[Array, ""]
 ) -> Candidates:
-    """The best clusters, whose tokens are the candidates."""
+    """Select the clusters of most group mass, whose tokens are the candidates.
+
+    Args:
+        config: the settings.
+        scores: of the clusters, from `score_clusters` or `of_all_tokens`.
+        index: the index.
+        layer: int32, which layer.
+    """
     return ops.select_clusters(
         scores.logits,
         scores.logsumexp,
-        wave.offsets,
+        index.offsets,
         layer,
-        budgets(config, wave.tokens)[1],
-        max_candidates=config.most_candidates(wave.token_ids.shape[-1]),
+        budgets(config, index.tokens)[1],
+        max_candidates=config.most_candidates(index.token_ids.shape[-1]),
     )
 
 
-def pick_tokens(
+def score_tokens(
+    config: WaveConfig,
+    query: Float[Array, "batch kv_heads group head_dim"],
+    scores: ClusterScores,
+    chosen: Candidates,
+    index: WaveIndex,
+    layer: Int[Array, ""],
+    *,
+    scale: float,
+) -> Float[Array, "batch kv_heads candidates"]:
+    """Score the candidates' tokens, by their codes, or by their clusters where there are no codes.
+
+    Args:
+        config: the settings.
+        query: one decode step's queries, grouped by the kv head that they share.
+        scores: of the clusters, from `score_clusters` or `of_all_tokens`.
+        chosen: the candidates, from `select_clusters`.
+        index: the index.
+        layer: int32, which layer.
+        scale: multiplies every product of query and key.
+
+    Returns:
+        the logarithm of each token's group mass, float32, by candidate place.
+    """
+    return ops.score_tokens(
+        rotate(query) if scores.rotated is None else scores.rotated,
+        scores.logits,
+        scores.logsumexp,
+        chosen,
+        index.offsets,
+        index.codes,
+        index.scales,
+        layer,
+        scale=scale,
+        max_candidates=config.most_candidates(index.token_ids.shape[-1]),
+    )
+
+
+def select_tokens(
     config: WaveConfig,
     log_mass: Float[Array, "batch kv_heads candidates"],
     chosen: Candidates,
-    wave: WaveIndex,
+    index: WaveIndex,
     table: RowTable,
     layer: Int[Array, ""],
     step: Int[Array, ""],
 ) -> Retrieved:
-    """The candidates of most mass, as `score_tokens` gives it: see `retrieve`."""
-    budget = budgets(config, wave.tokens)[0]
+    """Select the candidates of most group mass.
+
+    Args:
+        config: the settings.
+        log_mass: of the candidates, from `score_tokens`; by candidate place.
+        chosen: the candidates, from `select_clusters`.
+        index: the index.
+        table: the row cache's.
+        layer: int32, which layer.
+        step: int32, the row cache's clock.
+
+    Returns:
+        the tokens' store rows, where to read them, and what each cluster keeps.
+    """
+    budget = budgets(config, index.tokens)[0]
     if config.min_token_mass > 0:
         worth = log_mass >= math.log(config.min_token_mass)
         budget = jnp.minimum(budget[:, None], jnp.sum(worth, axis=-1, dtype=jnp.int32))
@@ -145,13 +161,13 @@ def pick_tokens(
         log_mass,
         chosen,
         budget,
-        wave.offsets,
-        wave.token_ids,
-        wave.prompt_tokens,
+        index.offsets,
+        index.token_ids,
+        index.prompt_tokens,
         table,
         layer,
         step,
-        max_tokens=config.most_retrieved(wave.token_ids.shape[-1]),
+        max_tokens=config.most_retrieved(index.token_ids.shape[-1]),
         segment_tokens=config.segment_tokens,
         growth_tokens=config.growth_tokens,
         admission_ratio=config.admission_ratio,
@@ -162,19 +178,30 @@ def to_estimate(
     config: WaveConfig,
     scores: ClusterScores,
     retrieved: Retrieved,
-    wave: WaveIndex,
+    index: WaveIndex,
     layer: Int[Array, ""],
 ) -> Int[Array, "batch kv_heads clusters"]:
-    """The members of each cluster to estimate: what it keeps, but none that the settings drop."""
+    """Decide how many members of each cluster to estimate: what it keeps, or what is not dropped.
+
+    Args:
+        config: the settings.
+        scores: of the clusters, from `score_clusters`.
+        retrieved: from `select_tokens`.
+        index: the index.
+        layer: int32, which layer.
+
+    Returns:
+        int32 numbers of members.
+    """
     fraction = config.estimation_fraction
     if fraction >= 1:
         return retrieved.remaining
     if fraction <= 0:
         return jnp.zeros_like(retrieved.remaining)
-    budget = budgets(config, wave.tokens)[0] + _share(fraction, wave.tokens)
+    budget = budgets(config, index.tokens)[0] + _share(fraction, index.tokens)
     # Only whether a cluster is selected is asked: no room is needed for a list.
     near = ops.select_clusters(
-        scores.logits, scores.logsumexp, wave.offsets, layer, budget, max_candidates=1
+        scores.logits, scores.logsumexp, index.offsets, layer, budget, max_candidates=1
     )
     return jnp.where(near.selected, retrieved.remaining, 0)
 
@@ -182,7 +209,7 @@ def to_estimate(
 def budgets(
     config: WaveConfig, tokens: Int[Array, "*batch"]
 ) -> tuple[Int[Array, "*batch"], Int[Array, "*batch"]]:
-    """Tokens to retrieve, and tokens whose codes to read, of so many indexed ones."""
+    """Count the tokens to retrieve, and those whose codes to read, of indexed `tokens`: int32."""
     least = config.min_retrieved_tokens
     retrieved = jnp.maximum(least, _share(config.retrieval_fraction, tokens))
     candidates = retrieved
@@ -193,7 +220,7 @@ def budgets(
 
 
 def _share(fraction: float, tokens: Array) -> Array:
-    """The share of so many tokens, rounded up."""
+    """A share of the tokens, rounded up."""
     if fraction >= 1:
         return tokens
     # A millionth less, so that a product that should be whole, 0.3 * 170, is rounded up to itself

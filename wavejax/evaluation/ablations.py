@@ -90,7 +90,7 @@ class AblatedAttention(WaveAttention):
         """See `WaveAttention`."""
         ranked = self._rank(layer, query, scores, state)
         best = ranked.log_mass, ranked.chosen
-        return retrieval.pick_tokens(
+        return retrieval.select_tokens(
             self.config, *best, state.index, state.cache.table, layer, state.step
         )
 
@@ -120,7 +120,7 @@ class AblatedAttention(WaveAttention):
 
     def _rank(self, layer: Array, query: Array, scores: ClusterScores, state: WaveState) -> Ranked:
         wave, scale, head_dim = state.index, scale_of(query), query.shape[-1]
-        chosen = retrieval.choose_clusters(self.config, scores, wave, layer)
+        chosen = retrieval.select_clusters(self.config, scores, wave, layer)
         most = self.config.most_candidates(wave.token_ids.shape[-1])
         positions, clusters = list_members(chosen, wave.offsets[layer], most)
         listed = clusters != NO_ID

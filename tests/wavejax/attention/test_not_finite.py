@@ -12,6 +12,7 @@ from tests.support import attention_harness as harness
 from tests.wavejax.attention.test_causal_attention import plain
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.attention.causal import causal_attention
+from wavejax.attention.dense import DenseState
 from wavejax.store.shape import CacheShape
 
 CONFIG = WaveConfig(
@@ -90,6 +91,29 @@ def test_a_prompt_s_earlier_tokens_do_not_see_a_bad_value(bad):
     np.testing.assert_allclose(found[:200], expected[:200], atol=1e-5)
     np.testing.assert_allclose(found[:, :2], expected[:, :2], atol=1e-5)
     assert np.isnan(found[200:, 2:, 3]).all()
+
+
+@pytest.mark.parametrize("heads_seen", [1, 2])
+def test_what_full_attention_does_not_see_does_not_reach_it(heads_seen):
+    """Unseen keys and values of NaN change no bit, whether the heads see the same or not."""
+    attention, tokens = DenseAttention(), 12
+    query, key, value = (x[:1, :tokens] for x in stream())
+    state = attention.init_state(CacheShape.of(MODEL), 1, tokens, 0, jnp.float32)
+    _, state = harness.prefill(attention, state, (query, key, value), [tokens])
+    seen = jnp.asarray(np.random.default_rng(0).random((1, heads_seen, tokens)) < 0.5)
+
+    def attend(state):
+        return np.asarray(attention.attend(jnp.int32(0), query[:, -1:], state, seen))
+
+    unseen = ~seen[None, ..., None]
+    spoilt = DenseState(
+        jnp.where(unseen, jnp.nan, state.keys),
+        jnp.where(unseen, jnp.nan, state.values),
+        state.tokens,
+    )
+    assert np.isnan(spoilt.values).any()
+    np.testing.assert_array_equal(attend(spoilt), attend(state))
+    assert np.isfinite(attend(spoilt)).all()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 2e-3), ("bfloat16", 2e-2)])

@@ -25,11 +25,8 @@ def zones(attention, query, state):
     """What a decode step of layer 0 retrieves, and what of each cluster it estimates."""
     index, layer = state.index, jnp.int32(0)
     scores = ops.score_clusters(query, index.centroids, index.offsets, layer, scale=0.25)
-    config = attention.config
-    found = retrieval.retrieve(
-        config, query, scores, index, state.cache.table, layer, state.step, scale=0.25
-    )
-    return found, retrieval.to_estimate(config, scores, found, index, layer)
+    found = attention.retrieve(layer, query, scores, state)
+    return found, retrieval.to_estimate(attention.config, scores, found, index, layer)
 
 
 def members_of(index, b, h):

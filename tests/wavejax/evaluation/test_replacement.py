@@ -172,10 +172,10 @@ def test_a_trace_is_what_was_retrieved(tmp_path, monkeypatch):
 
     # Listed as the attention itself lists them, by a callback that only this test has.
     listed = []
-    retrieve = retrieval.retrieve
+    select_tokens = retrieval.select_tokens
 
     def listen(*arguments, **settings):
-        found = retrieve(*arguments, **settings)
+        found = select_tokens(*arguments, **settings)
         jax.debug.callback(lambda tokens: listed.append(np.asarray(tokens)), found.tokens)
         return found
 
@@ -183,7 +183,7 @@ def test_a_trace_is_what_was_retrieved(tmp_path, monkeypatch):
     assert trace.rows.shape[:3] == (steps, MODEL.num_layers, MODEL.num_kv_heads)
     np.testing.assert_array_equal(np.argmax(logits, -1), answer)
 
-    monkeypatch.setattr(retrieval, "retrieve", listen)
+    monkeypatch.setattr(retrieval, "select_tokens", listen)
     # Another generator, so that it is compiled anew, and with its layers one after the other.
     listening = Generator(MODEL, attention, GREEDY, unroll=True)
     state = listening.start(params, [prompt], steps)
