@@ -14,9 +14,9 @@ from jax import Array
 
 import pallas_kernels as ops
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.select_tokens import RowTable
 from pallas_kernels.shapes import StepShape
 from pallas_kernels.testing import StepInputs, make_step
+from pallas_kernels.types import RowTable
 
 STEP_OPS = (
     "score_clusters",

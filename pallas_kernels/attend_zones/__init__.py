@@ -4,8 +4,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.attend_zones import reference, triton
-from pallas_kernels.attend_zones.reference import ZoneStates as ZoneStates
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.types import ZoneStates
 
 
 def attend_zones(

@@ -1,30 +1,12 @@
 """The semantics of `attend_zones`, in plain JAX."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import _compat
-from pallas_kernels.numerics import MASKED, NO_ID, is_masked, log_count, log_sum_exp
-
-
-class ZoneStates(NamedTuple):
-    """Attention over parts of the zones, to be merged by `merge_states`, and the cache after it.
-
-    The parts' tokens are disjoint, and together they are the zones. How many parts there are is up
-    to the implementation; the reference has three: steady, retrieved, estimated.
-
-    Attributes:
-        outputs: `[parts, batch, kv_heads, group, head_dim]` float32.
-        logsumexps: `[parts, batch, kv_heads, group]` float32; about -1e30 for an empty part.
-        cache_rows: as given, with the admitted rows written into their slots.
-    """
-
-    outputs: Array
-    logsumexps: Array
-    cache_rows: Array
+from pallas_kernels.numerics import is_masked, log_count, log_sum_exp
+from pallas_kernels.types import MASKED, NO_ID, ZoneStates
 
 
 def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:

@@ -11,8 +11,8 @@ from pallas_kernels import tuning
 from pallas_kernels.attend_zones._config import Config, heuristic
 from pallas_kernels.attend_zones._roles import by_processor
 from pallas_kernels.attend_zones._zones import Program, Refs
-from pallas_kernels.attend_zones.reference import ZoneStates
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import ZoneStates
 
 __all__ = ["Config", "attend_zones", "heuristic"]
 

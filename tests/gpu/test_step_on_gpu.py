@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED, NO_ID
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.testing import make_step
+from pallas_kernels.types import MASKED, NO_ID
 from tests.support.gpu_cases import SEED, assert_close, assert_table_is_inverse, shape, upcast
 
 pytestmark = pytest.mark.gpu

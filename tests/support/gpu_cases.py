@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED, NO_ID
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.shapes import SHAPES, StepShape
 from pallas_kernels.testing import StepInputs, make_step
+from pallas_kernels.types import MASKED, NO_ID
 
 # Fresh numbers every run; a failure's message and WAVEJAX_SEED bring a run's back.
 SEED = int(os.environ.get("WAVEJAX_SEED", int.from_bytes(os.urandom(3), "little")))

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from models.config import ModelConfig
-from pallas_kernels.numerics import MASKED
+from pallas_kernels.types import MASKED
 from wavejax._pytree import state as pytree
 from wavejax.attention.causal import causal_attention
 

@@ -12,9 +12,7 @@ from jaxtyping import Bool, Float, Int
 import pallas_kernels as ops
 from models.config import ModelConfig
 from models.errors import InputError
-from pallas_kernels.attend_zones import ZoneStates
-from pallas_kernels.score_clusters import ClusterScores
-from pallas_kernels.select_tokens import Retrieved
+from pallas_kernels.types import ClusterScores, Retrieved, ZoneStates
 from wavejax.attention import retrieval
 from wavejax.attention.causal import causal_attention
 from wavejax.config import WaveConfig

@@ -12,7 +12,7 @@ from pallas_kernels.attend_zones import reference
 from pallas_kernels.attend_zones import triton as kernel
 from pallas_kernels.merge_states import reference as merge_reference
 from pallas_kernels.merge_states import triton as merge_kernel
-from pallas_kernels.numerics import MASKED, NO_ID
+from pallas_kernels.types import MASKED, NO_ID
 from tests.support.lowering import lower_for
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}

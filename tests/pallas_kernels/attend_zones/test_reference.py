@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED, NO_ID
+from pallas_kernels.types import MASKED, NO_ID
 
 SPACES = {"device": jax.memory.Space.Device, "host": jax.memory.Space.Host}
 

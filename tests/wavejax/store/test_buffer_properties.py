@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED, NO_ID
 from pallas_kernels.select_clusters import list_candidates
-from pallas_kernels.select_tokens import RowTable, empty_table
+from pallas_kernels.select_tokens import empty_table
+from pallas_kernels.types import MASKED, NO_ID, RowTable
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import WaveAttention, WaveConfig
 
