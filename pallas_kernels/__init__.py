@@ -7,7 +7,8 @@ A decode step's ops, in their order:
 - `select_clusters`: the clusters whose tokens are looked at one by one, `Candidates`.
 - `score_tokens`: the candidates' tokens by their one-bit codes.
 - `select_tokens`: the best of them, `Retrieved`; updates the `RowTable` of the row cache.
-- `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`.
+- `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`. It takes
+  `SteadyRows`, `StoredRows`, `Picks` and an `Estimate`.
 - `merge_states`: attention over disjoint sets of tokens to attention over their union.
 - `attend_dense`: attention to all tokens, what the others together are compared with.
 
@@ -48,9 +49,13 @@ from pallas_kernels.types import (
     Candidates,
     Clusters,
     ClusterScores,
+    Estimate,
     PackedQuery,
+    Picks,
     Retrieved,
     RowTable,
+    SteadyRows,
+    StoredRows,
     TokenCodes,
     ZoneStates,
 )
@@ -62,12 +67,16 @@ __all__ = [
     "Choice",
     "ClusterScores",
     "Clusters",
+    "Estimate",
     "Explanation",
     "FallbackWarning",
     "Implementation",
     "PackedQuery",
+    "Picks",
     "Retrieved",
     "RowTable",
+    "SteadyRows",
+    "StoredRows",
     "TokenCodes",
     "ZoneStates",
     "append_rows",

@@ -6,7 +6,7 @@ a kv head), `head_dim`, `clusters`, `tokens`, `slots` (of the row cache).
 
 from typing import NamedTuple
 
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 # Masks are finite: -inf minus -inf is NaN, and rows with nothing in them do occur. Half of it is
 # still far below any logit, so `numerics.is_masked` tells a mask from a real value. Empty and NaN
@@ -130,6 +130,67 @@ class Retrieved(NamedTuple):
     table: RowTable
     hits: Array
     misses: Array
+
+
+class SteadyRows(NamedTuple):
+    """The steady zone's KV rows: the first tokens, and those that are not in the index yet.
+
+    Attributes:
+        sink: `[layers, batch, kv_heads, sinks, 2, head_dim]`, the first tokens' keys and values.
+        sink_tokens: `[batch]` int32, how many there are; all for more than there is room for.
+        window: `[layers, batch, kv_heads, window, 2, head_dim]`, the other rows, oldest first.
+        window_tokens: `[batch]` int32, likewise.
+    """
+
+    sink: Float[Array, "layers batch kv_heads sinks 2 head_dim"]
+    sink_tokens: Int[Array, " batch"]
+    window: Float[Array, "layers batch kv_heads window 2 head_dim"]
+    window_tokens: Int[Array, " batch"]
+
+
+class StoredRows(NamedTuple):
+    """The KV rows of the indexed tokens.
+
+    Attributes:
+        store: `[layers, batch, kv_heads, tokens, 2, head_dim]`, all of them in token order; may
+            lie in `pinned_host` memory.
+        cache: `[layers, batch, kv_heads, slots, 2, head_dim]`, those in the row cache's slots.
+            With no slots all rows are read from the store.
+    """
+
+    store: Float[Array, "layers batch kv_heads tokens 2 head_dim"]
+    cache: Float[Array, "layers batch kv_heads slots 2 head_dim"]
+
+
+class Picks(NamedTuple):
+    """Which rows to attend to exactly, and where they lie: the first fields of `Retrieved`.
+
+    Attributes:
+        tokens, slots, hit: `[batch, kv_heads, retrieved]`, as in `Retrieved`.
+    """
+
+    tokens: Int[Array, "batch kv_heads retrieved"]
+    slots: Int[Array, "batch kv_heads retrieved"]
+    hit: Bool[Array, "batch kv_heads retrieved"]
+
+
+class Estimate(NamedTuple):
+    """The clusters, and the members of each that are to be estimated.
+
+    Attributes:
+        logits: `[batch, kv_heads, group, clusters]` float32, as in `ClusterScores`.
+        value_means: `[layers, batch, kv_heads, clusters, head_dim]`, means of the members' values.
+            Anything for clusters past the last one of which something is to be estimated. Of those
+            before it NaN may show, whatever is estimated.
+        offsets: `[layers, batch, kv_heads, clusters + 1]` int32: they give the clusters' sizes.
+        remaining: `[batch, kv_heads, clusters]` int32, how many members to estimate: as in
+            `Retrieved`, or zero for a cluster to leave out. More than it has members are all.
+    """
+
+    logits: Float[Array, "batch kv_heads group clusters"]
+    value_means: Float[Array, "layers batch kv_heads clusters head_dim"]
+    offsets: Int[Array, "layers batch kv_heads clusters+1"]
+    remaining: Int[Array, "batch kv_heads clusters"]
 
 
 class ZoneStates(NamedTuple):

@@ -12,7 +12,15 @@ from jaxtyping import Bool, Float, Int
 import pallas_kernels as ops
 from models.config import ModelConfig
 from models.errors import InputError
-from pallas_kernels.types import ClusterScores, Retrieved, ZoneStates
+from pallas_kernels.types import (
+    ClusterScores,
+    Estimate,
+    Picks,
+    Retrieved,
+    SteadyRows,
+    StoredRows,
+    ZoneStates,
+)
 from wavejax.attention import retrieval
 from wavejax.attention.causal import causal_attention
 from wavejax.config import WaveConfig
@@ -280,19 +288,17 @@ class WaveAttention:
         window_tokens = jnp.minimum(state.steady.window_tokens + 1, self.config.window_tokens)
         zones = ops.attend_zones(
             selection.query,
-            state.steady.sink,
-            state.steady.sink_tokens,
-            state.steady.window,
-            window_tokens,
-            state.store.rows,
-            state.cache.rows,
-            selection.tokens,
-            selection.slots,
-            selection.hit,
-            selection.logits,
-            state.index.value_means,
-            state.index.offsets,
-            selection.estimated,
+            SteadyRows(
+                state.steady.sink, state.steady.sink_tokens, state.steady.window, window_tokens
+            ),
+            StoredRows(state.store.rows, state.cache.rows),
+            Picks(selection.tokens, selection.slots, selection.hit),
+            Estimate(
+                selection.logits,
+                state.index.value_means,
+                state.index.offsets,
+                selection.estimated,
+            ),
             layer,
             scale=scale_of(selection.query),
         )

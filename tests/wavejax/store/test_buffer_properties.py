@@ -89,11 +89,15 @@ def step_of_ops(slots, mass, budget, ids, prompt_tokens, used, table, store, cac
     # A query of zeros: the output is the mean of the values read.
     zones = ops.attend_zones(
         jnp.zeros((BATCH, HEADS, 1, DIM)),
-        nothing, jnp.zeros(BATCH, jnp.int32), nothing, jnp.zeros(BATCH, jnp.int32),
-        store, cache_rows, found.tokens, found.slots, found.hit,
-        jnp.full((BATCH, HEADS, 1, clusters), MASKED),
-        jnp.zeros((LAYERS, BATCH, HEADS, clusters, DIM)),
-        offsets, jnp.zeros((BATCH, HEADS, clusters), jnp.int32), LAYER,
+        ops.SteadyRows(nothing, jnp.zeros(BATCH, int), nothing, jnp.zeros(BATCH, int)),
+        ops.StoredRows(store, cache_rows),
+        ops.Picks(found.tokens, found.slots, found.hit),
+        ops.Estimate(
+            jnp.full((BATCH, HEADS, 1, clusters), MASKED),
+            jnp.zeros((LAYERS, BATCH, HEADS, clusters, DIM)),
+            offsets, jnp.zeros((BATCH, HEADS, clusters), jnp.int32),
+        ),
+        LAYER,
         scale=1.0, implementation="xla",
     )  # fmt: skip
     read, _ = ops.merge_states(zones.outputs, zones.logsumexps, implementation="xla")
