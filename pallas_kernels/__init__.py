@@ -1,23 +1,95 @@
 """The ops of a decode step over a clustered KV cache, and of the plain one it is compared with.
 
-Each op is a folder: `__init__.py` (the public function), `reference.py` (its meaning, in plain
-JAX) and `triton.py` (its kernels for GPUs). `shapes.py` names the real shapes that tests and
-benchmarks share; `testing.py` makes inputs of them.
+A decode step's ops, in their order:
+
+- `score_clusters`: the query against every cluster's centroid, `ClusterScores`; from the kernel the
+  rotated query too, a `PackedQuery`.
+- `select_clusters`: the clusters whose tokens are looked at one by one, `Candidates`.
+- `score_tokens`: the candidates' tokens by their one-bit codes.
+- `select_tokens`: the best of them, `Retrieved`; updates the `RowTable` of the row cache.
+- `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`. It takes
+  `SteadyRows`, `StoredRows`, `Picks` and an `Estimate`.
+- `merge_states`: attention over disjoint sets of tokens to attention over their union.
+- `attend_dense`: attention to all tokens, what the others together are compared with.
+
+Ops that make what a decode step reads:
+
+- `build_clusters`: a segment's tokens by their keys, `Clusters`.
+- `encode_tokens`: one bit a dimension of each key, `TokenCodes`.
+- `append_rows`: new rows into the row store.
+
+`use_implementation` chooses between plain JAX and the kernels for what is traced inside. So does
+the environment variable `WAVEJAX_IMPLEMENTATION` for a process, and each op's own argument
+`implementation`, an `Implementation`. `explain` tells what each op took and why: an `Explanation`,
+one `Choice` each. `forget` empties it. A `FallbackWarning` says that an op runs in plain JAX on a
+GPU.
+
+`MASKED` is the logit of what is not there, `NO_ID` the token, cluster or slot that is none.
+
+Each op is a folder: `__init__.py` (its signature), `reference.py` (its meaning, in plain JAX) and
+`triton.py` (its kernels for GPUs). `types.py` holds what ops hand to each other. `shapes.py` names
+the real shapes that tests and benchmarks share; `testing.py` makes inputs of them.
 """
 
-from pallas_kernels.append_rows import append_rows as append_rows
-from pallas_kernels.attend_dense import attend_dense as attend_dense
-from pallas_kernels.attend_zones import attend_zones as attend_zones
-from pallas_kernels.build_clusters import build_clusters as build_clusters
-from pallas_kernels.dispatch import explain as explain
-from pallas_kernels.dispatch import forget as forget
-from pallas_kernels.dispatch import use_implementation as use_implementation
-from pallas_kernels.encode_tokens import encode_tokens as encode_tokens
-from pallas_kernels.explanation import Choice as Choice
-from pallas_kernels.explanation import Explanation as Explanation
-from pallas_kernels.explanation import FallbackWarning as FallbackWarning
-from pallas_kernels.merge_states import merge_states as merge_states
-from pallas_kernels.score_clusters import score_clusters as score_clusters
-from pallas_kernels.score_tokens import score_tokens as score_tokens
-from pallas_kernels.select_clusters import select_clusters as select_clusters
-from pallas_kernels.select_tokens import select_tokens as select_tokens
+from pallas_kernels.append_rows import append_rows
+from pallas_kernels.attend_dense import attend_dense
+from pallas_kernels.attend_zones import attend_zones
+from pallas_kernels.build_clusters import build_clusters
+from pallas_kernels.dispatch import Implementation, explain, forget, use_implementation
+from pallas_kernels.encode_tokens import encode_tokens
+from pallas_kernels.explanation import Choice, Explanation, FallbackWarning
+from pallas_kernels.merge_states import merge_states
+from pallas_kernels.score_clusters import score_clusters
+from pallas_kernels.score_tokens import score_tokens
+from pallas_kernels.select_clusters import select_clusters
+from pallas_kernels.select_tokens import select_tokens
+from pallas_kernels.types import (
+    MASKED,
+    NO_ID,
+    Candidates,
+    Clusters,
+    ClusterScores,
+    Estimate,
+    PackedQuery,
+    Picks,
+    Retrieved,
+    RowTable,
+    SteadyRows,
+    StoredRows,
+    TokenCodes,
+    ZoneStates,
+)
+
+__all__ = [
+    "MASKED",
+    "NO_ID",
+    "Candidates",
+    "Choice",
+    "ClusterScores",
+    "Clusters",
+    "Estimate",
+    "Explanation",
+    "FallbackWarning",
+    "Implementation",
+    "PackedQuery",
+    "Picks",
+    "Retrieved",
+    "RowTable",
+    "SteadyRows",
+    "StoredRows",
+    "TokenCodes",
+    "ZoneStates",
+    "append_rows",
+    "attend_dense",
+    "attend_zones",
+    "build_clusters",
+    "encode_tokens",
+    "explain",
+    "forget",
+    "merge_states",
+    "score_clusters",
+    "score_tokens",
+    "select_clusters",
+    "select_tokens",
+    "use_implementation",
+]

@@ -7,14 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Masks are finite: -inf minus -inf is NaN, and rows with nothing in them do occur. Half of it is
-# still far below any logit, so `is_masked` tells a mask from a real value. Empty and NaN are
-# different things: NaN is a real value, and shows in all that is made of it.
-MASKED = -1e30
-
-# Stands for no token, no cluster, no slot in an int32 list: past the end of every array, so that a
-# scatter in "drop" mode leaves it out and none has to be masked apart.
-NO_ID = 2**31 - 1
+from pallas_kernels.types import MASKED, NO_ID
 
 # exp(x) is 2**(LOG2_E * x), for which GPUs have an instruction.
 LOG2_E = math.log2(math.e)

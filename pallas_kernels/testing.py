@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.encode_tokens import rotate
-from pallas_kernels.numerics import NO_ID
-from pallas_kernels.select_tokens import RowTable, segment_start
+from pallas_kernels.select_tokens import segment_start
 from pallas_kernels.shapes import StepShape
+from pallas_kernels.types import NO_ID, RowTable
 
 # With unit normals for keys the logits then have this standard deviation: a softmax's tail as
 # trained models have it.

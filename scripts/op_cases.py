@@ -14,9 +14,9 @@ from jax import Array
 
 import pallas_kernels as ops
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.select_tokens import RowTable
 from pallas_kernels.shapes import StepShape
 from pallas_kernels.testing import StepInputs, make_step
+from pallas_kernels.types import Estimate, Picks, RowTable, SteadyRows, StoredRows
 
 STEP_OPS = (
     "score_clusters",
@@ -182,8 +182,17 @@ class StepBench:
         x, shape = self.inputs, self.shape
 
         def call(layer: Array, operands: Any, cache_rows: Array) -> tuple[Any, Any]:
-            before, after = operands
-            result = run("attend_zones", *before, cache_rows, *after, layer, scale=shape.scale)
+            (query, *steady, store), (*picks, logits, means, offsets, remaining) = operands
+            result = run(
+                "attend_zones",
+                query,
+                SteadyRows(*steady),
+                StoredRows(store, cache_rows),
+                Picks(*picks),
+                Estimate(logits, means, offsets, remaining),
+                layer,
+                scale=shape.scale,
+            )
             return (result.outputs, result.logsumexps), result.cache_rows
 
         before = (x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store)
@@ -264,9 +273,12 @@ class StepBench:
             )
             zones = run(
                 "attend_zones",
-                *(query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
-                *(retrieved.tokens, retrieved.slots, retrieved.hit, scores[0], x.value_means),
-                *(x.offsets, retrieved.remaining, layer),
+                query,
+                SteadyRows(x.sink, x.sink_tokens, x.window, x.window_tokens),
+                StoredRows(x.store, cache_rows),
+                Picks(*retrieved[:3]),
+                Estimate(scores[0], x.value_means, x.offsets, retrieved.remaining),
+                layer,
                 scale=shape.scale,
             )
             output, _ = run("merge_states", zones.outputs, zones.logsumexps, dtype=query.dtype)

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.numerics import MASKED, log_total
+from pallas_kernels.numerics import log_total
+from pallas_kernels.types import MASKED
 
 
 def attend_dense(

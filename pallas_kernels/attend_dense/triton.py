@@ -12,8 +12,9 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import tuning
 from pallas_kernels.merge_states import triton as merging
-from pallas_kernels.numerics import MASKED, log_total
+from pallas_kernels.numerics import log_total
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import MASKED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attend_zones._config import Config
 from pallas_kernels.attend_zones._roles import choose_part
-from pallas_kernels.numerics import LOG2_E, MASKED, NO_ID
+from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import MASKED, NO_ID
 
 # How many tiles' logits are read at once to find the greatest.
 LOGIT_TILES = 4

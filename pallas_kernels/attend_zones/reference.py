@@ -1,30 +1,12 @@
 """The semantics of `attend_zones`, in plain JAX."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import _compat
-from pallas_kernels.numerics import MASKED, NO_ID, is_masked, log_count, log_sum_exp
-
-
-class ZoneStates(NamedTuple):
-    """Attention over parts of the zones, to be merged by `merge_states`, and the cache after it.
-
-    The parts' tokens are disjoint, and together they are the zones. How many parts there are is up
-    to the implementation; the reference has three: steady, retrieved, estimated.
-
-    Attributes:
-        outputs: `[parts, batch, kv_heads, group, head_dim]` float32.
-        logsumexps: `[parts, batch, kv_heads, group]` float32; about -1e30 for an empty part.
-        cache_rows: as given, with the admitted rows written into their slots.
-    """
-
-    outputs: Array
-    logsumexps: Array
-    cache_rows: Array
+from pallas_kernels.numerics import is_masked, log_count, log_sum_exp
+from pallas_kernels.types import MASKED, NO_ID, Estimate, Picks, SteadyRows, StoredRows, ZoneStates
 
 
 def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:
@@ -87,19 +69,10 @@ def attend_logits(logits: Array, values: Array) -> tuple[Array, Array]:
 
 def attend_zones(
     query: Array,
-    sink: Array,
-    sink_tokens: Array,
-    window: Array,
-    window_tokens: Array,
-    store: Array,
-    cache_rows: Array,
-    tokens: Array,
-    slots: Array,
-    hit: Array,
-    logits: Array,
-    value_means: Array,
-    offsets: Array,
-    remaining: Array,
+    steady: SteadyRows,
+    rows: StoredRows,
+    picks: Picks,
+    estimate: Estimate,
     layer: Array | int,
     *,
     scale: float,
@@ -107,6 +80,10 @@ def attend_zones(
     """See `pallas_kernels.attend_zones`."""
     batch, kv_heads = query.shape[:2]
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
+    sink, sink_tokens, window, window_tokens = steady
+    store, cache_rows = rows
+    tokens, slots, hit = picks
+    logits, value_means, offsets, remaining = estimate
 
     steady_rows = jnp.concatenate([sink[layer], window[layer]], axis=2)
     steady_valid = jnp.concatenate(
@@ -116,16 +93,16 @@ def attend_zones(
         ],
         axis=1,
     )
-    steady = attend_rows(query, steady_rows, steady_valid[:, None, :], scale=scale)
+    of_steady = attend_rows(query, steady_rows, steady_valid[:, None, :], scale=scale)
 
-    rows = missed = read_rows(store, layer, jnp.where(hit, 0, tokens))
+    read = missed = read_rows(store, layer, jnp.where(hit, 0, tokens))
     if cache_rows.shape[3]:
         admitted = jnp.where(hit, NO_ID, slots)
         cache_rows = cache_rows.at[layer, b, h, admitted].set(missed, mode="drop")
         # Read after the admission: reading before it would make XLA copy the whole cache.
         cached = cache_rows[layer, b, h, jnp.minimum(slots, cache_rows.shape[3] - 1)]
-        rows = jnp.where((slots != NO_ID)[..., None, None], cached, missed)
-    retrieved = attend_rows(query, rows, tokens != NO_ID, scale=scale)
+        read = jnp.where((slots != NO_ID)[..., None, None], cached, missed)
+    retrieved = attend_rows(query, read, tokens != NO_ID, scale=scale)
 
     remaining = jnp.minimum(remaining, jnp.diff(offsets[layer], axis=-1))
     # A cluster without any may hold anything, NaN included.
@@ -133,7 +110,7 @@ def attend_zones(
     kept = log_count(remaining)[:, :, None, :]
     estimated = attend_logits(jnp.where(is_masked(kept), MASKED, logits + kept), means)
 
-    parts = (steady, retrieved, estimated)
+    parts = (of_steady, retrieved, estimated)
     return ZoneStates(
         jnp.stack([output for output, _ in parts]),
         jnp.stack([logsumexp for _, logsumexp in parts]),

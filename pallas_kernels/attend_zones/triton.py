@@ -11,27 +11,18 @@ from pallas_kernels import tuning
 from pallas_kernels.attend_zones._config import Config, heuristic
 from pallas_kernels.attend_zones._roles import by_processor
 from pallas_kernels.attend_zones._zones import Program, Refs
-from pallas_kernels.attend_zones.reference import ZoneStates
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import Estimate, Picks, SteadyRows, StoredRows, ZoneStates
 
 __all__ = ["Config", "attend_zones", "heuristic"]
 
 
 def attend_zones(
     query: Array,
-    sink: Array,
-    sink_tokens: Array,
-    window: Array,
-    window_tokens: Array,
-    store: Array,
-    cache_rows: Array,
-    tokens: Array,
-    slots: Array,
-    hit: Array,
-    logits: Array,
-    value_means: Array,
-    offsets: Array,
-    remaining: Array,
+    steady: SteadyRows,
+    rows: StoredRows,
+    picks: Picks,
+    estimate: Estimate,
     layer: Array | int,
     *,
     scale: float,
@@ -44,12 +35,16 @@ def attend_zones(
     Without a row cache the store's rows are read as hits are.
 
     Raises:
-        NotImplementedError: see `_pallas.check_heads`; or rows of several dtypes, no room for
+        NotImplementedError: see `launch.check_heads`; or rows of several dtypes, no room for
             retrieved rows, clusters or the window, or no row cache before a store on the host.
     """
     batch, kv_heads, group, head_dim = query.shape
-    rows = {"sink": sink, "window": window, "store": store, "cache_rows": cache_rows}
-    for name, array in rows.items():
+    sink, sink_tokens, window, window_tokens = steady
+    store, cache_rows = rows
+    tokens, slots, hit = picks
+    logits, value_means, offsets, remaining = estimate
+    by_name = {"sink": sink, "window": window, "store": store, "cache": cache_rows}
+    for name, array in by_name.items():
         if array.dtype != query.dtype:
             raise NotImplementedError(
                 f"attend_zones: {name} is {array.dtype}, query {query.dtype}; the kernel wants "

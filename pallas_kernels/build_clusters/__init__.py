@@ -4,9 +4,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.build_clusters import reference, triton
-from pallas_kernels.build_clusters.reference import Clusters as Clusters
 from pallas_kernels.build_clusters.reference import capacity as capacity
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.types import Clusters
 
 
 def build_clusters(

@@ -8,8 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.build_clusters.reference import POWER_ITERATIONS
-from pallas_kernels.numerics import MASKED, NO_ID
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import MASKED, NO_ID
 
 
 def _dot(a: Any, b: Any) -> Any:

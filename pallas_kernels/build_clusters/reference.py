@@ -1,31 +1,12 @@
 """The semantics of `build_clusters`, in plain JAX."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.types import Clusters
+
 POWER_ITERATIONS = 4
-
-
-class Clusters(NamedTuple):
-    """A segment's clusters.
-
-    Attributes:
-        centroids: `[..., clusters, head_dim]` float32, plain means of the members' keys.
-        value_means: `[..., clusters, head_dim]` float32, plain means of the members' values. Both
-            are zeros for an empty cluster, and NaN where a member's key, or value, is not finite.
-        offsets: `[..., clusters + 1]` int32: cluster j holds order[offsets[j] : offsets[j + 1]].
-            Clusters past the last one are empty; before it none is.
-        order: `[..., tokens]` int32, the tokens in cluster order, rising within a cluster; the
-            padding comes last.
-    """
-
-    centroids: Array
-    value_means: Array
-    offsets: Array
-    order: Array
 
 
 def capacity(tokens: int, cluster_size: int, max_cluster_size: int) -> int:

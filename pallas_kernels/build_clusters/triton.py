@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import tuning
 from pallas_kernels.build_clusters import _kernels
-from pallas_kernels.build_clusters.reference import Clusters, capacity, check_sizes
+from pallas_kernels.build_clusters.reference import capacity, check_sizes
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import Clusters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.encode_tokens import reference, triton
-from pallas_kernels.encode_tokens.reference import TokenCodes as TokenCodes
 from pallas_kernels.encode_tokens.reference import rotate as rotate
 from pallas_kernels.encode_tokens.reference import rotation as rotation
+from pallas_kernels.types import TokenCodes
 
 
 def encode_tokens(

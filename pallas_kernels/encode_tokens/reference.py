@@ -1,27 +1,12 @@
 """The semantics of `encode_tokens`, in plain JAX."""
 
 import functools
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-WORD_BITS = 32
-
-
-class TokenCodes(NamedTuple):
-    """One sign bit per dimension of each token's rotated residual, and what scales them.
-
-    Attributes:
-        codes: `[..., tokens, ceil(head_dim / 32)]` uint32; bit i of word w is set where dimension
-            32 w + i is positive or zero.
-        scales: `[..., tokens]` float32, |r|^2 / |r|_1; zero for a residual of zero, NaN for one
-            that is not finite.
-    """
-
-    codes: Array
-    scales: Array
+from pallas_kernels.types import WORD_BITS, TokenCodes
 
 
 @functools.cache

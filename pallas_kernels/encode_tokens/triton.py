@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import tuning
-from pallas_kernels.encode_tokens.reference import WORD_BITS, TokenCodes
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import WORD_BITS, TokenCodes
 
 
 @dataclasses.dataclass(frozen=True)

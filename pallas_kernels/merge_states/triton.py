@@ -11,8 +11,9 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from pallas_kernels import tuning
-from pallas_kernels.numerics import MASKED, is_masked, log_sum_exp
+from pallas_kernels.numerics import is_masked, log_sum_exp
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import MASKED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.score_clusters import reference, triton
-from pallas_kernels.score_clusters.reference import ClusterScores as ClusterScores
+from pallas_kernels.types import ClusterScores
 
 
 def score_clusters(

@@ -1,30 +1,11 @@
 """The semantics of `score_clusters`, in plain JAX."""
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.encode_tokens.reference import rotate
-from pallas_kernels.numerics import MASKED, log_count, log_sum_exp
-from pallas_kernels.score_tokens._query import PackedQuery
-
-
-class ClusterScores(NamedTuple):
-    """What a query makes of every cluster.
-
-    Attributes:
-        logits: `[batch, kv_heads, group, clusters]` float32, scale * q.c; about -1e30 for a
-            cluster without members.
-        logsumexp: `[batch, kv_heads, group]` float32, log of the sum over clusters of
-            size * exp(logit): what normalises one query head's masses. About -1e30 where there
-            are no clusters.
-        rotated: the query as `score_tokens` takes it; None if it was not asked for.
-    """
-
-    logits: Array
-    logsumexp: Array
-    rotated: Array | PackedQuery | None = None
+from pallas_kernels.numerics import log_count, log_sum_exp
+from pallas_kernels.types import MASKED, ClusterScores
 
 
 def score_clusters(

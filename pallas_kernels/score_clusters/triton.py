@@ -12,15 +12,10 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import tuning
 from pallas_kernels.encode_tokens.reference import rotate
-from pallas_kernels.numerics import MASKED, log_sum_exp, log_total
-from pallas_kernels.score_clusters.reference import ClusterScores
-from pallas_kernels.score_tokens._query import (
-    PackedQuery,
-    packed_shapes,
-    rotate_and_pack,
-    rotations,
-)
+from pallas_kernels.numerics import log_sum_exp, log_total
+from pallas_kernels.score_tokens._query import packed_shapes, rotate_and_pack, rotations
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import MASKED, ClusterScores, PackedQuery
 
 
 @dataclasses.dataclass(frozen=True)

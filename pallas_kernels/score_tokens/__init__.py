@@ -5,8 +5,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.score_tokens import reference, triton
-from pallas_kernels.score_tokens._query import PackedQuery as PackedQuery
-from pallas_kernels.select_clusters.reference import Candidates
+from pallas_kernels.types import Candidates, PackedQuery
 
 
 def score_tokens(

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.numerics import LOG2_E, MASKED
+from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.score_tokens._members import Members, find_members
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import MASKED
 
 
 def score(

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.select_clusters.reference import GRANULE
 from pallas_kernels.toolbox import launch, warp
+from pallas_kernels.types import GRANULE
 
 
 class Members(NamedTuple):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.encode_tokens.reference import WORD_BITS, rotation
-from pallas_kernels.numerics import LOG2_E, NO_ID
+from pallas_kernels.encode_tokens.reference import rotation
+from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.warp import LANES, QUAD
+from pallas_kernels.types import NO_ID, WORD_BITS, PackedQuery
 
 # How many of a word's bits lie in each of its four bytes.
 BYTE = 8
@@ -26,38 +27,13 @@ PHASES = BYTE // 2
 ROUND, WORDS = 8, QUAD
 
 
-class PackedQuery(NamedTuple):
-    """The rotated query in int8, as the right operands of the matrix units' products with codes.
-
-    Bit k + 8 i of a code's word w belongs to dimension 32 w + k + 8 i: shifted by k and masked to
-    the lowest bit of each byte, the word is four bits that are multiplied with four int8. A
-    product takes those of a phase p: k = p and k = p + 4, of four words, each from a lane of its
-    own. A lane gets columns 2 c and 2 c + 1 of it: head c of the round is column 2 c, head 4 + c
-    is 2 c + 1.
-
-    Attributes:
-        fragments: `[batch, kv_heads, ceil(group / 8), ceil(words / 4), 4, 2, 32]` int32: for every
-            eight heads, four words, phase and k what each lane of a warp holds of the operand, four
-            int8: lane 4 n + t has column n's for word t. Zero past the group and the head dim.
-        factors, shifts: `[batch, kv_heads, group]` float32: the binary logarithm of a token's mass
-            grows by its code's scale times (factor * product - shift), `product` being the
-            sum of the int8 query over the code's set bits.
-    """
-
-    fragments: Any
-    factors: Any
-    shifts: Any
-
-
 def packed_shapes(batch: int, kv_heads: int, group: int, head_dim: int) -> PackedQuery:
     """The arrays' shapes, as `jax.ShapeDtypeStruct`."""
     rounds, fours = pl.cdiv(group, ROUND), pl.cdiv(head_dim, WORDS * WORD_BITS)
     heads = (batch, kv_heads, group)
-    return PackedQuery(
-        jax.ShapeDtypeStruct((*heads[:2], rounds, fours, PHASES, 2, LANES), jnp.int32),
-        jax.ShapeDtypeStruct(heads, jnp.float32),
-        jax.ShapeDtypeStruct(heads, jnp.float32),
-    )
+    words = (*heads[:2], rounds, fours, PHASES, 2, LANES)
+    shapes = (words, jnp.int32), (heads, jnp.float32), (heads, jnp.float32)
+    return PackedQuery._make(jax.ShapeDtypeStruct(*shape) for shape in shapes)
 
 
 def dimensions(head_dim: int, arange: Callable[[int], Any] = jnp.arange) -> list[Any]:
@@ -66,13 +42,13 @@ def dimensions(head_dim: int, arange: Callable[[int], Any] = jnp.arange) -> list
     return [WORD_BITS * (nth // BYTE) + BYTE * i + nth % BYTE for i in range(4)]
 
 
-def write_packed(parts: list[Any], refs: PackedQuery, b: Any, h: Any, *, scale: float) -> None:
+def write_packed(parts: list[Any], refs: Any, b: Any, h: Any, *, scale: float) -> None:
     """Packs the rotated query of one kv head; all threads of a program together.
 
     Args:
         parts: of the dimensions of `dimensions` the query, `[16, words * 8]` float32 each; zero
             past the group and the head dim.
-        refs: what is written.
+        refs: a `PackedQuery` of what is written.
         b, h: sequence and kv head.
         scale: multiplies every product of query and key.
     """
@@ -154,7 +130,7 @@ def rotate_and_pack(
     Args:
         query_ref: `[batch, kv_heads, group, head_dim]` bfloat16 or float16.
         rotations_ref: `rotations`.
-        refs: what is written.
+        refs: a `PackedQuery` of what is written.
         b, h: sequence and kv head.
         scale: multiplies every product of query and key.
     """

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.encode_tokens.reference import unpack_signs
-from pallas_kernels.numerics import MASKED, NO_ID, log_sum_exp
-from pallas_kernels.score_tokens._query import PackedQuery
-from pallas_kernels.select_clusters.reference import Candidates
+from pallas_kernels.numerics import log_sum_exp
+from pallas_kernels.types import MASKED, NO_ID, Candidates, PackedQuery
 
 
 def list_members(

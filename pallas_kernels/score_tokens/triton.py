@@ -11,13 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import tuning
-from pallas_kernels.encode_tokens.reference import WORD_BITS
-from pallas_kernels.numerics import MASKED
 from pallas_kernels.score_tokens import _by_floats, _by_integers, _query
 from pallas_kernels.score_tokens._members import Members
-from pallas_kernels.score_tokens._query import PackedQuery
-from pallas_kernels.select_clusters.reference import Candidates
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import MASKED, WORD_BITS, Candidates, PackedQuery
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.select_clusters import reference, triton
-from pallas_kernels.select_clusters.reference import Candidates as Candidates
 from pallas_kernels.select_clusters.reference import list_candidates as list_candidates
+from pallas_kernels.types import Candidates
 
 
 def select_clusters(

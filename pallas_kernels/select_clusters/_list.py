@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.numerics import NO_ID
-from pallas_kernels.select_clusters.reference import GRANULE
 from pallas_kernels.toolbox.block_sums import scan_together
 from pallas_kernels.toolbox.head_view import Row
 from pallas_kernels.toolbox.sampled_split import Load, places_of_threads
 from pallas_kernels.toolbox.selection_end import End
+from pallas_kernels.types import GRANULE, NO_ID
 
 # Clusters that follow each other and are one thread's; more would lie too far apart to be written
 # together.

@@ -1,37 +1,11 @@
 """The semantics of `select_clusters`, in plain JAX."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.numerics import MASKED, NO_ID, heaviest, list_places, log_sum_exp, ordered_bits
-
-# Places of the list that one entry of `Candidates.granules` stands for.
-GRANULE = 32
-
-
-class Candidates(NamedTuple):
-    """The best clusters of each row of (sequence, kv head), and the list of their tokens.
-
-    The list itself is not written down: its n-th token is member n - starts[i] of clusters[i],
-    with i the last one whose start is at most n. So it is in the order of index positions.
-
-    Attributes:
-        selected: `[batch, kv_heads, clusters]` bool.
-        clusters: `[batch, kv_heads, clusters]` int32, the selected ones, rising; NO_ID after.
-        starts: `[batch, kv_heads, clusters + 1]` int32, each one's first place in the list; past
-            the last one, the list's length.
-        granules: `[batch, kv_heads, ceil(max_candidates / GRANULE)]` int32: where in `clusters` to
-            begin looking for place n: entry n // GRANULE is the i of place n // GRANULE * GRANULE;
-            past the list's end, its last cluster's.
-    """
-
-    selected: Array
-    clusters: Array
-    starts: Array
-    granules: Array
+from pallas_kernels.numerics import heaviest, list_places, log_sum_exp, ordered_bits
+from pallas_kernels.types import GRANULE, MASKED, NO_ID, Candidates
 
 
 def list_candidates(selected: Array, sizes: Array, max_candidates: int) -> Candidates:

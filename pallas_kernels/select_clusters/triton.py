@@ -10,9 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import tuning
-from pallas_kernels.numerics import NO_ID, ordered_bits
+from pallas_kernels.numerics import ordered_bits
 from pallas_kernels.select_clusters._list import list_chunk
-from pallas_kernels.select_clusters.reference import GRANULE, Candidates
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.head_calls import Rows
 from pallas_kernels.toolbox.head_view import Row
@@ -25,6 +24,7 @@ from pallas_kernels.toolbox.sampled_split import (
     split,
 )
 from pallas_kernels.toolbox.selection_end import end_of_all, find_end, read_end
+from pallas_kernels.types import GRANULE, NO_ID, Candidates
 
 
 @dataclasses.dataclass(frozen=True)

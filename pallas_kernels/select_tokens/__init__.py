@@ -4,12 +4,10 @@ from jaxtyping import Array, Float, Int, UInt16
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.select_clusters.reference import Candidates
 from pallas_kernels.select_tokens import reference, triton
-from pallas_kernels.select_tokens.reference import Retrieved as Retrieved
-from pallas_kernels.select_tokens.reference import RowTable as RowTable
 from pallas_kernels.select_tokens.reference import empty_table as empty_table
 from pallas_kernels.select_tokens.reference import segment_start as segment_start
+from pallas_kernels.types import Candidates, Retrieved, RowTable
 
 
 def select_tokens(

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.numerics import NO_ID
 from pallas_kernels.select_tokens._dropped import Dropped
 from pallas_kernels.select_tokens._look_up import count
 from pallas_kernels.select_tokens._pick import limits
@@ -13,6 +12,7 @@ from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.bisection import threshold
 from pallas_kernels.toolbox.head_view import Row
 from pallas_kernels.toolbox.packed_counts import list_selected
+from pallas_kernels.types import NO_ID
 
 # Slots' ages that a thread looks at at once.
 SLOTS_A_THREAD = 4

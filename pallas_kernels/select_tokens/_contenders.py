@@ -10,10 +10,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.numerics import NO_ID, ordered_bits
+from pallas_kernels.numerics import ordered_bits
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.block_select import last_key
 from pallas_kernels.toolbox.block_sums import scan_together
+from pallas_kernels.types import NO_ID
 
 # How fine the sample's threshold is set, in bits of the keys: 2^-7 of a mass's logarithm.
 FINE = 16

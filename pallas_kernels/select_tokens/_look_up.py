@@ -7,11 +7,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.numerics import NO_ID
 from pallas_kernels.score_tokens._members import Members, find_members
 from pallas_kernels.select_tokens._dropped import Dropped, worth_reading
 from pallas_kernels.select_tokens._pick import limits
 from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.types import NO_ID
 
 
 class LookUp(NamedTuple):

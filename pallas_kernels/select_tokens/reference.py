@@ -1,60 +1,13 @@
 """The semantics of `select_tokens`, in plain JAX."""
 
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.numerics import NO_ID, heaviest, list_places, ordered_bits
+from pallas_kernels.numerics import heaviest, list_places, ordered_bits
 from pallas_kernels.score_tokens.reference import list_members
-from pallas_kernels.select_clusters.reference import Candidates
-
-
-class RowTable(NamedTuple):
-    """Which row of the store each slot of the row cache holds; the cache's own fields.
-
-    Without slots there is no cache: every row is read from the store.
-
-    Attributes:
-        slot_of_token: `[layers, batch, kv_heads, tokens]` int32, -1 where the row is not cached;
-            without slots of no tokens.
-        token_of_slot: `[layers, batch, kv_heads, slots]` int32, -1 where the slot is empty; the
-            inverse of `slot_of_token`.
-        last_used: `[layers, batch, kv_heads, slots]` int32, the step that last read the slot;
-            -1 where it is empty.
-        hits, misses: `[layers, batch, kv_heads]` uint32, rows that were found in the cache and that
-            were not, in all steps; they wrap around at 2^32.
-    """
-
-    slot_of_token: Array
-    token_of_slot: Array
-    last_used: Array
-    hits: Array
-    misses: Array
-
-
-class Retrieved(NamedTuple):
-    """The rows to attend to exactly, in rising order of their index positions.
-
-    Attributes:
-        tokens: `[batch, kv_heads, budget]` int32, rows of the store; NO_ID past the last one, and
-            where a row is not worth reading from there.
-        slots: `[batch, kv_heads, budget]` int32, the slot to read (a hit) or to admit the row to
-            (a miss); NO_ID for a miss that finds no slot and for no row.
-        hit: `[batch, kv_heads, budget]` bool.
-        remaining: `[batch, kv_heads, clusters]` int32, what each cluster keeps of its members.
-        table: the row table after the step.
-        hits, misses: `[batch, kv_heads]` int32, rows found and not found in the cache in this step.
-    """
-
-    tokens: Array
-    slots: Array
-    hit: Array
-    remaining: Array
-    table: RowTable
-    hits: Array
-    misses: Array
+from pallas_kernels.types import NO_ID, Candidates, Retrieved, RowTable
 
 
 def pick_positions(

@@ -9,7 +9,6 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tuning
-from pallas_kernels.select_clusters.reference import Candidates
 from pallas_kernels.select_tokens._admit import Admit, admit_rows
 from pallas_kernels.select_tokens._config import Config, heuristic
 from pallas_kernels.select_tokens._contenders import (
@@ -20,9 +19,10 @@ from pallas_kernels.select_tokens._contenders import (
 )
 from pallas_kernels.select_tokens._look_up import LookUp, look_up_rows
 from pallas_kernels.select_tokens._pick import pick_rows
-from pallas_kernels.select_tokens.reference import Retrieved, RowTable, row_budgets
+from pallas_kernels.select_tokens.reference import row_budgets
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.head_calls import Rows
+from pallas_kernels.types import Candidates, Retrieved, RowTable
 
 __all__ = ["Config", "heuristic", "select_tokens"]
 

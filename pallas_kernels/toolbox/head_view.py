@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.numerics import NO_ID
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import NO_ID
 
 
 class Row:

@@ -8,9 +8,9 @@ import pytest
 import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.encode_tokens.reference import unpack_signs
-from pallas_kernels.numerics import MASKED, NO_ID
 from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.testing import make_step
+from pallas_kernels.types import MASKED, NO_ID
 from tests.support.gpu_cases import (
     CASES,
     LAYER,

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED, NO_ID
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.testing import make_step
+from pallas_kernels.types import MASKED, NO_ID
 from tests.support.gpu_cases import SEED, assert_close, assert_table_is_inverse, shape, upcast
+from tests.support.zone_operands import zone_operands
 
 pytestmark = pytest.mark.gpu
 
@@ -61,12 +62,11 @@ def attend(x, cache_rows, logits, picks, layer, shape, implementation):
     """Output and log-sum-exp of all zones, given what was retrieved, and the cache rows."""
     tokens, slots, hit, remaining = picks
     named = {"implementation": implementation}
-    zones = ops.attend_zones(
-        *(x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store, cache_rows),
-        *(tokens, slots, hit, logits, x.value_means, x.offsets, remaining, layer),
-        scale=shape.scale,
-        **named,
+    arrays = x._replace(
+        tokens=tokens, slots=slots, hit=hit, remaining=remaining, cache_rows=cache_rows
     )
+    operands = zone_operands(arrays._asdict() | {"logits": logits})
+    zones = ops.attend_zones(*operands, layer, scale=shape.scale, **named)
     return *ops.merge_states(zones.outputs, zones.logsumexps, **named), zones.cache_rows
 
 

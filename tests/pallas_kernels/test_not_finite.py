@@ -11,13 +11,14 @@ from pallas_kernels.attend_dense import reference as dense_reference
 from pallas_kernels.attend_dense import triton as dense_kernel
 from pallas_kernels.merge_states import reference as merge_reference
 from pallas_kernels.merge_states import triton as merge_kernel
-from pallas_kernels.numerics import MASKED, from_ordered_bits, log_sum_exp, ordered_bits
+from pallas_kernels.numerics import from_ordered_bits, log_sum_exp, ordered_bits
 from pallas_kernels.score_clusters import reference as score_reference
 from pallas_kernels.score_clusters import triton as score_kernel
 from pallas_kernels.select_clusters.reference import list_candidates
 from pallas_kernels.select_tokens.reference import empty_table
 from pallas_kernels.select_tokens.reference import select_tokens as select_plain
 from pallas_kernels.select_tokens.triton import select_tokens as select_kernel
+from pallas_kernels.types import MASKED
 from tests.pallas_kernels.attend_zones.test_kernel import (
     COUNTS,
     HEADS,

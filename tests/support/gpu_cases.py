@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED, NO_ID
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.shapes import SHAPES, StepShape
 from pallas_kernels.testing import StepInputs, make_step
+from pallas_kernels.types import MASKED, NO_ID
+from tests.support.zone_operands import zone_operands
 
 # Fresh numbers every run; a failure's message and WAVEJAX_SEED bring a run's back.
 SEED = int(os.environ.get("WAVEJAX_SEED", int.from_bytes(os.urandom(3), "little")))
@@ -107,12 +108,10 @@ def arguments(op: str, case: Case, x: StepInputs, made: dict[str, Any]) -> tuple
             "growth_tokens": s.growth_tokens,
         }
     if op == "attend_zones":
-        steady = (x.sink, x.sink_tokens, x.window, x.window_tokens)
-        rows = (x.store, x.cache_rows, x.tokens, x.slots, x.hit)
         # The inputs' are the first layer's: this layer's clusters may have fewer members, or none.
         remaining = jnp.minimum(x.remaining, jnp.diff(x.offsets[layer], axis=-1))
-        estimate = (scores.logits, x.value_means, x.offsets, remaining)
-        return (x.query, *steady, *rows, *estimate, layer), {"scale": s.scale}
+        arrays = x._asdict() | {"remaining": remaining, "logits": scores.logits}
+        return (*zone_operands(arrays), layer), {"scale": s.scale}
     raise ValueError(op)
 
 

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.score_clusters import ClusterScores
-from pallas_kernels.select_tokens import Retrieved
 from pallas_kernels.select_tokens.reference import empty_table
+from pallas_kernels.types import ClusterScores, Retrieved
 from wavejax import WaveConfig
 from wavejax.attention.retrieval import to_estimate
 from wavejax.store.index import init_index

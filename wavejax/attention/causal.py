@@ -8,8 +8,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.numerics import MASKED
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import MASKED
 
 SECTIONS = 8  # Each is compiled on its own, with no more keys than it can see.
 QUERY_BLOCK = 128

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED
+from pallas_kernels.types import MASKED
 from wavejax._pytree import state as pytree
 from wavejax.attention.protocol import (
     Attention,

@@ -8,10 +8,8 @@ from jaxtyping import Float, Int
 
 import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotate
-from pallas_kernels.numerics import MASKED, log_sum_exp
-from pallas_kernels.score_clusters import ClusterScores
-from pallas_kernels.select_clusters import Candidates
-from pallas_kernels.select_tokens import Retrieved, RowTable
+from pallas_kernels.numerics import log_sum_exp
+from pallas_kernels.types import MASKED, Candidates, ClusterScores, Retrieved, RowTable
 from wavejax.config import WaveConfig
 from wavejax.store.index import WaveIndex
 from wavejax.store.steady import SteadyZone

@@ -23,9 +23,15 @@ from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from models.errors import InputError
-from pallas_kernels.attend_zones import ZoneStates
-from pallas_kernels.score_clusters import ClusterScores
-from pallas_kernels.select_tokens import Retrieved
+from pallas_kernels.types import (
+    ClusterScores,
+    Estimate,
+    Picks,
+    Retrieved,
+    SteadyRows,
+    StoredRows,
+    ZoneStates,
+)
 from wavejax.attention import retrieval
 from wavejax.attention.protocol import (
     Attention,
@@ -248,19 +254,17 @@ class WaveAttention(Attention[WaveState]):
         # 7. Attend to the zones: an output and a logsumexp of each.
         zones = ops.attend_zones(
             selection.query,
-            state.steady.sink,
-            state.steady.sink_tokens,
-            state.steady.window,
-            window_tokens,
-            state.store.rows,
-            state.cache.rows,
-            selection.tokens,
-            selection.slots,
-            selection.hit,
-            selection.logits,
-            state.index.value_means,
-            state.index.offsets,
-            selection.estimated,
+            SteadyRows(
+                state.steady.sink, state.steady.sink_tokens, state.steady.window, window_tokens
+            ),
+            StoredRows(state.store.rows, state.cache.rows),
+            Picks(selection.tokens, selection.slots, selection.hit),
+            Estimate(
+                selection.logits,
+                state.index.value_means,
+                state.index.offsets,
+                selection.estimated,
+            ),
             layer,
             scale=scale_of(selection.query),
         )

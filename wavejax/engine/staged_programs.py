@@ -11,9 +11,9 @@ import pallas_kernels as ops
 from models import decoder
 from models.config import ModelConfig
 from models.parameters import Params
-from pallas_kernels.attend_zones import ZoneStates
 from pallas_kernels.attend_zones.reference import attend_rows
-from pallas_kernels.numerics import NO_ID, list_places
+from pallas_kernels.numerics import list_places
+from pallas_kernels.types import NO_ID, ZoneStates
 from wavejax.attention.causal import causal_attention
 from wavejax.attention.wave import WaveAttention, scale_of
 from wavejax.engine import compiled

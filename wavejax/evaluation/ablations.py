@@ -9,12 +9,10 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels as ops
 from models.errors import InputError
 from pallas_kernels.encode_tokens import rotate
-from pallas_kernels.numerics import MASKED, NO_ID, heaviest, log_sum_exp, ordered_bits
-from pallas_kernels.score_clusters import ClusterScores
+from pallas_kernels.numerics import heaviest, log_sum_exp, ordered_bits
 from pallas_kernels.score_tokens.reference import list_members
-from pallas_kernels.select_clusters import Candidates
-from pallas_kernels.select_tokens import Retrieved
 from pallas_kernels.select_tokens.reference import segment_start
+from pallas_kernels.types import MASKED, NO_ID, Candidates, ClusterScores, Retrieved
 from wavejax.attention import retrieval
 from wavejax.attention.wave import WaveAttention, scale_of
 from wavejax.store.state import Selection, WaveState

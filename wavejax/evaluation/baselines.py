@@ -12,7 +12,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels.numerics import MASKED, heaviest, log_sum_exp, ordered_bits
+from pallas_kernels.numerics import heaviest, log_sum_exp, ordered_bits
+from pallas_kernels.types import MASKED
 from wavejax._pytree import state as pytree
 from wavejax.attention.dense import DenseAttention, DenseState
 from wavejax.attention.retrieval import budgets

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from models.parameters import Params
-from pallas_kernels.numerics import MASKED, NO_ID
+from pallas_kernels.types import MASKED, NO_ID
 from wavejax._pytree import state as pytree
 from wavejax.attention import retrieval
 from wavejax.attention.dense import DenseAttention, DenseState

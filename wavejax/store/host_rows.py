@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from pallas_kernels.numerics import NO_ID
+from pallas_kernels.types import NO_ID
 
 _LEAST_WIDTH = 16  # rows a head in the smallest block
 

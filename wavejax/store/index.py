@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotation
-from pallas_kernels.numerics import NO_ID
+from pallas_kernels.types import NO_ID
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
 from wavejax.store.shape import CacheShape

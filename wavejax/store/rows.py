@@ -10,7 +10,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from pallas_kernels.select_tokens import RowTable, empty_table
+from pallas_kernels.select_tokens import empty_table
+from pallas_kernels.types import RowTable
 from wavejax._pytree import state
 
 StoreKind = Literal["host", "device"]
@@ -43,7 +44,7 @@ class RowCache:
 
     Attributes:
         rows: `[layers, batch, kv_heads, slots, 2, head_dim]`.
-        table: which row each slot holds (`pallas_kernels.select_tokens.RowTable`).
+        table: which row each slot holds (`pallas_kernels.RowTable`).
     """
 
     rows: Array

@@ -34,7 +34,7 @@ class Selection(NamedTuple):
 
     Attributes:
         query: `[batch, kv_heads, group, head_dim]`.
-        tokens, slots, hit: `pallas_kernels.select_tokens.Retrieved`'s.
+        tokens, slots, hit: `pallas_kernels.Retrieved`'s.
         logits: `[batch, kv_heads, group, clusters]` float32, of the clusters.
         estimated: `[batch, kv_heads, clusters]` int32, members of each cluster to estimate.
     """

@@ -9,7 +9,7 @@ import pytest
 
 import pallas_kernels as ops
 from pallas_kernels.attend_dense import triton as kernel
-from pallas_kernels.numerics import MASKED
+from pallas_kernels.types import MASKED
 from tests.support.lowering import lower_for
 
 LAYERS, BATCH, HEADS, TOKENS, LAYER = 2, 5, 2, 150, 1

@@ -12,8 +12,9 @@ from pallas_kernels.attend_zones import reference
 from pallas_kernels.attend_zones import triton as kernel
 from pallas_kernels.merge_states import reference as merge_reference
 from pallas_kernels.merge_states import triton as merge_kernel
-from pallas_kernels.numerics import MASKED, NO_ID
+from pallas_kernels.types import MASKED, NO_ID
 from tests.support.lowering import lower_for
+from tests.support.zone_operands import zone_operands
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 LAYERS, BATCH, HEADS, LAYER = 2, 3, 2, 1
@@ -98,12 +99,13 @@ QUICKLY = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
 @functools.partial(jax.jit, static_argnames="config", **QUICKLY)
 def run_kernel(case, config=SPLIT):
-    return kernel.attend_zones(**case, layer=LAYER, scale=0.2, config=config, interpret=True)
+    operands = zone_operands(case)
+    return kernel.attend_zones(*operands, LAYER, scale=0.2, config=config, interpret=True)
 
 
 @functools.partial(jax.jit, **QUICKLY)
 def run_reference(case):
-    return reference.attend_zones(**case, layer=jnp.int32(LAYER), scale=0.2)
+    return reference.attend_zones(*zone_operands(case), jnp.int32(LAYER), scale=0.2)
 
 
 def assert_close(found, expected, tolerance):
@@ -203,7 +205,7 @@ def test_heuristic_fills_the_gpu(rows):
 )
 def test_attend_zones_says_what_it_does_not_support(change, match):
     with pytest.raises(NotImplementedError, match=match):
-        kernel.attend_zones(**change(zone_case(0)), layer=0, scale=1.0)
+        kernel.attend_zones(*zone_operands(change(zone_case(0))), 0, scale=1.0)
 
 
 @pytest.mark.parametrize("parts, head_dim", [(1, 128), (5, 96), (70, 128)])
@@ -261,11 +263,14 @@ def shapes(head_dim, dtype, group=4):
     ],
 )
 def test_attend_zones_lowers(platform, head_dim, dtype):
+    def attend(a):
+        return kernel.attend_zones(*zone_operands(a), a["layer"], scale=0.1)
+
     operands = shapes(head_dim, dtype, group=7)
     cache = operands["cache_rows"]
     no_slots = jax.ShapeDtypeStruct((*cache.shape[:3], 0, *cache.shape[4:]), cache.dtype)
     for each in (operands, operands | {"cache_rows": no_slots}):
-        text = lower_for(platform, lambda a: kernel.attend_zones(**a, scale=0.1), each)
+        text = lower_for(platform, attend, each)
         assert text.count("attend_zones") > 0
         # Nothing but the kernel touches what is large.
         assert "gather" not in text

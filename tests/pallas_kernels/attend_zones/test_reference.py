@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED, NO_ID
+from pallas_kernels.types import MASKED, NO_ID
+from tests.support.zone_operands import zone_operands
 
 SPACES = {"device": jax.memory.Space.Device, "host": jax.memory.Space.Host}
 
@@ -100,7 +101,7 @@ def test_attend_zones(group, slots, space):
     original = {name: np.copy(value) for name, value in case.items()}
     arrays = {name: jnp.asarray(value) for name, value in case.items() if name != "layer"}
     arrays["store"] = jax.device_put(case["store"], SPACES[space])
-    found = jax.jit(lambda a: ops.attend_zones(**a, layer=jnp.int32(1), scale=0.3))(arrays)
+    found = jax.jit(lambda a: ops.attend_zones(*zone_operands(a), jnp.int32(1), scale=0.3))(arrays)
     output, logsumexp = ops.merge_states(found.outputs, found.logsumexps)
     assert np.isfinite(np.asarray(output)).all()
     for b in range(2):

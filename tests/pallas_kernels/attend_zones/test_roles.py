@@ -1,7 +1,5 @@
 """Which program of `attend_zones` takes which part, where processors choose."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from pallas_kernels.attend_zones._roles import REMEMBERED_BYTES, by_processor, c
 from pallas_kernels.toolbox import launch
 from tests.pallas_kernels.attend_zones.test_kernel import run_kernel, shapes, zone_case
 from tests.support.lowering import lower_for
+from tests.support.zone_operands import zone_operands
 
 
 @pytest.mark.parametrize(
@@ -64,14 +63,17 @@ def on_host(function):
 def test_processors_choose_for_a_host_store_that_is_remembered(platform, monkeypatch):
     """Which processor runs a program is asked in CUDA's assembly, which other GPUs do not take."""
     monkeypatch.setattr(launch, "on_cuda", lambda: platform == "cuda")
-    attend = functools.partial(kernel.attend_zones, scale=0.1)
+
+    def attend(a):
+        return kernel.attend_zones(*zone_operands(a), a["layer"], scale=0.1)
+
     operands = shapes(64, jnp.bfloat16)
     store = operands["store"]
     larger = operands | {"store": jax.ShapeDtypeStruct((3, *store.shape[1:]), store.dtype)}
     for each, function, chosen in (
-        (operands, on_host(lambda a: attend(**a)), platform == "cuda"),
-        (operands, lambda a: attend(**a), False),
-        (larger, on_host(lambda a: attend(**a)), False),
+        (operands, on_host(attend), platform == "cuda"),
+        (operands, attend, False),
+        (larger, on_host(attend), False),
     ):
         traced = str(jax.make_jaxpr(function)(each))
         assert ("%smid" in traced) == chosen

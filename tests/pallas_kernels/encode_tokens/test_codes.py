@@ -8,9 +8,9 @@ import pytest
 import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.encode_tokens.reference import pack_signs, unpack_signs
-from pallas_kernels.numerics import MASKED, NO_ID
 from pallas_kernels.score_tokens.reference import list_members
 from pallas_kernels.select_clusters import list_candidates
+from pallas_kernels.types import MASKED, NO_ID
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128, 256])

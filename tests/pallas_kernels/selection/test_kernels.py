@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from pallas_kernels.encode_tokens import rotate
-from pallas_kernels.numerics import MASKED
 from pallas_kernels.score_clusters import reference as score_clusters_reference
 from pallas_kernels.score_clusters import triton as score_clusters
 from pallas_kernels.score_tokens import _query
 from pallas_kernels.score_tokens import reference as score_tokens_reference
 from pallas_kernels.score_tokens import triton as score_tokens
-from pallas_kernels.select_clusters import Candidates, list_candidates
+from pallas_kernels.select_clusters import list_candidates
 from pallas_kernels.select_clusters import reference as select_clusters_reference
 from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.select_tokens import reference as select_tokens_reference
 from pallas_kernels.select_tokens import triton as select_tokens
+from pallas_kernels.types import MASKED, Candidates
 
 LAYERS, BATCH, HEADS, LAYER = 2, 2, 3, 1
 

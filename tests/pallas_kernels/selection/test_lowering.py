@@ -9,11 +9,11 @@ import pytest
 from pallas_kernels.score_clusters import triton as score_clusters
 from pallas_kernels.score_tokens import _query
 from pallas_kernels.score_tokens import triton as score_tokens
-from pallas_kernels.select_clusters import Candidates
 from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.select_tokens import triton as select_tokens
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import Candidates
 from tests.support.lowering import lower_for
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED, NO_ID, heaviest, list_places, ordered_bits
+from pallas_kernels.numerics import heaviest, list_places, ordered_bits
 from pallas_kernels.select_clusters import list_candidates
-from pallas_kernels.select_clusters.reference import GRANULE
 from pallas_kernels.select_tokens import empty_table, segment_start
+from pallas_kernels.types import GRANULE, MASKED, NO_ID
 
 few_values = st.sampled_from([-3.0, -1.5, -0.0, 0.0, 0.25, 2.0, 2.0000002, 1e30, -1e30])
 

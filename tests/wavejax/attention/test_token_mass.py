@@ -8,7 +8,7 @@ import pytest
 
 import pallas_kernels as ops
 from models.errors import InputError
-from pallas_kernels.numerics import NO_ID
+from pallas_kernels.types import NO_ID
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.attention import retrieval

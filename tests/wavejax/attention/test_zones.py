@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import NO_ID
+from pallas_kernels.types import NO_ID
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import WaveAttention, WaveConfig
 from wavejax.attention import retrieval

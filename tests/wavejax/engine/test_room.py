@@ -178,8 +178,8 @@ def test_a_full_sequences_step_reads_its_window_and_no_more(monkeypatch):
     )
     read = []
 
-    def look(query, sink, sink_tokens, window, window_tokens, *rest, **settings):
-        read.append(window_tokens.tolist())
+    def look(query, steady, *rest, **settings):
+        read.append(steady.window_tokens.tolist())
         raise InterruptedError
 
     monkeypatch.setattr(wave.ops, "attend_zones", look)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.numerics import NO_ID
+from pallas_kernels.types import NO_ID
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, SAMPLED, make_params, make_prompts
 from wavejax import Generator, WaveAttention
 from wavejax.engine.facts import facts_of

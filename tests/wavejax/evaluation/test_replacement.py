@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.numerics import NO_ID
+from pallas_kernels.types import NO_ID
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, make_params, make_prompts
 from wavejax import Generator, InputError, WaveAttention
 from wavejax.attention import retrieval

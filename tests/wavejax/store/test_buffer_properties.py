@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as ops
-from pallas_kernels.numerics import MASKED, NO_ID
 from pallas_kernels.select_clusters import list_candidates
-from pallas_kernels.select_tokens import RowTable, empty_table
+from pallas_kernels.select_tokens import empty_table
+from pallas_kernels.types import MASKED, NO_ID, RowTable
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import WaveAttention, WaveConfig
 from wavejax.store.shape import CacheShape
@@ -90,11 +90,15 @@ def step_of_ops(slots, mass, budget, ids, prompt_tokens, used, table, store, cac
     # A query of zeros: the output is the mean of the values read.
     zones = ops.attend_zones(
         jnp.zeros((BATCH, HEADS, 1, DIM)),
-        nothing, jnp.zeros(BATCH, jnp.int32), nothing, jnp.zeros(BATCH, jnp.int32),
-        store, cache_rows, found.tokens, found.slots, found.hit,
-        jnp.full((BATCH, HEADS, 1, clusters), MASKED),
-        jnp.zeros((LAYERS, BATCH, HEADS, clusters, DIM)),
-        offsets, jnp.zeros((BATCH, HEADS, clusters), jnp.int32), LAYER,
+        ops.SteadyRows(nothing, jnp.zeros(BATCH, int), nothing, jnp.zeros(BATCH, int)),
+        ops.StoredRows(store, cache_rows),
+        ops.Picks(found.tokens, found.slots, found.hit),
+        ops.Estimate(
+            jnp.full((BATCH, HEADS, 1, clusters), MASKED),
+            jnp.zeros((LAYERS, BATCH, HEADS, clusters, DIM)),
+            offsets, jnp.zeros((BATCH, HEADS, clusters), jnp.int32),
+        ),
+        LAYER,
         scale=1.0, implementation="xla",
     )  # fmt: skip
     read, _ = ops.merge_states(zones.outputs, zones.logsumexps, implementation="xla")

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 
 from models.errors import InputError
 from models.parameters import Params
-from pallas_kernels.select_tokens import RowTable, segment_start
+from pallas_kernels.select_tokens import segment_start
+from pallas_kernels.types import RowTable
 from wavejax.attention.wave import WaveAttention, WaveState
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import DecodeState, Generator

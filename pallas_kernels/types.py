@@ -1,0 +1,243 @@
+"""Every value that ops hand to each other, and the constants of their contract.
+
+Shapes name their axes: `layers`, `batch` (sequences), `kv_heads`, `group` (query heads that share
+a kv head), `head_dim`, `clusters`, `tokens`, `slots` (of the row cache).
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+# Masks are finite: -inf minus -inf is NaN, and rows with nothing in them do occur. Half of it is
+# still far below any logit, so `numerics.is_masked` tells a mask from a real value. Empty and NaN
+# are different things: NaN is a real value, and shows in all that is made of it.
+MASKED = -1e30
+
+# Stands for no token, no cluster, no slot in an int32 list: past the end of every array, so that a
+# scatter in "drop" mode leaves it out and none has to be masked apart.
+NO_ID = 2**31 - 1
+
+# Places of the list that one entry of `Candidates.granules` stands for.
+GRANULE = 32
+
+# Bits of a word of the tokens' codes: one for each dimension.
+WORD_BITS = 32
+
+
+class PackedQuery(NamedTuple):
+    """The rotated query in int8, as the right operands of the matrix units' products with codes.
+
+    Bit k + 8 i of a code's word w belongs to dimension 32 w + k + 8 i: shifted by k and masked to
+    the lowest bit of each byte, the word is four bits that are multiplied with four int8. A
+    product takes those of a phase p: k = p and k = p + 4, of four words, each from a lane of its
+    own. A lane gets columns 2 c and 2 c + 1 of it: head c of the round is column 2 c, head 4 + c
+    is 2 c + 1.
+
+    Attributes:
+        fragments: `[batch, kv_heads, ceil(group / 8), ceil(words / 4), 4, 2, 32]` int32: for every
+            eight heads, four words, phase and k what each lane of a warp holds of the operand, four
+            int8: lane 4 n + t has column n's for word t. Zero past the group and the head dim.
+        factors, shifts: `[batch, kv_heads, group]` float32: the binary logarithm of a token's mass
+            grows by its code's scale times (factor * product - shift), `product` being the
+            sum of the int8 query over the code's set bits.
+    """
+
+    fragments: Array
+    factors: Array
+    shifts: Array
+
+
+class ClusterScores(NamedTuple):
+    """What a query makes of every cluster.
+
+    Attributes:
+        logits: `[batch, kv_heads, group, clusters]` float32, scale * q.c; about -1e30 for a
+            cluster without members.
+        logsumexp: `[batch, kv_heads, group]` float32, log of the sum over clusters of
+            size * exp(logit): what normalises one query head's masses. About -1e30 where there
+            are no clusters.
+        rotated: the query as `score_tokens` takes it; None if it was not asked for.
+    """
+
+    logits: Array
+    logsumexp: Array
+    rotated: Array | PackedQuery | None = None
+
+
+class Candidates(NamedTuple):
+    """The best clusters of each row of (sequence, kv head), and the list of their tokens.
+
+    The list itself is not written down: its n-th token is member n - starts[i] of clusters[i],
+    with i the last one whose start is at most n. So it is in the order of index positions.
+
+    Attributes:
+        selected: `[batch, kv_heads, clusters]` bool.
+        clusters: `[batch, kv_heads, clusters]` int32, the selected ones, rising; NO_ID after.
+        starts: `[batch, kv_heads, clusters + 1]` int32, each one's first place in the list; past
+            the last one, the list's length.
+        granules: `[batch, kv_heads, ceil(max_candidates / GRANULE)]` int32: where in `clusters` to
+            begin looking for place n: entry n // GRANULE is the i of place n // GRANULE * GRANULE;
+            past the list's end, its last cluster's.
+    """
+
+    selected: Array
+    clusters: Array
+    starts: Array
+    granules: Array
+
+
+class RowTable(NamedTuple):
+    """Which row of the store each slot of the row cache holds; the cache's own fields.
+
+    Without slots there is no cache: every row is read from the store.
+
+    Attributes:
+        slot_of_token: `[layers, batch, kv_heads, tokens]` int32, -1 where the row is not cached;
+            without slots of no tokens.
+        token_of_slot: `[layers, batch, kv_heads, slots]` int32, -1 where the slot is empty; the
+            inverse of `slot_of_token`.
+        last_used: `[layers, batch, kv_heads, slots]` int32, the step that last read the slot;
+            -1 where it is empty.
+        hits, misses: `[layers, batch, kv_heads]` uint32, rows that were found in the cache and that
+            were not, in all steps; they wrap around at 2^32.
+    """
+
+    slot_of_token: Array
+    token_of_slot: Array
+    last_used: Array
+    hits: Array
+    misses: Array
+
+
+class Retrieved(NamedTuple):
+    """The rows to attend to exactly, in rising order of their index positions.
+
+    Attributes:
+        tokens: `[batch, kv_heads, budget]` int32, rows of the store; NO_ID past the last one, and
+            where a row is not worth reading from there.
+        slots: `[batch, kv_heads, budget]` int32, the slot to read (a hit) or to admit the row to
+            (a miss); NO_ID for a miss that finds no slot and for no row.
+        hit: `[batch, kv_heads, budget]` bool.
+        remaining: `[batch, kv_heads, clusters]` int32, what each cluster keeps of its members.
+        table: the row table after the step.
+        hits, misses: `[batch, kv_heads]` int32, rows found and not found in the cache in this step.
+    """
+
+    tokens: Array
+    slots: Array
+    hit: Array
+    remaining: Array
+    table: RowTable
+    hits: Array
+    misses: Array
+
+
+class SteadyRows(NamedTuple):
+    """The steady zone's KV rows: the first tokens, and those that are not in the index yet.
+
+    Attributes:
+        sink: `[layers, batch, kv_heads, sinks, 2, head_dim]`, the first tokens' keys and values.
+        sink_tokens: `[batch]` int32, how many there are; all for more than there is room for.
+        window: `[layers, batch, kv_heads, window, 2, head_dim]`, the other rows, oldest first.
+        window_tokens: `[batch]` int32, likewise.
+    """
+
+    sink: Float[Array, "layers batch kv_heads sinks 2 head_dim"]
+    sink_tokens: Int[Array, " batch"]
+    window: Float[Array, "layers batch kv_heads window 2 head_dim"]
+    window_tokens: Int[Array, " batch"]
+
+
+class StoredRows(NamedTuple):
+    """The KV rows of the indexed tokens.
+
+    Attributes:
+        store: `[layers, batch, kv_heads, tokens, 2, head_dim]`, all of them in token order; may
+            lie in `pinned_host` memory.
+        cache: `[layers, batch, kv_heads, slots, 2, head_dim]`, those in the row cache's slots.
+            With no slots all rows are read from the store.
+    """
+
+    store: Float[Array, "layers batch kv_heads tokens 2 head_dim"]
+    cache: Float[Array, "layers batch kv_heads slots 2 head_dim"]
+
+
+class Picks(NamedTuple):
+    """Which rows to attend to exactly, and where they lie: the first fields of `Retrieved`.
+
+    Attributes:
+        tokens, slots, hit: `[batch, kv_heads, retrieved]`, as in `Retrieved`.
+    """
+
+    tokens: Int[Array, "batch kv_heads retrieved"]
+    slots: Int[Array, "batch kv_heads retrieved"]
+    hit: Bool[Array, "batch kv_heads retrieved"]
+
+
+class Estimate(NamedTuple):
+    """The clusters, and the members of each that are to be estimated.
+
+    Attributes:
+        logits: `[batch, kv_heads, group, clusters]` float32, as in `ClusterScores`.
+        value_means: `[layers, batch, kv_heads, clusters, head_dim]`, means of the members' values.
+            Anything for clusters past the last one of which something is to be estimated. Of those
+            before it NaN may show, whatever is estimated.
+        offsets: `[layers, batch, kv_heads, clusters + 1]` int32: they give the clusters' sizes.
+        remaining: `[batch, kv_heads, clusters]` int32, how many members to estimate: as in
+            `Retrieved`, or zero for a cluster to leave out. More than it has members are all.
+    """
+
+    logits: Float[Array, "batch kv_heads group clusters"]
+    value_means: Float[Array, "layers batch kv_heads clusters head_dim"]
+    offsets: Int[Array, "layers batch kv_heads clusters+1"]
+    remaining: Int[Array, "batch kv_heads clusters"]
+
+
+class ZoneStates(NamedTuple):
+    """Attention over parts of the zones, to be merged by `merge_states`, and the cache after it.
+
+    The parts' tokens are disjoint, and together they are the zones. How many parts there are is up
+    to the implementation; the reference has three: steady, retrieved, estimated.
+
+    Attributes:
+        outputs: `[parts, batch, kv_heads, group, head_dim]` float32.
+        logsumexps: `[parts, batch, kv_heads, group]` float32; about -1e30 for an empty part.
+        cache_rows: as given, with the admitted rows written into their slots.
+    """
+
+    outputs: Array
+    logsumexps: Array
+    cache_rows: Array
+
+
+class Clusters(NamedTuple):
+    """A segment's clusters.
+
+    Attributes:
+        centroids: `[..., clusters, head_dim]` float32, plain means of the members' keys.
+        value_means: `[..., clusters, head_dim]` float32, plain means of the members' values. Both
+            are zeros for an empty cluster, and NaN where a member's key, or value, is not finite.
+        offsets: `[..., clusters + 1]` int32: cluster j holds order[offsets[j] : offsets[j + 1]].
+            Clusters past the last one are empty; before it none is.
+        order: `[..., tokens]` int32, the tokens in cluster order, rising within a cluster; the
+            padding comes last.
+    """
+
+    centroids: Array
+    value_means: Array
+    offsets: Array
+    order: Array
+
+
+class TokenCodes(NamedTuple):
+    """One sign bit per dimension of each token's rotated residual, and what scales them.
+
+    Attributes:
+        codes: `[..., tokens, ceil(head_dim / 32)]` uint32; bit i of word w is set where dimension
+            32 w + i is positive or zero.
+        scales: `[..., tokens]` float32, |r|^2 / |r|_1; zero for a residual of zero, NaN for one
+            that is not finite.
+    """
+
+    codes: Array
+    scales: Array

@@ -1,0 +1,19 @@
+"""The operands of `attend_zones` from arrays by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pallas_kernels.types import Estimate, Picks, SteadyRows, StoredRows
+
+
+def zone_operands(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The operands but for the layer: the query and the groups.
+
+    Args:
+        arrays: by the names of the groups' fields, and `query`; `cache_rows` is the row cache's.
+    """
+    stored = StoredRows(arrays["store"], arrays["cache_rows"])
+    steady, picks, estimate = (
+        group(*(arrays[name] for name in group._fields)) for group in (SteadyRows, Picks, Estimate)
+    )
+    return arrays["query"], steady, stored, picks, estimate
