@@ -14,6 +14,7 @@ from pallas_kernels.select_clusters.reference import list_candidates
 from pallas_kernels.select_tokens.reference import empty_table
 from tests.pallas_kernels.attend_zones.test_kernel import COUNTS, HEADS, LAYER, zone_case
 from tests.pallas_kernels.test_not_finite import NANS, spoil
+from tests.support.zone_operands import zone_operands
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +23,8 @@ KERNEL = "triton"
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def attend(case, implementation):
-    zones = ops.attend_zones(**case, layer=LAYER, scale=0.2, implementation=implementation)
+    operands = zone_operands(case)
+    zones = ops.attend_zones(*operands, LAYER, scale=0.2, implementation=implementation)
     return ops.merge_states(zones.outputs, zones.logsumexps, implementation=implementation)
 
 

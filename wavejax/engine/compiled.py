@@ -15,7 +15,7 @@ from models.parameters import Params
 from wavejax.attention.wave import WaveAttention
 from wavejax.engine import penalties
 from wavejax.engine.interface import Attention, Engine
-from wavejax.engine.sampling import step_keys
+from wavejax.engine.sampling import draw_tokens, step_keys
 from wavejax.engine.staged_state import StagedState
 from wavejax.engine.state import NO_TOKEN, DecodeState
 from wavejax.store.state import WaveState
@@ -163,11 +163,11 @@ def draw(engine: Engine, state: DecodeState) -> tuple[DecodeState, Array, Array]
     # What comes after a sequence's end says nothing of its answer.
     bad = ~finished & ~jnp.all(jnp.isfinite(state.logits), axis=-1)
     logits = state.logits
-    if engine.sampler.penalises:
+    if state.sampling.penalties is not None:
         assert state.counts is not None  # as `Generator` sees to
-        logits = penalties.penalised(engine.sampler, logits, state.counts)
+        logits = penalties.penalised(state.sampling.penalties, logits, state.counts)
     keys = step_keys(state.seed, state.step, state.sequences)
-    drawn = engine.sampler.sample(logits, keys)
+    drawn = draw_tokens(state.sampling, logits, keys)
     shown = jnp.where(finished | bad, NO_TOKEN, drawn)
     stopped = jnp.isin(drawn, jnp.asarray(engine.stop_tokens, jnp.int32))
     state = dataclasses.replace(

@@ -21,7 +21,6 @@ from wavejax.engine.checks import (
     as_sequences,
     as_stop_tokens,
     as_tokens,
-    check_range,
     whole_number,
 )
 from wavejax.engine.compiled import CompiledEngine
@@ -30,10 +29,16 @@ from wavejax.engine.interface import Attention, Engine
 from wavejax.engine.modes import own_modes
 from wavejax.engine.prefill import read_prompt
 from wavejax.engine.prompts import answer_room, bucket
-from wavejax.engine.sampling import Sampler
+from wavejax.engine.sampling import Sampler, settings_of
 from wavejax.engine.staged import StagedEngine
 from wavejax.engine.state import NO_TOKEN, DecodeState, commit
-from wavejax.engine.state_checks import check_params, check_state
+from wavejax.engine.state_checks import (
+    as_samplers,
+    check_draws,
+    check_params,
+    check_room,
+    check_state,
+)
 from wavejax.store.shape import CacheShape
 
 STREAM_CHUNK = compiled.STEPS_AT_LEAST  # Steps in one call while streaming: seen at once.
@@ -83,7 +88,7 @@ class Generator:
     def engine(self) -> Engine:
         """What runs the model, by the attention; may start JAX's device."""
         kind = StagedEngine if self.staged else CompiledEngine
-        return kind(self.model_config, self.attention, self.sampler, self.stop_tokens, self.unroll)
+        return kind(self.model_config, self.attention, self.stop_tokens, self.unroll)
 
     @property
     def staged(self) -> bool:
@@ -92,8 +97,8 @@ class Generator:
 
     @property
     def unrolls(self) -> bool:
-        """Whether the compiled step writes all layers out: then unstacked ones are faster."""
-        return jax.default_backend() == "gpu" if self.unroll is None else self.unroll
+        """See `Engine.unrolls`."""
+        return self.engine.unrolls
 
     def start(
         self,
@@ -103,6 +108,7 @@ class Generator:
         seed: SupportsIndex = 0,
         progress: Callable[[int, int], None] | None = None,
         sequences: Iterable[int] | None = None,
+        samplers: Iterable[Sampler] | None = None,
     ) -> DecodeState:
         """Reads the prompts, one by one, and builds their caches.
 
@@ -121,19 +127,22 @@ class Generator:
             progress: called with (layers done, layers in all) as the layers of all prompts finish.
             sequences: each prompt's number for its noise, 0 or more; None numbers them 0, 1, 2, ...
                 With `sequences=[3]` a prompt gets alone what it gets as the fourth of a batch.
+            samplers: how each prompt's tokens are drawn; None: as the generator's `sampler` does.
+                Other temperatures, shares and penalties compile nothing anew.
 
         Raises:
             InputError: before anything is read: there is no prompt, one is empty, a token is not
-                the model's, a number is no whole one or out of range, `sequences` are not as many
-                as prompts, or the parameters are not the model's.
+                the model's, a number is no whole one or out of range, `sequences` or
+                `samplers` are not as many as prompts, or the parameters are not the model's.
         """
         prompts = as_prompts(prompts, self.model_config.vocab_size)
         new_tokens = whole_number("max_new_tokens", max_new_tokens, 0, MOST_INT32)
         seed = whole_number("seed", seed, -MOST_INT32 - 1, MOST_INT32)
         numbers = as_sequences(sequences, len(prompts))
+        each = as_samplers(samplers, len(prompts), self.sampler)
         check_params(params, self.model_config)
         with own_modes():
-            return self._start(params, prompts, new_tokens, seed, progress, numbers)
+            return self._start(params, prompts, new_tokens, seed, progress, numbers, each)
 
     def _start(
         self,
@@ -143,6 +152,7 @@ class Generator:
         seed: int,
         progress: Callable[[int, int], None] | None,
         sequences: np.ndarray,
+        samplers: list[Sampler],
     ) -> DecodeState:
         batch, vocab = len(prompts), self.model_config.vocab_size
         dtype = params["params"]["embedding"].dtype
@@ -160,8 +170,10 @@ class Generator:
                 engine, params, prompt, sequence, attention_state, logits, note
             )
         rest = jnp.zeros(batch, bool), jnp.int32(seed), jnp.int32(0), jnp.asarray(sequences)
-        counts = penalties.count_prompts(prompts, vocab) if self.sampler.penalises else None
-        more = {"nonfinite": jnp.zeros(batch, bool), "counts": counts}
+        settings = settings_of(samplers, vocab, [self.sampler])
+        counted = settings.penalties is not None
+        counts = penalties.count_prompts(prompts, vocab) if counted else None
+        more = {"nonfinite": jnp.zeros(batch, bool), "counts": counts, "sampling": settings}
         return DecodeState(attention_state, logits, *commit(rest), **commit(more))
 
     def stream(
@@ -181,6 +193,7 @@ class Generator:
         """
         most = whole_number("max_new_tokens", max_new_tokens, 0, MOST_INT32)
         check_state(self.engine, self.sampler, state)
+        check_draws(self.sampler, state)
         return self._stream(params, state, most)
 
     def _stream(
@@ -223,6 +236,7 @@ class Generator:
         """
         steps = whole_number("steps", steps, 0, MOST_INT32)
         check_state(self.engine, self.sampler, state)
+        check_draws(self.sampler, state)
         with own_modes():
             return self.engine.decode_n(params, state, steps)
 
@@ -246,20 +260,8 @@ class Generator:
         with own_modes():
             given = as_tokens(tokens, True, batch, vocab)
             if not isinstance(state.finished, jax.core.Tracer):
-                self._check_room(state, given)
+                check_room(self.engine, state, given)
             return self.engine.force(params, state, given)
-
-    def _check_room(self, state: DecodeState, tokens: Array) -> None:
-        going = ~np.asarray(state.finished)
-        arrays = self.engine.arrays_of(state.attention_state)
-        left = np.asarray(self.attention.remaining(arrays))[going]
-        if left.size and len(tokens) > left.min():
-            raise InputError(
-                f"{len(tokens)} tokens are more than there is room for, {left.min()}: give "
-                "`start` a larger max_new_tokens"
-            )
-        if not isinstance(tokens, jax.core.Tracer):
-            check_range(np.asarray(tokens)[:, going], self.model_config.vocab_size)
 
     def feed(
         self, params: Params, state: DecodeState, tokens: Int[Array | np.ndarray, " batch"]

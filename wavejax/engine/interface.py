@@ -12,7 +12,6 @@ from models.config import ModelConfig
 from models.parameters import Params
 from wavejax.attention.dense import DenseAttention
 from wavejax.attention.wave import WaveAttention
-from wavejax.engine.sampling import Sampler
 from wavejax.engine.state import DecodeState
 
 Attention = WaveAttention | DenseAttention
@@ -34,14 +33,12 @@ class Engine(abc.ABC):
     Attributes:
         model_config: the model's configuration.
         attention: of all layers.
-        sampler: how a token is drawn.
         stop_tokens: a sequence ends after any of these.
         unroll: write all layers out in the compiled step; None does on GPUs.
     """
 
     model_config: ModelConfig
     attention: Attention
-    sampler: Sampler
     stop_tokens: tuple[int, ...] = ()
     unroll: bool | None = None
 

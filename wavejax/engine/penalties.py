@@ -13,7 +13,19 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from wavejax._pytree import state as pytree
-from wavejax.engine.sampling import Sampler
+
+
+@pytree
+class Penalties:
+    """A batch's penalties; see `Sampler`.
+
+    Attributes:
+        repetition, presence, frequency: `[batch]` float32; 1, 0 and 0 change nothing.
+    """
+
+    repetition: Array
+    presence: Array
+    frequency: Array
 
 
 @pytree
@@ -51,9 +63,9 @@ count_step = jax.jit(count, donate_argnames="counts")
 
 
 def penalised(
-    sampler: Sampler, logits: Float[Array, "batch vocab"], counts: TokenCounts
+    penalties: Penalties, logits: Float[Array, "batch vocab"], counts: TokenCounts
 ) -> Float[Array, "batch vocab"]:
-    """Logits with the sampler's penalties, float32.
+    """Logits with each sequence's penalties, float32.
 
     First repetition: a logit of a token that the prompt or the answer has is divided by the penalty
     where it is positive, and multiplied where it is not (CTRL, arXiv 1909.05858, section 4.1, with
@@ -61,13 +73,12 @@ def penalised(
     and the frequency penalty as often as the token came.
     """
     logits = logits.astype(jnp.float32)
-    repetition = sampler.repetition_penalty
+    repetition, presence, frequency = (
+        of_all[:, None]
+        for of_all in (penalties.repetition, penalties.presence, penalties.frequency)
+    )
     said = counts.generated > 0
-    if repetition != 1:
-        repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
-        logits = jnp.where(counts.in_prompt | said, repeated, logits)
-    if sampler.presence_penalty:
-        logits = logits - sampler.presence_penalty * said.astype(jnp.float32)
-    if sampler.frequency_penalty:
-        logits = logits - sampler.frequency_penalty * counts.generated.astype(jnp.float32)
-    return logits
+    repeated = jnp.where(logits > 0, logits * (1 / repetition), logits * repetition)
+    logits = jnp.where(counts.in_prompt | said, repeated, logits)
+    logits = logits - presence * said.astype(jnp.float32)
+    return logits - frequency * counts.generated.astype(jnp.float32)

@@ -1,15 +1,20 @@
 """Draws the next token from a model's logits."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from models.errors import InputError
+from wavejax._pytree import state as pytree
 from wavejax.engine.checks import real_number, whole_number
+from wavejax.engine.penalties import Penalties
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -18,7 +23,7 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How the next token is drawn; hashable, and static in `jit`.
+    """How the next token is drawn; hashable. A state holds it as arrays, `SamplingSettings`.
 
     The penalties come first: they change the logits (`wavejax.engine.penalties`), for greedy
     sampling too. The distribution is then softmax(logits / temperature), cut down in this
@@ -78,6 +83,11 @@ class Sampler:
         return self.temperature == 0
 
     @property
+    def ranks_tokens(self) -> bool:
+        """Whether tokens are ranked before one is drawn: for `top_k` or `top_p`."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
+
+    @property
     def penalises(self) -> bool:
         """Whether a penalty is on: then what has been said is counted (see `penalties`)."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
@@ -92,29 +102,129 @@ class Sampler:
             keys: `[batch]`, a key of its own for each row (`step_keys`), so that a row gets what it
                 gets alone, whatever stands beside it.
         """
-        # To `argmax` NaN is the largest number of all.
-        logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
-        if self.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jax.vmap(self._sample_row)(logits, keys)
+        return draw_tokens(settings_of([self] * logits.shape[0], logits.shape[1]), logits, keys)
 
-    def _sample_row(self, logits: Float[Array, " vocab"], key: Key[Array, ""]) -> Int[Array, ""]:
-        logits = logits.astype(jnp.float32) / self.temperature
-        if not self.top_k and self.top_p == 1:
-            # No ranking needed: spares sorting the vocabulary.
-            best = jnp.max(logits)
-            kept = jnp.where(logits >= best + _log(self.min_p), logits, -jnp.inf)
-            return jax.random.categorical(key, kept).astype(jnp.int32)
-        vocab = logits.shape[0]
-        # Descending, ties by id.
-        logits, tokens = jax.lax.top_k(logits, min(self.top_k or vocab, vocab))
-        keep = logits >= logits[0] + _log(self.min_p)
-        if self.top_p < 1:
-            share = jax.nn.softmax(logits)
-            # A token counts while what stands before it holds less than top_p; so one always does.
-            keep &= jnp.cumsum(share) - share < self.top_p
-        choice = jax.random.categorical(key, jnp.where(keep, logits, -jnp.inf))
-        return tokens[choice].astype(jnp.int32)
+
+@pytree
+class SamplingSettings:
+    """`Sampler`s of a batch as arrays, a row a sequence: `settings_of` makes them.
+
+    Which fields there are is the structure of a compiled step; the numbers in them are not. So
+    another temperature, top_p or penalty compiles nothing anew.
+
+    Attributes:
+        inverse_temperature: `[batch]` float32; 0 takes the most probable token. None: all do.
+        log_min_p: `[batch]` float32, minus infinity for none; None with the temperature.
+        ranks: `[width]` int32, 0, 1, 2, ...: as many of the most probable tokens as are ranked, a
+            power of two or all. None where no sequence needs them ranked.
+        top_k: `[batch]` int32, at most `width`; None with `ranks`.
+        top_p: `[batch]` float32; None with `ranks`.
+        ranked: `[batch]` bool, which sequences draw among ranked tokens; None where all do.
+        penalties: None where no penalty is on.
+    """
+
+    inverse_temperature: Array | None = None
+    log_min_p: Array | None = None
+    ranks: Array | None = None
+    top_k: Array | None = None
+    top_p: Array | None = None
+    ranked: Array | None = None
+    penalties: Penalties | None = None
+
+
+def settings_of(
+    samplers: Sequence[Sampler], vocab: int, also: Sequence[Sampler] = ()
+) -> SamplingSettings:
+    """Samplers as arrays.
+
+    Args:
+        samplers: one for each sequence.
+        vocab: how many tokens the model has.
+        also: samplers that a sequence may get later; there are the fields that they need.
+    """
+    drawing = [one for one in (*samplers, *also) if not one.greedy]
+    ranking = [one for one in drawing if one.ranks_tokens]
+    made: dict[str, Any] = {}
+
+    def numbers(values: list[float]) -> Array:
+        return jnp.asarray(np.asarray(values, np.float32))
+
+    if drawing:
+        inverse = [
+            0.0 if one.greedy else float(1 / np.float32(one.temperature)) for one in samplers
+        ]
+        made["inverse_temperature"] = numbers(inverse)
+        made["log_min_p"] = numbers([_log(one.min_p) for one in samplers])
+    if ranking:
+        widest = max(min(one.top_k or vocab, vocab) for one in ranking)
+        width = min(vocab, 2 ** (widest - 1).bit_length())
+        made["ranks"] = jnp.asarray(np.arange(width, dtype=np.int32))
+        most = [min(one.top_k or width, width) for one in samplers]
+        made["top_k"] = jnp.asarray(np.asarray(most, np.int32))
+        made["top_p"] = numbers([one.top_p for one in samplers])
+        if len(ranking) < len(drawing):
+            made["ranked"] = jnp.asarray(np.asarray([one.ranks_tokens for one in samplers]))
+    if any(one.penalises for one in (*samplers, *also)):
+        names = ("repetition", "presence", "frequency")
+        made["penalties"] = Penalties(
+            *(numbers([getattr(one, f"{name}_penalty") for one in samplers]) for name in names)
+        )
+    return SamplingSettings(**made)
+
+
+def draw_tokens(
+    settings: SamplingSettings, logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"]
+) -> Int[Array, " batch"]:
+    """One int32 token for each row; see `Sampler.sample`."""
+    # To `argmax` NaN is the largest number of all.
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    inverse = settings.inverse_temperature
+    if inverse is None:
+        return best
+    # Division by a number known when a program is compiled is multiplication too.
+    scaled = logits.astype(jnp.float32) * inverse[:, None]
+    log_min_p, ranks, ranked = settings.log_min_p, settings.ranks, settings.ranked
+    assert log_min_p is not None
+    if ranks is None:
+        drawn = jax.vmap(_draw)(scaled, keys, log_min_p)
+    else:
+        top_k, top_p = settings.top_k, settings.top_p
+        assert top_k is not None
+        assert top_p is not None
+        draw_ranked = jax.vmap(functools.partial(_draw_ranked, ranks))
+        drawn = draw_ranked(scaled, keys, log_min_p, top_k, top_p)
+        if ranked is not None:
+            drawn = jnp.where(ranked, drawn, jax.vmap(_draw)(scaled, keys, log_min_p))
+    return jnp.where(inverse == 0, best, drawn)
+
+
+def _draw(
+    logits: Float[Array, " vocab"], key: Key[Array, ""], log_min_p: Float[Array, ""]
+) -> Int[Array, ""]:
+    # No ranking needed: spares sorting the vocabulary.
+    kept = jnp.where(logits >= jnp.max(logits) + log_min_p, logits, -jnp.inf)
+    return jax.random.categorical(key, kept).astype(jnp.int32)
+
+
+def _draw_ranked(
+    ranks: Int[Array, " width"],
+    logits: Float[Array, " vocab"],
+    key: Key[Array, ""],
+    log_min_p: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+) -> Int[Array, ""]:
+    # Descending, ties by id.
+    logits, tokens = jax.lax.top_k(logits, ranks.shape[0])
+    logits = jnp.where(ranks < top_k, logits, -jnp.inf)
+    keep = logits >= logits[0] + log_min_p
+    share = jax.nn.softmax(logits)
+    # A token counts while what stands before it holds less than top_p; so one always does.
+    keep &= (jnp.cumsum(share) - share < top_p) | (top_p >= 1)
+    # A rank's noise does not depend on how many are ranked.
+    choice = jax.random.categorical(key, jnp.where(keep, logits, -jnp.inf))
+    return tokens[choice].astype(jnp.int32)
 
 
 def _log(share: float) -> float:

@@ -8,6 +8,7 @@ from jax import Array
 
 from wavejax._pytree import state as pytree
 from wavejax.engine.penalties import TokenCounts
+from wavejax.engine.sampling import SamplingSettings
 
 NO_TOKEN = -1  # What a sequence yields once it has stopped.
 
@@ -29,6 +30,7 @@ class DecodeState:
         nonfinite: `[batch]` bool, sequences that ended because NaN or infinity was among their
             logits; none where left out.
         counts: what each has said; None where no penalty asks for it.
+        sampling: how each one's tokens are drawn; the most probable ones where left out.
     """
 
     attention_state: Any
@@ -39,6 +41,7 @@ class DecodeState:
     sequences: Array = None  # type: ignore[assignment]
     nonfinite: Array = None  # type: ignore[assignment]
     counts: TokenCounts | None = None
+    sampling: SamplingSettings = SamplingSettings()
 
     def __post_init__(self) -> None:
         batch = self.finished.shape[0]

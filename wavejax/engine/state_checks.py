@@ -1,12 +1,15 @@
 """Whether a generator can go on with a state, and whether parameters are its model's."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.config import ModelConfig
 from models.errors import InputError
+from wavejax.engine.checks import check_range
 from wavejax.engine.interface import Engine
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.state import DecodeState
@@ -38,15 +41,60 @@ def check_state(engine: Engine, sampler: Sampler, state: Any) -> None:
             "this state was given to an earlier call, which used it up: go on with the state that "
             "the call returned"
         )
-    if sampler.penalises and state.counts is None:
+    if sampler.penalises and (state.counts is None or state.sampling.penalties is None):
         raise InputError(
             "the sampler's penalties need counts that this state has not: start it with a "
             "generator whose sampler has penalties too"
         )
 
 
+def check_draws(sampler: Sampler, state: DecodeState) -> None:
+    """Raises InputError: tokens are to be drawn as a state was not started for."""
+    settings = state.sampling
+    lacks_noise = not sampler.greedy and settings.inverse_temperature is None
+    if lacks_noise or (sampler.ranks_tokens and settings.ranks is None):
+        raise InputError(
+            "the generator's sampler draws at random, or among ranked tokens, and this state was "
+            "not started for that: start it with a generator whose sampler does so too"
+        )
+
+
+def check_room(engine: Engine, state: DecodeState, tokens: jax.Array) -> None:
+    """Raises InputError: there is no room for so many tokens `[steps, batch]`, or one is wrong."""
+    going = ~np.asarray(state.finished)
+    left = np.asarray(engine.attention.remaining(engine.arrays_of(state.attention_state)))[going]
+    if left.size and len(tokens) > left.min():
+        raise InputError(
+            f"{len(tokens)} tokens are more than there is room for, {left.min()}: give "
+            "`start` a larger max_new_tokens"
+        )
+    if not isinstance(tokens, jax.core.Tracer):
+        check_range(np.asarray(tokens)[:, going], engine.model_config.vocab_size)
+
+
 def _is_deleted(leaf: jax.Array) -> bool:
     return not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+
+
+def as_samplers(samplers: Any, batch: int, default: Sampler) -> list[Sampler]:
+    """A sampler for each prompt: the default one where none are given.
+
+    Raises:
+        InputError: there are more or fewer than prompts, or one is no `Sampler`.
+    """
+    if samplers is None:
+        return [default] * batch
+    if not isinstance(samplers, Iterable):
+        raise InputError(
+            f"samplers is of type {type(samplers).__name__}; give a list of Samplers, one a prompt"
+        )
+    listed = list(samplers)
+    for one in listed:
+        if not isinstance(one, Sampler):
+            raise InputError(f"a sampler is of type {type(one).__name__}; give a Sampler")
+    if len(listed) != batch:
+        raise InputError(f"samplers has {len(listed)} for {batch} prompts; give one each")
+    return listed
 
 
 def check_params(params: Any, model_config: ModelConfig) -> None:

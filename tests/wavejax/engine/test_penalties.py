@@ -9,6 +9,7 @@ import pytest
 from tests.support.tiny_generator import ATTENTIONS, MODEL, make_params, make_prompts
 from wavejax import Generator, Sampler, WaveAttention
 from wavejax.engine.penalties import TokenCounts, count, count_prompts, penalised
+from wavejax.engine.sampling import settings_of
 
 PROMPTS, STEPS = make_prompts((5, 79)), 12
 ALL = Sampler(repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.4)
@@ -47,7 +48,7 @@ def test_logits_are_those_of_the_loop(sampler):
     for tokens, ended in zip(said, finished, strict=True):
         counts = count(counts, jnp.asarray(tokens), jnp.asarray(ended))
     logits = rng.normal(size=(2, 20)).astype(np.float32)
-    found = penalised(sampler, jnp.asarray(logits), counts)
+    found = penalised(settings_of([sampler] * 2, 20).penalties, jnp.asarray(logits), counts)
     for b, prompt in enumerate(prompts):
         answer = said[~finished[:, b], b].tolist()
         expected = by_loop(sampler, logits[b], prompt.tolist(), answer)
@@ -120,5 +121,5 @@ def test_penalties_come_before_the_temperature():
     """At a low temperature a penalty of 1 weighs as 1 in the logits, not in what they become."""
     counts = TokenCounts(jnp.zeros((1, 2), bool), jnp.array([[1, 0]], jnp.int32))
     sampler = Sampler(temperature=0.1, presence_penalty=1.0)
-    found = penalised(sampler, jnp.array([[1.5, 0.0]]), counts)
+    found = penalised(settings_of([sampler], 2).penalties, jnp.array([[1.5, 0.0]]), counts)
     np.testing.assert_allclose(found, [[0.5, 0.0]], atol=1e-6)

@@ -1,5 +1,6 @@
 """What a run needs of memory: the bytes really made and really compiled; what there is."""
 
+import dataclasses
 import types
 
 import jax
@@ -11,10 +12,11 @@ from models.config import ModelConfig
 from models.parameters import nest, parameter_shapes
 from tests.support.attention_harness import model_of
 from tests.support.tiny_generator import CONFIG, MODEL, make_params
-from wavejax import DecodeState, DenseAttention, Generator, WaveAttention, WaveConfig
+from wavejax import DecodeState, DenseAttention, Generator, Sampler, WaveAttention, WaveConfig
 from wavejax.engine import compiled
 from wavejax.engine.facts import facts_of
 from wavejax.engine.prompts import answer_room, bucket
+from wavejax.engine.sampling import settings_of
 from wavejax.planning import memory
 from wavejax.planning.memory import free_memory, host_available, memory_need, set_memory_limits
 from wavejax.store.rows import init_store
@@ -60,7 +62,7 @@ WIDE = ModelConfig("llama", 1000, 2, 256, 512, 8, 2, 64, 10**6)
 DEEP_MLP = ModelConfig("llama", 1000, 2, 128, 1024, 4, 1, 32, 10**6)
 
 
-def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32):
+def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32, sampler=None):
     """Bytes of temporaries of the two programs, compiled for this machine."""
 
     def of(shape, dtype=dtype):
@@ -73,7 +75,9 @@ def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32):
     def state():
         cache = attention.init_state(CacheShape.of(model), batch, room, new, dtype)
         logits = jnp.zeros((batch, model.vocab_size))
-        return DecodeState(cache, logits, jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0))
+        state = DecodeState(cache, logits, jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0))
+        settings = settings_of([sampler or Sampler()] * batch, model.vocab_size)
+        return dataclasses.replace(state, sampling=settings)
 
     state = jax.eval_shape(state)
     hidden = of((1, room, model.hidden_size))

@@ -1,15 +1,12 @@
 """Each term of the planner's need where it is the one that matters: held to bytes that the compiled
 programs take, so that a term which is dropped, or forgets a factor, is missed."""
 
-import functools
-
 import jax.numpy as jnp
 import pytest
 
 from models.config import ModelConfig
-from tests.wavejax.planning import test_memory
 from tests.wavejax.planning.test_memory import compiled_workspace
-from wavejax import DenseAttention, Generator, Sampler, WaveAttention, WaveConfig
+from wavejax import DenseAttention, Sampler, WaveAttention, WaveConfig
 from wavejax.planning.memory import memory_need
 
 # It looks at compiled programs.
@@ -75,12 +72,11 @@ def test_the_workspace_holds_what_dominates(case):
     assert max(prefill, decode) <= need.workspace <= most * max(prefill, decode)
 
 
-def test_the_workspace_holds_the_logits_that_are_drawn_from(monkeypatch):
+def test_the_workspace_holds_the_logits_that_are_drawn_from():
     model = model_of(vocab=100_000)
     sampler = Sampler(temperature=1.0, top_k=50)
-    monkeypatch.setattr(test_memory, "Generator", functools.partial(Generator, sampler=sampler))
     need = memory_need(model, DenseAttention(), 64, 64, NEW, jnp.float32)
-    _, decode = compiled_workspace(model, DenseAttention(), 64, 64, NEW)
+    _, decode = compiled_workspace(model, DenseAttention(), 64, 64, NEW, sampler=sampler)
     logits = 64 * 100_000 * 4
     assert logits <= decode <= need.workspace <= 4 * decode
 
