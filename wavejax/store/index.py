@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.numerics import NO_ID
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
-from wavejax.store.shape import CacheShape
+from wavejax.store.shape import STACK, CacheShape
 
 # Segments times kv heads in one call of `build_clusters`: 131,072 tokens of 8 kv heads.
 ROWS_AT_ONCE = 128
@@ -54,6 +55,19 @@ class WaveIndex:
     tokens: Array
     prompt_tokens: Array
     growths: Array
+
+    AXES: ClassVar = {
+        "centroids": (*STACK, "clusters", "head_dim"),
+        "value_means": (*STACK, "clusters", "head_dim"),
+        "offsets": (*STACK, "cluster_edges"),
+        "num_clusters": STACK,
+        "codes": (*STACK, "tokens", "code_words"),
+        "scales": (*STACK, "tokens"),
+        "token_ids": (*STACK, "tokens"),
+        "tokens": ("sequences",),
+        "prompt_tokens": ("sequences",),
+        "growths": (),
+    }
 
 
 def segment_sizes(config: WaveConfig, indexed: int) -> list[int]:

@@ -1,7 +1,7 @@
 """KV rows, a token's key and value for one kv head: the row store, and the row cache before it."""
 
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.select_tokens import RowTable, empty_table
 from wavejax._pytree import state
+from wavejax.store.shape import ROW, STACK
 
 StoreKind = Literal["host", "device"]
 Fetch = Literal["in_place", "staged"]
@@ -36,6 +37,8 @@ class RowStore:
 
     rows: Array
 
+    AXES: ClassVar = {"rows": (*STACK, "tokens", *ROW)}
+
 
 @state
 class RowCache:
@@ -48,6 +51,17 @@ class RowCache:
 
     rows: Array
     table: RowTable
+
+    AXES: ClassVar = {
+        "rows": (*STACK, "slots", *ROW),
+        "table": {
+            "slot_of_token": (*STACK, "tokens"),
+            "token_of_slot": (*STACK, "slots"),
+            "last_used": (*STACK, "slots"),
+            "hits": STACK,
+            "misses": STACK,
+        },
+    }
 
 
 def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> RowStore:

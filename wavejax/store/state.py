@@ -1,6 +1,6 @@
 """Wave attention's state, and what a decode step attends to in one layer of it."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jax import Array
 
@@ -27,6 +27,8 @@ class WaveState:
     steady: SteadyZone
     step: Array
     attended: Array
+
+    AXES: ClassVar = {"step": (), "attended": ("sequences",)}
 
 
 class Selection(NamedTuple):

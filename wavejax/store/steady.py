@@ -1,5 +1,7 @@
 """The steady zone: the rows that are always attended to exactly."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -7,7 +9,7 @@ from jaxtyping import Float, Int
 
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
-from wavejax.store.shape import CacheShape
+from wavejax.store.shape import ROW, STACK, CacheShape
 
 
 @state
@@ -26,6 +28,13 @@ class SteadyZone:
     sink_tokens: Array
     window: Array
     window_tokens: Array
+
+    AXES: ClassVar = {
+        "sink": (*STACK, "sinks", *ROW),
+        "sink_tokens": ("sequences",),
+        "window": (*STACK, "window", *ROW),
+        "window_tokens": ("sequences",),
+    }
 
 
 def init_steady(config: WaveConfig, shape: CacheShape, batch: int, dtype: DTypeLike) -> SteadyZone:
