@@ -28,7 +28,7 @@ def best_fetch() -> Fetch:
 
 @state
 class RowStore:
-    """All indexed tokens' rows, in token order.
+    """All indexed tokens' KV rows, by store row: a token's position less the sinks.
 
     Attributes:
         rows: `[layers, batch, kv_heads, tokens, 2, head_dim]`, key and value side by side; in
@@ -42,11 +42,13 @@ class RowStore:
 
 @state
 class RowCache:
-    """Rows of the store that were retrieved lately, on the device; no slots if it is there itself.
+    """KV rows of the store that were retrieved lately, on the device, by slot.
+
+    It has no slots where the store is on the device too, unless asked for.
 
     Attributes:
         rows: `[layers, batch, kv_heads, slots, 2, head_dim]`.
-        table: which row each slot holds (`pallas_kernels.select_tokens.RowTable`).
+        table: the store row that each slot holds (`pallas_kernels.select_tokens.RowTable`).
     """
 
     rows: Array
