@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,7 +20,7 @@ from wavejax.attention.protocol import (
     StepQuery,
     scale_of,
 )
-from wavejax.store.shape import CacheShape
+from wavejax.store.shape import STACK, CacheShape
 
 
 @pytree
@@ -34,6 +35,12 @@ class DenseState:
     keys: Array
     values: Array
     tokens: Array
+
+    AXES: ClassVar = {
+        "keys": (*STACK, "tokens", "head_dim"),
+        "values": (*STACK, "tokens", "head_dim"),
+        "tokens": ("sequences",),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ from wavejax.attention.protocol import (
 from wavejax.config import WaveConfig
 from wavejax.store import prompt, room
 from wavejax.store.growth import grow
-from wavejax.store.index import cluster_capacity, init_index, segment_sizes
+from wavejax.store.index import init_index
 from wavejax.store.rows import (
     Fetch,
     RowCache,
@@ -56,6 +56,7 @@ from wavejax.store.rows import (
     init_store,
 )
 from wavejax.store.shape import CacheShape
+from wavejax.store.sizes import cluster_capacity, segment_sizes
 from wavejax.store.state import Selection, WaveState
 from wavejax.store.steady import init_steady, push_rows
 

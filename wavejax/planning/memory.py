@@ -17,9 +17,10 @@ from wavejax.attention.causal import query_block
 from wavejax.attention.dense import DenseAttention
 from wavejax.attention.wave import WaveAttention, WaveState
 from wavejax.engine.prompts import answer_room, bucket
-from wavejax.store.index import segment_sizes, segments_at_once
+from wavejax.store.index import segments_at_once
 from wavejax.store.rows import StoreKind
 from wavejax.store.shape import CacheShape
+from wavejax.store.sizes import segment_sizes
 
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 DEVICE_FRACTION = "XLA_CLIENT_MEM_FRACTION"

@@ -14,9 +14,9 @@ from wavejax.store.state import WaveState
 
 
 def grow(config: WaveConfig, state: WaveState, due: Bool[Array, " batch"]) -> WaveState:
-    """Moves the oldest `growth_tokens` of each due sequence's window into its index and store.
+    """Move the oldest `growth_tokens` of each due sequence's window into its index and store.
 
-    A store without room for a single row stays as it is: the rows are then the caller's to keep.
+    A store without room for a single KV row stays as it is: the caller then keeps the KV rows.
     By a loop that goes round for the sequences that are due, mostly not once: for a `lax.cond` XLA
     would copy the whole state, every step.
     """
@@ -40,8 +40,7 @@ def grow(config: WaveConfig, state: WaveState, due: Bool[Array, " batch"]) -> Wa
             layer,
             sequence,
             start,
-            oldest[None, :, :, 0],
-            oldest[None, :, :, 1],
+            oldest[None],
             jnp.full(1, growth, jnp.int32),
             start + growth,
         )

@@ -1,4 +1,4 @@
-"""Rows in the host's own memory, gathered there for the device."""
+"""KV rows in the host's own memory, gathered there for the device."""
 
 from typing import Any
 
@@ -9,18 +9,24 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.types import NO_ID
 
-_LEAST_WIDTH = 16  # rows a head in the smallest block
+_LEAST_WIDTH = 16  # KV rows of a head in the smallest block
 
 
 class HostRows:
-    """All indexed tokens' rows, in the host's memory; changed in place.
+    """All indexed tokens' KV rows, in the host's memory; changed in place.
 
     Attributes:
-        rows: `[layers, batch, kv_heads, tokens, 2, head_dim]`, in token order.
+        rows: `[layers, batch, kv_heads, tokens, 2, head_dim]`, by store row.
     """
 
     def __init__(self, shape: tuple[int, ...], widest: int, dtype: DTypeLike):
-        """Room for rows of this shape, and for blocks of at most `widest` rows a head."""
+        """Make room for KV rows, and for blocks of at most `widest` of each head.
+
+        Args:
+            shape: `[layers, batch, kv_heads, tokens, 2, head_dim]`.
+            widest: the most store rows that `gather` lists for a head.
+            dtype: of the KV rows.
+        """
         self.rows = np.zeros(shape, dtype)
         self._widest = widest
         _, batch, kv_heads, _, *row = shape
@@ -35,13 +41,13 @@ class HostRows:
         return self.rows.nbytes
 
     def put(self, where: tuple[Any, ...], rows: Array) -> None:
-        """Writes `rows` to `self.rows[where]`, once they are there: waits for those put before."""
+        """Write `rows` to `self.rows[where]`, once they are there: waits for those put before."""
         rows.copy_to_host_async()
         self.take_in()
         self._coming.append((where, rows))
 
     def take_in(self) -> None:
-        """Waits for all rows that were put."""
+        """Wait for all rows that were put."""
         for where, rows in self._coming:
             self.rows[where] = np.asarray(rows)
         self._coming.clear()
@@ -49,11 +55,15 @@ class HostRows:
     def gather(
         self, layer: int, tokens: Int[np.ndarray, "batch kv_heads missed"]
     ) -> Float[np.ndarray, "batch kv_heads width 2 head_dim"]:
-        """Reads one layer's rows of these tokens, which come first in each list, NO_ID after them.
+        """Read one layer's KV rows: of each head those listed, NO_ID after the last one.
+
+        Args:
+            layer: which layer.
+            tokens: int32 store rows, for each head.
 
         Returns:
-            the rows, as many a head as the longest list has, rounded up to one of few widths, each
-            of which is a program; anything past a list's end. Good until the next but one call.
+            the KV rows, as many a head as the longest list has, rounded up to one of few widths:
+            each is a program. Anything past a list's end. Good until the next but one call.
         """
         self.take_in()
         batch, kv_heads, room = tokens.shape

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +15,32 @@ from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.types import NO_ID
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
-from wavejax.store.shape import CacheShape
+from wavejax.store.shape import STACK, CacheShape
+from wavejax.store.sizes import sizes_of
 
 # Segments times kv heads in one call of `build_clusters`: 131,072 tokens of 8 kv heads.
-ROWS_AT_ONCE = 128
+HEAD_SEGMENTS_AT_ONCE = 128
 
 
 @state
 class WaveIndex:
-    """What stays on the device of the indexed tokens (design, section 4).
+    """Clusters of the indexed tokens, and their codes, on the device.
 
-    Index positions are the tokens of a sequence and kv head in cluster order. A segment's clusters
-    hold its own tokens, so its positions and its tokens' rows fill the same range.
+    An index place counts a head's tokens in cluster order; a store row counts them in the text's
+    order. A segment's clusters hold its own tokens, so its index places and its store rows are the
+    same range.
 
     Attributes:
         centroids: `[layers, batch, kv_heads, clusters, head_dim]`, plain means of the keys.
         value_means: the same shape, plain means of the members' values.
-        offsets: `[layers, batch, kv_heads, clusters + 1]` int32: cluster j holds the positions
-            offsets[j] to offsets[j + 1].
+        offsets: `[layers, batch, kv_heads, clusters + 1]` int32: cluster j holds the index
+            places offsets[j] to offsets[j + 1].
         num_clusters: `[layers, batch, kv_heads]` int32, clusters in use.
-        codes: `[layers, batch, kv_heads, tokens, ceil(head_dim / 32)]` uint32, by position; None
-            without token codes, like `scales`.
-        scales: `[layers, batch, kv_heads, tokens]`, the codes' scales.
-        token_ids: `[layers, batch, kv_heads, tokens]` uint16, the token at each position, counted
-            from its segment's start.
+        codes: `[layers, batch, kv_heads, tokens, ceil(head_dim / 32)]` uint32, by index
+            place; None without token codes, like `scales`.
+        scales: `[layers, batch, kv_heads, tokens]`, the codes' scales, by index place.
+        token_ids: `[layers, batch, kv_heads, tokens]` uint16, the store row at each index place,
+            counted from its segment's first one.
         tokens: `[batch]` int32, tokens in the index.
         prompt_tokens: `[batch]` int32, how many of them came with the prompt.
         growths: int32 scalar, how many times each sequence's index may grow: what there is room
@@ -55,44 +58,18 @@ class WaveIndex:
     prompt_tokens: Array
     growths: Array
 
-
-def segment_sizes(config: WaveConfig, indexed: int) -> list[int]:
-    """Cuts so many padded prompt tokens into segments: full ones, or a single shorter one."""
-    if indexed <= config.segment_tokens:
-        return [indexed] if indexed else []
-    return [config.segment_tokens] * -(-indexed // config.segment_tokens)
-
-
-def cluster_capacity(config: WaveConfig, segments: list[int], growths: int) -> int:
-    """Room for the clusters of any prompt of these segments or fewer tokens, and of its growth.
-
-    A short prompt has clusters of another size than a long one. So it may have more of them.
-    """
-    longest, size = sum(segments), max(segments, default=1)
-    clusters, ends_before = 1, longest + 1
-    for mean, most, least in config.size_steps:
-        if least >= ends_before:
-            continue  # all prompts are shorter
-        # As `ops.build_clusters.capacity` counts, of the longest prompt of this size; growing, the
-        # shortest has the smallest clusters of all.
-        prompt = ends_before - 1
-        own = prompt // size * -(-size // mean) + -(-(prompt % size) // mean) + prompt // most
-        grown = 0
-        for nth in range(1, growths + 1):
-            mean, most = config.cluster_sizes(least + nth * config.growth_tokens)
-            grown += -(-config.growth_tokens // mean) + config.growth_tokens // most
-        clusters, ends_before = max(clusters, own + grown), least
-    return max(1, min(clusters, longest + growths * config.growth_tokens))
-
-
-def sizes_of(config: WaveConfig, tokens: Int[Array, ""]) -> tuple[Array, Array]:
-    """`WaveConfig.cluster_sizes` of a number of tokens known only when the program runs."""
-    *steps, (mean, most, _) = config.size_steps
-    sizes = jnp.int32(mean), jnp.int32(most)
-    for mean, most, least in reversed(steps):
-        reached = tokens >= min(least, 2**31 - 1)
-        sizes = jnp.where(reached, mean, sizes[0]), jnp.where(reached, most, sizes[1])
-    return sizes
+    AXES: ClassVar = {
+        "centroids": (*STACK, "clusters", "head_dim"),
+        "value_means": (*STACK, "clusters", "head_dim"),
+        "offsets": (*STACK, "cluster_edges"),
+        "num_clusters": STACK,
+        "codes": (*STACK, "tokens", "code_words"),
+        "scales": (*STACK, "tokens"),
+        "token_ids": (*STACK, "tokens"),
+        "tokens": ("sequences",),
+        "prompt_tokens": ("sequences",),
+        "growths": (),
+    }
 
 
 def init_index(
@@ -133,7 +110,7 @@ def init_index(
 
 
 def clear(index: WaveIndex, layer: Int[Array, ""], sequence: Int[Array, ""]) -> WaveIndex:
-    """Empties a sequence's index in one layer, for another prompt to take its place."""
+    """Empty a sequence's index in one layer, for another prompt to replace it."""
     return dataclasses.replace(
         index,
         offsets=index.offsets.at[layer, sequence].set(0),
@@ -149,14 +126,14 @@ def append_prompt(
     rows: Float[Array, "kv_heads tokens 2 head_dim"],
     count: Int[Array, ""],
 ) -> WaveIndex:
-    """Clusters and encodes a prompt and appends it to a sequence's index, in one layer.
+    """Cluster and encode a prompt and append it to a sequence's index, in one layer.
 
-    As many segments at once as make `ROWS_AT_ONCE` rows: kernels are fast where all their programs
+    `HEAD_SEGMENTS_AT_ONCE` bounds what one call takes: kernels are fast where all their programs
     have work, and temporaries stay bounded whatever the prompt's length.
 
     Args:
-        rows: the prompt's indexed tokens', padded to `segment_sizes`; anything past `count`.
-        count: tokens to index.
+        rows: the prompt's KV rows, by store row, padded to `segment_sizes`; anything past `count`.
+        count: int32, tokens to index.
     """
     kv_heads, room = rows.shape[:2]
     size = min(room, config.segment_tokens)
@@ -174,8 +151,7 @@ def append_prompt(
             layer,
             sequence,
             first * size,
-            part[..., 0, :],
-            part[..., 1, :],
+            part,
             counts.astype(jnp.int32),
             count,
         )
@@ -189,8 +165,8 @@ def append_prompt(
 
 
 def segments_at_once(segments: int, kv_heads: int) -> int:
-    """How many of a prompt's segments are clustered in one call: in even parts, at least one."""
-    most = max(1, ROWS_AT_ONCE // kv_heads)
+    """Count the segments of a prompt that one call clusters: even parts, at least one."""
+    most = max(1, HEAD_SEGMENTS_AT_ONCE // kv_heads)
     calls = max(1, -(-segments // most))
     return max(1, -(-segments // calls))
 
@@ -201,24 +177,24 @@ def append_segments(
     layer: Int[Array, ""],
     sequence: Int[Array, ""],
     start: Int[Array, ""] | int,
-    keys: Float[Array, "segments kv_heads new head_dim"],
-    values: Float[Array, "segments kv_heads new head_dim"],
+    rows: Float[Array, "segments kv_heads new 2 head_dim"],
     counts: Int[Array, " segments"],
     tokens: Int[Array, ""],
 ) -> WaveIndex:
-    """Clusters and encodes segments and appends them to a sequence's index, in one layer.
+    """Cluster and encode segments and append them to a sequence's index, in one layer.
 
     The same as appending them one after another. Does not move `tokens`: the caller does, once for
     all layers.
 
     Args:
-        start: the first segment's first position: what the index holds of the sequence already.
-        keys, values: of the segments' tokens; anything past a segment's count.
+        start: the first segment's first store row: the tokens that the index holds already.
+        rows: the segments' KV rows, by store row; anything past a segment's count.
         counts: int32, how many tokens each segment has: all `new` of them before one that has
             fewer, and none after it.
         tokens: int32, how many the sequence will have in its index with them and what comes with
             them: they choose the clusters' size.
     """
+    keys, values = rows[..., 0, :], rows[..., 1, :]
     cluster_size, max_cluster_size = sizes_of(config, tokens)
     clusters = ops.build_clusters(
         keys,
@@ -239,8 +215,8 @@ def append_segments(
     head = jnp.arange(kv_heads)[:, None]
     first = (ends - new)[..., None]
     nth = jnp.arange(room, dtype=jnp.int32)
-    place = jnp.where(nth < new[..., None], first + nth, NO_ID)
-    at = (layer, sequence, head, place)
+    number = jnp.where(nth < new[..., None], first + nth, NO_ID)
+    at = (layer, sequence, head, number)
     centroids = index.centroids.at[at].set(clusters.centroids.astype(dtype), mode="drop")
 
     # Edges past the new clusters all stand at the end, so clusters not in use are empty. The end
@@ -248,7 +224,7 @@ def append_segments(
     old = index.offsets[layer, sequence]
     end = jnp.take_along_axis(old, base[:, None], axis=-1)
     added = jnp.zeros((kv_heads, old.shape[-1] - 1), jnp.int32)
-    added = added.at[head, place].set(sizes, mode="drop")
+    added = added.at[head, number].set(sizes, mode="drop")
     edges = end + jnp.pad(jnp.cumsum(added, axis=-1), ((0, 0), (1, 0)))
     offsets = jnp.where(jnp.arange(old.shape[-1]) <= base[:, None], old, edges)
 
@@ -258,11 +234,9 @@ def append_segments(
 
     codes, scales = index.codes, index.scales
     if codes is not None and scales is not None:
-        position = jnp.arange(keys.shape[2])
+        place = jnp.arange(keys.shape[2])
         # Unrolled: on a GPU a loop's rounds cost more than the search.
-        search = functools.partial(
-            jnp.searchsorted, v=position, side="right", method="scan_unrolled"
-        )
+        search = functools.partial(jnp.searchsorted, v=place, side="right", method="scan_unrolled")
         cluster = jax.vmap(jax.vmap(search))(clusters.offsets) - 1
         # Read back, or XLA might compute them anew, rounded otherwise than those that are stored.
         near = first + jnp.minimum(cluster, jnp.maximum(new[..., None] - 1, 0))

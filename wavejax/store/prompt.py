@@ -7,8 +7,9 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as ops
 from wavejax.config import WaveConfig
-from wavejax.store.index import append_prompt, clear, segment_sizes
+from wavejax.store.index import append_prompt, clear
 from wavejax.store.rows import RowStore, as_rows, forget
+from wavejax.store.sizes import segment_sizes
 from wavejax.store.state import WaveState
 from wavejax.store.steady import fill_steady
 

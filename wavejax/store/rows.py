@@ -1,7 +1,7 @@
 """KV rows, a token's key and value for one kv head: the row store, and the row cache before it."""
 
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.types import RowTable
 from wavejax._pytree import state
+from wavejax.store.shape import ROW, STACK
 
 StoreKind = Literal["host", "device"]
 Fetch = Literal["in_place", "staged"]
@@ -28,7 +29,7 @@ def best_fetch() -> Fetch:
 
 @state
 class RowStore:
-    """All indexed tokens' rows, in token order.
+    """All indexed tokens' KV rows, by store row: a token's position less the sinks.
 
     Attributes:
         rows: `[layers, batch, kv_heads, tokens, 2, head_dim]`, key and value side by side; in
@@ -37,18 +38,33 @@ class RowStore:
 
     rows: Array
 
+    AXES: ClassVar = {"rows": (*STACK, "tokens", *ROW)}
+
 
 @state
 class RowCache:
-    """Rows of the store that were retrieved lately, on the device; no slots if it is there itself.
+    """KV rows of the store that were retrieved lately, on the device, by slot.
+
+    It has no slots where the store is on the device too, unless asked for.
 
     Attributes:
         rows: `[layers, batch, kv_heads, slots, 2, head_dim]`.
-        table: which row each slot holds (`pallas_kernels.RowTable`).
+        table: the store row that each slot holds (`pallas_kernels.RowTable`).
     """
 
     rows: Array
     table: RowTable
+
+    AXES: ClassVar = {
+        "rows": (*STACK, "slots", *ROW),
+        "table": {
+            "slot_of_token": (*STACK, "tokens"),
+            "token_of_slot": (*STACK, "slots"),
+            "last_used": (*STACK, "slots"),
+            "hits": STACK,
+            "misses": STACK,
+        },
+    }
 
 
 def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> RowStore:

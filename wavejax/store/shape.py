@@ -7,6 +7,9 @@ from models.config import ModelConfig
 from models.errors import InputError
 
 LayerKind = Literal["full"]
+# The first axes of most arrays of a state: see `CacheShape.stack`, and `logical_axes`.
+STACK = ("layers", "sequences", "kv_heads")
+ROW = ("key_value", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)

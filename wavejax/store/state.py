@@ -1,6 +1,6 @@
 """Wave attention's state, and what a decode step attends to in one layer of it."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jax import Array
 
@@ -15,7 +15,10 @@ class WaveState:
     """The KV cache of all layers and sequences, as a wave index and a wave buffer.
 
     Attributes:
-        index, store, cache, steady: see their classes.
+        index: clusters and codes, by index place.
+        store: the indexed tokens' KV rows, by store row.
+        cache: lately retrieved KV rows, by slot.
+        steady: the first and the last tokens' KV rows, by position.
         step: int32 scalar, decode steps done; the row cache's clock.
         attended: `[batch]` float32, the tokens that dense attention would have read so far, in
             each layer and kv head: what the share of tokens retrieved is a share of.
@@ -28,13 +31,18 @@ class WaveState:
     step: Array
     attended: Array
 
+    AXES: ClassVar = {"step": (), "attended": ("sequences",)}
+
 
 class Selection(NamedTuple):
-    """What a decode step attends to in one layer.
+    """What a decode step attends to in one layer, besides the steady zone.
 
     Attributes:
         query: `[batch, kv_heads, group, head_dim]`.
-        tokens, slots, hit: `pallas_kernels.Retrieved`'s.
+        tokens: `[batch, kv_heads, budget]` int32, store rows; as `slots` and `hit`, see
+            `pallas_kernels.Retrieved`.
+        slots: the slot to read, or to admit the KV row to.
+        hit: bool, whether the row cache holds the KV row.
         logits: `[batch, kv_heads, group, clusters]` float32, of the clusters.
         estimated: `[batch, kv_heads, clusters]` int32, members of each cluster to estimate.
     """

@@ -1,4 +1,6 @@
-"""The steady zone: the rows that are always attended to exactly."""
+"""The steady zone: the KV rows that are always attended to exactly."""
+
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -7,12 +9,12 @@ from jaxtyping import Float, Int
 
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
-from wavejax.store.shape import CacheShape
+from wavejax.store.shape import ROW, STACK, CacheShape
 
 
 @state
 class SteadyZone:
-    """The rows that are always attended to exactly, on the device.
+    """The KV rows that are always attended to exactly, on the device, by position.
 
     Attributes:
         sink: `[layers, batch, kv_heads, sink_tokens, 2, head_dim]`, the first tokens.
@@ -26,6 +28,13 @@ class SteadyZone:
     sink_tokens: Array
     window: Array
     window_tokens: Array
+
+    AXES: ClassVar = {
+        "sink": (*STACK, "sinks", *ROW),
+        "sink_tokens": ("sequences",),
+        "window": (*STACK, "window", *ROW),
+        "window_tokens": ("sequences",),
+    }
 
 
 def init_steady(config: WaveConfig, shape: CacheShape, batch: int, dtype: DTypeLike) -> SteadyZone:
@@ -46,7 +55,15 @@ def fill_steady(
     rows: Float[Array, "kv_heads tokens 2 head_dim"],
     window_start: Int[Array, ""],
 ) -> SteadyZone:
-    """Writes a prompt's first rows and those from `window_start` on, in one layer."""
+    """Write a prompt's sinks, and its KV rows from `window_start` on, in one layer.
+
+    Args:
+        steady: before this layer. Its numbers of tokens stay as they are.
+        layer: int32, which layer.
+        sequence: int32, whose zone to write.
+        rows: the prompt's KV rows, by position; anything past the prompt's length.
+        window_start: int32, the position of the first token in the window.
+    """
     sinks, window = steady.sink.shape[3], steady.window.shape[3]
     padded = jnp.pad(rows, ((0, 0), (0, max(sinks, window)), (0, 0), (0, 0)))
     tail = lax.dynamic_slice_in_dim(padded, window_start, window, axis=1)
@@ -64,7 +81,7 @@ def push_rows(
     layer: Int[Array, ""] | int,
     rows: Float[Array, "batch kv_heads 2 head_dim"],
 ) -> SteadyZone:
-    """Writes each sequence's newest row at its window's end. Does not move `window_tokens`."""
+    """Write each sequence's newest KV row at its window's end. Does not move `window_tokens`."""
     batch, kv_heads = rows.shape[:2]
     b, h = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
     window = steady.window.at[layer, b, h, steady.window_tokens[:, None]].set(

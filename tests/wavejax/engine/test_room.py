@@ -22,9 +22,8 @@ from wavejax import DenseAttention, Generator, InputError, WaveAttention
 from wavejax.attention import wave
 from wavejax.engine.prompts import SMALLEST_ROOM, answer_room, bucket
 from wavejax.planning.memory import memory_need
-from wavejax.store import index
-from wavejax.store.index import cluster_capacity, segment_sizes
 from wavejax.store.shape import CacheShape
+from wavejax.store.sizes import cluster_capacity, segment_sizes, sizes_of
 from wavejax.store.state import Selection
 
 
@@ -149,7 +148,7 @@ def test_there_are_clusters_enough_for_every_prompt_beside_a_longer_one(
 def test_a_traced_number_of_tokens_has_the_same_clusters(tokens, size, clusters):
     sizes = {"cluster_size": size, "max_cluster_size": 3 * size, "min_clusters": clusters}
     config = dataclasses.replace(CONFIG, **sizes)
-    found = index.sizes_of(config, jnp.int32(tokens))
+    found = sizes_of(config, jnp.int32(tokens))
     assert tuple(map(int, found)) == config.cluster_sizes(tokens)
 
 

@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from tests.support.attention_harness import model_of, random_stream
 from tests.support.lowering import lower_for
 from wavejax import WaveAttention, WaveConfig
-from wavejax.store import index
+from wavejax.store import index as module
 from wavejax.store.index import segments_at_once
 from wavejax.store.shape import CacheShape
 
@@ -33,7 +33,7 @@ LAYER, SEQUENCE = jnp.int32(1), jnp.int32(2)
 
 
 def empty(config, dtype=jnp.float32):
-    return index.init_index(config, CacheShape.of(MODEL), BATCH, 150, ROOM, 0, dtype)
+    return module.init_index(config, CacheShape.of(MODEL), BATCH, 150, ROOM, 0, dtype)
 
 
 def make_rows(seed, dtype=jnp.float32):
@@ -42,19 +42,18 @@ def make_rows(seed, dtype=jnp.float32):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def append(wave, config, start, rows, counts, tokens):
-    both = rows[None, :, :, 0], rows[None, :, :, 1]
-    return index.append_segments(wave, config, LAYER, SEQUENCE, start, *both, counts, tokens)
+def append(index, config, start, rows, counts, tokens):
+    return module.append_segments(index, config, LAYER, SEQUENCE, start, rows[None], counts, tokens)
 
 
-def one_by_one(wave, config, rows, count):
+def one_by_one(index, config, rows, count):
     """The meaning of `append_prompt`."""
     size = config.segment_tokens
     for start in range(0, ROOM, size):
         counts = jnp.clip(jnp.full(1, count - start, jnp.int32), 0, size)
         own = rows[:, start : start + size]
-        wave = append(wave, config, jnp.int32(start), own, counts, jnp.int32(count))
-    return wave
+        index = append(index, config, jnp.int32(start), own, counts, jnp.int32(count))
+    return index
 
 
 def assert_same(found, expected):
@@ -72,9 +71,9 @@ COUNTS = (0, 5, 3 * 64, 3 * 64 + 1, 5 * 64 - 1, ROOM)
 @pytest.mark.parametrize("codes", [True, False])
 def test_many_at_once_are_one_after_another(monkeypatch, rows_at_once, codes):
     """In even calls, in calls and a rest, in one call."""
-    monkeypatch.setattr(index, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(module, "HEAD_SEGMENTS_AT_ONCE", rows_at_once)
     config = WaveConfig(**{**vars(CONFIG), "token_codes": codes})
-    at_once = jax.jit(lambda w, *args: index.append_prompt(w, config, LAYER, SEQUENCE, *args))
+    at_once = jax.jit(lambda w, *args: module.append_prompt(w, config, LAYER, SEQUENCE, *args))
     for count in COUNTS:
         rows = make_rows(count).at[:, count:].set(jnp.nan)
         found = at_once(empty(config), rows, jnp.int32(count))
@@ -86,9 +85,9 @@ def test_many_at_once_are_one_after_another(monkeypatch, rows_at_once, codes):
 @pytest.mark.parametrize("segments, kv_heads", [(1, 8), (16, 8), (17, 8), (80, 8), (9, 200)])
 def test_calls_are_even_and_bounded(segments, kv_heads):
     at_once = segments_at_once(segments, kv_heads)
-    assert at_once == 1 or at_once * kv_heads <= index.ROWS_AT_ONCE
+    assert at_once == 1 or at_once * kv_heads <= module.HEAD_SEGMENTS_AT_ONCE
     calls = -(-segments // at_once)
-    assert calls == -(-segments // max(1, index.ROWS_AT_ONCE // kv_heads))
+    assert calls == -(-segments // max(1, module.HEAD_SEGMENTS_AT_ONCE // kv_heads))
     assert calls * at_once - segments < calls
 
 
@@ -111,7 +110,7 @@ def test_prompts_of_a_batch_do_not_meet(monkeypatch):
     together = read(state, (0, 1, 2))
     assert together.index.tokens.tolist() == [CONFIG.indexed_tokens(n) for n in lengths]
     assert_same(read(together, (2, 0, 1)).index, together.index)
-    monkeypatch.setattr(index, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(module, "HEAD_SEGMENTS_AT_ONCE", 1)
     jax.clear_caches()
     assert_same(read(state, (0, 1, 2)), together)
     jax.clear_caches()
@@ -126,16 +125,16 @@ def test_kernels_get_all_segments_in_one_call(monkeypatch, segments, calls):
 
     monkeypatch.setattr(dispatch, "call", by_kernels)
     config, rows = CONFIG, jax.ShapeDtypeStruct((2, segments * 64, 2, 64), jnp.bfloat16)
-    wave = jax.eval_shape(
-        lambda: index.init_index(
+    index = jax.eval_shape(
+        lambda: module.init_index(
             config, CacheShape(1, 2, 64), 1, 12 * segments, segments * 64, 0, jnp.bfloat16
         )
     )
     zero = jnp.int32(0)
     text = lower_for(
         "cuda",
-        lambda w, r, n: index.append_prompt(w, config, zero, zero, r, n),
-        *(wave, rows, jax.ShapeDtypeStruct((), jnp.int32)),
+        lambda w, r, n: module.append_prompt(w, config, zero, zero, r, n),
+        *(index, rows, jax.ShapeDtypeStruct((), jnp.int32)),
     )
     for kernel in ("cut_clusters", "average_pieces", "encode_tokens"):
         assert len(re.findall(f'name = "{kernel}"', text)) == calls

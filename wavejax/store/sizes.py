@@ -1,0 +1,46 @@
+"""The sizes of an index: segments of a prompt, clusters, and tokens in each."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+from wavejax.config import WaveConfig
+
+
+def segment_sizes(config: WaveConfig, indexed: int) -> list[int]:
+    """Cut padded prompt tokens into segments: full ones, or a single shorter one."""
+    if indexed <= config.segment_tokens:
+        return [indexed] if indexed else []
+    return [config.segment_tokens] * -(-indexed // config.segment_tokens)
+
+
+def cluster_capacity(config: WaveConfig, segments: list[int], growths: int) -> int:
+    """Count the clusters that a prompt of these segments, or a shorter one, may have and grow.
+
+    A short prompt has clusters of another size than a long one. So it may have more of them.
+    """
+    longest, size = sum(segments), max(segments, default=1)
+    clusters, ends_before = 1, longest + 1
+    for mean, most, least in config.size_steps:
+        if least >= ends_before:
+            continue  # all prompts are shorter
+        # As `ops.build_clusters.capacity` counts, of the longest prompt of this size; growing, the
+        # shortest has the smallest clusters of all.
+        prompt = ends_before - 1
+        own = prompt // size * -(-size // mean) + -(-(prompt % size) // mean) + prompt // most
+        grown = 0
+        for nth in range(1, growths + 1):
+            mean, most = config.cluster_sizes(least + nth * config.growth_tokens)
+            grown += -(-config.growth_tokens // mean) + config.growth_tokens // most
+        clusters, ends_before = max(clusters, own + grown), least
+    return max(1, min(clusters, longest + growths * config.growth_tokens))
+
+
+def sizes_of(config: WaveConfig, tokens: Int[Array, ""]) -> tuple[Array, Array]:
+    """`WaveConfig.cluster_sizes` of a number of tokens known only when the program runs."""
+    *steps, (mean, most, _) = config.size_steps
+    sizes = jnp.int32(mean), jnp.int32(most)
+    for mean, most, least in reversed(steps):
+        reached = tokens >= min(least, 2**31 - 1)
+        sizes = jnp.where(reached, mean, sizes[0]), jnp.where(reached, most, sizes[1])
+    return sizes
