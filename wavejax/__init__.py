@@ -70,8 +70,8 @@ if TYPE_CHECKING:
     from wavejax.engine.text import Answer as Answer
     from wavejax.engine.text import Generation as Generation
     from wavejax.engine.text import TextPiece as TextPiece
+    from wavejax.engine.text import TextStream as TextStream
     from wavejax.language_model import LanguageModel as LanguageModel
-    from wavejax.language_model import TextStream as TextStream
     from wavejax.loading import load as load
     from wavejax.planning.plan import Plan as Plan
     from wavejax.planning.plan import make_plan as make_plan
@@ -86,7 +86,7 @@ _MODULE_OF = {
     "LanguageModel": "wavejax.language_model",
     "Generation": "wavejax.engine.text",
     "Answer": "wavejax.engine.text",
-    "TextStream": "wavejax.language_model",
+    "TextStream": "wavejax.engine.text",
     "TextPiece": "wavejax.engine.text",
     "Sampler": "wavejax.engine.sampling",
     "Generator": "wavejax.engine.generator",

@@ -22,7 +22,7 @@ from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
-from wavejax.engine.model_sampling import model_sampling
+from wavejax.engine.model_sampling import check_samples, model_sampling
 from wavejax.engine.prompt_text import (
     EncodedPrompt,
     Prompt,
@@ -31,26 +31,12 @@ from wavejax.engine.prompt_text import (
     list_prompts,
 )
 from wavejax.engine.sampling import Sampler
-from wavejax.engine.text import Generation, TextPiece, TextRun
+from wavejax.engine.text import Generation, TextPiece, TextRun, TextStream
 from wavejax.planning.memory import free_memory
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan
 
 AttentionChoice = WaveConfig | WaveAttention | DenseAttention
 MOST_SAMPLES = 65536
-
-
-class TextStream(Iterator[TextPiece]):
-    """Pieces of answers as they come; see `LanguageModel.stream`."""
-
-    def __init__(self, run: TextRun, pieces: Iterator[TextPiece]):
-        self._run, self._pieces = run, pieces
-
-    def __next__(self) -> TextPiece:
-        return next(self._pieces)
-
-    def result(self) -> Generation:
-        """The answers as far as they have come, whole once the pieces have ended."""
-        return self._run.result()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -305,12 +291,3 @@ def causal_attend(
     del layer
     scale = 1.0 / math.sqrt(query.shape[-1])
     return jax.vmap(functools.partial(causal_attention, scale=scale))(query, key, value), state
-
-
-def check_samples(samples: int, sampler: Sampler) -> None:
-    """Raises InputError where several samples would all be the same answer."""
-    if samples > 1 and sampler.greedy:
-        raise InputError(
-            f"`samples={samples}` without sampling would be {samples} times the same answer: give "
-            "a `temperature` above 0, or `sampler='model'`"
-        )

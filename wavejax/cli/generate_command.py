@@ -23,10 +23,10 @@ from wavejax.cli.progress import progress_bar
 from wavejax.cli.run import Run
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import Generator
+from wavejax.engine.model_sampling import check_samples
 from wavejax.engine.prompt_text import EncodedPrompt, check_lengths
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.text import TextRun
-from wavejax.language_model import check_samples
 from wavejax.loading import check_placement, open_model
 from wavejax.planning.plan import FetchChoice, StoreChoice
 

@@ -1,4 +1,4 @@
-"""Sampling as the model's own generation_config.json has it."""
+"""Sampling as the model's own generation_config.json has it; samples that would be the same."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
+from wavejax.engine.sampling import Sampler
 
 FILE = "generation_config.json"
 # What of it is a field of `Sampler`, by the same name.
@@ -66,3 +67,12 @@ def _number(file: Path, name: str, value: Any, kind: type) -> Any:
         wanted = "a whole number" if kind is int else "a number"
         raise InputError(f"{file}: {name} is {json.dumps(value)}; expected {wanted}")
     return kind(value)
+
+
+def check_samples(samples: int, sampler: Sampler) -> None:
+    """Raises InputError where several samples would all be the same answer."""
+    if samples > 1 and sampler.greedy:
+        raise InputError(
+            f"`samples={samples}` without sampling would be {samples} times the same answer: give "
+            "a `temperature` above 0, or `sampler='model'`"
+        )

@@ -263,3 +263,17 @@ class TextRun:
             answer.reason, text = reason, answer.decoder.flush()
             answer.text += text
             yield TextPiece(number, None, text, reason)
+
+
+class TextStream(Iterator[TextPiece]):
+    """Pieces of answers as they come; see `LanguageModel.stream`."""
+
+    def __init__(self, run: TextRun, pieces: Iterator[TextPiece]):
+        self._run, self._pieces = run, pieces
+
+    def __next__(self) -> TextPiece:
+        return next(self._pieces)
+
+    def result(self) -> Generation:
+        """The answers as far as they have come, whole once the pieces have ended."""
+        return self._run.result()
