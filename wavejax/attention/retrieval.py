@@ -63,14 +63,16 @@ def retrieve(
         the tokens' rows, where to read them, and what each cluster keeps.
     """
     chosen = choose_clusters(config, scores, wave, layer)
+    if scores.rotated is None:
+        scores = scores._replace(rotated=rotate(query))
+    codes = None
+    if wave.codes is not None and wave.scales is not None:
+        codes = ops.TokenCodes(wave.codes, wave.scales)
     log_mass = ops.score_tokens(
-        rotate(query) if scores.rotated is None else scores.rotated,
-        scores.logits,
-        scores.logsumexp,
+        scores,
         chosen,
         wave.offsets,
-        wave.codes,
-        wave.scales,
+        codes,
         layer,
         scale=scale,
         max_candidates=config.most_candidates(wave.token_ids.shape[-1]),
@@ -143,9 +145,7 @@ def pick_tokens(
         log_mass,
         chosen,
         budget,
-        wave.offsets,
-        wave.token_ids,
-        wave.prompt_tokens,
+        ops.IndexedTokens(wave.offsets, wave.token_ids, wave.prompt_tokens),
         table,
         layer,
         step,
