@@ -6,7 +6,8 @@ A decode step's ops, in their order:
   rotated query too, a `PackedQuery`.
 - `select_clusters`: the clusters whose tokens are looked at one by one, `Candidates`.
 - `score_tokens`: the candidates' tokens by their one-bit codes.
-- `select_tokens`: the best of them, `Retrieved`; updates the `RowTable` of the row cache.
+- `select_tokens`: the best of these `IndexedTokens`, `Retrieved`; updates the row cache's
+  `RowTable`.
 - `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`. It takes
   `SteadyRows`, `StoredRows`, `Picks` and an `Estimate`.
 - `merge_states`: attention over disjoint sets of tokens to attention over their union.
@@ -50,6 +51,7 @@ from pallas_kernels.types import (
     Clusters,
     ClusterScores,
     Estimate,
+    IndexedTokens,
     PackedQuery,
     Picks,
     Retrieved,
@@ -71,6 +73,7 @@ __all__ = [
     "Explanation",
     "FallbackWarning",
     "Implementation",
+    "IndexedTokens",
     "PackedQuery",
     "Picks",
     "Retrieved",

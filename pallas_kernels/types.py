@@ -6,7 +6,7 @@ a kv head), `head_dim`, `clusters`, `tokens`, `slots` (of the row cache).
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 # Masks are finite: -inf minus -inf is NaN, and rows with nothing in them do occur. Half of it is
 # still far below any logit, so `numerics.is_masked` tells a mask from a real value. Empty and NaN
@@ -56,7 +56,8 @@ class ClusterScores(NamedTuple):
         logsumexp: `[batch, kv_heads, group]` float32, log of the sum over clusters of
             size * exp(logit): what normalises one query head's masses. About -1e30 where there
             are no clusters.
-        rotated: the query as `score_tokens` takes it; None if it was not asked for.
+        rotated: the query as `score_tokens` takes it: R q, with the codes' rotation R, or what
+            the kernel packs it to. None if it was not asked for.
     """
 
     logits: Array
@@ -84,6 +85,23 @@ class Candidates(NamedTuple):
     clusters: Array
     starts: Array
     granules: Array
+
+
+class IndexedTokens(NamedTuple):
+    """Which token stands at each index position.
+
+    Attributes:
+        offsets: `[layers, batch, kv_heads, clusters + 1]` int32: cluster j holds the index
+            positions offsets[j] to offsets[j + 1].
+        token_ids: `[layers, batch, kv_heads, tokens]` uint16, the token at each index position,
+            counted from its segment's start.
+        prompt_tokens: `[batch]` int32, how many of a sequence's indexed tokens came with the
+            prompt: where its prompt's segments end and those of growth begin.
+    """
+
+    offsets: Int[Array, "layers batch kv_heads clusters+1"]
+    token_ids: UInt16[Array, "layers batch kv_heads tokens"]
+    prompt_tokens: Int[Array, " batch"]
 
 
 class RowTable(NamedTuple):
@@ -236,7 +254,7 @@ class TokenCodes(NamedTuple):
         codes: `[..., tokens, ceil(head_dim / 32)]` uint32; bit i of word w is set where dimension
             32 w + i is positive or zero.
         scales: `[..., tokens]` float32, |r|^2 / |r|_1; zero for a residual of zero, NaN for one
-            that is not finite.
+            that is not finite. An index keeps them in its rows' dtype.
     """
 
     codes: Array

@@ -16,7 +16,16 @@ import pallas_kernels as ops
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.shapes import StepShape
 from pallas_kernels.testing import StepInputs, make_step
-from pallas_kernels.types import Estimate, Picks, RowTable, SteadyRows, StoredRows
+from pallas_kernels.types import (
+    ClusterScores,
+    Estimate,
+    IndexedTokens,
+    Picks,
+    RowTable,
+    SteadyRows,
+    StoredRows,
+    TokenCodes,
+)
 
 STEP_OPS = (
     "score_clusters",
@@ -139,16 +148,14 @@ class StepBench:
         x, scores, shape = self.inputs, self.made("score_clusters"), self.shape
 
         def call(layer: Array, operands: Any, state: Any) -> tuple[Any, Any]:
-            query, *rest = operands
-            operands = _anew(query, layer), *rest, layer
-            most = shape.max_candidates
-            result = run("score_tokens", *operands, scale=shape.scale, max_candidates=most)
-            return result, state
+            scored, *rest = operands
+            scored = scored._replace(rotated=_anew(scored.rotated, layer))
+            sizes = {"scale": shape.scale, "max_candidates": shape.max_candidates}
+            return run("score_tokens", scored, *rest, layer, **sizes), state
 
-        operands = (
-            *(x.rotated_query, scores.logits, scores.logsumexp, self.made("select_clusters")),
-            *(x.offsets, x.codes, x.scales),
-        )
+        codes = TokenCodes(x.codes, x.scales)
+        scored = ClusterScores(scores.logits, scores.logsumexp, x.rotated_query)
+        operands = (scored, self.made("select_clusters"), x.offsets, codes)
         each = 4 * x.codes.shape[-1] + x.scales.dtype.itemsize + 4
         return OpCase(call, operands, self.links, shape.rows * shape.candidates * each)
 
@@ -156,11 +163,10 @@ class StepBench:
         x, shape = self.inputs, self.shape
 
         def call(layer: Array, operands: Any, table: RowTable) -> tuple[Any, Any]:
-            *first, prompt_tokens, step = operands
+            *first, step = operands
             result = run(
                 "select_tokens",
                 *first,
-                prompt_tokens,
                 table,
                 layer,
                 step,
@@ -173,7 +179,7 @@ class StepBench:
 
         operands = (
             *(self.made("score_tokens"), self.made("select_clusters"), x.retrieved_budget),
-            *(x.offsets, x.token_ids, x.prompt_tokens, x.step),
+            *(_indexed(x), x.step),
         )
         moved = shape.rows * (4 * shape.candidates + 8 * shape.cluster_room + 8 * shape.slots)
         return OpCase(call, operands, self.links, moved, _copy(x.table))
@@ -182,22 +188,15 @@ class StepBench:
         x, shape = self.inputs, self.shape
 
         def call(layer: Array, operands: Any, cache_rows: Array) -> tuple[Any, Any]:
-            (query, *steady, store), (*picks, logits, means, offsets, remaining) = operands
-            result = run(
-                "attend_zones",
-                query,
-                SteadyRows(*steady),
-                StoredRows(store, cache_rows),
-                Picks(*picks),
-                Estimate(logits, means, offsets, remaining),
-                layer,
-                scale=shape.scale,
-            )
+            (query, steady, store), (*picks, estimate) = operands
+            grouped = query, steady, StoredRows(store, cache_rows), Picks(*picks), estimate
+            result = run("attend_zones", *grouped, layer, scale=shape.scale)
             return (result.outputs, result.logsumexps), result.cache_rows
 
-        before = (x.query, x.sink, x.sink_tokens, x.window, x.window_tokens, x.store)
+        before = (x.query, _steady(x), x.store)
         logits = self.made("score_clusters").logits
-        after = (x.tokens, x.slots, x.hit, logits, x.value_means, x.offsets, x.remaining)
+        estimate = Estimate(logits, x.value_means, x.offsets, x.remaining)
+        after = (x.tokens, x.slots, x.hit, estimate)
         return OpCase(call, (before, after), self.links, self.zone_bytes(), jnp.copy(x.cache_rows))
 
     def _merge_states(self, run: Run) -> OpCase:
@@ -245,38 +244,30 @@ class StepBench:
         def call(layer: Array, x: StepInputs, state: Any) -> tuple[Any, Any]:
             table, cache_rows = state
             query = _anew(x.query, layer)
-            *scores, rotated = run(
+            scores = run(
                 *("score_clusters", query, x.centroids, x.offsets, layer),
                 scale=shape.scale,
                 rotated=True,
             )
             chosen = run(
-                *("select_clusters", *scores, x.offsets, layer, x.candidate_budget),
+                *("select_clusters", *scores[:2], x.offsets, layer, x.candidate_budget),
                 max_candidates=shape.max_candidates,
             )
             log_mass = run(
-                "score_tokens",
-                rotated,
-                *scores,
-                chosen,
-                *(x.offsets, x.codes, x.scales, layer),
+                *("score_tokens", scores, chosen, x.offsets, TokenCodes(x.codes, x.scales), layer),
                 scale=shape.scale,
                 max_candidates=shape.max_candidates,
             )
             retrieved = run(
                 "select_tokens",
-                *(log_mass, chosen, x.retrieved_budget, x.offsets, x.token_ids, x.prompt_tokens),
-                *(table, layer, x.step),
+                *(log_mass, chosen, x.retrieved_budget, _indexed(x), table, layer, x.step),
                 max_tokens=shape.max_retrieved,
                 segment_tokens=shape.segment_tokens,
                 growth_tokens=shape.growth_tokens,
             )
             zones = run(
                 "attend_zones",
-                query,
-                SteadyRows(x.sink, x.sink_tokens, x.window, x.window_tokens),
-                StoredRows(x.store, cache_rows),
-                Picks(*retrieved[:3]),
+                *(query, _steady(x), StoredRows(x.store, cache_rows), Picks(*retrieved[:3])),
                 Estimate(scores[0], x.value_means, x.offsets, retrieved.remaining),
                 layer,
                 scale=shape.scale,
@@ -289,6 +280,14 @@ class StepBench:
         moved += shape.rows * shape.candidates * (4 * x.codes.shape[-1] + x.scales.dtype.itemsize)
         state = (_copy(x.table), jnp.copy(x.cache_rows))
         return OpCase(call, x, self.links, moved, state)
+
+
+def _steady(x: StepInputs) -> SteadyRows:
+    return SteadyRows(x.sink, x.sink_tokens, x.window, x.window_tokens)
+
+
+def _indexed(x: StepInputs) -> IndexedTokens:
+    return IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens)
 
 
 def _anew(query: Array, layer: Array) -> Array:

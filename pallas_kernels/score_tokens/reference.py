@@ -6,7 +6,7 @@ from jax import Array, lax
 
 from pallas_kernels.encode_tokens.reference import unpack_signs
 from pallas_kernels.numerics import log_sum_exp
-from pallas_kernels.types import MASKED, NO_ID, Candidates, PackedQuery
+from pallas_kernels.types import MASKED, NO_ID, Candidates, ClusterScores, PackedQuery, TokenCodes
 
 
 def list_members(
@@ -38,14 +38,24 @@ def list_members(
     return jax.vmap(jax.vmap(of_row))(candidates.clusters, candidates.starts, offsets)
 
 
+def query_of(scores: ClusterScores) -> Array | PackedQuery:
+    """The rotated query.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if scores.rotated is None:
+        raise ValueError(
+            "score_tokens: the scores have no rotated query; call score_clusters with rotated=True"
+        )
+    return scores.rotated
+
+
 def score_tokens(
-    rotated_query: Array | PackedQuery,
-    logits: Array,
-    logsumexp: Array,
+    scores: ClusterScores,
     candidates: Candidates,
     offsets: Array,
-    codes: Array | None,
-    scales: Array | None,
+    codes: TokenCodes | None,
     layer: Array | int,
     *,
     scale: float,
@@ -56,18 +66,20 @@ def score_tokens(
     Raises:
         NotImplementedError: for a packed query.
     """
+    logits, logsumexp, _ = scores
+    rotated_query = query_of(scores)
     if isinstance(rotated_query, PackedQuery):
         raise NotImplementedError("score_tokens: in plain JAX the query is not packed; rotate it")
     batch, kv_heads, _, num_clusters = logits.shape
     positions, clusters = list_members(candidates, offsets[layer], max_candidates)
     safe_cluster = jnp.minimum(clusters, num_clusters - 1)
     estimate = jnp.take_along_axis(logits, safe_cluster[:, :, None, :], axis=-1)
-    if codes is not None and scales is not None:
+    if codes is not None:
         b = jnp.arange(batch)[:, None, None]
         h = jnp.arange(kv_heads)[None, :, None]
-        safe = jnp.minimum(positions, codes.shape[3] - 1)
-        signs = unpack_signs(codes[layer, b, h, safe], rotated_query.shape[-1])
-        a = scales[layer, b, h, safe].astype(jnp.float32)
+        safe = jnp.minimum(positions, codes.codes.shape[3] - 1)
+        signs = unpack_signs(codes.codes[layer, b, h, safe], rotated_query.shape[-1])
+        a = codes.scales[layer, b, h, safe].astype(jnp.float32)
         product = jnp.einsum(
             "bhgd,bhmd->bhgm", rotated_query.astype(jnp.float32), signs.astype(jnp.float32)
         )

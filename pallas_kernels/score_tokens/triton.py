@@ -13,8 +13,16 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import tuning
 from pallas_kernels.score_tokens import _by_floats, _by_integers, _query
 from pallas_kernels.score_tokens._members import Members
+from pallas_kernels.score_tokens.reference import query_of
 from pallas_kernels.toolbox import launch
-from pallas_kernels.types import MASKED, WORD_BITS, Candidates, PackedQuery
+from pallas_kernels.types import (
+    MASKED,
+    WORD_BITS,
+    Candidates,
+    ClusterScores,
+    PackedQuery,
+    TokenCodes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +126,10 @@ def _kernel(
 
 
 def score_tokens(
-    rotated_query: Array | PackedQuery,
-    logits: Array,
-    logsumexp: Array,
+    scores: ClusterScores,
     candidates: Candidates,
     offsets: Array,
-    codes: Array | None,
-    scales: Array | None,
+    codes: TokenCodes | None,
     layer: Array | int,
     *,
     scale: float,
@@ -139,17 +144,18 @@ def score_tokens(
         ValueError: the config's block is none of what `Config` says, or a packed query meets a
             config without integers.
     """
+    logits, logsumexp, _ = scores
+    rotated_query = query_of(scores)
+    bits, scales = (None, None) if codes is None else codes
     batch, kv_heads, group, _ = logits.shape
     if isinstance(rotated_query, PackedQuery):
         # It does not say its head dim; any from the codes' last word takes the same.
-        head_dim = 0 if codes is None else WORD_BITS * codes.shape[-1]
+        head_dim = 0 if bits is None else WORD_BITS * bits.shape[-1]
         dtype = "bfloat16"
     else:
         head_dim = rotated_query.shape[-1]
         launch.check_heads("score_tokens", group, head_dim, rotated_query.dtype)
         dtype = "float32" if scales is None else jnp.dtype(scales.dtype).name
-    if codes is not None and scales is None:
-        raise NotImplementedError("score_tokens: codes without scales")
     config = config or tuning.config(
         "score_tokens",
         heuristic(batch * kv_heads, max_candidates, dtype),
@@ -188,7 +194,7 @@ def score_tokens(
             candidates.starts,
             candidates.granules,
             offsets,
-            codes,
+            bits,
             scales,
             launch.scalar(layer),
         ),

@@ -7,7 +7,7 @@ from jax import Array, lax
 
 from pallas_kernels.numerics import heaviest, list_places, ordered_bits
 from pallas_kernels.score_tokens.reference import list_members
-from pallas_kernels.types import NO_ID, Candidates, Retrieved, RowTable
+from pallas_kernels.types import NO_ID, Candidates, IndexedTokens, Retrieved, RowTable
 
 
 def pick_positions(
@@ -150,9 +150,7 @@ def select_tokens(
     log_mass: Array,
     candidates: Candidates,
     budget: Array,
-    offsets: Array,
-    token_ids: Array,
-    prompt_tokens: Array,
+    indexed: IndexedTokens,
     table: RowTable,
     layer: Array | int,
     step: Array,
@@ -163,6 +161,7 @@ def select_tokens(
     admission_ratio: float = 1.0,
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`."""
+    offsets, token_ids, prompt_tokens = indexed
     batch, kv_heads = log_mass.shape[:2]
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     positions, clusters, masses = pick_positions(

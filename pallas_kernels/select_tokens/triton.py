@@ -22,7 +22,7 @@ from pallas_kernels.select_tokens._pick import pick_rows
 from pallas_kernels.select_tokens.reference import row_budgets
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.head_calls import Rows
-from pallas_kernels.types import Candidates, Retrieved, RowTable
+from pallas_kernels.types import Candidates, IndexedTokens, Retrieved, RowTable
 
 __all__ = ["Config", "heuristic", "select_tokens"]
 
@@ -34,9 +34,7 @@ def select_tokens(
     log_mass: Array,
     candidates: Candidates,
     budget: Array,
-    offsets: Array,
-    token_ids: Array,
-    prompt_tokens: Array,
+    indexed: IndexedTokens,
     table: RowTable,
     layer: Array | int,
     step: Array,
@@ -49,6 +47,7 @@ def select_tokens(
     interpret: bool = False,
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them."""
+    offsets, token_ids, prompt_tokens = indexed
     batch, kv_heads, room = log_mass.shape
     slots = table.token_of_slot.shape[-1]
     config = config or tuning.config(

@@ -83,10 +83,10 @@ class TestOps:
         if not case.cached:
             pytest.skip("no row cache, so nothing is missed")
         operands, sizes = arguments("select_tokens", case, inputs_of(case), references_of(case))
-        table = operands[6]
+        table = operands[4]
         # Its slots have all been given away.
         full = table._replace(misses=jnp.full_like(table.misses, table.token_of_slot.shape[-1]))
-        operands = (*operands[:6], full, *operands[7:])
+        operands = (*operands[:4], full, *operands[5:])
 
         def select(implementation):
             settings = sizes | {"admission_ratio": 4.0, "implementation": implementation}
@@ -166,8 +166,9 @@ def test_ties_go_to_the_lower_id(name):
         "growth_tokens": s.growth_tokens,
     }
     operands = (
-        *(log_mass, jax.tree.map(jnp.asarray, chosen), x.retrieved_budget, x.offsets),
-        *(x.token_ids, x.prompt_tokens, x.table, jnp.int32(0), x.step),
+        *(log_mass, jax.tree.map(jnp.asarray, chosen), x.retrieved_budget),
+        ops.IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens),
+        *(x.table, jnp.int32(0), x.step),
     )
 
     def select(implementation):

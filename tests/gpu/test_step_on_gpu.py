@@ -27,25 +27,27 @@ BORDERLINE = 0.01
 def step(x, table, cache_rows, layer, now, *, shape, implementation):
     """The ops as the engine chains them: output, what was retrieved, table and cache rows."""
     named = {"implementation": implementation}
-    *scores, rotated = ops.score_clusters(
+    scores = ops.score_clusters(
         x.query, x.centroids, x.offsets, layer, scale=shape.scale, rotated=True, **named
     )
     chosen = ops.select_clusters(
-        *(*scores, x.offsets, layer, x.candidate_budget),
+        *(*scores[:2], x.offsets, layer, x.candidate_budget),
         max_candidates=shape.max_candidates,
         **named,
     )
     log_mass = ops.score_tokens(
-        rotated,
-        *scores,
+        scores,
         chosen,
-        *(x.offsets, x.codes, x.scales, layer),
+        x.offsets,
+        ops.TokenCodes(x.codes, x.scales),
+        layer,
         scale=shape.scale,
         max_candidates=shape.max_candidates,
         **named,
     )
     retrieved = ops.select_tokens(
-        *(log_mass, chosen, x.retrieved_budget, x.offsets, x.token_ids, x.prompt_tokens),
+        *(log_mass, chosen, x.retrieved_budget),
+        ops.IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens),
         *(table, layer, now),
         max_tokens=shape.max_retrieved,
         segment_tokens=shape.segment_tokens,

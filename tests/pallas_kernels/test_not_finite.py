@@ -18,7 +18,7 @@ from pallas_kernels.select_clusters.reference import list_candidates
 from pallas_kernels.select_tokens.reference import empty_table
 from pallas_kernels.select_tokens.reference import select_tokens as select_plain
 from pallas_kernels.select_tokens.triton import select_tokens as select_kernel
-from pallas_kernels.types import MASKED
+from pallas_kernels.types import MASKED, IndexedTokens
 from tests.pallas_kernels.attend_zones.test_kernel import (
     COUNTS,
     HEADS,
@@ -213,9 +213,7 @@ def test_nan_is_selected_last(nan, budget):
         jnp.asarray(mass),
         list_candidates(chosen, jnp.diff(offsets[0]), tokens),
         jnp.array([budget]),
-        offsets,
-        ids,
-        jnp.array([tokens]),
+        IndexedTokens(offsets, ids, jnp.array([tokens])),
         empty_table((1, 1, heads), tokens, 8),
         0,
         jnp.int32(0),

@@ -98,11 +98,16 @@ def arguments(op: str, case: Case, x: StepInputs, made: dict[str, Any]) -> tuple
         operands = (*scores[:2], x.offsets, layer, x.candidate_budget)
         return operands, {"max_candidates": s.max_candidates}
     if op == "score_tokens":
-        operands = (x.rotated_query, *scores[:2], chosen, x.offsets, x.codes, x.scales, layer)
-        return operands, {"scale": s.scale, "max_candidates": s.max_candidates}
+        codes = None if x.codes is None else ops.TokenCodes(x.codes, x.scales)
+        scores = scores._replace(rotated=x.rotated_query)
+        return (scores, chosen, x.offsets, codes, layer), {
+            "scale": s.scale,
+            "max_candidates": s.max_candidates,
+        }
     if op == "select_tokens":
-        operands = (made["score_tokens"], chosen, x.retrieved_budget, x.offsets, x.token_ids)
-        return (*operands, x.prompt_tokens, x.table, layer, x.step), {
+        indexed = ops.IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens)
+        operands = (made["score_tokens"], chosen, x.retrieved_budget, indexed)
+        return (*operands, x.table, layer, x.step), {
             "max_tokens": s.max_retrieved,
             "segment_tokens": s.segment_tokens,
             "growth_tokens": s.growth_tokens,

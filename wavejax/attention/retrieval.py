@@ -114,14 +114,16 @@ def score_tokens(
     Returns:
         the logarithm of each token's group mass, float32, by candidate place.
     """
+    if scores.rotated is None:
+        scores = scores._replace(rotated=rotate(query))
+    codes = None
+    if index.codes is not None and index.scales is not None:
+        codes = ops.TokenCodes(index.codes, index.scales)
     return ops.score_tokens(
-        rotate(query) if scores.rotated is None else scores.rotated,
-        scores.logits,
-        scores.logsumexp,
+        scores,
         chosen,
         index.offsets,
-        index.codes,
-        index.scales,
+        codes,
         layer,
         scale=scale,
         max_candidates=config.most_candidates(index.token_ids.shape[-1]),
@@ -159,9 +161,7 @@ def select_tokens(
         log_mass,
         chosen,
         budget,
-        index.offsets,
-        index.token_ids,
-        index.prompt_tokens,
+        ops.IndexedTokens(index.offsets, index.token_ids, index.prompt_tokens),
         table,
         layer,
         step,

@@ -95,13 +95,10 @@ def test_score_tokens_lists_the_members_and_estimates_their_mass(group, with_cod
     selected[1, 2] = False  # a row without candidates
     candidates = list_candidates(jnp.asarray(selected), jnp.asarray(sizes[1], jnp.int32), room)
     log_mass = ops.score_tokens(
-        jnp.asarray(query),
-        jnp.asarray(logits),
-        jnp.asarray(logsumexp),
+        ops.ClusterScores(jnp.asarray(logits), jnp.asarray(logsumexp), jnp.asarray(query)),
         candidates,
         jnp.asarray(offsets, jnp.int32),
-        codes,
-        jnp.asarray(scales) if with_codes else None,
+        ops.TokenCodes(codes, jnp.asarray(scales)) if with_codes else None,
         1,
         scale=0.3,
         max_candidates=room,

@@ -19,7 +19,7 @@ from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.select_tokens import reference as select_tokens_reference
 from pallas_kernels.select_tokens import triton as select_tokens
-from pallas_kernels.types import MASKED, Candidates
+from pallas_kernels.types import MASKED, Candidates, ClusterScores, IndexedTokens, TokenCodes
 
 LAYERS, BATCH, HEADS, LAYER = 2, 2, 3, 1
 
@@ -138,13 +138,14 @@ def test_score_tokens(group, head_dim, dtype, coded):
     codes = rng.integers(0, 2**32, (LAYERS, BATCH, HEADS, tokens, words), dtype=np.uint32)
     scales = jnp.asarray(rng.uniform(size=(LAYERS, BATCH, HEADS, tokens)), dtype)
     operands = (
-        query,
-        jnp.asarray(rng.normal(size=(BATCH, HEADS, group, clusters)), jnp.float32),
-        jnp.asarray(rng.normal(size=(BATCH, HEADS, group)), jnp.float32),
+        ClusterScores(
+            jnp.asarray(rng.normal(size=(BATCH, HEADS, group, clusters)), jnp.float32),
+            jnp.asarray(rng.normal(size=(BATCH, HEADS, group)), jnp.float32),
+            query,
+        ),
         candidates,
         offsets,
-        jnp.asarray(codes) if coded else None,
-        scales if coded else None,
+        TokenCodes(jnp.asarray(codes), scales) if coded else None,
         LAYER,
     )
     config = score_tokens.Config(64, integers=dtype == "bfloat16", num_warps=1)
@@ -209,9 +210,9 @@ def test_select_tokens_exactly(slots, most, config, admission_ratio):
             jnp.where(listed, log_mass, MASKED),
             candidates,
             jnp.asarray(rng.integers(0, most + 1, (BATCH, HEADS)[: 1 + step % 2]), jnp.int32),
-            offsets,
-            jnp.asarray(ids, jnp.uint16),
-            jnp.full(BATCH, tokens - 20, jnp.int32),
+            IndexedTokens(
+                offsets, jnp.asarray(ids, jnp.uint16), jnp.full(BATCH, tokens - 20, jnp.int32)
+            ),
             table,
             LAYER,
             jnp.int32(step),

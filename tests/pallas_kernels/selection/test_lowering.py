@@ -13,7 +13,7 @@ from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.select_tokens import triton as select_tokens
 from pallas_kernels.toolbox import launch
-from pallas_kernels.types import Candidates
+from pallas_kernels.types import Candidates, ClusterScores, IndexedTokens, TokenCodes
 from tests.support.lowering import lower_for
 
 
@@ -50,15 +50,15 @@ def shapes(
         ),
         "select_clusters": (logits, logsumexp, offsets, number, numbers),
         "score_tokens": (
-            of((*row, group, head_dim), f32),
-            *(logits, logsumexp, candidates, offsets),
-            of((3, *row, tokens, words), jnp.uint32),
-            of((3, *row, tokens), dtype),
+            ClusterScores(logits, logsumexp, of((*row, group, head_dim), f32)),
+            *(candidates, offsets),
+            TokenCodes(of((3, *row, tokens, words), jnp.uint32), of((3, *row, tokens), dtype)),
             number,
         ),
         "select_tokens": (
-            *(of((*row, 1024), f32), candidates, numbers, offsets),
-            *(of((3, *row, tokens), jnp.uint16), numbers, table, number, number),
+            *(of((*row, 1024), f32), candidates, numbers),
+            IndexedTokens(offsets, of((3, *row, tokens), jnp.uint16), numbers),
+            *(table, number, number),
         ),
     }
 
@@ -122,7 +122,7 @@ def test_only_long_rows_are_spread():
 def test_only_an_int8_query_takes_cudas_assembly(coded):
     operands = list(shapes()["score_tokens"])
     if not coded:
-        operands[5:7] = None, None
+        operands[3] = None
 
     def assembly(config):
         function = functools.partial(score_tokens.score_tokens, **KEYWORDS["score_tokens"])
@@ -144,9 +144,17 @@ def test_a_block_that_threads_do_not_share_evenly_is_said():
 def test_a_packed_query_wants_integers():
     function = functools.partial(score_tokens.score_tokens, **KEYWORDS["score_tokens"])
     function = functools.partial(function, config=score_tokens.Config(16, integers=False))
-    query, *others = shapes()["score_tokens"]
+    scores, *others = shapes()["score_tokens"]
+    scores = scores._replace(rotated=_query.packed_shapes(*scores.rotated.shape))
     with pytest.raises(ValueError, match="integers=True, or the rotated query"):
-        jax.eval_shape(function, _query.packed_shapes(*query.shape), *others)
+        jax.eval_shape(function, scores, *others)
+
+
+def test_scores_without_the_rotated_query_are_said():
+    function = functools.partial(score_tokens.score_tokens, **KEYWORDS["score_tokens"])
+    scores, *others = shapes()["score_tokens"]
+    with pytest.raises(ValueError, match="no rotated query; call score_clusters with rotated=True"):
+        jax.eval_shape(function, scores._replace(rotated=None), *others)
 
 
 def test_a_tile_that_is_too_small_is_said():

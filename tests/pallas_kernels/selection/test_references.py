@@ -138,9 +138,9 @@ def test_row_table_follows_a_plain_model(seed, slots, ratio):
             jnp.asarray(mass),
             every,
             jnp.asarray(budget, jnp.int32),
-            offsets,
-            jnp.asarray(ids, jnp.uint16),
-            jnp.full(batch, tokens, jnp.int32),
+            ops.IndexedTokens(
+                offsets, jnp.asarray(ids, jnp.uint16), jnp.full(batch, tokens, jnp.int32)
+            ),
             table,
             jnp.int32(1),
             jnp.int32(now),

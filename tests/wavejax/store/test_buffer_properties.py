@@ -83,7 +83,7 @@ def step_of_ops(slots, mass, budget, ids, prompt_tokens, used, table, store, cac
     every = list_candidates(sizes > 0, sizes, max_candidates=TOKENS)
     mass = jnp.where(jnp.arange(TOKENS) < used[:, None, None], mass, MASKED)
     found = ops.select_tokens(
-        mass, every, budget, offsets, ids, prompt_tokens, table, LAYER, now,
+        mass, every, budget, ops.IndexedTokens(offsets, ids, prompt_tokens), table, LAYER, now,
         max_tokens=ROOM, segment_tokens=SEGMENT, growth_tokens=GROWTH, implementation="xla",
     )  # fmt: skip
     nothing = jnp.zeros((LAYERS, BATCH, HEADS, 1, 2, DIM))
