@@ -13,12 +13,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from models.config import ModelConfig
-from wavejax import WaveAttention, WaveConfig
+from wavejax import CacheShape, WaveAttention, WaveConfig
 
 HEADS, KV_HEADS, HEAD_DIM, PROMPT, STEPS = 4, 2, 32, 300, 32
 # `init_state` reads the numbers of layers (one), kv heads and dimensions of this, and no more.
-SHAPES = ModelConfig("llama", 1, 1, 1, 1, HEADS, KV_HEADS, HEAD_DIM, 4096)
+SHAPES = CacheShape(layers=1, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 ATTENTION = WaveAttention(
     # Small zones, so that so short a text has an index: 16 tokens are retrieved in a step.
     WaveConfig(

@@ -15,13 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models.config import ModelConfig
-from wavejax import DenseAttention, WaveAttention, WaveConfig
+from wavejax import CacheShape, DenseAttention, WaveAttention, WaveConfig
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 2, 4, 2, 16, 48, 96
 PROMPT, STEPS = 200, 12
 # `init_state` reads the numbers of layers, kv heads and dimensions of this, and no more.
-SHAPES = ModelConfig("llama", VOCAB, LAYERS, WIDTH, WIDTH, HEADS, KV_HEADS, HEAD_DIM, 4096)
+SHAPES = CacheShape(layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 # Small zones, so that so short a text has an index; and every indexed token is retrieved.
 CONFIG = WaveConfig(
     local_tokens=8,

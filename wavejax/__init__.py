@@ -18,6 +18,7 @@ Tokens and logits:
 Attention:
 
 - `WaveAttention`, `DenseAttention`: pure functions of a state, for any decoder.
+- `Attention`: their interface, with the order of the calls. `CacheShape`: a KV cache's sizes.
 - `WaveConfig`: the settings of wave attention.
 - `WaveState`, with its parts `WaveIndex`, `RowStore`, `RowCache` and `SteadyZone`.
 
@@ -61,6 +62,7 @@ TYPE_CHECKING = False  # True for type-checkers; `typing` itself takes long to i
 if TYPE_CHECKING:
     from models.errors import InputError as InputError
     from wavejax.attention.dense import DenseAttention as DenseAttention
+    from wavejax.attention.protocol import Attention as Attention
     from wavejax.attention.wave import WaveAttention as WaveAttention
     from wavejax.config import WaveConfig as WaveConfig
     from wavejax.engine.facts import Facts as Facts
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from wavejax.store.index import WaveIndex as WaveIndex
     from wavejax.store.rows import RowCache as RowCache
     from wavejax.store.rows import RowStore as RowStore
+    from wavejax.store.shape import CacheShape as CacheShape
     from wavejax.store.state import WaveState as WaveState
     from wavejax.store.steady import SteadyZone as SteadyZone
 
@@ -95,6 +98,8 @@ _MODULE_OF = {
     "Plan": "wavejax.planning.plan",
     "make_plan": "wavejax.planning.plan",
     "WaveAttention": "wavejax.attention.wave",
+    "Attention": "wavejax.attention.protocol",
+    "CacheShape": "wavejax.store.shape",
     "DenseAttention": "wavejax.attention.dense",
     "WaveConfig": "wavejax.config",
     "WaveState": "wavejax.store.state",

@@ -42,6 +42,11 @@ class TokenCounts:
     generated: Array
 
 
+def no_counts(batch: int, vocab: int) -> TokenCounts:
+    """Counts of sequences that have no prompt yet."""
+    return TokenCounts(jnp.zeros((batch, vocab), bool), jnp.zeros((batch, vocab), jnp.int32))
+
+
 def count_prompts(prompts: Sequence[Int[np.ndarray, "_tokens"]], vocab: int) -> TokenCounts:
     """Counts before the first new token."""
     in_prompt = np.zeros((len(prompts), vocab), bool)

@@ -87,6 +87,10 @@ class Sampler:
         """Whether tokens are ranked before one is drawn: for `top_k` or `top_p`."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1)
 
+    def width(self, vocab: int) -> int:
+        """How many tokens are ranked at most, where any are."""
+        return min(self.top_k or vocab, vocab)
+
     @property
     def penalises(self) -> bool:
         """Whether a penalty is on: then what has been said is counted (see `penalties`)."""
@@ -144,32 +148,59 @@ def settings_of(
     """
     drawing = [one for one in (*samplers, *also) if not one.greedy]
     ranking = [one for one in drawing if one.ranks_tokens]
-    made: dict[str, Any] = {}
+    names = ["inverse_temperature", "log_min_p"] if drawing else []
+    ranks = None
+    if ranking:
+        names += ["top_k", "top_p"] + (["ranked"] if len(ranking) < len(drawing) else [])
+        widest = max(one.width(vocab) for one in ranking)
+        width = min(vocab, 2 ** (widest - 1).bit_length())
+        ranks = jnp.asarray(np.arange(width, dtype=np.int32))
+    if any(one.penalises for one in (*samplers, *also)):
+        names.append("penalties")
+    rows = _rows(samplers, ranks)
+    return SamplingSettings(ranks=ranks, **{name: rows[name] for name in names})
+
+
+def settings_row(sampler: Sampler, settings: SamplingSettings) -> SamplingSettings:
+    """One sampler as a row, `[1]`, of settings that it fits: their fields, but for `ranks`."""
+    rows = _rows([sampler], settings.ranks)
+    return SamplingSettings(
+        **{name: row for name, row in rows.items() if getattr(settings, name) is not None}
+    )
+
+
+def fits(sampler: Sampler, settings: SamplingSettings, vocab: int) -> bool:
+    """Whether a sequence of a state with these settings can be drawn by a sampler."""
+    if sampler.penalises and settings.penalties is None:
+        return False
+    if sampler.greedy:
+        return True
+    if settings.inverse_temperature is None:
+        return False
+    if sampler.ranks_tokens:
+        return settings.ranks is not None and sampler.width(vocab) <= settings.ranks.shape[0]
+    return settings.ranks is None or settings.ranked is not None
+
+
+def _rows(samplers: Sequence[Sampler], ranks: Array | None) -> dict[str, Any]:
+    """All fields of `SamplingSettings` but for its ranks."""
 
     def numbers(values: list[float]) -> Array:
         return jnp.asarray(np.asarray(values, np.float32))
 
-    if drawing:
-        inverse = [
-            0.0 if one.greedy else float(1 / np.float32(one.temperature)) for one in samplers
-        ]
-        made["inverse_temperature"] = numbers(inverse)
-        made["log_min_p"] = numbers([_log(one.min_p) for one in samplers])
-    if ranking:
-        widest = max(min(one.top_k or vocab, vocab) for one in ranking)
-        width = min(vocab, 2 ** (widest - 1).bit_length())
-        made["ranks"] = jnp.asarray(np.arange(width, dtype=np.int32))
-        most = [min(one.top_k or width, width) for one in samplers]
-        made["top_k"] = jnp.asarray(np.asarray(most, np.int32))
-        made["top_p"] = numbers([one.top_p for one in samplers])
-        if len(ranking) < len(drawing):
-            made["ranked"] = jnp.asarray(np.asarray([one.ranks_tokens for one in samplers]))
-    if any(one.penalises for one in (*samplers, *also)):
-        names = ("repetition", "presence", "frequency")
-        made["penalties"] = Penalties(
-            *(numbers([getattr(one, f"{name}_penalty") for one in samplers]) for name in names)
-        )
-    return SamplingSettings(**made)
+    inverse = [0.0 if one.greedy else float(1 / np.float32(one.temperature)) for one in samplers]
+    width = 1 if ranks is None else ranks.shape[0]
+    most = [min(one.top_k or width, width) for one in samplers]
+    kinds = ("repetition", "presence", "frequency")
+    penalties = (numbers([getattr(one, f"{kind}_penalty") for one in samplers]) for kind in kinds)
+    return {
+        "inverse_temperature": numbers(inverse),
+        "log_min_p": numbers([_log(one.min_p) for one in samplers]),
+        "top_k": jnp.asarray(np.asarray(most, np.int32)),
+        "top_p": numbers([one.top_p for one in samplers]),
+        "ranked": jnp.asarray(np.asarray([one.ranks_tokens for one in samplers])),
+        "penalties": Penalties(*penalties),
+    }
 
 
 def draw_tokens(
@@ -243,7 +274,10 @@ def step_key(
 
 
 def step_keys(
-    seed: int | Int[Array, ""], step: int | Int[Array, ""], sequences: Int[Array, " batch"]
+    seed: int | Int[Array, "*seeds"],
+    step: int | Int[Array, "*steps"],
+    sequences: Int[Array, " batch"],
 ) -> Key[Array, " batch"]:
-    """`[batch]`, the keys of one decode step of these sequences; see `step_key`."""
-    return jax.vmap(step_key, in_axes=(None, None, 0))(seed, step, sequences)
+    """`[batch]`, the keys of these sequences' steps, each its own or one of all; see `step_key`."""
+    seeds, steps = (jnp.broadcast_to(jnp.asarray(x), sequences.shape) for x in (seed, step))
+    return jax.vmap(step_key)(seeds, steps, sequences)

@@ -23,14 +23,17 @@ class DecodeState:
         logits: `[batch, vocab]` float32, of the next token.
         finished: `[batch]` bool, sequences that yield no more tokens: they have yielded a stop
             token, their room is full, or their logits were not finite.
-        seed: int32 scalar.
-        step: int32 scalar, tokens generated so far.
+        seed: `[batch]` int32, of each one's noise.
+        step: `[batch]` int32, tokens that each one has generated so far; for `seed` and `step` a
+            scalar stands for all.
         sequences: `[batch]` int32, the numbers by which each one's noise is keyed; 0, 1, 2, ...
             where left out.
         nonfinite: `[batch]` bool, sequences that ended because NaN or infinity was among their
             logits; none where left out.
         counts: what each has said; None where no penalty asks for it.
         sampling: how each one's tokens are drawn; the most probable ones where left out.
+        prompt_room: int32 scalar, tokens of the longest prompt that a slot has room for, padding
+            included; None of a state that has no slots.
     """
 
     attention_state: Any
@@ -42,6 +45,7 @@ class DecodeState:
     nonfinite: Array = None  # type: ignore[assignment]
     counts: TokenCounts | None = None
     sampling: SamplingSettings = SamplingSettings()
+    prompt_room: Array | None = None
 
     def __post_init__(self) -> None:
         batch = self.finished.shape[0]
@@ -51,6 +55,10 @@ class DecodeState:
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, make(batch, dtype=dtype))
+        for name in ("seed", "step"):
+            value = getattr(self, name)
+            if value.ndim == 0:
+                object.__setattr__(self, name, jnp.full(batch, value))
 
 
 def commit(tree: Any) -> Any:

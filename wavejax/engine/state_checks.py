@@ -11,7 +11,7 @@ from models.config import ModelConfig
 from models.errors import InputError
 from wavejax.engine.checks import check_range
 from wavejax.engine.interface import Engine
-from wavejax.engine.sampling import Sampler
+from wavejax.engine.sampling import Sampler, fits
 from wavejax.engine.state import DecodeState
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -50,9 +50,7 @@ def check_state(engine: Engine, sampler: Sampler, state: Any) -> None:
 
 def check_draws(sampler: Sampler, state: DecodeState) -> None:
     """Raises InputError: tokens are to be drawn as a state was not started for."""
-    settings = state.sampling
-    lacks_noise = not sampler.greedy and settings.inverse_temperature is None
-    if lacks_noise or (sampler.ranks_tokens and settings.ranks is None):
+    if not fits(sampler, state.sampling, state.logits.shape[1]):
         raise InputError(
             "the generator's sampler draws at random, or among ranked tokens, and this state was "
             "not started for that: start it with a generator whose sampler does so too"
@@ -76,14 +74,15 @@ def _is_deleted(leaf: jax.Array) -> bool:
     return not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
-def as_samplers(samplers: Any, batch: int, default: Sampler) -> list[Sampler]:
+def as_samplers(samplers: Any, batch: int | None, default: Sampler) -> list[Sampler]:
     """A sampler for each prompt: the default one where none are given.
 
     Raises:
-        InputError: there are more or fewer than prompts, or one is no `Sampler`.
+        InputError: there are more or fewer than prompts (`batch`, None: any number), or one is no
+            `Sampler`.
     """
     if samplers is None:
-        return [default] * batch
+        return [default] * (batch or 0)
     if not isinstance(samplers, Iterable):
         raise InputError(
             f"samplers is of type {type(samplers).__name__}; give a list of Samplers, one a prompt"
@@ -92,7 +91,7 @@ def as_samplers(samplers: Any, batch: int, default: Sampler) -> list[Sampler]:
     for one in listed:
         if not isinstance(one, Sampler):
             raise InputError(f"a sampler is of type {type(one).__name__}; give a Sampler")
-    if len(listed) != batch:
+    if batch is not None and len(listed) != batch:
         raise InputError(f"samplers has {len(listed)} for {batch} prompts; give one each")
     return listed
 

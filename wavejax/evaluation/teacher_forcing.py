@@ -149,7 +149,7 @@ def _answer(
         state, tokens, logits, i = carry
         drawn = jnp.argmax(state.logits, axis=-1).astype(jnp.int32)
         if keys is not None:
-            own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
+            own = jax.vmap(jax.random.fold_in)(keys, state.step)
             drawn = jax.vmap(jax.random.categorical)(own, state.logits).astype(jnp.int32)
         drawn = jnp.where(forced, given[i], drawn)
         tokens = tokens.at[i].set(jnp.where(state.finished, NO_TOKEN, drawn))

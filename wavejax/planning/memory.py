@@ -17,6 +17,7 @@ from wavejax.attention.causal import query_block
 from wavejax.attention.dense import DenseAttention
 from wavejax.attention.wave import WaveAttention, WaveState
 from wavejax.engine.prompts import answer_room, bucket
+from wavejax.engine.sampling import Sampler
 from wavejax.store.index import segments_at_once
 from wavejax.store.rows import StoreKind
 from wavejax.store.shape import CacheShape
@@ -87,6 +88,7 @@ def memory_need(
     prompt_tokens: int,
     new_tokens: int,
     dtype: DTypeLike,
+    sampler: Sampler | None = None,
 ) -> MemoryNeed:
     """Computes the need from shapes alone; allocates nothing.
 
@@ -99,6 +101,7 @@ def memory_need(
         prompt_tokens: of the longest prompt.
         new_tokens: to generate.
         dtype: of weights and state.
+        sampler: how tokens are drawn; None: in the way that takes most.
     """
     room, answer = bucket(prompt_tokens), answer_room(new_tokens)
     on_device = attention
@@ -130,7 +133,7 @@ def memory_need(
         rows_on=rows_on,  # type: ignore[arg-type]
         workspace=max(
             _prefill_workspace(model, attention, room, itemsize) + on_the_way[0],
-            _decode_workspace(model, state, batch, itemsize) + on_the_way[1],
+            _decode_workspace(model, state, batch, itemsize, sampler) + on_the_way[1],
         ),
         loading=max(sizes) * itemsize,
         slots=slots,
@@ -176,7 +179,12 @@ def _prefill_workspace(
     block = query_block(room, model.num_heads) * model.num_heads * (8 + itemsize)
     attended = room * (2 * (2 * query + rows) * itemsize + block)
     clusters = 0
-    if isinstance(attention, WaveAttention):
+    if isinstance(attention, DenseAttention):
+        # Keys and values heads first, and once more as the cache is written; then the block of
+        # queries is over.
+        written = room * (4 * (query + rows) + query // 4) * itemsize
+        attended = max(attended + room * rows * itemsize // 2, written)
+    else:
         # The rows side by side, padded for the window, and cut for the store; attention is over.
         written = room * (4 * rows + query) * itemsize
         attended = max(attended, written)
@@ -203,9 +211,22 @@ def _cluster_workspace(
     return plain + kv_heads * tokens * (head_dim * (5 * itemsize + 1) + 32)
 
 
-def _decode_workspace(model: ModelConfig, state: object, batch: int, itemsize: int) -> int:
+def _drawing_workspace(model: ModelConfig, batch: int, sampler: Sampler | None) -> int:
+    """Bytes that drawing a token of each sequence takes."""
+    logits = 4 * batch * model.vocab_size
+    # The logits, scaled, and noise. Ranked are tokens with their logits, before and after; of the
+    # ranked there are probabilities, their sums, what is kept, and noise.
+    ranked = model.vocab_size
+    if sampler is not None:
+        ranked = sampler.width(ranked) if sampler.ranks_tokens else 0
+    return 3 * logits + 14 * batch * ranked
+
+
+def _decode_workspace(
+    model: ModelConfig, state: object, batch: int, itemsize: int, sampler: Sampler | None
+) -> int:
     """Bytes of a decode step's temporaries, in plain JAX; its kernels take less."""
-    logits = 3 * 4 * batch * model.vocab_size
+    drawing = _drawing_workspace(model, batch, sampler)
     if isinstance(state, WaveState):
         _, _, kv_heads, clusters, head_dim = state.index.centroids.shape
         window = state.steady.window.shape[3] + state.steady.sink.shape[3]
@@ -221,7 +242,7 @@ def _decode_workspace(model: ModelConfig, state: object, batch: int, itemsize: i
         _, _, kv_heads, tokens, head_dim = state.keys.shape  # type: ignore[attr-defined]
         # A layer's keys and values, and its values in float32.
         layer = tokens * head_dim * (2 * itemsize + 4)
-    return _layer_weights(model, itemsize) + logits + batch * kv_heads * layer
+    return _layer_weights(model, itemsize) + drawing + batch * kv_heads * layer
 
 
 @dataclasses.dataclass(frozen=True)

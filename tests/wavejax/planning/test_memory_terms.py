@@ -38,6 +38,16 @@ CASES = {
     "the MLP of all tokens": (model_of(inner=8192), None, 1, 2048, 1.2),
     "the MLP of a block of tokens": (model_of(inner=16384), None, 1, 16384, 1.2),
     "queries and their logits": (model_of(heads=8, head_dim=128), None, 1, 8192, 1.6),
+    "keys and values as they are written to the cache": (
+        model_of(heads=4, kv_heads=4, head_dim=256),
+        None,
+        *(1, 8192, 1.1),
+    ),
+    "keys and values of many narrow heads": (
+        model_of(heads=8, kv_heads=8, head_dim=64),
+        None,
+        *(1, 8192, 1.2),
+    ),
     "the residual stream": (model_of(hidden=1024, heads=2, head_dim=256), None, 1, 8192, 1.3),
     "a layer's weights": (model_of(hidden=1024, inner=4096), None, 1, 64, 1.4),
     "the index's clusters in a step": (
@@ -72,13 +82,20 @@ def test_the_workspace_holds_what_dominates(case):
     assert max(prefill, decode) <= need.workspace <= most * max(prefill, decode)
 
 
-def test_the_workspace_holds_the_logits_that_are_drawn_from():
+@pytest.mark.parametrize(
+    "sampler, most",
+    [(Sampler(temperature=1.0, top_k=50), 4), (Sampler(temperature=1.0, top_p=0.9), 1.2)],
+    ids=["few ranked", "all ranked"],
+)
+def test_the_workspace_holds_the_logits_that_are_drawn_from(sampler, most):
     model = model_of(vocab=100_000)
-    sampler = Sampler(temperature=1.0, top_k=50)
-    need = memory_need(model, DenseAttention(), 64, 64, NEW, jnp.float32)
+    need = memory_need(model, DenseAttention(), 64, 64, NEW, jnp.float32, sampler)
     _, decode = compiled_workspace(model, DenseAttention(), 64, 64, NEW, sampler=sampler)
     logits = 64 * 100_000 * 4
-    assert logits <= decode <= need.workspace <= 4 * decode
+    assert logits <= decode <= need.workspace <= most * decode
+    # Whoever does not know the sampler makes room for any.
+    unknown = memory_need(model, DenseAttention(), 64, 64, NEW, jnp.float32)
+    assert need.workspace <= unknown.workspace
 
 
 def on_the_way(model, config, batch, room):

@@ -1,0 +1,127 @@
+"""Slots: a sequence's place in a batch. A prompt takes one, and leaves it for another prompt."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Int
+
+from models.errors import InputError
+from models.parameters import Params
+from wavejax.engine import penalties
+from wavejax.engine.interface import Engine
+from wavejax.engine.prefill import read_prompt
+from wavejax.engine.prompts import answer_room, bucket
+from wavejax.engine.sampling import Sampler, fits, settings_of, settings_row
+from wavejax.engine.state import DecodeState, commit
+from wavejax.store.shape import CacheShape
+
+# Of a state, what has a row for each slot, but for the attention's and the logits.
+_ROWS = ("finished", "seed", "step", "sequences", "nonfinite", "counts", "sampling")
+
+
+def allocate(
+    engine: Engine,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    dtype: DTypeLike,
+    samplers: list[Sampler],
+) -> DecodeState:
+    """An empty state; see `Generator.allocate`."""
+    room, vocab = bucket(prompt_tokens), engine.model_config.vocab_size
+    empty = engine.attention.init_state(
+        CacheShape.of(engine.model_config), batch, room, answer_room(new_tokens), dtype
+    )
+    empty, logits = commit((empty, jnp.zeros((batch, vocab), jnp.float32)))
+    # Memory that is refused shows now, not when all has been read and compiled for nothing.
+    jax.block_until_ready(empty)
+    settings = settings_of([Sampler()] * batch, vocab, samplers)
+    values = {
+        "finished": jnp.ones(batch, bool),
+        "seed": jnp.zeros(batch, jnp.int32),
+        "step": jnp.zeros(batch, jnp.int32),
+        "sequences": jnp.arange(batch, dtype=jnp.int32),
+        "nonfinite": jnp.zeros(batch, bool),
+        "counts": None if settings.penalties is None else penalties.no_counts(batch, vocab),
+        "sampling": settings,
+        "prompt_room": jnp.int32(room),
+    }
+    return DecodeState(engine.hold(empty), logits, **commit(values))
+
+
+def insert(
+    engine: Engine,
+    params: Params,
+    state: DecodeState,
+    slot: int,
+    prompt: Int[np.ndarray, "_tokens"],
+    *,
+    seed: int,
+    sequence: int,
+    step: int,
+    sampler: Sampler,
+    progress: Callable[[int], None] | None = None,
+) -> DecodeState:
+    """Reads a prompt into a slot, whatever is there; see `Generator.insert`."""
+    vocab = engine.model_config.vocab_size
+    given = params, prompt, slot, state.attention_state, state.logits
+    attention_state, logits = read_prompt(engine, *given, progress)
+    counts = None if state.counts is None else penalties.count_prompts([prompt], vocab)
+    settings = state.sampling
+    row = {
+        "finished": np.zeros(1, bool),
+        "seed": np.asarray([seed], np.int32),
+        "step": np.asarray([step], np.int32),
+        "sequences": np.asarray([sequence], np.int32),
+        "nonfinite": np.zeros(1, bool),
+        "counts": counts,
+        "sampling": settings_row(sampler, settings),
+    }
+    rows: dict[str, Any] = {name: getattr(state, name) for name in _ROWS}
+    # Which ranks there are is no row of any slot.
+    rows["sampling"] = dataclasses.replace(settings, ranks=None)
+    rows = _set_row(rows, jnp.int32(slot), row)
+    rows["sampling"] = dataclasses.replace(rows["sampling"], ranks=settings.ranks)
+    return DecodeState(attention_state, logits, **rows, prompt_room=state.prompt_room)
+
+
+def check_insert(state: DecodeState, slot: int, prompt_tokens: int, sampler: Sampler) -> None:
+    """Whether a prompt can be read into a slot; waits for the device.
+
+    Raises:
+        InputError: the slot is in use; the state has no room for so long a prompt; or the sampler
+            needs what the state was not allocated for.
+    """
+    if state.prompt_room is None:
+        raise InputError("the state has no slots: make it with `Generator.allocate`, or `start`")
+    if not bool(np.asarray(state.finished)[slot]):
+        raise InputError(f"slot {slot} is in use: `release` it first")
+    room = int(state.prompt_room)
+    if bucket(prompt_tokens) > room:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens, and there is room for {room}: give `allocate` "
+            "a larger prompt_tokens"
+        )
+    if not fits(sampler, state.sampling, state.logits.shape[1]):
+        raise InputError(
+            "the sampler needs what the state was not made for (noise, ranks or penalties): give "
+            "`allocate` samplers like it"
+        )
+
+
+def release(state: DecodeState, slot: int) -> DecodeState:
+    """Ends a slot's sequence; see `Generator.release`."""
+    ended = _set_row(state.finished, jnp.int32(slot), np.ones(1, bool))
+    return dataclasses.replace(state, finished=ended)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_row(rows: Any, slot: Array, row: Any) -> Any:
+    return jax.tree.map(lambda all_rows, one: all_rows.at[slot].set(one[0]), rows, row)
