@@ -148,14 +148,14 @@ class StepBench:
         x, scores, shape = self.inputs, self.made("score_clusters"), self.shape
 
         def call(layer: Array, operands: Any, state: Any) -> tuple[Any, Any]:
-            scored, *rest = operands
-            scored = scored._replace(rotated=_anew(scored.rotated, layer))
+            query, scored, *rest = operands
+            scored = scored._replace(rotated=_anew(query, layer))
             sizes = {"scale": shape.scale, "max_candidates": shape.max_candidates}
             return run("score_tokens", scored, *rest, layer, **sizes), state
 
         codes = TokenCodes(x.codes, x.scales)
-        scored = ClusterScores(scores.logits, scores.logsumexp, x.rotated_query)
-        operands = (scored, self.made("select_clusters"), x.offsets, codes)
+        scored = ClusterScores(scores.logits, scores.logsumexp)
+        operands = (x.rotated_query, scored, self.made("select_clusters"), x.offsets, codes)
         each = 4 * x.codes.shape[-1] + x.scales.dtype.itemsize + 4
         return OpCase(call, operands, self.links, shape.rows * shape.candidates * each)
 
