@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from wavejax import InputError, WaveAttention, WaveConfig
+from wavejax import InputError, WaveConfig
 from wavejax.attention.retrieval import budgets
+from wavejax.store.prompt import indexed_tokens
 
 SIZES = ("local_tokens", "growth_tokens", "segment_tokens", "cluster_size")
 COUNTS = (
@@ -113,7 +114,7 @@ def test_the_papers_settings():
 def test_indexed_tokens_at_the_edges(prompt, indexed):
     config = WaveConfig()
     assert config.indexed_tokens(prompt) == indexed
-    assert int(WaveAttention(config)._indexed(jnp.int32(prompt))) == indexed
+    assert int(indexed_tokens(config, jnp.int32(prompt))) == indexed
 
 
 @settings(deadline=None)
@@ -132,7 +133,7 @@ def test_a_prompt_always_leaves_the_window_room_for_a_token(config, prompt):
     window = prompt - min(prompt, config.sink_tokens) - indexed
     assert 0 <= window < config.window_tokens
     assert indexed == 0 or window == config.local_tokens
-    assert int(WaveAttention(config)._indexed(jnp.int32(prompt))) == indexed
+    assert int(indexed_tokens(config, jnp.int32(prompt))) == indexed
 
 
 FRACTION = st.floats(0, 1) | st.sampled_from([0.009, 0.018, 0.25, 0.1, 1 / 3])

@@ -28,12 +28,20 @@ def cluster_capacity(config: WaveConfig, segments: list[int], growths: int) -> i
         # shortest has the smallest clusters of all.
         prompt = ends_before - 1
         own = prompt // size * -(-size // mean) + -(-(prompt % size) // mean) + prompt // most
-        grown = 0
-        for nth in range(1, growths + 1):
-            mean, most = config.cluster_sizes(least + nth * config.growth_tokens)
-            grown += -(-config.growth_tokens // mean) + config.growth_tokens // most
+        grown = _clusters_grown(config, least, growths)
         clusters, ends_before = max(clusters, own + grown), least
     return max(1, min(clusters, longest + growths * config.growth_tokens))
+
+
+def _clusters_grown(config: WaveConfig, tokens: int, growths: int) -> int:
+    """The most clusters that an index of so many tokens gets by growing so many times."""
+    size, clusters, left = config.growth_tokens, 0, growths
+    for mean, most, least in config.size_steps:
+        # Those whose tokens reach this size come last: counted, not gone through one by one.
+        before = min(left, max(0, -(-(least - tokens) // size) - 1))
+        clusters += (left - before) * (-(-size // mean) + size // most)
+        left = before
+    return clusters
 
 
 def sizes_of(config: WaveConfig, tokens: Int[Array, ""]) -> tuple[Array, Array]:
