@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jax
 
+from wavejax.evaluation.files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -31,7 +33,7 @@ def main() -> None:
     for name, run in CASES.items():
         print(name, file=sys.stderr)
         lines.append(f"{json.dumps(name)}: {json.dumps(run())}")
-    arguments.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    write_text(arguments.out, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow(60)]
 RUNS = """
 import contextlib, dataclasses, io, json, sys
 import jax
-from wavejax import plan
+from wavejax.planning import plan
 from wavejax.generate import main
 
 fine, too_much = json.loads(sys.argv[1])
