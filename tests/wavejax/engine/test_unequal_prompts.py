@@ -13,6 +13,8 @@ import pytest
 from models.decoder import Decoder
 from tests.support.tiny_generator import GREEDY, MODEL, SAMPLED, make_prompts
 from wavejax import Generator, WaveAttention, WaveConfig
+from wavejax.engine.sampling import settings_of
+from wavejax.engine.state import commit
 
 pytestmark = pytest.mark.optimised
 
@@ -30,8 +32,10 @@ def read_once(attention, params, prompts, sequences):
     state = generator.start(params, prompts, NEW, seed=7, sequences=sequences)
     answers = []
     for sampler in (GREEDY, SAMPLED):
-        # The state is donated, so each sampler gets a copy.
+        # The state is donated, so each sampler gets a copy, with settings of its own.
         own = jax.tree.map(lambda x: jax.device_put(jnp.copy(x), x.sharding), state)
+        settings = settings_of([sampler] * len(prompts), SMALL.vocab_size, [sampler])
+        own = dataclasses.replace(own, sampling=commit(settings))
         answers.append(
             dataclasses.replace(generator, sampler=sampler).decode_n(params, own, NEW)[1]
         )
