@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels.build_clusters import reference, triton
 from pallas_kernels.build_clusters.reference import capacity
 from tests.pallas_kernels.attend_zones.test_kernel import QUICKLY
+from tests.support.spoilt_clusters import BAD_KEY, BAD_VALUE, check_spoilt
 
 TOKENS, SIZES = 128, {"cluster_size": 8, "max_cluster_size": 16, "iterations": 3}
 STATIC = ("cluster_size", "max_cluster_size", "iterations", "least_sizes")
@@ -31,26 +32,10 @@ def random_rows(seed=0):
 def test_no_token_is_lost_beside_a_bad_one(build, bad):
     keys, values = random_rows()
     clean = keys.copy(), values.copy()
-    keys[0, 10, 3], values[1, 20, 5] = bad, bad
+    keys[BAD_KEY], values[BAD_VALUE] = bad, bad
     counts = jnp.array([TOKENS, TOKENS, 77])
     found = build(jnp.asarray(keys), jnp.asarray(values), counts, **SIZES)
-    for row, count in enumerate((TOKENS, TOKENS, 77)):
-        offsets, order = np.asarray(found.offsets[row]), np.asarray(found.order[row])
-        assert offsets[-1] == count
-        assert sorted(order[:count].tolist()) == list(range(count))
-        for j in range(int((np.diff(offsets) > 0).sum())):
-            members = order[offsets[j] : offsets[j + 1]]
-            both = (
-                (found.centroids, clean[0], row == 0 and 10 in members),
-                (found.value_means, clean[1], row == 1 and 20 in members),
-            )
-            for means, given, spoilt in both:
-                # The bad one shows in its own cluster, and in no other.
-                if spoilt:
-                    assert np.isnan(means[row, j]).all()
-                else:
-                    mean = given[row, members].astype(np.float64).mean(0)
-                    np.testing.assert_allclose(means[row, j], mean, atol=1e-5)
+    check_spoilt(found, *clean, (TOKENS, TOKENS, 77))
 
 
 @pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
