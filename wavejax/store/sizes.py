@@ -49,6 +49,8 @@ def sizes_of(config: WaveConfig, tokens: Int[Array, ""]) -> tuple[Array, Array]:
     *steps, (mean, most, _) = config.size_steps
     sizes = jnp.int32(mean), jnp.int32(most)
     for mean, most, least in reversed(steps):
-        reached = tokens >= min(least, 2**31 - 1)
+        if least > jnp.iinfo(tokens.dtype).max:
+            break  # and so are the larger ones: no number of tokens reaches them
+        reached = tokens >= least
         sizes = jnp.where(reached, mean, sizes[0]), jnp.where(reached, most, sizes[1])
     return sizes

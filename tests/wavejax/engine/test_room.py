@@ -140,6 +140,8 @@ def test_there_are_clusters_enough_for_every_prompt_beside_a_longer_one(
     assert held <= room
 
 
+# The most tokens that an int32 counts, of a step that begins past them.
+@example(tokens=2**31 - 1, size=16, clusters=2**31 - 1)
 @given(
     tokens=st.integers(0, 2**31 - 1),
     size=st.integers(1, 200),
