@@ -1,0 +1,97 @@
+"""Warming up: programs are compiled, and prompts' layers measured, before the first request."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from wavejax.engine.batching.answer import Answer
+from wavejax.engine.batching.batch import Batch
+from wavejax.engine.batching.handle import Channel
+from wavejax.engine.batching.levels import Level, level_of
+from wavejax.engine.batching.pace import reads_whole
+from wavejax.engine.batching.reading import Reading
+from wavejax.engine.batching.request import Request
+from wavejax.engine.batching.scheduler import Scheduler
+from wavejax.engine.prompts import bucket
+from wavejax.engine.sampling import Sampler
+
+
+def warm(
+    scheduler: Scheduler,
+    samplers: Sequence[Sampler],
+    prompt_tokens: Sequence[int] | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Runs every program that requests will need, twice; see `BatchEngine.warmup`."""
+    vocab = scheduler.generator.model_config.vocab_size
+    by_level: dict[Level, Sampler] = {level_of([one], vocab): one for one in samplers}
+    work = [
+        (batch, length)
+        for number, batch in enumerate(scheduler.batches)
+        for length in _lengths(scheduler.batches, number, prompt_tokens)
+    ]
+    rounds = len(work) + len(scheduler.batches) * len(by_level)
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, rounds)
+
+    for batch in scheduler.batches:
+        batch.allocate()
+        for own, length in work:
+            if own is batch:
+                # Twice whole: compiled, then measured. What takes too long is read in parts.
+                for _ in range(2):
+                    _run(scheduler, batch, length, Sampler(), True, 0)
+                whole = reads_whole(
+                    scheduler.pace, scheduler.generator.model_config, length, scheduler.stall / 2
+                )
+                if not whole:
+                    for _ in range(2):
+                        _run(scheduler, batch, length, Sampler(), False, 0)
+                count()
+        shortest = min((length for own, length in work if own is batch), default=1)
+        for sampler in by_level.values():
+            _run(scheduler, batch, shortest, sampler, True, 3)
+            count()
+        batch.drop()
+
+
+def _lengths(
+    batches: Sequence[Batch], number: int, prompt_tokens: Sequence[int] | None
+) -> list[int]:
+    """Padded lengths of the prompts that a room gets: longer ones than the next smaller room's."""
+    most = batches[number].room.prompt_tokens
+    smaller = [one.room.prompt_tokens for one in batches[:number]]
+    least = max((size for size in smaller if size < most), default=0)
+    if prompt_tokens is not None:
+        return sorted({bucket(one) for one in prompt_tokens if least < bucket(one) <= most})
+    lengths = [bucket(least + 1)]
+    while lengths[-1] < most:
+        lengths.append(bucket(lengths[-1] + 1))
+    return lengths
+
+
+def _run(
+    scheduler: Scheduler, batch: Batch, length: int, sampler: Sampler, whole: bool, calls: int
+) -> None:
+    """Reads a prompt of zeros, and calls the step a few times."""
+    request = Request(np.zeros(length, np.int32), max_new_tokens=1 << 20, sampler=sampler)
+    request = request.checked(scheduler.generator.model_config.vocab_size, ())
+    answer = Answer(-1, request, Channel(lambda event: None), scheduler.clock())
+    reading = Reading(batch, 0, answer, whole)
+    while not reading.done:
+        part, before = reading.part(), scheduler.clock()
+        reading.run(part.units)
+        scheduler.pace.note(part.key, part.units, scheduler.clock() - before)
+    if reading.error is not None:
+        raise reading.error
+    for _ in range(calls):
+        key, before = batch.key, scheduler.clock()
+        batch.dispatch(1, before)
+        batch.collect(scheduler.clock)
+        scheduler.pace.note(key, 1, scheduler.clock() - before)
+    batch.leave(answer)
