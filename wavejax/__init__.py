@@ -15,6 +15,11 @@ Tokens and logits:
 - `Facts`: what a run retrieved, found cached, and occupies.
 - `Plan`, `make_plan`: where a run's keys and values go, and what it takes of memory.
 
+Requests side by side:
+
+- `batch_engine`: an engine of a loaded model; `BatchEngine` says all that it takes.
+- `Request`: one prompt with its own settings.
+
 Attention:
 
 - `WaveAttention`, `DenseAttention`: pure functions of a state, for any decoder.
@@ -64,7 +69,10 @@ if TYPE_CHECKING:
     from wavejax.attention.dense import DenseAttention as DenseAttention
     from wavejax.attention.protocol import Attention as Attention
     from wavejax.attention.wave import WaveAttention as WaveAttention
+    from wavejax.batching import batch_engine as batch_engine
     from wavejax.config import WaveConfig as WaveConfig
+    from wavejax.engine.batching.engine import BatchEngine as BatchEngine
+    from wavejax.engine.batching.request import Request as Request
     from wavejax.engine.facts import Facts as Facts
     from wavejax.engine.generator import DecodeState as DecodeState
     from wavejax.engine.generator import Generator as Generator
@@ -95,6 +103,9 @@ _MODULE_OF = {
     "Generator": "wavejax.engine.generator",
     "DecodeState": "wavejax.engine.generator",
     "Facts": "wavejax.engine.facts",
+    "batch_engine": "wavejax.batching",
+    "BatchEngine": "wavejax.engine.batching.engine",
+    "Request": "wavejax.engine.batching.request",
     "Plan": "wavejax.planning.plan",
     "make_plan": "wavejax.planning.plan",
     "WaveAttention": "wavejax.attention.wave",

@@ -105,6 +105,8 @@ class BatchEngine:
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Handle:
         """Take a request; from any thread. Returns at once.
 
+        Keep the handle: one that is dropped before the end cancels its request.
+
         Args:
             request: what to answer.
             on_event: called for each event, in the engine's thread; None: read the handle. It must
@@ -258,7 +260,8 @@ class BatchEngine:
                 while self._wait():
                     self._scheduler.turn()
         except BaseException as error:
-            self.failure = error
+            with self._changed:  # no request is taken after it
+                self.failure = error
         finally:
             self._scheduler.end_all(
                 "interrupted" if self.failure is None else "error", self.failure

@@ -58,6 +58,7 @@ class Reading:
         batch.kept.add(slot)
         config = batch.engine.model_config
         prompt: Any = answer.request.prompt
+        self.layers = config.num_layers  # to run: fewer for warming up
         self.padded = bucket(len(prompt))
         dtype = batch.params["params"]["embedding"].dtype
         self._block = block_tokens(self.padded, config.num_heads, dtype, config.head_dim)
@@ -110,6 +111,12 @@ class Reading:
         except Exception as error:  # of this prompt: the engine ends its answer
             self.error = error
             self.abandon()
+
+    def skip(self) -> None:
+        """Leaves out the rest of a layer's blocks: for warming up."""
+        if self._kind in ("enter", "attend"):
+            self._done = 0
+            self._kind = "attend" if self._kind == "enter" else "write"
 
     def _begin(self, _: int) -> Any:
         engine, state = self.batch.engine, self.batch.whole_state
@@ -184,9 +191,9 @@ class Reading:
         """Goes on to the next layer; returns what to wait for."""
         batch = self.batch
         batch.state = dataclasses.replace(batch.whole_state, attention_state=cache)
-        self._layer, layers = self._layer + 1, batch.engine.model_config.num_layers
-        self.answer.tell(self._layer, layers)
-        self._kind = "end" if self._layer == layers else "layer" if self.whole else "enter"
+        self._layer += 1
+        self.answer.tell(self._layer, self.layers)
+        self._kind = "end" if self._layer == self.layers else "layer" if self.whole else "enter"
         return self._hidden, batch.engine.arrays_of(cache)
 
     def _range(self, units: int) -> tuple[Array, Array]:

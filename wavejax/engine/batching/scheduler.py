@@ -153,11 +153,11 @@ class Scheduler:
                     self._fail_batch(batch, error)
                     continue
                 self._count(ended)
-            self._collect(batch, 1 if behind and batch.answers else 0)
+            self._collect(batch, 1 if behind else 0)
 
     def _collect(self, batch: Batch, left: int) -> None:
-        """Hands the tokens of a room's calls out, but for the newest `left`."""
-        while len(batch.calls) > left:
+        """Hands the tokens of a room's calls out, but for the newest `left` while anyone sits."""
+        while len(batch.calls) > (left if batch.answers else 0):
             call, last = batch.calls[0], self._came.get(id(batch))
             try:
                 ended = batch.collect(self.clock)
@@ -174,7 +174,7 @@ class Scheduler:
                     self.counts["longest_stall_seconds"] = longest
             self._came[id(batch)] = now
             self._count(ended)
-        if not batch.answers and not batch.calls:
+        if not batch.answers:
             self._came.pop(id(batch), None)
 
     def _count(self, ended: Sequence[Answer]) -> None:
