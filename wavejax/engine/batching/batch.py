@@ -144,7 +144,7 @@ class Batch:
             the answers that ended before it: their constraints failed.
         """
         allowed, ended = self._allowed(now)
-        self._release()
+        self.release()
         seats, state, scores = tuple(self.seats), self.whole_state, None
         if not self.answers:
             return ended
@@ -213,8 +213,8 @@ class Batch:
         assert self.state is not None
         return self.state
 
-    def _release(self) -> None:
-        """Ends the sequences whose answers have left."""
+    def release(self) -> None:
+        """Ends the sequences whose answers have left; `dispatch` does so too."""
         for slot in sorted(self._to_release):
             self.state = slots.release(self.whole_state, slot)
         self._to_release.clear()

@@ -263,9 +263,11 @@ class BatchEngine:
             with self._changed:  # no request is taken after it
                 self.failure = error
         finally:
-            self._scheduler.end_all(
-                "interrupted" if self.failure is None else "error", self.failure
-            )
+            failure = self.failure
+            if failure is None or isinstance(failure, Exception):
+                self._scheduler.end_all("interrupted" if failure is None else "error", failure)
+            else:
+                self._scheduler.end_all("interrupted", None)
             self._wake()
 
     def _wait(self) -> bool:

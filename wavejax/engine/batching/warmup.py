@@ -1,6 +1,7 @@
 """Warming up: programs are compiled, and prompts' layers measured, before the first request."""
 
 import collections
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -52,7 +53,7 @@ def warm(
                 _run(scheduler, batch, length, Sampler(), False, 0)
             count()
         for sampler in by_level.values():
-            _run(scheduler, batch, min(lengths, default=1), sampler, True, 3)
+            _run(scheduler, batch, min(lengths, default=1), sampler, True, 4)
             count()
         batch.drop()
 
@@ -92,9 +93,12 @@ def _run(
             reading.skip()
     if reading.error is not None:
         raise reading.error
-    for _ in range(calls):
+    for number in range(calls):
+        if number == calls - 1:
+            answer.request = dataclasses.replace(request, logprobs=0)
         key, before = batch.key, scheduler.clock()
         batch.dispatch(1, before)
         batch.collect(scheduler.clock)
         scheduler.pace.note(key, 1, scheduler.clock() - before)
     batch.leave(answer)
+    batch.release()

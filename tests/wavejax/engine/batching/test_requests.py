@@ -50,7 +50,7 @@ def test_what_cannot_be_is_refused_at_submit_with_both_numbers():
     with pytest.raises(InputError, match=r"99 tokens, 107 with 8 new ones; the context is 100"):
         short.submit(Request([1] * 99, 8))
     stats = engine.stats()
-    assert (stats.submitted, stats.refused, stats.waiting) == (0, 8, 0)
+    assert (stats.submitted, stats.refused, stats.waiting) == (0, 7, 0)
 
 
 def test_a_full_queue_and_a_closed_engine_say_so():
@@ -79,10 +79,8 @@ def test_a_cancelled_or_dropped_request_frees_its_slot_within_one_call(alone):
     assert engine.stats().reading + engine.stats().running == 1
     found = handles[0].result(0)
     assert 0 < len(found.token_ids) < 60
-    assert (
-        found.token_ids == alone(dataclasses.replace(handles[0].request))[0][: len(found.token_ids)]
-        or len(found.token_ids) > 24
-    )
+    expected = alone(handles[0].request)[0]
+    assert found.token_ids[:24] == expected[: len(found.token_ids)]
     engine.turn()
     del handles[1]
     gc.collect()
@@ -107,7 +105,7 @@ def test_events_go_to_a_callback_and_one_that_raises_ends_its_request_alone():
     assert events[-1].finish_reason == "length"
     assert events[-1].usage.total_seconds >= events[-1].usage.first_token_seconds > 0
     assert (first.done, second.done) == (True, True)
-    assert len(order) == 2  # its first progress, and its end
+    assert len(order) == 1
     assert engine.stats().finished == {"length": 1, "interrupted": 1}
 
 
@@ -183,7 +181,7 @@ def test_a_constraint_says_what_may_come_and_its_errors_are_its_requests_own(alo
         found = handle.result(0)
         assert list(found.token_ids) == rule.accepted
         assert len(rule.accepted) == 8
-        assert not np.asarray(rule.accepted).any() or not (np.asarray(rule.accepted) % 2).any()
+        assert not (np.asarray(rule.accepted) % 2).any()
     with pytest.raises(RuntimeError, match="no way out of the grammar"):
         handles[2].result(0)
     assert len(rules[2].accepted) == 3

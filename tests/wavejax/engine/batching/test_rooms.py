@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def test_after_warming_up_no_length_and_no_number_compiles_anything():
-    engine = make_engine(rooms=[Room(160, 64, 2)])
+    engine = make_engine(rooms=[Room(160, 64, 2)], max_stall_ms=60_000)
     before = compiled.decode_n._cache_size(), compiled.prefill_layer._cache_size()
     calls = []
     engine.warmup([Sampler(), Sampler(1.0)], progress=lambda *call: calls.append(call))
@@ -98,6 +98,16 @@ def test_a_room_too_large_for_the_memory_stays_and_its_requests_are_refused():
     small, large = found.rooms
     assert small.bytes <= found.memory < large.bytes
     assert large.slots == 1
+
+
+def test_a_small_room_has_no_more_slots_than_fit_beside_what_a_large_one_takes():
+    large = memory_need(MODEL, DenseAttention(), 1, 2**15, 256, "float32")
+    found = plan(
+        large.device + 4 * 2**15 * 4 * (32 + 32), [Room(2**15, 256, 4), Room(4096, 256, 99)]
+    )
+    assert all(room.bytes <= found.memory for room in found.rooms)
+    assert found.rooms[1].slots == 1
+    assert 1 < found.rooms[0].slots < 99
 
 
 def test_nothing_that_fits_is_an_error_of_one_line():
