@@ -79,16 +79,19 @@ def plan_rooms(
     sized = []
     for room in wanted:
 
-        def need(slots: int, room: Room = room) -> int:
+        def takes(slots: int, room: Room = room) -> int:
             sizes = slots, room.prompt_tokens, room.new_tokens
             return _bytes(memory_need(model, chosen.attention, *sizes, dtype), limits)
 
+        def there_are(slots: int, takes: Callable[[int], int] = takes) -> bool:
+            return takes(slots) <= limits[0]
+
         if room in usable:
-            slots = max(1, _most(room.slots, lambda slots, need=need: need(slots) <= limits[0]))
-            sized.append(dataclasses.replace(room, slots=slots, bytes=need(slots)))
+            slots = max(1, _most(room.slots, there_are))
+            sized.append(dataclasses.replace(room, slots=slots, bytes=takes(slots)))
         else:
-            takes = max(need(1), limits[0] + 1)
-            sized.append(dataclasses.replace(room, slots=1, bytes=takes))
+            too_many = max(takes(1), limits[0] + 1)
+            sized.append(dataclasses.replace(room, slots=1, bytes=too_many))
     return RoomPlan(chosen.attention, tuple(sized), limits[0])
 
 

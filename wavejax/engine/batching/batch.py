@@ -191,7 +191,8 @@ class Batch:
 
     def _allowed(self, now: float) -> tuple[dict[int, np.ndarray], list[Answer]]:
         """By slot what constraints allow; and the answers whose constraints failed."""
-        allowed, ended = {}, []
+        allowed: dict[int, np.ndarray] = {}
+        ended: list[Answer] = []
         for slot, answer in enumerate(self.seats):
             if answer is not None and answer.request.constraint is not None:
                 try:

@@ -47,7 +47,7 @@ class BatchEngine:
         short_tokens: prompts of up to this number of tokens are short: they need not wait for a
             long prompt that is being read (`line.Line`).
         most_passes: how many short requests may pass one that waits for a slot.
-        steps: the most tokens of an answer in one call of the step.
+        steps: the most tokens of an answer in one call of the step; rounded down to a power of two.
         clock: seconds, rising.
 
     Raises:
@@ -241,6 +241,7 @@ class BatchEngine:
                 reading=len(scheduler.readings),
                 running=len(scheduler.running),
                 slots=sum(batch.room.slots for batch in scheduler.batches if batch.state),
+                longest_stall_seconds=scheduler.longest_stall,
                 **scheduler.counts,
             )
 

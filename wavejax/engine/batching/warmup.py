@@ -48,12 +48,12 @@ def warm(
         for length in lengths:
             # Measured where it may be fast enough; what is not is read in parts.
             if reads_whole(scheduler.pace, config, length, 4 * allowed):
-                _run(scheduler, batch, length, Sampler(), True, 0)
+                _run(scheduler, batch, length, Sampler(), True)
             if not reads_whole(scheduler.pace, config, length, allowed):
-                _run(scheduler, batch, length, Sampler(), False, 0)
+                _run(scheduler, batch, length, Sampler(), False)
             count()
         for sampler in by_level.values():
-            _run(scheduler, batch, min(lengths, default=1), sampler, True, 4)
+            _run(scheduler, batch, min(lengths, default=1), sampler, True, scheduler.step_sizes)
             count()
         batch.drop()
 
@@ -74,9 +74,14 @@ def _lengths(
 
 
 def _run(
-    scheduler: Scheduler, batch: Batch, length: int, sampler: Sampler, whole: bool, calls: int
+    scheduler: Scheduler,
+    batch: Batch,
+    length: int,
+    sampler: Sampler,
+    whole: bool,
+    calls: Sequence[int] = (),
 ) -> None:
-    """Reads a prompt of zeros, and calls the step a few times."""
+    """Reads a prompt of zeros, and calls the step with so many steps each."""
     request = Request(np.zeros(length, np.int32), max_new_tokens=1 << 20, sampler=sampler)
     request = request.checked(scheduler.generator.model_config.vocab_size, ())
     answer = Answer(-1, request, Channel(lambda event: None), scheduler.clock())
@@ -93,12 +98,14 @@ def _run(
             reading.skip()
     if reading.error is not None:
         raise reading.error
-    for number in range(calls):
-        if number == calls - 1:
-            answer.request = dataclasses.replace(request, logprobs=0)
+    for steps in calls:
         key, before = batch.key, scheduler.clock()
-        batch.dispatch(1, before)
+        batch.dispatch(steps, before)
         batch.collect(scheduler.clock)
-        scheduler.pace.note(key, 1, scheduler.clock() - before)
+        scheduler.pace.note(key, steps, scheduler.clock() - before)
+    if calls:
+        answer.request = dataclasses.replace(request, logprobs=0)
+        batch.dispatch(1, scheduler.clock())
+        batch.collect(scheduler.clock)
     batch.leave(answer)
     batch.release()
