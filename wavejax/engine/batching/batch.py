@@ -175,16 +175,16 @@ class Batch:
         """
         call = self.calls.pop(0)
         tokens, came = np.asarray(call.tokens), now()
-        ended = []
+        ended: list[Answer] = []
         for slot, answer in enumerate(call.seats):
-            if answer is None or answer.reason is not None:
+            if answer is None or answer.has_ended():
                 continue
             try:
                 told = watching.of_slot(call.scores, slot, answer)
                 _hand_out(answer, tokens[:, slot].tolist(), told, came)
             except Exception as error:  # its own: of its constraint, or its text
                 answer.end("error", came, error)
-            if answer.reason is not None:
+            if answer.has_ended():
                 self.leave(answer)
                 ended.append(answer)
         return ended
@@ -250,7 +250,7 @@ def _hand_out(
             if answer.request.constraint is not None:
                 answer.request.constraint.accept(token)
             answer.take(token, told, now)
-        if answer.reason is not None:
+        if answer.has_ended():
             return
 
 

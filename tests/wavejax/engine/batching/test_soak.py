@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import threading
+import time
 import tracemalloc
 
 import jax
@@ -93,7 +94,7 @@ def test_nothing_is_lost_and_memory_is_flat():
                 thread.join()
             assert not errors
             while engine.stats().waiting + engine.stats().reading + engine.stats().running:
-                pass
+                time.sleep(0.01)
             taken, refused = taken + found["taken"], refused + found["refused"]
             stats = engine.stats()
             assert (stats.submitted, stats.refused) == (taken, refused)
