@@ -16,7 +16,7 @@ EXPECTED = {
     "stream_tokens.py": ((), r"finished: (stop|length)\)\nanswer [01] \(\w+\): "),
     "answer_side_by_side.py": (
         (),
-        r"colours done: True\nanswers by their end: \{.*'(stop|length)'",
+        r"colours done: True\nanswers by their end: \{.*'(stop|length)",
     ),
     "own_flax_model.py": ((), r"wave, a fifth: .* largest error of a logit"),
     "layer_step_in_jit_and_scan.py": ((), r"the index grew from \d+ to \d+ tokens"),
