@@ -65,7 +65,7 @@ def append_rows(
     """See `pallas_kernels.append_rows`. What would pass the store's end is not written.
 
     Raises:
-        NotImplementedError: see `_pallas.check_heads`; or there are no rows, or more than fit.
+        NotImplementedError: see `launch.check_heads`; or there are no rows, or more than fit.
     """
     kv_heads, new, _, head_dim = rows.shape
     launch.check_heads("append_rows", 1, head_dim, store.dtype, rows.dtype)

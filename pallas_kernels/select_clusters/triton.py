@@ -13,8 +13,8 @@ from pallas_kernels import tuning
 from pallas_kernels.numerics import ordered_bits
 from pallas_kernels.select_clusters._list import list_chunk
 from pallas_kernels.toolbox import launch
-from pallas_kernels.toolbox.head_calls import Rows
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_calls import HeadCalls
+from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.toolbox.sampled_split import (
     Lists,
     find_bracket,
@@ -116,7 +116,9 @@ def _rank(*refs: Any, config: Config) -> None:
 class _Ranked:
     """One row's ranked clusters, and how many tokens are to be taken of them."""
 
-    def __init__(self, row: Row, keys_ref: Any, sizes_ref: Any, offsets_ref: Any, budget_ref: Any):
+    def __init__(
+        self, row: HeadView, keys_ref: Any, sizes_ref: Any, offsets_ref: Any, budget_ref: Any
+    ):
         self.row, self.keys, self.sizes, self.offsets = row, keys_ref, sizes_ref, offsets_ref
         self.clusters = jnp.int32(offsets_ref.shape[-1] - 1)
         self.tokens = row.load(offsets_ref, self.clusters, stacked=True)
@@ -136,9 +138,9 @@ class _Ranked:
         return self.row.load(self.keys, c, mask=exists), self.row.load(self.sizes, c, mask=exists)
 
 
-def _row_of(refs: Any, interpret: bool) -> tuple[Row, _Ranked, Any]:
+def _row_of(refs: Any, interpret: bool) -> tuple[HeadView, _Ranked, Any]:
     """The program's row, its clusters, and what is left of the refs."""
-    row = Row(pl.program_id(1), refs[0].shape[1], refs[4][...], interpret=interpret)
+    row = HeadView(pl.program_id(1), refs[0].shape[1], refs[4][...], interpret=interpret)
     return row, _Ranked(row, *refs[:4]), refs[5:]
 
 
@@ -226,7 +228,7 @@ def select_clusters(
             "larger one, or in_registers=False"
         )
 
-    rows = Rows((batch, kv_heads), interpret)
+    rows = HeadCalls((batch, kv_heads), interpret)
     call = functools.partial(rows.call, num_warps=config.num_warps)
     padded = pl.cdiv(clusters, config.share) * config.share
     shapes = [rows.of(padded, dtype=jnp.uint32), rows.of(padded)]

@@ -10,7 +10,7 @@ from pallas_kernels.select_tokens._look_up import count
 from pallas_kernels.select_tokens._pick import limits
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.bisection import threshold
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.toolbox.packed_counts import list_selected
 from pallas_kernels.types import NO_ID
 
@@ -67,7 +67,7 @@ def admit_rows(refs: Admit, *, candidates: int, threads: int, interpret: bool) -
         threads: of the program.
         interpret: whether the kernel is interpreted.
     """
-    row = Row(
+    row = HeadView(
         pl.program_id(1),
         *(refs.tokens.shape[1], refs.layer[...]),
         interpret=interpret,
@@ -85,7 +85,7 @@ def admit_rows(refs: Admit, *, candidates: int, threads: int, interpret: bool) -
     count(row, refs.misses, refs.miss_count, retrieved - hits)
 
 
-def _admit(row: Row, refs: Admit, listed: Any, wanted: Any, step: Any) -> None:
+def _admit(row: HeadView, refs: Admit, listed: Any, wanted: Any, step: Any) -> None:
     """Gives the first `wanted` missed rows, at least one, of so many listed ones their slots."""
     slots = refs.token_of_slot.shape[-1]
 

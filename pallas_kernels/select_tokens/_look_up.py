@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.score_tokens._members import Members, find_members
 from pallas_kernels.select_tokens._dropped import Dropped, worth_reading
 from pallas_kernels.select_tokens._pick import limits
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.types import NO_ID
 
 
@@ -74,7 +74,7 @@ def look_up_rows(
 
     At an `admission_ratio` of 1 every pick is retrieved.
     """
-    row = Row(pl.program_id(1), refs.log_mass.shape[1], refs.layer[...], interpret=interpret)
+    row = HeadView(pl.program_id(1), refs.log_mass.shape[1], refs.layer[...], interpret=interpret)
     part, room = pl.program_id(0), refs.tokens.shape[-1]
     _, budget = limits(row, refs.starts, refs.budget, (refs.log_mass.shape[-1], room))
 
@@ -119,7 +119,7 @@ def look_up_rows(
         pl.when(part == 0)(lambda: count(row, refs.misses, refs.miss_count, budget))
 
 
-def count(row: Row, number_ref: Any, total_ref: Any, number: Any) -> None:
+def count(row: HeadView, number_ref: Any, total_ref: Any, number: Any) -> None:
     """Writes how many of a row's rows hit or missed, and adds it to the row table's counter."""
     row.store(number_ref, number)
     total = row.load(total_ref, stacked=True) + number.astype(jnp.uint32)
@@ -127,7 +127,7 @@ def count(row: Row, number_ref: Any, total_ref: Any, number: Any) -> None:
 
 
 def _find_runs(
-    row: Row, starts_ref: Any, picked_ref: Any, i: Any, number: Any, budget: Any
+    row: HeadView, starts_ref: Any, picked_ref: Any, i: Any, number: Any, budget: Any
 ) -> tuple[Any, Any, Any]:
     """Where the picks of a cluster end: they are listed by cluster, so a cluster's are a run.
 

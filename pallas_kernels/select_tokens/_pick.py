@@ -15,7 +15,7 @@ from pallas_kernels.toolbox import launch, warp
 from pallas_kernels.toolbox.bisection import threshold
 from pallas_kernels.toolbox.block_select import last_key
 from pallas_kernels.toolbox.block_sums import scan_together
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.toolbox.packed_counts import halves, list_selected
 
 # Contenders that follow each other and are one thread's: one sum over the threads serves all of
@@ -25,7 +25,7 @@ RUN = 4
 LARGEST = 2**32 - 1  # of keys
 
 
-def _take_all(row: Row, lists: tuple[Any, Any], log_mass_ref: Any, total: Any) -> None:
+def _take_all(row: HeadView, lists: tuple[Any, Any], log_mass_ref: Any, total: Any) -> None:
     """Makes every candidate a contender: where too few are, the sample misled."""
     keys_ref, places_ref = lists
     chunk = keys_ref.shape[-1]
@@ -51,7 +51,7 @@ class _Contenders(NamedTuple):
         count: int32, of all chunks.
     """
 
-    row: Row
+    row: HeadView
     keys_ref: Any
     places_ref: Any
     prefix_ref: Any
@@ -201,7 +201,7 @@ def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret:
     """
     counts_ref, log_mass_ref, starts_ref, budget_ref, picked_ref, *lists = refs[2:-1]
     prefix_ref, least_ref = refs[-1], lists.pop() if needs_least else None
-    row = Row(
+    row = HeadView(
         pl.program_id(1), log_mass_ref.shape[1], None, interpret=interpret, block=min(tile, 2048)
     )
     rooms = log_mass_ref.shape[-1], picked_ref.shape[-1]
@@ -225,7 +225,9 @@ def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret:
         pl.when(count > tile)(lambda: _pick_in_memory(contenders, budget, out, tile))
 
 
-def limits(row: Row, starts_ref: Any, budget_ref: Any, rooms: tuple[int, int]) -> tuple[Any, Any]:
+def limits(
+    row: HeadView, starts_ref: Any, budget_ref: Any, rooms: tuple[int, int]
+) -> tuple[Any, Any]:
     """A row's candidates, and how many of them are retrieved: int32 both.
 
     Args:

@@ -21,7 +21,7 @@ from pallas_kernels.select_tokens._look_up import LookUp, look_up_rows
 from pallas_kernels.select_tokens._pick import pick_rows
 from pallas_kernels.select_tokens.reference import row_budgets
 from pallas_kernels.toolbox import launch
-from pallas_kernels.toolbox.head_calls import Rows
+from pallas_kernels.toolbox.head_calls import HeadCalls
 from pallas_kernels.types import Candidates, IndexedTokens, Retrieved, RowTable
 
 __all__ = ["Config", "heuristic", "select_tokens"]
@@ -57,7 +57,7 @@ def select_tokens(
         candidates=room,
         max_tokens=max_tokens,
     )
-    rows, budget = Rows((batch, kv_heads), interpret), row_budgets(budget, kv_heads)
+    rows, budget = HeadCalls((batch, kv_heads), interpret), row_budgets(budget, kv_heads)
     layer, step = launch.scalar(layer), launch.scalar(step)
     # Only then a pick may be left out.
     choosy = slots > 0 and admission_ratio > 1
@@ -104,7 +104,7 @@ Contenders = tuple[Array, Array, Array]
 
 
 def _contenders(
-    rows: Rows,
+    rows: HeadCalls,
     config: Config,
     ranked: tuple[Array, Array],
     budget: Array,
@@ -170,7 +170,7 @@ def _contenders(
 
 
 def _pick(
-    rows: Rows,
+    rows: HeadCalls,
     config: Config,
     ranked: tuple[Array, Array],
     lists: Contenders,
@@ -204,7 +204,7 @@ def _pick(
 
 
 def _look_up(
-    rows: Rows,
+    rows: HeadCalls,
     config: Config,
     look_up: functools.partial[None],
     reads: dict[str, Any],
@@ -235,7 +235,7 @@ def _look_up(
 
 
 def _admit(
-    rows: Rows,
+    rows: HeadCalls,
     config: Config,
     given: dict[str, Any],
     found: dict[str, Array],

@@ -12,12 +12,12 @@ from pallas_kernels.toolbox import launch
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class HeadCalls:
     """Calls kernels with so many programs a row; a row is a sequence and a kv head.
 
     Attributes:
         shape: sequences and kv heads.
-        interpret: see `_pallas.call`.
+        interpret: see `launch.call`.
     """
 
     shape: tuple[int, int]
@@ -28,7 +28,7 @@ class Rows:
         return jax.ShapeDtypeStruct((*self.shape, *shape), dtype)
 
     def call(self, kernel: Any, operands: Any, out_shape: Any, parts: int, **how: Any) -> Any:
-        """`_pallas.call` with `parts` programs a row."""
+        """`launch.call` with `parts` programs a row."""
         how = {"num_stages": 1, "interpret": self.interpret} | how
         return launch.call(kernel, operands, out_shape, (parts, math.prod(self.shape)), **how)
 
@@ -50,7 +50,7 @@ class Rows:
             reads, in_place: operands; of those written in place the kernel gets the result's ref.
             writes: what else it writes, as `jax.ShapeDtypeStruct`.
             parts: programs a row.
-            how: see `_pallas.call`.
+            how: see `launch.call`.
 
         Returns:
             What is written, by name.

@@ -10,7 +10,7 @@ from pallas_kernels.toolbox import launch
 from pallas_kernels.types import NO_ID
 
 
-class Row:
+class HeadView:
     """One row's view of the kernel's refs, and the loops that all parts share."""
 
     def __init__(self, row: Any, kv_heads: int, layer: Any, *, interpret: bool, block: int = 1):
