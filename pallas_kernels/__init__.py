@@ -9,7 +9,7 @@ A decode step's ops, in their order:
 - `select_tokens`: the best of these `IndexedTokens`, `Retrieved`; updates the row cache's
   `RowTable`.
 - `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`. It takes
-  `SteadyRows`, `StoredRows`, `Picks` and an `Estimate`.
+  `SteadyRows`, `StoredRows` (a store and a row cache of `Rows`), `Picks` and an `Estimate`.
 - `merge_states`: attention over disjoint sets of tokens to attention over their union.
 - `attend_dense`: attention to all tokens, what the others together are compared with.
 
@@ -17,7 +17,7 @@ Ops that make what a decode step reads:
 
 - `build_clusters`: a segment's tokens by their keys, `Clusters`.
 - `encode_tokens`: one bit a dimension of each key, `TokenCodes`.
-- `append_rows`: new rows into the row store.
+- `append_rows`: new rows into the row store, `Rows` too.
 
 `use_implementation` chooses between plain JAX and the kernels for what is traced inside. So does
 the environment variable `WAVEJAX_IMPLEMENTATION` for a process, and each op's own argument
@@ -28,7 +28,7 @@ GPU.
 `MASKED` is the logit of what is not there, `NO_ID` the token, cluster or slot that is none.
 
 Each op is a folder: `__init__.py` (its signature), `reference.py` (its meaning, in plain JAX) and
-`triton.py` (its kernels for GPUs). `types.py` holds what ops hand to each other. `shapes.py` names
+`triton.py` (its kernels for GPUs). `types.py` has what ops hand to each other. `shapes.py` names
 the real shapes that tests and benchmarks share; `testing.py` makes inputs of them.
 """
 
@@ -55,6 +55,7 @@ from pallas_kernels.types import (
     PackedQuery,
     Picks,
     Retrieved,
+    Rows,
     RowTable,
     SteadyRows,
     StoredRows,
@@ -78,6 +79,7 @@ __all__ = [
     "Picks",
     "Retrieved",
     "RowTable",
+    "Rows",
     "SteadyRows",
     "StoredRows",
     "TokenCodes",

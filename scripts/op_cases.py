@@ -21,6 +21,7 @@ from pallas_kernels.types import (
     Estimate,
     IndexedTokens,
     Picks,
+    Rows,
     RowTable,
     SteadyRows,
     StoredRows,
@@ -189,9 +190,10 @@ class StepBench:
 
         def call(layer: Array, operands: Any, cache_rows: Array) -> tuple[Any, Any]:
             (query, steady, store), (*picks, estimate) = operands
-            grouped = query, steady, StoredRows(store, cache_rows), Picks(*picks), estimate
+            stored = StoredRows(Rows(store), Rows(cache_rows))
+            grouped = query, steady, stored, Picks(*picks), estimate
             result = run("attend_zones", *grouped, layer, scale=shape.scale)
-            return (result.outputs, result.logsumexps), result.cache_rows
+            return (result.outputs, result.logsumexps), result.cache_rows.data
 
         before = (x.query, _steady(x), x.store)
         logits = self.made("score_clusters").logits
@@ -267,14 +269,15 @@ class StepBench:
             )
             zones = run(
                 "attend_zones",
-                *(query, _steady(x), StoredRows(x.store, cache_rows), Picks(*retrieved[:3])),
+                *(query, _steady(x), StoredRows(Rows(x.store), Rows(cache_rows))),
+                Picks(*retrieved[:3]),
                 Estimate(scores[0], x.value_means, x.offsets, retrieved.remaining),
                 layer,
                 scale=shape.scale,
             )
             output, _ = run("merge_states", zones.outputs, zones.logsumexps, dtype=query.dtype)
             counts = (retrieved.hits, retrieved.misses)
-            return (output, *counts), (retrieved.table, zones.cache_rows)
+            return (output, *counts), (retrieved.table, zones.cache_rows.data)
 
         moved = self.case("score_clusters").bytes + self.zone_bytes()
         moved += shape.rows * shape.candidates * (4 * x.codes.shape[-1] + x.scales.dtype.itemsize)

@@ -6,7 +6,16 @@ from jax import Array, lax
 
 from pallas_kernels import _compat
 from pallas_kernels.numerics import is_masked, log_count, log_sum_exp
-from pallas_kernels.types import MASKED, NO_ID, Estimate, Picks, SteadyRows, StoredRows, ZoneStates
+from pallas_kernels.types import (
+    MASKED,
+    NO_ID,
+    Estimate,
+    Picks,
+    Rows,
+    SteadyRows,
+    StoredRows,
+    ZoneStates,
+)
 
 
 def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:
@@ -81,7 +90,7 @@ def attend_zones(
     batch, kv_heads = query.shape[:2]
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     sink, sink_tokens, window, window_tokens = steady
-    store, cache_rows = rows
+    store, cache_rows = (held.plain("attend_zones") for held in rows)
     tokens, slots, hit = picks
     logits, value_means, offsets, remaining = estimate
 
@@ -114,5 +123,5 @@ def attend_zones(
     return ZoneStates(
         jnp.stack([output for output, _ in parts]),
         jnp.stack([logsumexp for _, logsumexp in parts]),
-        cache_rows,
+        Rows(cache_rows),
     )

@@ -12,7 +12,7 @@ from pallas_kernels.attend_zones._config import Config, heuristic
 from pallas_kernels.attend_zones._roles import by_processor
 from pallas_kernels.attend_zones._zones import Program, Refs
 from pallas_kernels.toolbox import launch
-from pallas_kernels.types import Estimate, Picks, SteadyRows, StoredRows, ZoneStates
+from pallas_kernels.types import Estimate, Picks, Rows, SteadyRows, StoredRows, ZoneStates
 
 __all__ = ["Config", "attend_zones", "heuristic"]
 
@@ -40,7 +40,7 @@ def attend_zones(
     """
     batch, kv_heads, group, head_dim = query.shape
     sink, sink_tokens, window, window_tokens = steady
-    store, cache_rows = rows
+    store, cache_rows = (held.plain("attend_zones") for held in rows)
     tokens, slots, hit = picks
     logits, value_means, offsets, remaining = estimate
     by_name = {"sink": sink, "window": window, "store": store, "cache": cache_rows}
@@ -129,4 +129,4 @@ def attend_zones(
         aliases=aliases,
         interpret=interpret,
     )
-    return ZoneStates(outputs, logsumexps, rest[0] if cached else cache_rows)
+    return ZoneStates(outputs, logsumexps, Rows(rest[0]) if cached else rows.cache)

@@ -110,12 +110,12 @@ class TestOps:
         assert_close(logsumexp, total, case.shape.dtype, "logsumexp")
         # Rows are copied, not computed: the cache is equal to the bit, NaN included.
         dtype = found.cache_rows.dtype
-        admitted = np.asarray(expected.cache_rows.astype(dtype))
+        admitted = np.asarray(expected.cache_rows.data.astype(dtype))
         np.testing.assert_array_equal(
-            found.cache_rows[LAYER].astype(np.float32), admitted.astype(np.float32)
+            found.cache_rows.data[LAYER].astype(np.float32), admitted.astype(np.float32)
         )
         np.testing.assert_array_equal(
-            found.cache_rows[1 - LAYER].astype(np.float32),
+            found.cache_rows.data[1 - LAYER].astype(np.float32),
             np.asarray(inputs_of(case).cache_rows[1 - LAYER].astype(jnp.float32)),
         )
 

@@ -69,7 +69,7 @@ def attend(x, cache_rows, logits, picks, layer, shape, implementation):
     )
     operands = zone_operands(arrays._asdict() | {"logits": logits})
     zones = ops.attend_zones(*operands, layer, scale=shape.scale, **named)
-    return *ops.merge_states(zones.outputs, zones.logsumexps, **named), zones.cache_rows
+    return *ops.merge_states(zones.outputs, zones.logsumexps, **named), zones.cache_rows.data
 
 
 def differing(found, expected):

@@ -140,7 +140,7 @@ def references_of(case: Case) -> dict[str, Any]:
         operands, keywords = arguments("attend_zones", case, x, made)
         zones = ops.attend_zones(*operands, **keywords, implementation="xla")
         # Only what the layer's own rows hold: the stack's other layers are not to change.
-        made["attend_zones"] = zones._replace(cache_rows=zones.cache_rows[LAYER])
+        made["attend_zones"] = zones._replace(cache_rows=ops.Rows(zones.cache_rows.data[LAYER]))
         return made
 
     return jax.block_until_ready(run(upcast(inputs_of(case))))

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from pallas_kernels.select_tokens import empty_table
-from pallas_kernels.types import RowTable
+from pallas_kernels.types import Rows, RowTable
 from wavejax._pytree import state
 from wavejax.store.shape import ROW, STACK
 
@@ -27,18 +27,23 @@ def best_fetch() -> Fetch:
     return "in_place" if jax.default_backend() in ("cpu", "gpu") else "staged"
 
 
+def _axes_of_rows(places: str) -> dict[str, tuple[str, ...]]:
+    """The names of the axes of `Rows`, which lie at `places`."""
+    return {"data": (*STACK, places, *ROW), "scales": (*STACK, places, "key_value")}
+
+
 @state
 class RowStore:
     """All indexed tokens' KV rows, by store row: a token's position less the sinks.
 
     Attributes:
-        rows: `[layers, batch, kv_heads, tokens, 2, head_dim]`, key and value side by side; in
-            `pinned_host` memory or on the device.
+        rows: `[layers, batch, kv_heads, tokens, 2, head_dim]`, with their format; in `pinned_host`
+            memory or on the device.
     """
 
-    rows: Array
+    rows: Rows
 
-    AXES: ClassVar = {"rows": (*STACK, "tokens", *ROW)}
+    AXES: ClassVar = {"rows": _axes_of_rows("tokens")}
 
 
 @state
@@ -48,15 +53,15 @@ class RowCache:
     It has no slots where the store is on the device too, unless asked for.
 
     Attributes:
-        rows: `[layers, batch, kv_heads, slots, 2, head_dim]`.
+        rows: `[layers, batch, kv_heads, slots, 2, head_dim]`, with their format.
         table: the store row that each slot holds (`pallas_kernels.RowTable`).
     """
 
-    rows: Array
+    rows: Rows
     table: RowTable
 
     AXES: ClassVar = {
-        "rows": (*STACK, "slots", *ROW),
+        "rows": _axes_of_rows("slots"),
         "table": {
             "slot_of_token": (*STACK, "tokens"),
             "token_of_slot": (*STACK, "slots"),
@@ -73,8 +78,8 @@ def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> Row
     A GPU's store in host memory holds anything until its rows are written.
     """
     if kind == "device":
-        return RowStore(jnp.zeros(shape, dtype))
-    return RowStore(_in_host_memory(shape, jnp.dtype(dtype)))
+        return RowStore(Rows(jnp.zeros(shape, dtype)))
+    return RowStore(Rows(_in_host_memory(shape, jnp.dtype(dtype))))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -95,7 +100,7 @@ def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCach
     """An empty cache of shape `[layers, batch, kv_heads, slots, 2, head_dim]`."""
     layers, batch, kv_heads, slots = shape[:4]
     table = empty_table((layers, batch, kv_heads), tokens, slots)
-    return RowCache(jnp.zeros(shape, dtype), table)
+    return RowCache(Rows(jnp.zeros(shape, dtype)), table)
 
 
 def as_rows(

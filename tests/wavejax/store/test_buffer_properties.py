@@ -91,7 +91,7 @@ def step_of_ops(slots, mass, budget, ids, prompt_tokens, used, table, store, cac
     zones = ops.attend_zones(
         jnp.zeros((BATCH, HEADS, 1, DIM)),
         ops.SteadyRows(nothing, jnp.zeros(BATCH, int), nothing, jnp.zeros(BATCH, int)),
-        ops.StoredRows(store, cache_rows),
+        ops.StoredRows(ops.Rows(store), ops.Rows(cache_rows)),
         ops.Picks(found.tokens, found.slots, found.hit),
         ops.Estimate(
             jnp.full((BATCH, HEADS, 1, clusters), MASKED),
@@ -102,7 +102,7 @@ def step_of_ops(slots, mass, budget, ids, prompt_tokens, used, table, store, cac
         scale=1.0, implementation="xla",
     )  # fmt: skip
     read, _ = ops.merge_states(zones.outputs, zones.logsumexps, implementation="xla")
-    return found, read[:, :, 0], zones.cache_rows
+    return found, read[:, :, 0], zones.cache_rows.data
 
 
 steps = st.lists(
@@ -242,14 +242,14 @@ def test_a_caches_size_changes_nothing_but_what_is_missed(lengths, cache_fractio
         table = state.cache.table
         for b, h in np.ndindex(2, 2):
             indexed = int(state.index.tokens[b])
-            stored = np.asarray(state.store.rows[0, b, h, :indexed])
+            stored = np.asarray(state.store.rows.data[0, b, h, :indexed])
             sinks = min(4, lengths[b])  # a shorter prompt is all of them
             own = rows[b, h, sinks : sinks + indexed]
             np.testing.assert_array_equal(stored, own)
             owners = np.asarray(table.token_of_slot[0, b, h])
             check_inverse(np.asarray(table.slot_of_token[0, b, h]), owners, indexed)
             held = np.flatnonzero(owners >= 0)
-            cached = np.asarray(state.cache.rows[0, b, h, held])
+            cached = np.asarray(state.cache.rows.data[0, b, h, held])
             np.testing.assert_array_equal(cached, own[owners[held]])
         tables = [s.cache.table for s in (state, complete)]
         retrieved = [int((table.hits + table.misses).sum()) for table in tables]
