@@ -6,8 +6,8 @@ A decode step's ops, in their order:
   rotated query too, a `PackedQuery`.
 - `select_clusters`: the clusters whose tokens are looked at one by one, `Candidates`.
 - `score_tokens`: the candidates' tokens by their one-bit codes.
-- `select_tokens`: the best of these `IndexedTokens`, `Retrieved`; updates the row cache's
-  `RowTable`.
+- `select_tokens`: the best of the `RankedTokens`, `Retrieved`; updates the row cache's `RowTable`.
+  Which `IndexedTokens` they are tells the store's rows; `SelectionSettings` are static.
 - `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`. It takes
   `SteadyRows`, `StoredRows` (a store and a row cache of `Rows`), `Picks` and an `Estimate`.
 - `merge_states`: attention over disjoint sets of tokens to attention over their union.
@@ -54,9 +54,11 @@ from pallas_kernels.types import (
     IndexedTokens,
     PackedQuery,
     Picks,
+    RankedTokens,
     Retrieved,
     Rows,
     RowTable,
+    SelectionSettings,
     SteadyRows,
     StoredRows,
     TokenCodes,
@@ -77,9 +79,11 @@ __all__ = [
     "IndexedTokens",
     "PackedQuery",
     "Picks",
+    "RankedTokens",
     "Retrieved",
     "RowTable",
     "Rows",
+    "SelectionSettings",
     "SteadyRows",
     "StoredRows",
     "TokenCodes",

@@ -5,6 +5,7 @@ a kv head), `head_dim`, `clusters`, `tokens`, `slots` (of the row cache). Values
 `rows.py`; import them from here.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, UInt16
@@ -91,6 +92,40 @@ class Candidates(NamedTuple):
     clusters: Array
     starts: Array
     granules: Array
+
+
+class RankedTokens(NamedTuple):
+    """The candidates by mass, and how many of them are wanted.
+
+    Attributes:
+        log_mass: `[batch, kv_heads, candidates]` float32, from `score_tokens`.
+        candidates: from `select_clusters`.
+        budget: `[batch]` or `[batch, kv_heads]` int32: tokens wanted, for each sequence or each
+            of its kv heads; no more than `SelectionSettings.max_tokens` are taken.
+    """
+
+    log_mass: Float[Array, "batch kv_heads candidates"]
+    candidates: Candidates
+    budget: Int[Array, " batch"] | Int[Array, "batch kv_heads"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionSettings:
+    """What `select_tokens` is compiled for: no array, so it is hashable and static.
+
+    Attributes:
+        max_tokens: the length of `Retrieved`'s lists.
+        segment_tokens: the length of a prompt's segments, in tokens.
+        growth_tokens: the length of a growth's segments, in tokens.
+        admission_ratio: how many times the mass of the least row selected a row must have to be
+            read from the store; 1 or more. 1 reads all that is selected. Of no effect without
+            slots.
+    """
+
+    max_tokens: int
+    segment_tokens: int
+    growth_tokens: int
+    admission_ratio: float = 1.0
 
 
 class IndexedTokens(NamedTuple):

@@ -21,6 +21,7 @@ from pallas_kernels.types import (
     Estimate,
     IndexedTokens,
     Picks,
+    RankedTokens,
     Rows,
     RowTable,
     SteadyRows,
@@ -164,24 +165,15 @@ class StepBench:
         x, shape = self.inputs, self.shape
 
         def call(layer: Array, operands: Any, table: RowTable) -> tuple[Any, Any]:
-            *first, step = operands
+            ranked, indexed, step = operands
             result = run(
-                "select_tokens",
-                *first,
-                table,
-                layer,
-                step,
-                max_tokens=shape.max_retrieved,
-                segment_tokens=shape.segment_tokens,
-                growth_tokens=shape.growth_tokens,
+                "select_tokens", ranked, indexed, table, layer, step, settings=shape.selection
             )
             kept = (result.tokens, result.slots, result.hit, result.remaining)
             return (*kept, result.hits, result.misses), result.table
 
-        operands = (
-            *(self.made("score_tokens"), self.made("select_clusters"), x.retrieved_budget),
-            *(_indexed(x), x.step),
-        )
+        made = self.made("score_tokens"), self.made("select_clusters")
+        operands = (RankedTokens(*made, x.retrieved_budget), _indexed(x), x.step)
         moved = shape.rows * (4 * shape.candidates + 8 * shape.cluster_room + 8 * shape.slots)
         return OpCase(call, operands, self.links, moved, _copy(x.table))
 
@@ -261,11 +253,9 @@ class StepBench:
                 max_candidates=shape.max_candidates,
             )
             retrieved = run(
-                "select_tokens",
-                *(log_mass, chosen, x.retrieved_budget, _indexed(x), table, layer, x.step),
-                max_tokens=shape.max_retrieved,
-                segment_tokens=shape.segment_tokens,
-                growth_tokens=shape.growth_tokens,
+                *("select_tokens", RankedTokens(log_mass, chosen, x.retrieved_budget)),
+                *(_indexed(x), table, layer, x.step),
+                settings=shape.selection,
             )
             zones = run(
                 "attend_zones",

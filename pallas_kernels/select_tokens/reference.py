@@ -7,18 +7,26 @@ from jax import Array, lax
 
 from pallas_kernels.numerics import heaviest, list_places, ordered_bits
 from pallas_kernels.score_tokens.reference import list_members
-from pallas_kernels.types import NO_ID, Candidates, IndexedTokens, Retrieved, RowTable
+from pallas_kernels.types import (
+    NO_ID,
+    IndexedTokens,
+    RankedTokens,
+    Retrieved,
+    RowTable,
+    SelectionSettings,
+)
 
 
 def pick_positions(
-    log_mass: Array, candidates: Candidates, budget: Array, offsets: Array, max_tokens: int
+    ranked: RankedTokens, offsets: Array, max_tokens: int
 ) -> tuple[Array, Array, Array]:
-    """Keeps the `budget` candidates of most mass, ties to the lower position, in list order.
+    """Keep the `budget` candidates of most mass, ties to the lower position, in list order.
 
     Returns:
         positions, clusters: `[batch, kv_heads, max_tokens]` int32; NO_ID past the last one.
         log_mass: theirs, infinite past the last one.
     """
+    log_mass, candidates, budget = ranked
     positions, clusters = list_members(candidates, offsets, log_mass.shape[-1])
     candidate = (positions != NO_ID).astype(jnp.int32)
     picked = heaviest(ordered_bits(log_mass), candidate, row_budgets(budget, candidate.shape[1]))
@@ -147,32 +155,25 @@ def segment_start(
 
 
 def select_tokens(
-    log_mass: Array,
-    candidates: Candidates,
-    budget: Array,
+    ranked: RankedTokens,
     indexed: IndexedTokens,
     table: RowTable,
     layer: Array | int,
     step: Array,
     *,
-    max_tokens: int,
-    segment_tokens: int,
-    growth_tokens: int,
-    admission_ratio: float = 1.0,
+    settings: SelectionSettings,
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`."""
     offsets, token_ids, prompt_tokens = indexed
-    batch, kv_heads = log_mass.shape[:2]
+    batch, kv_heads = ranked.log_mass.shape[:2]
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    positions, clusters, masses = pick_positions(
-        log_mass, candidates, budget, offsets[layer], max_tokens
-    )
+    positions, clusters, masses = pick_positions(ranked, offsets[layer], settings.max_tokens)
     valid = positions != NO_ID
     ids = token_ids[layer, b, h, jnp.minimum(positions, token_ids.shape[-1] - 1)].astype(jnp.int32)
-    start = segment_start(positions, prompt_tokens, segment_tokens, growth_tokens)
+    start = segment_start(positions, prompt_tokens, settings.segment_tokens, settings.growth_tokens)
     tokens = jnp.where(valid, start + ids, NO_ID)
-    if admission_ratio > 1 and table.token_of_slot.size:
-        valid &= worth_reading(tokens, masses, table, layer, admission_ratio)
+    if settings.admission_ratio > 1 and table.token_of_slot.size:
+        valid &= worth_reading(tokens, masses, table, layer, settings.admission_ratio)
         tokens, clusters = (jnp.where(valid, x, NO_ID) for x in (tokens, clusters))
     slots, hit, table = look_up(tokens, table, layer, step)
     remaining = jnp.diff(offsets[layer], axis=-1).at[b, h, clusters].add(-1, mode="drop")

@@ -22,7 +22,13 @@ from pallas_kernels.select_tokens._pick import pick_rows
 from pallas_kernels.select_tokens.reference import row_budgets
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.head_calls import HeadCalls
-from pallas_kernels.types import Candidates, IndexedTokens, Retrieved, RowTable
+from pallas_kernels.types import (
+    IndexedTokens,
+    RankedTokens,
+    Retrieved,
+    RowTable,
+    SelectionSettings,
+)
 
 __all__ = ["Config", "heuristic", "select_tokens"]
 
@@ -31,23 +37,20 @@ DRAWN = MOVED = 256
 
 
 def select_tokens(
-    log_mass: Array,
-    candidates: Candidates,
-    budget: Array,
+    ranked: RankedTokens,
     indexed: IndexedTokens,
     table: RowTable,
     layer: Array | int,
     step: Array,
     *,
-    max_tokens: int,
-    segment_tokens: int,
-    growth_tokens: int,
-    admission_ratio: float = 1.0,
+    settings: SelectionSettings,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them."""
     offsets, token_ids, prompt_tokens = indexed
+    log_mass, candidates, budget = ranked
+    max_tokens = settings.max_tokens
     batch, kv_heads, room = log_mass.shape
     slots = table.token_of_slot.shape[-1]
     config = config or tuning.config(
@@ -60,10 +63,10 @@ def select_tokens(
     rows, budget = HeadCalls((batch, kv_heads), interpret), row_budgets(budget, kv_heads)
     layer, step = launch.scalar(layer), launch.scalar(step)
     # Only then a pick may be left out.
-    choosy = slots > 0 and admission_ratio > 1
-    ranked = log_mass, candidates.starts
-    lists, sizes = _contenders(rows, config, ranked, budget, offsets, layer)
-    picked, least = _pick(rows, config, ranked, lists, budget, max_tokens, choosy)
+    choosy = slots > 0 and settings.admission_ratio > 1
+    masses = log_mass, candidates.starts
+    lists, sizes = _contenders(rows, config, masses, budget, offsets, layer)
+    picked, least = _pick(rows, config, masses, lists, budget, max_tokens, choosy)
     reads = {
         "picked": picked,
         "least": least,
@@ -80,11 +83,11 @@ def select_tokens(
     }
     look_up = functools.partial(
         look_up_rows,
-        segment_tokens=segment_tokens,
-        growth_tokens=growth_tokens,
+        segment_tokens=settings.segment_tokens,
+        growth_tokens=settings.growth_tokens,
         block=config.block,
         slots=slots,
-        admission_ratio=admission_ratio,
+        admission_ratio=settings.admission_ratio,
         interpret=interpret,
     )
     found = _look_up(rows, config, look_up, reads, sizes, table)
@@ -106,13 +109,13 @@ Contenders = tuple[Array, Array, Array]
 def _contenders(
     rows: HeadCalls,
     config: Config,
-    ranked: tuple[Array, Array],
+    masses: tuple[Array, Array],
     budget: Array,
     offsets: Array,
     layer: Array,
 ) -> tuple[Contenders, Array]:
     """The contenders of each row, and the clusters' sizes."""
-    log_mass, starts = ranked
+    log_mass, starts = masses
     drawn = None
     if config.spread:
         block = min(DRAWN, config.sample)
@@ -172,7 +175,7 @@ def _contenders(
 def _pick(
     rows: HeadCalls,
     config: Config,
-    ranked: tuple[Array, Array],
+    masses: tuple[Array, Array],
     lists: Contenders,
     budget: Array,
     max_tokens: int,
@@ -188,7 +191,7 @@ def _pick(
     )
     picked, *rest = rows.call(
         pick,
-        (*lists, *ranked, budget),
+        (*lists, *masses, budget),
         (
             rows.of(max_tokens),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lists[:2]),

@@ -1,5 +1,7 @@
 """Every op's kernel on a CUDA GPU against plain JAX in float32, on random inputs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,15 +84,16 @@ class TestOps:
     def test_only_rows_worth_reading_are_selected(self, case):
         if not case.cached:
             pytest.skip("no row cache, so nothing is missed")
-        operands, sizes = arguments("select_tokens", case, inputs_of(case), references_of(case))
-        table = operands[4]
+        operands, _ = arguments("select_tokens", case, inputs_of(case), references_of(case))
+        ranked, indexed, table, *at = operands
         # Its slots have all been given away.
         full = table._replace(misses=jnp.full_like(table.misses, table.token_of_slot.shape[-1]))
-        operands = (*operands[:4], full, *operands[5:])
+        operands = (ranked, indexed, full, *at)
+        settings = dataclasses.replace(case.shape.selection, admission_ratio=4.0)
 
         def select(implementation):
-            settings = sizes | {"admission_ratio": 4.0, "implementation": implementation}
-            return lambda *a: ops.select_tokens(*a, **settings)
+            keywords = {"settings": settings, "implementation": implementation}
+            return lambda *a: ops.select_tokens(*a, **keywords)
 
         found = run_twice(select(KERNEL), *operands)
         assert_same(found, jax.jit(select("xla"))(*operands))
@@ -160,19 +163,15 @@ def test_ties_go_to_the_lower_id(name):
     coarse = jax.random.randint(key, (s.batch, s.kv_heads, s.max_candidates), -4, 4) / 4
     listed = jnp.arange(s.max_candidates) < chosen.starts[..., -1:]
     log_mass = jnp.where(listed, coarse.astype(jnp.float32), MASKED)
-    sizes = {
-        "max_tokens": s.max_retrieved,
-        "segment_tokens": s.segment_tokens,
-        "growth_tokens": s.growth_tokens,
-    }
     operands = (
-        *(log_mass, jax.tree.map(jnp.asarray, chosen), x.retrieved_budget),
+        ops.RankedTokens(log_mass, jax.tree.map(jnp.asarray, chosen), x.retrieved_budget),
         ops.IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens),
         *(x.table, jnp.int32(0), x.step),
     )
 
     def select(implementation):
-        return lambda *a: ops.select_tokens(*a, **sizes, implementation=implementation)
+        keywords = {"settings": s.selection, "implementation": implementation}
+        return lambda *a: ops.select_tokens(*a, **keywords)
 
     found = run_twice(select(KERNEL), *operands)
     assert_same(found, jax.jit(select("xla"))(*operands))

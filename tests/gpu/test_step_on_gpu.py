@@ -46,12 +46,10 @@ def step(x, table, cache_rows, layer, now, *, shape, implementation):
         **named,
     )
     retrieved = ops.select_tokens(
-        *(log_mass, chosen, x.retrieved_budget),
+        ops.RankedTokens(log_mass, chosen, x.retrieved_budget),
         ops.IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens),
         *(table, layer, now),
-        max_tokens=shape.max_retrieved,
-        segment_tokens=shape.segment_tokens,
-        growth_tokens=shape.growth_tokens,
+        settings=shape.selection,
         **named,
     )
     picks = (retrieved.tokens, retrieved.slots, retrieved.hit, retrieved.remaining)

@@ -106,12 +106,8 @@ def arguments(op: str, case: Case, x: StepInputs, made: dict[str, Any]) -> tuple
         }
     if op == "select_tokens":
         indexed = ops.IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens)
-        operands = (made["score_tokens"], chosen, x.retrieved_budget, indexed)
-        return (*operands, x.table, layer, x.step), {
-            "max_tokens": s.max_retrieved,
-            "segment_tokens": s.segment_tokens,
-            "growth_tokens": s.growth_tokens,
-        }
+        ranked = ops.RankedTokens(made["score_tokens"], chosen, x.retrieved_budget)
+        return (ranked, indexed, x.table, layer, x.step), {"settings": s.selection}
     if op == "attend_zones":
         # The inputs' are the first layer's: this layer's clusters may have fewer members, or none.
         remaining = jnp.minimum(x.remaining, jnp.diff(x.offsets[layer], axis=-1))

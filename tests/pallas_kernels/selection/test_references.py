@@ -111,10 +111,7 @@ class PlainCache:
         return [(slots.get(token), token in hits) for token in tokens]
 
 
-select = jax.jit(
-    ops.select_tokens,
-    static_argnames=("max_tokens", "segment_tokens", "growth_tokens", "admission_ratio"),
-)
+select = jax.jit(ops.select_tokens, static_argnames="settings")
 
 
 @settings(max_examples=40, deadline=None)
@@ -135,19 +132,14 @@ def test_row_table_follows_a_plain_model(seed, slots, ratio):
         mass = rng.normal(size=(batch, heads, tokens)).astype(np.float32)
         budget = rng.integers(0, room + 1, batch)
         result = select(
-            jnp.asarray(mass),
-            every,
-            jnp.asarray(budget, jnp.int32),
+            ops.RankedTokens(jnp.asarray(mass), every, jnp.asarray(budget, jnp.int32)),
             ops.IndexedTokens(
                 offsets, jnp.asarray(ids, jnp.uint16), jnp.full(batch, tokens, jnp.int32)
             ),
             table,
             jnp.int32(1),
             jnp.int32(now),
-            max_tokens=room,
-            segment_tokens=64,
-            growth_tokens=8,
-            admission_ratio=ratio,
+            settings=ops.SelectionSettings(room, 64, 8, ratio),
         )
         table = result.table
         hits, retrieved = 0, np.zeros(batch, int)

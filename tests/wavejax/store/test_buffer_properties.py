@@ -83,9 +83,12 @@ def step_of_ops(slots, mass, budget, ids, prompt_tokens, used, table, store, cac
     every = list_candidates(sizes > 0, sizes, max_candidates=TOKENS)
     mass = jnp.where(jnp.arange(TOKENS) < used[:, None, None], mass, MASKED)
     found = ops.select_tokens(
-        mass, every, budget, ops.IndexedTokens(offsets, ids, prompt_tokens), table, LAYER, now,
-        max_tokens=ROOM, segment_tokens=SEGMENT, growth_tokens=GROWTH, implementation="xla",
-    )  # fmt: skip
+        ops.RankedTokens(mass, every, budget),
+        ops.IndexedTokens(offsets, ids, prompt_tokens),
+        *(table, LAYER, now),
+        settings=ops.SelectionSettings(ROOM, SEGMENT, GROWTH),
+        implementation="xla",
+    )
     nothing = jnp.zeros((LAYERS, BATCH, HEADS, 1, 2, DIM))
     # A query of zeros: the output is the mean of the values read.
     zones = ops.attend_zones(
