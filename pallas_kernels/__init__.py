@@ -25,7 +25,8 @@ the environment variable `WAVEJAX_IMPLEMENTATION` for a process, and each op's o
 one `Choice` each. `forget` empties it. A `FallbackWarning` says that an op runs in plain JAX on a
 GPU.
 
-`MASKED` is the logit of what is not there, `NO_ID` the token, cluster or slot that is none.
+`MASKED` is the logit of what is not there, `NO_ID` the token, cluster or slot that is none, `EMPTY`
+the same in a row table.
 
 Each op is a folder: `__init__.py` (its signature), `reference.py` (its meaning, in plain JAX) and
 `triton.py` (its kernels for GPUs). `types.py` has what ops hand to each other. `shapes.py` names
@@ -45,6 +46,7 @@ from pallas_kernels.score_tokens import score_tokens
 from pallas_kernels.select_clusters import select_clusters
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.types import (
+    EMPTY,
     MASKED,
     NO_ID,
     Candidates,
@@ -66,6 +68,7 @@ from pallas_kernels.types import (
 )
 
 __all__ = [
+    "EMPTY",
     "MASKED",
     "NO_ID",
     "Candidates",

@@ -4,9 +4,19 @@ import math
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 RowFormat = Literal["plain", "scaled"]
+
+# In the row table: no slot, no token, no step. Elsewhere `NO_ID` stands for none. This one is less
+# than every entry: the age of a slot, which is a difference of steps, is then the greatest, and the
+# kernels tell it by its sign.
+EMPTY = -1
+
+
+def is_held(entry: Array) -> Bool[Array, "..."]:
+    """Say which entries of a row table, int32 of any shape, are not `EMPTY`."""
+    return entry >= 0
 
 
 class Rows(NamedTuple):
@@ -107,12 +117,12 @@ class RowTable(NamedTuple):
     Without slots there is no cache: every row is read from the store.
 
     Attributes:
-        slot_of_token: `[layers, batch, kv_heads, tokens]` int32, -1 where the row is not cached;
-            without slots of no tokens.
-        token_of_slot: `[layers, batch, kv_heads, slots]` int32, -1 where the slot is empty; the
-            inverse of `slot_of_token`.
+        slot_of_token: `[layers, batch, kv_heads, tokens]` int32, `EMPTY` where the row is not
+            cached; without slots of no tokens.
+        token_of_slot: `[layers, batch, kv_heads, slots]` int32, `EMPTY` where the slot has no
+            row; the inverse of `slot_of_token`.
         last_used: `[layers, batch, kv_heads, slots]` int32, the step that last read the slot;
-            -1 where it is empty.
+            `EMPTY` where it has no row.
         hits, misses: `[layers, batch, kv_heads]` uint32, rows that were found in the cache and that
             were not, in all steps; they wrap around at 2^32.
     """

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.encode_tokens import rotate
+from pallas_kernels.rows import is_held
 from pallas_kernels.select_tokens import segment_start
 from pallas_kernels.shapes import StepShape
-from pallas_kernels.types import NO_ID, RowTable
+from pallas_kernels.types import EMPTY, NO_ID, RowTable
 
 # With unit normals for keys the logits then have this standard deviation: a softmax's tail as
 # trained models have it.
@@ -284,15 +285,15 @@ def _rows_to_read(
     stride = next(p for p in (7919, 6007, 104729, 1) if slots % p) if slots > 1 else 1
     slot = (jnp.arange(slots, dtype=jnp.uint32) * (stride % slots) % slots).astype(jnp.int32)
     cached = jnp.arange(slots) < lengths[:, None, None]
-    used = jnp.where(cached, order[..., :slots], -1)
+    used = jnp.where(cached, order[..., :slots], EMPTY)
     owner = jnp.zeros((batch, kv_heads, slots), jnp.int32).at[..., slot].set(used)
 
     def invert(owner: Array) -> Array:
-        places = jnp.where(owner >= 0, owner, NO_ID)
+        places = jnp.where(is_held(owner), owner, NO_ID)
         slots_of = jnp.arange(slots, dtype=jnp.int32)
-        return jnp.full(shape.tokens, -1, jnp.int32).at[places].set(slots_of, mode="drop")
+        return jnp.full(shape.tokens, EMPTY, jnp.int32).at[places].set(slots_of, mode="drop")
 
-    last_used = jnp.where(owner >= 0, jax.random.randint(key, owner.shape, 0, STEP), -1)
+    last_used = jnp.where(is_held(owner), jax.random.randint(key, owner.shape, 0, STEP), EMPTY)
     slots_of, owners, uses = (
         jnp.broadcast_to(field, (*row, field.shape[-1]))
         for field in (jax.vmap(jax.vmap(invert))(owner), owner, last_used)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
+from pallas_kernels.rows import EMPTY as EMPTY
 from pallas_kernels.rows import Rows as Rows
 from pallas_kernels.rows import RowTable as RowTable
 from pallas_kernels.rows import SteadyRows as SteadyRows
@@ -21,7 +22,7 @@ from pallas_kernels.rows import StoredRows as StoredRows
 MASKED = -1e30
 
 # Stands for no token, no cluster, no slot in an int32 list: past the end of every array, so that a
-# scatter in "drop" mode leaves it out and none has to be masked apart.
+# scatter in "drop" mode leaves it out and none has to be masked apart. In a row table `EMPTY` does.
 NO_ID = 2**31 - 1
 
 # Places of the list that one entry of `Candidates.granules` stands for.

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.rows import is_held
 from pallas_kernels.select_tokens._dropped import Dropped
 from pallas_kernels.select_tokens._look_up import count
 from pallas_kernels.select_tokens._pick import limits
@@ -12,7 +13,7 @@ from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.bisection import threshold
 from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.toolbox.packed_counts import list_selected
-from pallas_kernels.types import NO_ID
+from pallas_kernels.types import EMPTY, NO_ID
 
 # Slots' ages that a thread looks at at once.
 SLOTS_A_THREAD = 4
@@ -90,7 +91,7 @@ def _admit(row: HeadView, refs: Admit, listed: Any, wanted: Any, step: Any) -> N
     slots = refs.token_of_slot.shape[-1]
 
     def age(slot: Any, exists: Any) -> Any:
-        # Zero for a slot used in this step; the largest one is an empty slot's, step + 1.
+        # Zero for a slot used in this step; the largest one is an EMPTY slot's, step + 1.
         used = row.load(refs.last_used, slot, mask=exists, stacked=True)
         return jnp.where(exists, step - used, 0).astype(jnp.uint32)
 
@@ -135,8 +136,8 @@ def _admit(row: HeadView, refs: Admit, listed: Any, wanted: Any, step: Any) -> N
         enters = (miss > 0) & (nth < wanted)
         victim = row.load(refs.victims, nth, mask=enters)
         evicted = row.load(refs.token_of_slot, victim, mask=enters, stacked=True)
-        gone = enters & (evicted >= 0)
-        row.store(refs.slot_of_token, jnp.full_like(i, -1), evicted, mask=gone, stacked=True)
+        gone = enters & is_held(evicted)
+        row.store(refs.slot_of_token, jnp.full_like(i, EMPTY), evicted, mask=gone, stacked=True)
         row.store(refs.slot_of_token, victim, token, mask=enters, stacked=True)
         row.store(refs.slots, victim, i, mask=enters)
         # A slot's old owner was read by the lane that now writes its new one.

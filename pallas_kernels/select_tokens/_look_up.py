@@ -7,6 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.rows import is_held
 from pallas_kernels.score_tokens._members import Members, find_members
 from pallas_kernels.select_tokens._dropped import Dropped, worth_reading
 from pallas_kernels.select_tokens._pick import limits
@@ -95,7 +96,7 @@ def look_up_rows(
     # While the slots are on their way.
     runs = _find_runs(row, refs.starts, refs.picked, i, number, budget)
     if slots:
-        hit = valid & (found >= 0)
+        hit = valid & is_held(found)
         slot = jnp.where(hit, found, NO_ID)
         used = jnp.full_like(i, refs.step[...])
         row.store(refs.last_used, used, found, mask=hit, stacked=True)

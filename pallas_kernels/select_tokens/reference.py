@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.numerics import heaviest, list_places, ordered_bits
+from pallas_kernels.rows import is_held
 from pallas_kernels.score_tokens.reference import list_members
 from pallas_kernels.types import (
+    EMPTY,
     NO_ID,
     IndexedTokens,
     RankedTokens,
@@ -50,9 +52,9 @@ def row_budgets(budget: Array, kv_heads: int) -> Array:
 def empty_table(row: tuple[int, int, int], tokens: int, slots: int) -> RowTable:
     """A table of empty slots; `row` is (layers, batch, kv_heads). No array stands in it twice."""
     return RowTable(
-        slot_of_token=jnp.full((*row, tokens if slots else 0), -1, jnp.int32),
-        token_of_slot=jnp.full((*row, slots), -1, jnp.int32),
-        last_used=jnp.full((*row, slots), -1, jnp.int32),
+        slot_of_token=jnp.full((*row, tokens if slots else 0), EMPTY, jnp.int32),
+        token_of_slot=jnp.full((*row, slots), EMPTY, jnp.int32),
+        last_used=jnp.full((*row, slots), EMPTY, jnp.int32),
         hits=jnp.zeros(row, jnp.uint32),
         misses=jnp.zeros(row, jnp.uint32),
     )
@@ -78,13 +80,13 @@ def look_up(
     # it writes depends on all that it reads.
     owner, last_used = table.token_of_slot[layer], table.last_used[layer]
     found = table.slot_of_token[layer, b, h, jnp.minimum(tokens, capacity - 1)]
-    hit = valid & (found >= 0)
+    hit = valid & is_held(found)
     last_used = last_used.at[b, h, jnp.where(hit, found, NO_ID)].set(step, mode="drop")
 
     miss = valid & ~hit
     free = num_slots - jnp.sum(hit, axis=-1, dtype=jnp.int32)
     wanted = jnp.minimum(jnp.sum(miss, axis=-1, dtype=jnp.int32), free)
-    # Used before this step, so not hit in it; -1, empty, is the longest ago.
+    # Used before this step, so not hit in it; EMPTY is the longest ago.
     idle = (last_used < step).astype(jnp.int32)
     age = ~lax.bitcast_convert_type(last_used + 1, jnp.uint32)
     victims = list_places(heaviest(age, idle, wanted), num_slots)
@@ -94,9 +96,9 @@ def look_up(
     filled = jnp.where(admitted, victim, NO_ID)
 
     evicted = jnp.take_along_axis(owner, jnp.clip(victim, 0, num_slots - 1), axis=-1)
-    evicted = jnp.where(admitted & (evicted >= 0), evicted, NO_ID)
+    evicted = jnp.where(admitted & is_held(evicted), evicted, NO_ID)
     entering = jnp.where(admitted, tokens, NO_ID)
-    slot_of_token = table.slot_of_token.at[layer, b, h, evicted].set(-1, mode="drop")
+    slot_of_token = table.slot_of_token.at[layer, b, h, evicted].set(EMPTY, mode="drop")
     slot_of_token = slot_of_token.at[layer, b, h, entering].set(filled, mode="drop")
     owner = owner.at[b, h, filled].set(tokens, mode="drop")
     last_used = last_used.at[b, h, filled].set(step, mode="drop")
@@ -129,7 +131,7 @@ def worth_reading(
     batch, kv_heads, _ = tokens.shape
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     capacity, num_slots = table.slot_of_token.shape[-1], table.token_of_slot.shape[-1]
-    cached = table.slot_of_token[layer, b, h, jnp.minimum(tokens, capacity - 1)] >= 0
+    cached = is_held(table.slot_of_token[layer, b, h, jnp.minimum(tokens, capacity - 1)])
     least = jnp.min(log_mass, axis=-1, keepdims=True)
     filling = table.misses[layer] < num_slots
     return cached | (log_mass >= least + math.log(admission_ratio)) | filling[..., None]

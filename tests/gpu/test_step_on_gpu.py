@@ -10,7 +10,7 @@ import pytest
 import pallas_kernels as ops
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.testing import make_step
-from pallas_kernels.types import MASKED, NO_ID
+from pallas_kernels.types import EMPTY, MASKED, NO_ID
 from tests.support.gpu_cases import SEED, assert_close, assert_table_is_inverse, shape, upcast
 from tests.support.zone_operands import zone_operands
 
@@ -144,7 +144,7 @@ def test_steps_in_one_program(name, store):
 
     assert_table_is_inverse(table)
     owner = np.asarray(table.token_of_slot)
-    assert (owner[0] == -1).all()
+    assert (owner[0] == EMPTY).all()
     rows = np.asarray(x.store.astype(jnp.float32) if store == "device" else x.store)
     rows, cached = rows.astype(np.float32), np.asarray(cache_rows).astype(np.float32)
     for layer, b, h in np.ndindex(owner.shape[:3]):

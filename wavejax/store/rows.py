@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from pallas_kernels.select_tokens import empty_table
-from pallas_kernels.types import Rows, RowTable
+from pallas_kernels.types import EMPTY, Rows, RowTable
 from wavejax._pytree import state
 from wavejax.store.shape import ROW, STACK
 
@@ -115,5 +115,5 @@ def forget(cache: RowCache, sequence: Int[Array, ""]) -> RowCache:
     *places, hits, misses = cache.table
     counts = (counter.at[:, sequence].set(0) for counter in (hits, misses))
     return RowCache(
-        cache.rows, RowTable(*(field.at[:, sequence].set(-1) for field in places), *counts)
+        cache.rows, RowTable(*(field.at[:, sequence].set(EMPTY) for field in places), *counts)
     )

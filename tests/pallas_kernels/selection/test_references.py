@@ -13,7 +13,7 @@ import pallas_kernels as ops
 from pallas_kernels.numerics import heaviest, list_places, ordered_bits
 from pallas_kernels.select_clusters import list_candidates
 from pallas_kernels.select_tokens import empty_table, segment_start
-from pallas_kernels.types import GRANULE, MASKED, NO_ID
+from pallas_kernels.types import EMPTY, GRANULE, MASKED, NO_ID
 
 few_values = st.sampled_from([-3.0, -1.5, -0.0, 0.0, 0.25, 2.0, 2.0000002, 1e30, -1e30])
 
@@ -93,7 +93,7 @@ class PlainCache:
     """The row table in plain Python: one row of (sequence, head)."""
 
     def __init__(self, slots):
-        self.owner, self.used = [-1] * slots, [-1] * slots
+        self.owner, self.used = [EMPTY] * slots, [EMPTY] * slots
 
     def step(self, tokens, now):
         """Returns each token's slot (None for none) and whether it was a hit."""
@@ -169,7 +169,7 @@ def test_row_table_follows_a_plain_model(seed, slots, ratio):
                 kept = np.bincount(best // 4, minlength=6)
                 np.testing.assert_array_equal(result.remaining[b, h], 4 - kept)
                 owner = np.asarray(table.token_of_slot[1, b, h])
-                inverse = np.full(tokens, -1)
+                inverse = np.full(tokens, EMPTY)
                 inverse[owner[owner >= 0]] = np.flatnonzero(owner >= 0)
                 np.testing.assert_array_equal(table.slot_of_token[1, b, h], inverse)
         assert int(result.hits.sum()) == hits
@@ -178,7 +178,7 @@ def test_row_table_follows_a_plain_model(seed, slots, ratio):
             assert retrieved.tolist() == (budget * heads).tolist()
         counted += np.stack([result.hits, result.misses])
         np.testing.assert_array_equal(np.stack([table.hits[1], table.misses[1]]), counted)
-    assert (np.asarray(table.slot_of_token[0]) == -1).all()  # the other layer
+    assert (np.asarray(table.slot_of_token[0]) == EMPTY).all()  # the other layer
     assert not np.asarray(table.hits[0]).any()
     assert not np.asarray(table.misses[0]).any()
 

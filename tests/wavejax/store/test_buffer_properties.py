@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import pallas_kernels as ops
 from pallas_kernels.select_clusters import list_candidates
 from pallas_kernels.select_tokens import empty_table
-from pallas_kernels.types import MASKED, NO_ID, RowTable
+from pallas_kernels.types import EMPTY, MASKED, NO_ID, RowTable
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import WaveAttention, WaveConfig
 from wavejax.store.shape import CacheShape
@@ -56,21 +56,21 @@ def check_table(table: RowTable, layer: int, caches: dict, tokens: int) -> None:
     slot_of_token, token_of_slot, last_used = (np.asarray(part[layer]) for part in table[:3])
     for (b, h), cache in caches.items():
         owners = token_of_slot[b, h]
-        assert owners.tolist() == [cache.held.get(slot, (-1,))[0] for slot in range(cache.slots)]
-        ages = [cache.held.get(slot, (-1, -1))[1] for slot in range(cache.slots)]
+        assert owners.tolist() == [cache.held.get(slot, (EMPTY,))[0] for slot in range(cache.slots)]
+        ages = [cache.held.get(slot, (EMPTY, EMPTY))[1] for slot in range(cache.slots)]
         assert last_used[b, h].tolist() == ages
         check_inverse(slot_of_token[b, h], owners, tokens)
 
 
 def check_inverse(slot_of_token: np.ndarray, token_of_slot: np.ndarray, tokens: int) -> None:
     """Asserts that two tables of one row are inverse to each other, and hold known tokens only."""
-    inverse = np.full_like(slot_of_token, -1)
+    inverse = np.full_like(slot_of_token, EMPTY)
     owned = np.flatnonzero(token_of_slot >= 0)
     inverse[token_of_slot[owned]] = owned
     np.testing.assert_array_equal(slot_of_token, inverse)
     # Of two slots with one token, the inverse would name one alone.
     assert len(set(token_of_slot[owned].tolist())) == len(owned)
-    assert (slot_of_token[tokens:] == -1).all()
+    assert (slot_of_token[tokens:] == EMPTY).all()
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -194,7 +194,7 @@ def test_ops_read_the_right_rows(slots, seed, steps):
                 cache_rows[LAYER, b, h, slot], store[LAYER, b, h, owners[b, h, slot]]
             )
         other = 1 - LAYER
-        assert all((np.asarray(part[other]) == -1).all() for part in table[:3])
+        assert all((np.asarray(part[other]) == EMPTY).all() for part in table[:3])
         assert not np.asarray(table.hits[other] + table.misses[other]).any()
         assert (np.asarray(cache_rows[other]) == 2.0**20).all()
 
