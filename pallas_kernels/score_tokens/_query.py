@@ -81,11 +81,11 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> PackedQuery:
     Args:
         query: `[batch, kv_heads, group, head_dim]`.
         scale: multiplies every product of query and key.
-        interpret: see `_pallas.call`.
+        interpret: see `launch.call`.
     """
     batch, kv_heads, group, head_dim = query.shape
 
-    def kernel(query_ref: Any, *refs: Any) -> None:
+    def kernel(query_ref: Any, packed: PackedQuery) -> None:
         b, h = pl.program_id(0) // kv_heads, pl.program_id(0) % kv_heads
         g = jnp.arange(launch.MAX_GROUP)[:, None]
         parts = []
@@ -93,18 +93,19 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> PackedQuery:
             exists = (g < group) & (dim < head_dim)[None, :]
             part = plt.load(query_ref.at[b, h, g, dim[None, :]], mask=exists, other=0)
             parts.append(part.astype(jnp.float32))
-        write_packed(parts, PackedQuery(*refs), b, h, scale=scale)
+        write_packed(parts, packed, b, h, scale=scale)
 
-    packed: PackedQuery = launch.call(
+    [packed] = launch.call(
         kernel,
         (query,),
-        packed_shapes(batch, kv_heads, group, head_dim),
+        (packed_shapes(batch, kv_heads, group, head_dim),),
         (batch * kv_heads,),
         name="pack_query",
         num_warps=4,
         interpret=interpret,
     )
-    return packed
+    found: PackedQuery = packed
+    return found
 
 
 @functools.cache

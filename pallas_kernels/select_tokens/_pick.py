@@ -185,28 +185,47 @@ def _pick_in_memory(contenders: _Contenders, budget: Any, out: _Picked, tile: in
         row.store(out.least_ref, least)
 
 
-def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret: bool) -> None:
-    """Lists one row's best contenders: which candidates are retrieved.
+def pick_rows(
+    keys_before: Any,
+    places_before: Any,
+    counts_ref: Any,
+    log_mass_ref: Any,
+    starts_ref: Any,
+    budget_ref: Any,
+    picked_ref: Any,
+    keys_ref: Any,
+    places_ref: Any,
+    least_ref: Any | None,
+    prefix_ref: Any,
+    *,
+    tile: int,
+    threads: int,
+    interpret: bool,
+) -> None:
+    """List one row's best contenders: which candidates are retrieved.
 
-    Refs:
-        keys, places, counts: from `list_contenders`, the first two written in place.
-        log_mass: `[batch, kv_heads, candidates]` float32.
-        starts: `Candidates.starts`.
-        budget: `[batch, kv_heads]` int32.
-        picked: `[batch, kv_heads, max_tokens]` int32, out: the places, rising.
-        least: `[batch, kv_heads]` uint32, out if `needs_least`: the least key that is picked.
-        prefix: `[batch, kv_heads, chunks]` int32, scratch.
-
-    Up to `tile` contenders are held in registers; if there are more, they are read again and again.
+    Args:
+        keys_before, places_before: `keys_ref` and `places_ref`, which are written in place.
+        counts_ref: from `list_contenders`.
+        log_mass_ref: `[batch, kv_heads, candidates]` float32.
+        starts_ref: `Candidates.starts`.
+        budget_ref: `[batch, kv_heads]` int32.
+        picked_ref: `[batch, kv_heads, max_tokens]` int32, out: the places, rising.
+        keys_ref, places_ref: from `list_contenders`, in place.
+        least_ref: `[batch, kv_heads]` uint32, out: the least key that is picked. None where nobody
+            asks for it.
+        prefix_ref: `[batch, kv_heads, chunks]` int32, scratch.
+        tile: so many contenders are held in registers; if there are more, they are read again and
+            again.
+        threads: of the program.
+        interpret: whether the kernel is interpreted.
     """
-    counts_ref, log_mass_ref, starts_ref, budget_ref, picked_ref, *lists = refs[2:-1]
-    prefix_ref, least_ref = refs[-1], lists.pop() if needs_least else None
+    del keys_before, places_before
     row = HeadView(
         pl.program_id(1), log_mass_ref.shape[1], None, interpret=interpret, block=min(tile, 2048)
     )
     rooms = log_mass_ref.shape[-1], picked_ref.shape[-1]
     total, budget = limits(row, starts_ref, budget_ref, rooms)
-    keys_ref, places_ref = lists
     nth = jnp.arange(launch.tile(counts_ref.shape[-1]))
     counts = row.load(counts_ref, nth, mask=nth < counts_ref.shape[-1])
     found = jnp.sum(counts)

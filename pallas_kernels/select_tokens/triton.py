@@ -186,16 +186,15 @@ def _pick(
         pick_rows,
         tile=config.tile,
         threads=32 * config.pick_warps,
-        needs_least=needs_least,
         interpret=rows.interpret,
     )
-    picked, *rest = rows.call(
+    picked, _, _, least, _ = rows.call(
         pick,
         (*lists, *masses, budget),
         (
             rows.of(max_tokens),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lists[:2]),
-            *([rows.of(dtype=jnp.uint32)] if needs_least else []),
+            rows.of(dtype=jnp.uint32) if needs_least else None,
             rows.of(lists[-1].shape[-1]),  # scratch: the chunks' prefix sums
         ),
         1,
@@ -203,7 +202,7 @@ def _pick(
         num_warps=config.pick_warps,
         aliases={0: 1, 1: 2},
     )
-    return picked, rest[2] if needs_least else None
+    return picked, least
 
 
 def _look_up(

@@ -58,11 +58,14 @@ class HeadCalls:
         kept = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in in_place.items()}
         results, absent = kept | writes, dict.fromkeys(kind._fields)
 
-        def with_names(*refs: Any) -> None:
-            named = zip((*reads, *results), refs[len(in_place) :], strict=True)
+        def with_names(
+            before: tuple[Any, ...], read: tuple[Any, ...], written: tuple[Any, ...]
+        ) -> None:
+            del before  # What is written in place has a result's ref, too.
+            named = zip((*reads, *results), (*read, *written), strict=True)
             kernel(kind(**absent | dict(named)))
 
-        operands, places = (*in_place.values(), *reads.values()), range(len(in_place))
+        operands, places = (tuple(in_place.values()), tuple(reads.values())), range(len(in_place))
         how |= {"name": kernel.func.__name__, "aliases": {i: i for i in places}}
-        found = self.call(with_names, operands, tuple(results.values()), parts, **how)
+        [found] = self.call(with_names, operands, (tuple(results.values()),), parts, **how)
         return dict(zip(results, found, strict=True))
