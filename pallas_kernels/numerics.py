@@ -30,19 +30,19 @@ def log_sum_exp(x: Any, axis: int) -> Any:
 
 
 def log_total(peak: Any, total: Any) -> Any:
-    """The log of a sum that was taken relative to its peak; MASKED for an empty one, of total 0."""
+    """Compute the log of a sum taken relative to its peak; MASKED for an empty one, of total 0."""
     empty = total == 0
     return jnp.where(empty, MASKED, peak + jnp.log(jnp.where(empty, 1.0, total)))
 
 
 def log_count(count: Any) -> Any:
-    """log of an integer count in float32; MASKED for zero."""
+    """Take the log of an integer count, in float32; MASKED for zero."""
     count = count.astype(jnp.float32)
     return jnp.where(count > 0, jnp.log(jnp.maximum(count, 1.0)), MASKED)
 
 
 def ordered_bits(x: Any) -> Any:
-    """float32 to uint32, in the same order; -0.0 counts as 0.0, and any NaN as less than -inf.
+    """Map float32 to uint32, in the same order; -0.0 counts as 0.0, and any NaN as less than -inf.
 
     No key is 0, which is left for what does not exist, nor 2^32 - 1.
     """
@@ -53,13 +53,13 @@ def ordered_bits(x: Any) -> Any:
 
 
 def from_ordered_bits(key: Any) -> Any:
-    """The float32 that `ordered_bits` made the key of; a NaN of NaN's."""
+    """Return the float32 that `ordered_bits` made the key of; a NaN of NaN's."""
     bits = jnp.where(key >> 31 == 1, key ^ (jnp.uint32(1) << 31), ~key)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def heaviest(key: Any, weights: Any, budget: Any) -> Any:
-    """Marks the elements of largest key, until their weights reach the budget.
+    """Mark the elements of largest key, until their weights reach the budget.
 
     Exact: in the order of falling key, ties by rising place, the shortest prefix whose weights
     add up to `budget`, or everything that has a weight if all of it is less. By bisection on the
@@ -89,7 +89,7 @@ def heaviest(key: Any, weights: Any, budget: Any) -> Any:
 
 
 def list_places(mark: Any, room: int) -> Any:
-    """Lists where `mark` holds, rising: `[..., n]` bool to `[..., room]` int32, NO_ID after."""
+    """List where `mark` holds, rising: `[..., n]` bool to `[..., room]` int32, NO_ID after."""
     n = mark.shape[-1]
     place = jnp.where(mark, jnp.cumsum(mark, axis=-1) - 1, NO_ID)
 

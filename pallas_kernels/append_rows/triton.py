@@ -38,7 +38,7 @@ class Config:
 
 
 def heuristic(kv_heads: int, new: int, head_dim: int, itemsize: int) -> Config:
-    """Runs of `RUN_BYTES`, or shorter ones where that would leave programs without any.
+    """Run of `RUN_BYTES`, or shorter ones where that would leave programs without any.
 
     Args:
         kv_heads, new: heads, and rows of each.
@@ -108,7 +108,7 @@ def _kernel(
     *,
     config: Config,
 ) -> None:
-    """Copies a run of one head's rows, which lie as closely in the store as they are given."""
+    """Copy a run of one head's rows, which lie as closely in the store as they are given."""
     new, head_dim = rows_ref.shape[1], rows_ref.shape[3]
     head, first, start = pl.program_id(1), pl.program_id(0) * config.tokens, start_ref[...]
     to = layer_ref[...], sequence_ref[...], head

@@ -111,7 +111,7 @@ class ProgramOfRow:
         )
 
     def of_rows(self, valid: Array) -> Array:
-        """What of vectors `[n, d]` is to be read or written, if `[n]` of them are."""
+        """Tell what of vectors `[n, d]` is to be read or written, if `[n]` of them are."""
         if self.d.size == self.head_dim:
             return jnp.broadcast_to(valid[:, None], (valid.size, self.d.size))
         return valid[:, None] & (self.d < self.head_dim)

@@ -19,7 +19,7 @@ from pallas_kernels.types import (
 
 
 def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:
-    """Reads rows of the store: `[batch, kv_heads, n, 2, head_dim]`, on the device.
+    """Read rows of the store: `[batch, kv_heads, n, 2, head_dim]`, on the device.
 
     A store in host memory is read by the host's processor, since XLA does not gather across
     memories; the rows it gathered then go to the device in one transfer.
@@ -53,12 +53,13 @@ def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:
 
 
 def attend_rows(query: Array, rows: Array, valid: Array, *, scale: float) -> tuple[Array, Array]:
-    """Exact attention over rows of keys and values.
+    """Attend to rows of keys and values, exactly.
 
     Args:
         query: `[batch, kv_heads, group, head_dim]`.
         rows: `[batch, kv_heads, n, 2, head_dim]`.
         valid: `[batch, kv_heads or 1, n]` bool.
+        scale: multiplies every product of query and key.
     """
     # A row that is not valid may hold anything, NaN included.
     rows = jnp.where(valid[..., None, None], rows, 0)

@@ -51,7 +51,7 @@ class Config:
 
 
 def heuristic(rows: int, clusters: int, head_dim: int, dtype: Any) -> Config:
-    """A config of tiles that fit in registers and, for few rows, of more and smaller programs."""
+    """Choose tiles that fit in registers and, for few rows, more and smaller programs."""
     if dtype == jnp.float32:
         # Exact products of float32 are not the tensor cores' work, and take more registers.
         return Config(
@@ -152,7 +152,7 @@ def k_means(
     sizes: Array,
     iterations: int,
 ) -> Array:
-    """Assigns each centred key to a cluster: `[rows, tokens]` int32, `max_clusters` for padding."""
+    """Assign each centred key to a cluster: `[rows, tokens]` int32, `max_clusters` for padding."""
     rows, tokens, width = x.shape
     clusters = max_clusters + -max_clusters % config.move_clusters
     used = -(-counts // sizes)
@@ -197,8 +197,12 @@ def k_means(
 
 
 def sort_by_cluster(assignment: Array, max_clusters: int) -> tuple[Array, Array]:
-    """The tokens by cluster and then by number: `[rows, tokens]` int32, and each cluster's first
-    place in that order: `[rows, max_clusters + 1]` int32."""
+    """Sort the tokens by cluster and then by number.
+
+    Returns:
+        the tokens in that order, `[rows, tokens]` int32, and each cluster's first place in it,
+        `[rows, max_clusters + 1]` int32.
+    """
     tokens = assignment.shape[1]
     # One key of 32 bits for both: the sort that XLA does fastest on a GPU.
     token = jnp.arange(tokens, dtype=jnp.uint32)

@@ -35,7 +35,7 @@ class Config:
 
 
 def heuristic(rows: int, clusters: int, head_dim: int, dtype: str) -> Config:
-    """A config for shapes that were not tuned."""
+    """Choose a config for shapes that were not tuned."""
     block = 128 if head_dim <= 128 else 64
     if dtype == "float32":
         # Its products are made one by one, in registers.

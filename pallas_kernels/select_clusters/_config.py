@@ -35,7 +35,7 @@ MOST_IN_REGISTERS = 8192
 
 
 def heuristic(rows: int, clusters: int) -> Config:
-    """A config for shapes that were not tuned."""
+    """Choose a config for shapes that were not tuned."""
     whole = launch.tile(clusters, 32)
     if whole > MOST_IN_REGISTERS:
         # A larger sample costs less than the contenders that it leaves out.

@@ -29,7 +29,7 @@ def list_chunk(
     chunk: int,
     threads: int,
 ) -> None:
-    """Lists a chunk's selected clusters, from where those of the chunks before it end.
+    """List a chunk's selected clusters, from where those of the chunks before it end.
 
     Args:
         row: whose clusters.

@@ -79,7 +79,7 @@ def _bracket(
     config: Config,
     interpret: bool,
 ) -> None:
-    """Finds two keys between which the selection ends: see `find_bracket`."""
+    """Find two keys between which the selection ends: see `find_bracket`."""
     ranked = Ranked(refs, interpret)
     row, clusters = ranked.row, ranked.offsets.shape[-1] - 1
     stride = sample_stride(clusters, config.sample)
@@ -101,7 +101,7 @@ def _split(
     config: Config,
     interpret: bool,
 ) -> None:
-    """Lists what lies in the bracket: see `split`. The number of it is written in place."""
+    """List what lies in the bracket: see `split`. The number of it is written in place."""
     del number_ref
     ranked = Ranked(refs, interpret)
     at = pl.program_id(0), written, bracket_ref
@@ -109,7 +109,7 @@ def _split(
 
 
 def _end(refs: RankedRefs, lists: Lists, end_ref: Any, *, config: Config, interpret: bool) -> None:
-    """Finds the end of the selection: see `find_end`."""
+    """Find the end of the selection: see `find_end`."""
     ranked = Ranked(refs, interpret)
     budget = jnp.maximum(ranked.budget, 1)
     lists, sizes = lists._replace(end=end_ref), (config.tile, 32 * config.end_warps)
@@ -127,7 +127,7 @@ def _list(
     config: Config,
     interpret: bool,
 ) -> None:
-    """Lists a chunk's selected clusters, from where those of the chunks before it end."""
+    """List a chunk's selected clusters, from where those of the chunks before it end."""
     ranked = Ranked(refs, interpret)
     row = ranked.row
     part, budget = pl.program_id(0), ranked.budget

@@ -60,7 +60,7 @@ class Admit(NamedTuple):
 
 
 def admit_rows(refs: Admit, *, candidates: int, threads: int, interpret: bool) -> None:
-    """Gives a row's missed rows the least recently used slots, by rising slot, if there are any.
+    """Give a row's missed rows the least recently used slots, by rising slot, if there are any.
 
     Args:
         refs: see there.
@@ -87,7 +87,7 @@ def admit_rows(refs: Admit, *, candidates: int, threads: int, interpret: bool) -
 
 
 def _admit(row: HeadView, refs: Admit, listed: Any, wanted: Any, step: Any) -> None:
-    """Gives the first `wanted` missed rows, at least one, of so many listed ones their slots."""
+    """Give the first `wanted` missed rows, at least one, of so many listed ones their slots."""
     slots = refs.token_of_slot.shape[-1]
 
     def age(slot: Any, exists: Any) -> Any:

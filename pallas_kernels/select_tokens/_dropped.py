@@ -74,7 +74,7 @@ class Dropped:
         return back
 
     def finish(self, remaining_ref: Any) -> Any:
-        """Gives clusters back what later blocks dropped of theirs; returns how many are dropped.
+        """Give clusters back what later blocks dropped of theirs; returns how many are dropped.
 
         Args:
             remaining_ref: `[batch, kv_heads, clusters]` int32; as the blocks' programs left it.

@@ -71,7 +71,7 @@ def look_up_rows(
     admission_ratio: float,
     interpret: bool,
 ) -> None:
-    """Looks up a block of a row's picks.
+    """Look up a block of a row's picks.
 
     At an `admission_ratio` of 1 every pick is retrieved.
     """
@@ -121,7 +121,7 @@ def look_up_rows(
 
 
 def count(row: HeadView, number_ref: Any, total_ref: Any, number: Any) -> None:
-    """Writes how many of a row's rows hit or missed, and adds it to the row table's counter."""
+    """Write how many of a row's rows hit or missed, and adds it to the row table's counter."""
     row.store(number_ref, number)
     total = row.load(total_ref, stacked=True) + number.astype(jnp.uint32)
     row.store(total_ref, total, stacked=True)

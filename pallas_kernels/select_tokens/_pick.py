@@ -26,7 +26,7 @@ LARGEST = 2**32 - 1  # of keys
 
 
 def _take_all(row: HeadView, lists: tuple[Any, Any], log_mass_ref: Any, total: Any) -> None:
-    """Makes every candidate a contender: where too few are, the sample misled."""
+    """Make every candidate a contender: where too few are, the sample misled."""
     keys_ref, places_ref = lists
     chunk = keys_ref.shape[-1]
 
@@ -62,7 +62,7 @@ class _Contenders(NamedTuple):
         return int(self.keys_ref.shape[-2])
 
     def count_before(self, counts: Any) -> None:
-        """Writes how many come before each chunk's, given how many each has."""
+        """Write how many come before each chunk's, given how many each has."""
         nth = jnp.arange(counts.shape[0])
         if self.chunks > 1:
             before = jnp.cumsum(counts) - counts
@@ -108,7 +108,7 @@ class _Picked(NamedTuple):
 def _pick_in_registers(
     contenders: _Contenders, budget: Any, out: _Picked, tile: int, threads: int
 ) -> None:
-    """Picks the contenders of the `budget` largest keys, of no more than `tile` of them."""
+    """Pick the contenders of the `budget` largest keys, of no more than `tile` of them."""
     row = contenders.row
     run = min(max(tile // threads, 1), RUN)
     block = run * jnp.arange(threads)
@@ -144,7 +144,7 @@ def _pick_in_registers(
 
 
 def _pick_in_memory(contenders: _Contenders, budget: Any, out: _Picked, tile: int) -> None:
-    """The same of any number: each round of a bisection reads them again, `tile` at a time."""
+    """Pick the same of any number: each round of a bisection reads them again, `tile` at a time."""
     row = contenders.row
 
     def each(visit: Any, state: Any) -> Any:
@@ -247,7 +247,7 @@ def pick_rows(
 def limits(
     row: HeadView, starts_ref: Any, budget_ref: Any, rooms: tuple[int, int]
 ) -> tuple[Any, Any]:
-    """A row's candidates, and how many of them are retrieved: int32 both.
+    """Read a row's candidates, and how many of them are retrieved: int32 both.
 
     Args:
         row: whose.

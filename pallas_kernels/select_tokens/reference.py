@@ -50,7 +50,12 @@ def row_budgets(budget: Array, kv_heads: int) -> Array:
 
 
 def empty_table(row: tuple[int, int, int], tokens: int, slots: int) -> RowTable:
-    """A table of empty slots; `row` is (layers, batch, kv_heads). No array stands in it twice."""
+    """Make a table of empty slots; no array stands in it twice.
+
+    Args:
+        row: layers, batch and kv_heads.
+        tokens, slots: room for them; without slots the table has no tokens either.
+    """
     return RowTable(
         slot_of_token=jnp.full((*row, tokens if slots else 0), EMPTY, jnp.int32),
         token_of_slot=jnp.full((*row, slots), EMPTY, jnp.int32),
@@ -63,7 +68,7 @@ def empty_table(row: tuple[int, int, int], tokens: int, slots: int) -> RowTable:
 def look_up(
     tokens: Array, table: RowTable, layer: Array | int, step: Array
 ) -> tuple[Array, Array, RowTable]:
-    """Finds the rows' slots, gives missed rows the least recently used ones, updates the table.
+    """Find the rows' slots, gives missed rows the least recently used ones, updates the table.
 
     Slots that hold a row of this very selection are never given away. The slots that are go to the
     missed rows in list order, by rising slot; once they run out, the rest stay uncached.
@@ -140,7 +145,7 @@ def worth_reading(
 def segment_start(
     positions: Array, prompt_tokens: Array, segment_tokens: int, growth_tokens: int
 ) -> Array:
-    """The first position of the segment that each index position lies in.
+    """Find the first position of the segment that each index position lies in.
 
     A prompt's indexed part is cut into segments of `segment_tokens`, the last one shorter; then
     come the growth segments. A segment's clusters hold its own tokens, so its members' positions
@@ -149,6 +154,7 @@ def segment_start(
     Args:
         positions: `[batch, ...]` int32.
         prompt_tokens: `[batch]` int32, how many of the indexed tokens came with the prompt.
+        segment_tokens, growth_tokens: length of a prompt's segments and of those of growth.
     """
     prompt = prompt_tokens.reshape(-1, *(1,) * (positions.ndim - 1))
     in_prompt = positions // segment_tokens * segment_tokens

@@ -114,7 +114,7 @@ def _contenders(
     offsets: Array,
     layer: Array,
 ) -> tuple[Contenders, Array]:
-    """The contenders of each row, and the clusters' sizes."""
+    """Find the contenders of each row, and the clusters' sizes."""
     log_mass, starts = masses
     drawn = None
     if config.spread:
@@ -181,7 +181,7 @@ def _pick(
     max_tokens: int,
     needs_least: bool,
 ) -> tuple[Array, Array | None]:
-    """The places of what is picked, rising, and the least key of these if it is needed."""
+    """Find the places of what is picked, rising, and the least key of these if it is needed."""
     pick = functools.partial(
         pick_rows,
         tile=config.tile,
@@ -213,7 +213,7 @@ def _look_up(
     sizes: Array,
     table: RowTable,
 ) -> dict[str, Array]:
-    """What `look_up_rows` writes, by the names of `LookUp`."""
+    """Find what `look_up_rows` writes, by the names of `LookUp`."""
     max_tokens = reads["picked"].shape[-1]
     parts = pl.cdiv(max_tokens, config.block)
     in_place = {"remaining": sizes}
@@ -243,7 +243,7 @@ def _admit(
     found: dict[str, Array],
     table: RowTable,
 ) -> dict[str, Array]:
-    """What `admit_rows` writes, by the names of `Admit`; the rest `_look_up` was given or found."""
+    """Find what `admit_rows` writes, by the names of `Admit`."""
     reads: dict[str, Any] = {name: found[name] for name in ("tokens", "hit", "block_hits")}
     reads |= {name: given[name] for name in ("starts", "budget", "layer", "step")}
     in_place = {

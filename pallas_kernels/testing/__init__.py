@@ -71,7 +71,7 @@ def make_step(
     miss_share: float = 0.0,
     store: Literal["device", "host"] = "device",
 ) -> StepInputs:
-    """Makes a step's inputs on the device, in one program.
+    """Make a step's inputs on the device, in one program.
 
     Args:
         shape: their shape.
@@ -96,7 +96,7 @@ def make_step(
 def with_misses(
     inputs: StepInputs, shape: StepShape, seed: int, miss_share: float | Array
 ) -> StepInputs:
-    """The same inputs with other rows in the cache and other rows to read, nothing poisoned."""
+    """Make the same inputs with other rows cached and other rows to read, nothing poisoned."""
     key = jax.random.key(seed, impl="unsafe_rbg")
     row = inputs.table.token_of_slot.shape[:3]
     count = inputs.retrieved_budget
@@ -188,7 +188,7 @@ def _normal(key: Array, size: tuple[int, ...], dtype: Any) -> Array:
 
 
 def _rows(key: Array, size: tuple[int, ...], dtype: Any) -> Array:
-    """Normals, made a row at a time: random bits take several times the result's memory."""
+    """Draw normals, a row at a time: random bits take several times the result's memory."""
     layers, batch, kv_heads, *rest = size
     keys = jax.random.split(key, layers * batch * kv_heads)
     return lax.map(lambda key: _normal(key, tuple(rest), dtype), keys).reshape(size)

@@ -42,7 +42,7 @@ def offsets_of(key: Array, shape: StepShape, layers: int, lengths: Array) -> Arr
 def token_ids_of(
     key: Array, shape: StepShape, row: tuple[int, ...], lengths: Array, prompt_tokens: Array
 ) -> Array:
-    """A random order of each segment's tokens, counted from its start."""
+    """Draw a random order of each segment's tokens, counted from its start."""
     positions = jnp.broadcast_to(
         jnp.arange(shape.tokens, dtype=jnp.int32), (*row[1:], shape.tokens)
     )
@@ -53,7 +53,7 @@ def token_ids_of(
 
 
 def shuffle(key: Array, groups: Array) -> Array:
-    """Lists the places `0 ... n` of the last axis by group, in random order in each."""
+    """List the places `0 ... n` of the last axis by group, in random order in each."""
     bits = jax.random.bits(key, groups.shape, jnp.uint32)
     place = jnp.broadcast_to(jnp.arange(groups.shape[-1], dtype=jnp.int32), groups.shape)
     return lax.sort((groups, bits, place), num_keys=2)[2]

@@ -21,7 +21,7 @@ def rows_to_read(
     retrieved: Array,
     miss_share: float | Array,
 ) -> tuple[RowTable, tuple[Array, Array, Array]]:
-    """A full row cache in every layer, and random rows to read, hits in it and misses.
+    """Draw a full row cache in every layer, and random rows to read, hits in it and misses.
 
     The lists hold for every layer: all layers' caches hold the same tokens.
     """

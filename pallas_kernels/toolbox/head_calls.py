@@ -24,7 +24,7 @@ class HeadCalls:
     interpret: bool
 
     def of(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """An array with so much for each row."""
+        """Describe an array with so much for each row."""
         return jax.ShapeDtypeStruct((*self.shape, *shape), dtype)
 
     def call(self, kernel: Any, operands: Any, out_shape: Any, parts: int, **how: Any) -> Any:
@@ -42,7 +42,7 @@ class HeadCalls:
         parts: int,
         **how: Any,
     ) -> dict[str, Any]:
-        """The same of a kernel that takes its refs as a named tuple, None for what is not there.
+        """Call a kernel that takes its refs as a named tuple, None for what is not there.
 
         Args:
             kernel: takes `kind`.

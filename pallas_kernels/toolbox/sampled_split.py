@@ -60,7 +60,7 @@ def find_bracket(
     sample: int,
     threads: int,
 ) -> None:
-    """Writes a row's bracket and resets the number of its contenders; one program a row.
+    """Write a row's bracket and resets the number of its contenders; one program a row.
 
     Args:
         row: whose elements.
@@ -109,7 +109,7 @@ def places_of_threads(tile: int, threads: int) -> list[Any]:
 def split(
     row: HeadView, part: Any, lists: Lists, bracket_ref: Any, load: Load, total: Any, chunk: int
 ) -> None:
-    """Splits this program's chunk of a row's elements.
+    """Split this program's chunk of a row's elements.
 
     Args:
         row: whose elements.
@@ -137,7 +137,7 @@ def split(
 
 
 def list_shapes(rows: HeadCalls, elements: int, chunks: int) -> Lists:
-    """The arrays of `Lists`, as `jax.ShapeDtypeStruct`."""
+    """Return the arrays of `Lists`, as `jax.ShapeDtypeStruct`."""
     return Lists(
         keys=rows.of(elements, dtype=jnp.uint32),
         places=rows.of(elements),

@@ -49,7 +49,7 @@ def _selects(key: Any, last: Any, keys: Any, places: Any) -> Any:
 def find_end(
     row: HeadView, lists: Lists, load: Load, total: Any, budget: Any, tile: int, threads: int
 ) -> None:
-    """Finds the end of a row's selection; one program a row.
+    """Find the end of a row's selection; one program a row.
 
     Args:
         row: whose elements.
@@ -113,7 +113,7 @@ def find_end(
 def read_end(
     row: HeadView, part: Any, lists: Lists, load: Load, total: Any, chunk: int, threads: int
 ) -> End:
-    """The end that `find_end` found, with what is selected before this program's chunk.
+    """Read the end that `find_end` found, with what is selected before this program's chunk.
 
     Args:
         row: whose.
@@ -192,7 +192,7 @@ def _by_blocks(elements: Callable[..., Any], count: Any, tile: int) -> Each:
 
 
 def end_of_all(row: HeadView, part: Any, elements: list[Any], budget: Any, chunk: int) -> End:
-    """The end of a row's selection, found in registers and by every program for itself.
+    """Find the end of a row's selection, found in registers and by every program for itself.
 
     Args:
         row: whose elements.

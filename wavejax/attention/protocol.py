@@ -212,5 +212,5 @@ class Attention(abc.ABC, Generic[State]):
 
 
 def scale_of(query: jax.Array) -> float:
-    """What multiplies every product of query and key: 1 / sqrt(head_dim)."""
+    """Return what multiplies every product of query and key: 1 / sqrt(head_dim)."""
     return 1.0 / math.sqrt(query.shape[-1])

@@ -218,7 +218,7 @@ def budgets(
 
 
 def _share(fraction: float, tokens: Array) -> Array:
-    """A share of the tokens, rounded up."""
+    """Count a share of the tokens, rounded up."""
     if fraction >= 1:
         return tokens
     # A millionth less, so that a product that should be whole, 0.3 * 170, is rounded up to itself

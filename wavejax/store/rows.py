@@ -28,7 +28,7 @@ def best_fetch() -> Fetch:
 
 
 def _axes_of_rows(places: str) -> dict[str, tuple[str, ...]]:
-    """The names of the axes of `Rows`, which lie at `places`."""
+    """Return the names of the axes of `Rows`, which lie at `places`."""
     return {"data": (*STACK, places, *ROW), "scales": (*STACK, places, "key_value")}
 
 
@@ -73,7 +73,7 @@ class RowCache:
 
 
 def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> RowStore:
-    """An empty store of shape `[layers, batch, kv_heads, tokens, 2, head_dim]`.
+    """Make an empty store of shape `[layers, batch, kv_heads, tokens, 2, head_dim]`.
 
     A GPU's store in host memory holds anything until its rows are written.
     """
@@ -84,7 +84,7 @@ def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> Row
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _in_host_memory(shape: tuple[int, ...], dtype: np.dtype) -> Array:
-    """An array in host memory that is written to nowhere but in its first row.
+    """Make an array in host memory that is written to nowhere but in its first row.
 
     Of zeros that are moved to host memory and updated there, XLA makes but room on a GPU. Without
     the update it would make the zeros on the device, which may not have the room; and to copy them
@@ -97,7 +97,7 @@ def _in_host_memory(shape: tuple[int, ...], dtype: np.dtype) -> Array:
 
 
 def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCache:
-    """An empty cache of shape `[layers, batch, kv_heads, slots, 2, head_dim]`."""
+    """Make an empty cache of shape `[layers, batch, kv_heads, slots, 2, head_dim]`."""
     layers, batch, kv_heads, slots = shape[:4]
     table = empty_table((layers, batch, kv_heads), tokens, slots)
     return RowCache(Rows(jnp.zeros(shape, dtype)), table)
@@ -106,12 +106,12 @@ def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCach
 def as_rows(
     keys: Float[Array, "... head_dim"], values: Float[Array, "... head_dim"]
 ) -> Float[Array, "... 2 head_dim"]:
-    """Puts keys and values side by side."""
+    """Put keys and values side by side."""
     return jnp.stack([keys, values], axis=-2)
 
 
 def forget(cache: RowCache, sequence: Int[Array, ""]) -> RowCache:
-    """Empties one sequence's slots, for another prompt to take its place."""
+    """Empty one sequence's slots, for another prompt to take its place."""
     *places, hits, misses = cache.table
     counts = (counter.at[:, sequence].set(0) for counter in (hits, misses))
     return RowCache(
