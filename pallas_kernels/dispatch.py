@@ -5,7 +5,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax
 
@@ -89,8 +89,8 @@ def call(
     op: str,
     implementation: Implementation | None,
     implementations: Mapping[str, Callable[..., Result]],
-    *operands: Any,
-    **settings: Any,
+    *operands: object,
+    **settings: object,
 ) -> Result:
     """Call the implementation asked for; with "auto" the platform's best that supports the case.
 

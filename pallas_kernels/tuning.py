@@ -12,7 +12,7 @@ TABLE = Path(__file__).with_name("tuned_configs.json")
 ConfigT = TypeVar("ConfigT")
 
 
-def key(**shape: Any) -> str:
+def key(**shape: object) -> str:
     """Make a shape's name in the table. Large numbers count by their power of two."""
     parts = []
     for name, value in sorted(shape.items()):
@@ -33,7 +33,7 @@ def device_kind() -> str | None:
     return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
 
 
-def config(op: str, heuristic: ConfigT, **shape: Any) -> ConfigT:
+def config(op: str, heuristic: ConfigT, **shape: object) -> ConfigT:
     """Return the tuned config for this device kind and shape, or else the heuristic one.
 
     Args:

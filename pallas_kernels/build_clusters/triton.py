@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels import tuning
 from pallas_kernels.build_clusters import _kernels
@@ -50,7 +51,7 @@ class Config:
     sum_warps: int = 4
 
 
-def heuristic(rows: int, clusters: int, head_dim: int, dtype: Any) -> Config:
+def heuristic(rows: int, clusters: int, head_dim: int, dtype: DTypeLike) -> Config:
     """Choose tiles that fit in registers and, for few rows, more and smaller programs."""
     if dtype == jnp.float32:
         # Exact products of float32 are not the tensor cores' work, and take more registers.

@@ -1,11 +1,12 @@
 """Random but realistic inputs of a decode step, for tests and benchmarks."""
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.shapes import StepShape
@@ -183,11 +184,11 @@ def _make(
     )
 
 
-def _normal(key: Array, size: tuple[int, ...], dtype: Any) -> Array:
+def _normal(key: Array, size: tuple[int, ...], dtype: DTypeLike) -> Array:
     return jax.random.normal(key, size, jnp.float32).astype(dtype)
 
 
-def _rows(key: Array, size: tuple[int, ...], dtype: Any) -> Array:
+def _rows(key: Array, size: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Draw normals, a row at a time: random bits take several times the result's memory."""
     layers, batch, kv_heads, *rest = size
     keys = jax.random.split(key, layers * batch * kv_heads)

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 from jax.typing import DTypeLike
@@ -186,7 +186,7 @@ class Attention(abc.ABC, Generic[State]):
         return None
 
     @property
-    def state_type(self) -> type[Any]:
+    def state_type(self) -> type[object]:
         """The class of the states that `init_state` makes; any by default."""
         return object
 
