@@ -29,6 +29,7 @@ from models.errors import InputError
 from models.unstacked import unstack_layers
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.cli.entry import exit_process
+from wavejax.cli.explaining import HELP, check_variable, print_explanation
 from wavejax.cli.guard import main_guard
 from wavejax.cli.options import fields_of, options_from
 from wavejax.evaluation.files import write_growing
@@ -119,6 +120,7 @@ IDENTITY = ("context", "batch", "attention", "store")
     help="auto: float32 on a CPU, bfloat16 on a GPU.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write all figures here, as JSON.")
+@click.option("--explain", "explained", is_flag=True, help=HELP)
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Tokens/s by context.")
 @options_from(WaveConfig)
 def command(
@@ -137,10 +139,12 @@ def command(
     traces: Path | None,
     dtype: str,
     out: Path | None,
+    explained: bool,
     plot_path: Path | None,
     **settings: Any,
 ) -> None:
     """Time whole decode steps of full and of wave attention."""
+    check_variable()
     config: WaveConfig = fields_of(WaveConfig, settings)
     lengths = [int(x) for x in parse_numbers("--contexts", contexts)]
     sizes = parse_numbers("--batches", batches, ("max", "common"))
@@ -229,6 +233,8 @@ def command(
     if out is not None:
         write_growing(out, json.dumps(report, indent=1), whole=True)
     print_table(results)
+    if explained:
+        print_explanation()
     if plot_path is not None:
         plot(results, plot_path)
 

@@ -22,6 +22,12 @@ Attention:
 - `WaveConfig`: the settings of wave attention.
 - `WaveState`, with its parts `WaveIndex`, `RowStore`, `RowCache` and `SteadyZone`.
 
+Implementations of the ops:
+
+- `explain`: what each op took, plain JAX or a kernel, and why.
+- `use_implementation`: one implementation for all that is traced inside.
+- `FallbackWarning`: on a GPU an op runs in plain JAX.
+
 Errors: `InputError`, a line that says what was given, what was expected, and what to do.
 
 Examples, of which `examples/` in the repository has longer ones:
@@ -61,6 +67,9 @@ import importlib
 TYPE_CHECKING = False  # True for type-checkers; `typing` itself takes long to import
 if TYPE_CHECKING:
     from models.errors import InputError as InputError
+    from pallas_kernels import FallbackWarning as FallbackWarning
+    from pallas_kernels import explain as explain
+    from pallas_kernels import use_implementation as use_implementation
     from wavejax.attention.dense import DenseAttention as DenseAttention
     from wavejax.attention.protocol import Attention as Attention
     from wavejax.attention.wave import WaveAttention as WaveAttention
@@ -107,6 +116,9 @@ _MODULE_OF = {
     "RowStore": "wavejax.store.rows",
     "RowCache": "wavejax.store.rows",
     "SteadyZone": "wavejax.store.steady",
+    "explain": "pallas_kernels",
+    "use_implementation": "pallas_kernels",
+    "FallbackWarning": "pallas_kernels",
     "InputError": "models.errors",
 }
 __all__ = list(_MODULE_OF)

@@ -16,13 +16,13 @@ import dataclasses
 from typing import get_args
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from models.errors import InputError
+from pallas_kernels import Implementation
 from pallas_kernels.types import (
     ClusterScores,
     Estimate,
@@ -33,6 +33,7 @@ from pallas_kernels.types import (
     ZoneStates,
 )
 from wavejax.attention import retrieval
+from wavejax.attention.implementation import by_own_implementation, check_implementation
 from wavejax.attention.protocol import (
     Attention,
     Counts,
@@ -75,15 +76,18 @@ class WaveAttention(Attention[WaveState]):
             layer to layer (`engine.staged`). None takes the best that the platform can.
         cached: whether a row store on the device has a row cache before it, which it does not
             need. One in host memory always has a row cache.
+        implementation: how its ops run: "xla", plain JAX; "triton", the kernels; "auto", the
+            platform's best. None leaves it to `use_implementation` and `WAVEJAX_IMPLEMENTATION`.
 
     Raises:
-        InputError: `store` or `fetch` is none of these.
+        InputError: `store`, `fetch` or `implementation` is none of these.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
     store: StoreKind = "host"
     fetch: Fetch | None = None
     cached: bool = False
+    implementation: Implementation | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -91,7 +95,8 @@ class WaveAttention(Attention[WaveState]):
             ("fetch", self.fetch, (None, *get_args(Fetch))),
         ):
             if value not in known:
-                raise InputError(f"{name} is {value!r}; it must be one of {known}")
+                raise InputError(f"`{name}` is {value!r}; it must be one of {known}")
+        check_implementation(self.implementation)
 
     @property
     def state_type(self) -> type[WaveState]:
@@ -138,6 +143,7 @@ class WaveAttention(Attention[WaveState]):
             attended=jnp.zeros(batch, jnp.float32),
         )
 
+    @by_own_implementation
     def write_prompt(
         self,
         layer: Layer,
@@ -150,6 +156,7 @@ class WaveAttention(Attention[WaveState]):
     ) -> WaveState:
         return prompt.write_prompt(self.config, layer, key, value, state, sequence, length)
 
+    @by_own_implementation
     def index_prompt(
         self,
         layer: Layer,
@@ -168,6 +175,7 @@ class WaveAttention(Attention[WaveState]):
     ) -> WaveState:
         return prompt.finish_prompt(self.config, state, sequence, length)
 
+    @by_own_implementation
     def grow(self, state: WaveState) -> WaveState:
         """Move the oldest `growth_tokens` of each full window into its index, if there is room.
 
@@ -186,6 +194,7 @@ class WaveAttention(Attention[WaveState]):
     def remaining(self, state: WaveState) -> Int[Array, " batch"]:
         return room.remaining(self.config, state)
 
+    @by_own_implementation
     def decode(
         self, layer: Layer, query: StepQuery, key: StepKV, value: StepKV, state: WaveState
     ) -> tuple[StepQuery, WaveState]:
@@ -196,6 +205,7 @@ class WaveAttention(Attention[WaveState]):
         output, _ = ops.merge_states(zones.outputs, zones.logsumexps, dtype=query.dtype)
         return output.reshape(query.shape), state
 
+    @by_own_implementation
     def select(
         self, layer: Layer, query: StepQuery, key: StepKV, value: StepKV, state: WaveState
     ) -> tuple[Selection, WaveState]:
@@ -217,6 +227,7 @@ class WaveAttention(Attention[WaveState]):
         selection = Selection(grouped, *found, scores.logits, estimated)
         return selection, dataclasses.replace(state, cache=cache)
 
+    @by_own_implementation
     def retrieve(
         self,
         layer: Layer,
@@ -246,6 +257,7 @@ class WaveAttention(Attention[WaveState]):
         table, step = state.cache.table, state.step
         return retrieval.select_tokens(config, log_mass, chosen, index, table, layer, step)
 
+    @by_own_implementation
     def attend(
         self, layer: Layer, selection: Selection, state: WaveState
     ) -> tuple[ZoneStates, WaveState]:
@@ -285,10 +297,4 @@ class WaveAttention(Attention[WaveState]):
         )
 
     def counts(self, state: WaveState) -> Counts:
-        table = state.cache.table
-        hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
-        layers, _, kv_heads = state.store.rows.shape[:3]
-        attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
-        indexed = int(np.asarray(state.index.tokens, np.int64).sum())
-        has_slots = table.token_of_slot.shape[-1] > 0
-        return Counts(hits + misses, hits if has_slots else None, attended, indexed)
+        return retrieval.counts(state)

@@ -12,6 +12,12 @@ from models.errors import InputError
 from wavejax.attention.dense import DenseAttention
 from wavejax.cli.compilation import keep_compiled_programs
 from wavejax.cli.encoding import encode_prompts
+from wavejax.cli.explaining import (
+    check_platform,
+    check_variable,
+    explanation_json,
+    print_explanation,
+)
 from wavejax.cli.flags import errors_in_flags
 from wavejax.cli.generate_options import generate_options
 from wavejax.cli.guard import main_guard
@@ -54,6 +60,7 @@ def command(
     seed: int,
     as_json: bool,
     progress: bool | None,
+    explained: bool,
     only_plan: bool,
     context: int | None,
     batch: int | None,
@@ -69,6 +76,9 @@ def command(
     wave_or_full = config if attention == "wave" else DenseAttention()
     with errors_in_flags():
         check_placement(wave_or_full, store, fetch)
+    check_variable()
+    if explained and only_plan:
+        raise InputError("--explain is for a run, and --plan runs nothing: leave out one of them")
     if "" in stops:
         raise InputError("--stop is empty, which every text holds: give the text to stop before")
     given = [*prompts, *prompt_files, *message_files]
@@ -112,6 +122,7 @@ def command(
         print_plan(plan, checkpoint, as_json)
         return
     plan.check()
+    check_platform()
     if plan.shrunk is not None:
         print(f"note: store: {plan.need.rows_on}: {plan.reason}", file=sys.stderr)
     keep_compiled_programs()
@@ -132,7 +143,11 @@ def command(
         if as_json and (run.interrupted or run.result.facts):
             facts = {"model": str(checkpoint.path), "attention": attention, "seed": seed}
             facts["sampler"] = dataclasses.asdict(sampler)
+            if explained:
+                facts["ops"] = explanation_json()
             print(json.dumps(run.as_json(**facts), ensure_ascii=False), flush=True)
+    if explained and not as_json:
+        print_explanation()
     print(run.facts_line(sampling_text(stated) if stated else None), file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ import click
 import jax
 
 from models.errors import InputError
+from wavejax.cli.explaining import asked_for_kernels
 from wavejax.cli.interrupts import EXIT_INTERRUPTED, Terminated, raised_signals
 from wavejax.cli.streams import Stderr, Stdout, let_go, open_closed_streams, say
 
@@ -72,6 +73,11 @@ def _guarded(command: click.Command, arguments: Sequence[str], advice: str) -> i
             raise
         let_go(sys.stdout)
         return _fail(f"cannot write to the standard output: {error.strerror}")
+    except NotImplementedError as error:
+        unsupported = asked_for_kernels(error)
+        if unsupported is None:
+            raise
+        return _fail(unsupported)
     except (RuntimeError, AssertionError, MemoryError) as error:
         memory = out_of_memory(error)
         reason = missing_platform(error) if memory is None else f"{memory}; {advice}"

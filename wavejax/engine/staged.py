@@ -128,7 +128,9 @@ class StagedEngine(Engine):
             zones, wave = programs.attend(attention, at, selection, wave)
             block = jax.device_put(rows.gather(layer, np.asarray(missed)))
             of_missed = selection.query, zones, missed, slots, block
-            hidden, wave = programs.finish(model_config, weights, at, hidden, *of_missed, wave)
+            hidden, wave = programs.finish(
+                model_config, attention, weights, at, hidden, *of_missed, wave
+            )
         logits, wave = programs.leave_step(
             model_config, attention, params, hidden, state.finished, wave
         )

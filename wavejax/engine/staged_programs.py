@@ -15,6 +15,7 @@ from pallas_kernels.attend_zones.reference import attend_rows
 from pallas_kernels.numerics import list_places
 from pallas_kernels.types import NO_ID, ZoneStates
 from wavejax.attention.causal import causal_attention
+from wavejax.attention.implementation import implementation_of
 from wavejax.attention.wave import WaveAttention, scale_of
 from wavejax.engine import compiled
 from wavejax.engine.interface import Engine
@@ -103,9 +104,10 @@ def attend(
     return zones._replace(cache_rows=jnp.zeros(0, wave.cache.rows.dtype)), wave
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames=("hidden", "wave"))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("hidden", "wave"))
 def finish(
     model_config: ModelConfig,
+    attention: WaveAttention,
     params: Params,
     layer: Array,
     hidden: Array,
@@ -124,7 +126,8 @@ def finish(
         jnp.concatenate([all_else, part[None]])
         for all_else, part in zip(zones[:2], missed, strict=True)
     )
-    output, _ = ops.merge_states(*parts, dtype=query.dtype)
+    with implementation_of(attention):
+        output, _ = ops.merge_states(*parts, dtype=query.dtype)
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     cached = wave.cache.rows.at[layer, b, h, slots].set(block, mode="drop")
     wave = dataclasses.replace(wave, cache=dataclasses.replace(wave.cache, rows=cached))
@@ -158,4 +161,5 @@ def oldest(window: Array, sequence: Array, size: int) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="wave")
 def grow_index(attention: WaveAttention, wave: WaveState, due: Array) -> WaveState:
-    return growth.grow(attention.config, wave, due)
+    with implementation_of(attention):
+        return growth.grow(attention.config, wave, due)

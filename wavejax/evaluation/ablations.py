@@ -69,6 +69,7 @@ class AblatedAttention(WaveAttention):
     corrected: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.code_bits not in STEPS:
             raise InputError(f"code_bits is {self.code_bits}; it must be from 1 to {max(STEPS)}")
         if self.group_by not in ("sum", "max"):
