@@ -20,7 +20,6 @@ import jax
 from decode_configurations import CALLS, Bench, pinned_bytes
 from decode_model import SHAPES, memory_of, random_params, with_smooth_embedding
 from decode_report import add_ratios, plot, print_table
-from decode_state import Attention
 from decode_timing import steps_needed
 from gpu_timing import copy_ceiling, device_facts
 
@@ -28,6 +27,7 @@ from models.checkpoints.open import open_checkpoint
 from models.errors import InputError
 from models.unstacked import unstack_layers
 from wavejax import DenseAttention, WaveAttention, WaveConfig
+from wavejax.attention.protocol import AnyAttention
 from wavejax.cli.entry import exit_process
 from wavejax.cli.explaining import HELP, check_variable, print_explanation
 from wavejax.cli.guard import main_guard
@@ -156,7 +156,7 @@ def command(
     sizes_of = SHAPES[shape] if checkpoint is None else checkpoint.config
     if model_layers is not None:
         sizes_of = dataclasses.replace(sizes_of, num_layers=model_layers)
-    choices: list[tuple[str, str | None, Attention]] = []
+    choices: list[tuple[str, str | None, AnyAttention]] = []
     if "full" in kinds:
         choices.append(("full", None, DenseAttention()))
     if "wave" in kinds:

@@ -7,8 +7,8 @@ import numpy as np
 from decode_model import memory_of
 
 from models.parameters import Params
-from wavejax import DenseAttention, WaveAttention
 from wavejax.attention.dense import DenseState
+from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveState
 from wavejax.engine.staged_state import StagedState, wave_of
 
@@ -56,7 +56,7 @@ class Counts:
 
 def bytes_of_step(
     params: Params,
-    attention: WaveAttention | DenseAttention,
+    attention: AnyAttention,
     cache: Any,
     counts: Counts,
     steps: int,
@@ -89,7 +89,7 @@ def bytes_of_step(
         row = 2 * cache.store.rows.shape[-1] * cache.store.rows.dtype.itemsize
         read = _wave_bytes(attention, cache) + row * counts.hits / steps
         missed = row * counts.misses / steps
-        if isinstance(attention, WaveAttention) and not attention.has_cache:
+        if not attention.has_cache:
             # Read where they are, and written nowhere.
             read, missed = read + missed, 0.0
         elif staged or cache.store.rows.sharding.memory_kind == "pinned_host":

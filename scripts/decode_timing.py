@@ -17,7 +17,7 @@ from jax import Array, lax
 from profile_step import kernel_times
 
 from models.parameters import Params
-from wavejax import Generator, WaveAttention
+from wavejax import Generator
 from wavejax.engine.generator import DecodeState
 from wavejax.engine.sampling import step_keys
 from wavejax.engine.staged_state import wave_of
@@ -161,8 +161,7 @@ def time_decoding(
     """
     first, second = (decoder.run(steps) for _ in range(WARM_UPS))
     attention = decoder.generator.attention
-    wave = isinstance(attention, WaveAttention)
-    cached = isinstance(attention, WaveAttention) and attention.has_cache
+    cached = attention.has_cache
     tried = reach_hit_ratio(decoder, hit_ratio, steps) if cached else []
     indexed = Counts.of(decoder.state.attention_state).indexed
     seconds, counts = decoder.counted(steps, calls)
@@ -188,7 +187,7 @@ def time_decoding(
         "floor_ms": 1e3 * on_device / ceiling,
         "grew": grew,
     }
-    if wave:
+    if attention.has_index:
         retrieved = counts.hits + counts.misses
         found |= {
             "hit_ratio": counts.hit_ratio if cached else None,
@@ -214,7 +213,7 @@ def time_growth(decoder: Decoder, dtype: str) -> dict[str, float]:
         growing.append(decoder.run(1))
         assert Counts.of(decoder.state.attention_state).indexed > before, "the index did not grow"
         alone.append(decoder.run(1))
-    every = decoder.generator.attention.config.growth_tokens  # type: ignore[union-attr]
+    every = decoder.generator.attention.config.growth_tokens  # type: ignore[attr-defined]
     more = statistics.median(growing) - statistics.median(alone)
     return {
         "step_ms": 1e3 * statistics.median(alone),

@@ -17,8 +17,7 @@ from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import Tokenizer
 from wavejax.attention.causal import causal_attention
-from wavejax.attention.dense import DenseAttention
-from wavejax.attention.wave import WaveAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
@@ -35,7 +34,7 @@ from wavejax.engine.text import Generation, TextPiece, TextRun, TextStream
 from wavejax.planning.memory import free_memory
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan
 
-AttentionChoice = WaveConfig | WaveAttention | DenseAttention
+AttentionChoice = WaveConfig | AnyAttention
 MOST_SAMPLES = 65536
 
 
@@ -52,8 +51,7 @@ class LanguageModel:
         params: its parameters; their layers are stacked, or apart where that is faster.
         tokenizer: text to token ids and back.
         stop_tokens: an answer ends after any of these.
-        attention: the settings of wave attention, full attention, or a wave attention that is used
-            as it is.
+        attention: the settings of wave attention, or any attention, which is used as it is.
         store: where wave attention keeps keys and values: "auto", "device" or "host".
         fetch: how rows on the host reach the device: "auto", "in_place" or "staged".
         max_context: most tokens, prompt and answer; None as `config` has it.
@@ -213,10 +211,6 @@ class LanguageModel:
             max_new_tokens: to generate.
             batch: sequences.
         """
-        settings, store, fetch = self.attention, self.store, self.fetch
-        if isinstance(settings, WaveAttention):
-            store, fetch = settings.store, settings.fetch or "auto"
-            settings = settings.config
         free, weights = free_memory(), sum(x.nbytes for x in jax.tree.leaves(self.params))
         # A plan counts the weights, which are there already.
         if free.device is None:
@@ -224,9 +218,8 @@ class LanguageModel:
         else:
             free = dataclasses.replace(free, device=free.device + weights)
         shape = batch, prompt_tokens, max_new_tokens
-        return make_plan(
-            self.config, settings, *shape, self.dtype, store=store, fetch=fetch, free=free
-        )
+        asked = self.attention, *shape, self.dtype
+        return make_plan(self.config, *asked, store=self.store, fetch=self.fetch, free=free)
 
     def generator(
         self,
@@ -241,12 +234,9 @@ class LanguageModel:
         Raises:
             InputError: there is no memory for the run.
         """
-        attention = self.attention
-        if not isinstance(attention, WaveAttention):
-            plan = self.plan(prompt_tokens, max_new_tokens, batch)
-            plan.check()
-            attention = plan.attention
-        return Generator(self.config, attention, sampler or Sampler(), self.stop_tokens)
+        plan = self.plan(prompt_tokens, max_new_tokens, batch)
+        plan.check()
+        return Generator(self.config, plan.attention, sampler or Sampler(), self.stop_tokens)
 
     def flax(self, attend: Attend | None = None) -> tuple[Decoder, Params]:
         """The model as a Flax module, and its variables.

@@ -3,25 +3,17 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Concatenate, ParamSpec, Protocol, TypeVar, get_args, runtime_checkable
+from typing import Concatenate, ParamSpec, TypeVar, get_args
 
 from models.errors import InputError
 from pallas_kernels import Implementation, use_implementation
+from wavejax.attention.protocol import Attention
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-@runtime_checkable
-class Choosing(Protocol):
-    """An attention with a setting of its own."""
-
-    @property
-    def implementation(self) -> Implementation | None:
-        """How its ops run; None leaves it to the context manager and the variable."""
-
-
-Owner = TypeVar("Owner", bound=Choosing)
+Owner = TypeVar("Owner", bound=Attention)
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -34,7 +26,7 @@ def check_implementation(implementation: str | None) -> None:
 
 
 @contextlib.contextmanager
-def implementation_of(attention: Choosing) -> Iterator[None]:
+def implementation_of(attention: Attention) -> Iterator[None]:
     """Make all ops that are traced inside run as the attention says, if it says anything."""
     own = attention.implementation
     if own is None:

@@ -23,16 +23,8 @@ from jaxtyping import Bool, Float, Int
 import pallas_kernels as ops
 from models.errors import InputError
 from pallas_kernels import Implementation
-from pallas_kernels.types import (
-    ClusterScores,
-    Estimate,
-    Picks,
-    Retrieved,
-    SteadyRows,
-    StoredRows,
-    ZoneStates,
-)
 from wavejax.attention import retrieval
+from wavejax.attention.footprint import Footprint, wave_footprint
 from wavejax.attention.implementation import by_own_implementation, check_implementation
 from wavejax.attention.protocol import (
     Attention,
@@ -90,10 +82,8 @@ class WaveAttention(Attention[WaveState]):
     implementation: Implementation | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("store", self.store, get_args(StoreKind)),
-            ("fetch", self.fetch, (None, *get_args(Fetch))),
-        ):
+        for name, known in (("store", get_args(StoreKind)), ("fetch", (None, *get_args(Fetch)))):
+            value = getattr(self, name)
             if value not in known:
                 raise InputError(f"`{name}` is {value!r}; it must be one of {known}")
         check_implementation(self.implementation)
@@ -101,6 +91,10 @@ class WaveAttention(Attention[WaveState]):
     @property
     def state_type(self) -> type[WaveState]:
         return WaveState
+
+    @property
+    def on_device(self) -> "WaveAttention":
+        return dataclasses.replace(self, store="device", cached=self.has_cache)
 
     @property
     def has_index(self) -> bool:
@@ -232,9 +226,9 @@ class WaveAttention(Attention[WaveState]):
         self,
         layer: Layer,
         query: Float[Array, "batch kv_heads group head_dim"],
-        scores: ClusterScores,
+        scores: ops.ClusterScores,
         state: WaveState,
-    ) -> Retrieved:
+    ) -> ops.Retrieved:
         """Rank the best clusters' tokens and retrieve the best of them: steps 3 to 5 of `decode`.
 
         Args:
@@ -260,19 +254,19 @@ class WaveAttention(Attention[WaveState]):
     @by_own_implementation
     def attend(
         self, layer: Layer, selection: Selection, state: WaveState
-    ) -> tuple[ZoneStates, WaveState]:
+    ) -> tuple[ops.ZoneStates, WaveState]:
         """Attend to the zones, and admit missed KV rows to the row cache: step 7 of `decode`."""
         # A full sequence's window has no room for the step's own row.
         window_tokens = jnp.minimum(state.steady.window_tokens + 1, self.config.window_tokens)
         # 7. Attend to the zones: an output and a logsumexp of each.
         zones = ops.attend_zones(
             selection.query,
-            SteadyRows(
+            ops.SteadyRows(
                 state.steady.sink, state.steady.sink_tokens, state.steady.window, window_tokens
             ),
-            StoredRows(state.store.rows, state.cache.rows),
-            Picks(selection.tokens, selection.slots, selection.hit),
-            Estimate(
+            ops.StoredRows(state.store.rows, state.cache.rows),
+            ops.Picks(selection.tokens, selection.slots, selection.hit),
+            ops.Estimate(
                 selection.logits,
                 state.index.value_means,
                 state.index.offsets,
@@ -298,3 +292,8 @@ class WaveAttention(Attention[WaveState]):
 
     def counts(self, state: WaveState) -> Counts:
         return retrieval.counts(state)
+
+    def footprint(
+        self, state: WaveState, shape: CacheShape, heads: int, prompt_tokens: int
+    ) -> Footprint:
+        return wave_footprint(self.config, state, shape, heads, prompt_tokens)

@@ -12,13 +12,12 @@ from jaxtyping import Float, Int
 from models import decoder
 from models.config import ModelConfig
 from models.parameters import Params
-from wavejax.attention.wave import WaveAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.engine import penalties
-from wavejax.engine.interface import Attention, Engine
+from wavejax.engine.interface import Engine
 from wavejax.engine.sampling import draw_tokens, step_keys
 from wavejax.engine.staged_state import StagedState
 from wavejax.engine.state import NO_TOKEN, DecodeState
-from wavejax.store.state import WaveState
 
 STEPS_AT_LEAST = 8  # Room for so many tokens in a call's result: fewer steps share its program.
 
@@ -33,9 +32,8 @@ class CompiledEngine(Engine):
 
     def holds(self, attention_state: Any) -> bool:
         """See `Engine`."""
-        of_wave = isinstance(self.attention, WaveAttention)
-        is_wave = isinstance(attention_state, WaveState)
-        return of_wave == is_wave and not isinstance(attention_state, StagedState)
+        of_kind = isinstance(attention_state, self.attention.state_type)
+        return of_kind and not isinstance(attention_state, StagedState)
 
     def arrays_of(self, attention_state: Any) -> Any:
         """See `Engine`."""
@@ -97,7 +95,7 @@ def embed(model_config: ModelConfig, params: Params, tokens: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="attention_state")
 def prefill_layer(
     model_config: ModelConfig,
-    attention: Attention,
+    attention: AnyAttention,
     params: Params,
     hidden: Array,
     layer: Array,
@@ -115,7 +113,7 @@ def prefill_layer(
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("attention_state", "logits"))
 def finish_prefill(
     model_config: ModelConfig,
-    attention: Attention,
+    attention: AnyAttention,
     params: Params,
     hidden: Array,
     sequence: Array,

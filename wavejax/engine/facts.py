@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from wavejax.attention.protocol import Attention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.staged_state import StagedState
 
 
@@ -31,7 +31,7 @@ class Facts:
     indexed_tokens: int
 
 
-def facts_of(attention: Attention[Any], state: Any) -> Facts:
+def facts_of(attention: AnyAttention, state: Any) -> Facts:
     """Reads the facts off an attention's state; waits for the work that makes it."""
     staged = 0
     if isinstance(state, StagedState):

@@ -31,14 +31,15 @@ class Generator(Reader):
 
     Attributes:
         model_config: the model's configuration.
-        attention: `WaveAttention` or `DenseAttention`.
+        attention: any `Attention`, such as `WaveAttention` or `DenseAttention`.
         sampler: how a token is drawn; greedy by default.
         stop_tokens: a sequence ends after any of these; any iterable of token ids.
         unroll: write all layers out in the compiled step; None does on GPUs, where it is faster.
             Of no effect with `fetch="staged"`, whose step is a few programs a layer.
 
     Raises:
-        InputError: a part is of another kind, or a stop token is not the model's.
+        InputError: a part is of another kind, the attention has no hash, or a stop token is not
+            the model's.
     """
 
     def stream(

@@ -10,11 +10,8 @@ from jaxtyping import Float, Int
 
 from models.config import ModelConfig
 from models.parameters import Params
-from wavejax.attention.dense import DenseAttention
-from wavejax.attention.wave import WaveAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.state import DecodeState
-
-Attention = WaveAttention | DenseAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Engine(abc.ABC):
     """
 
     model_config: ModelConfig
-    attention: Attention
+    attention: AnyAttention
     stop_tokens: tuple[int, ...] = ()
     unroll: bool | None = None
 

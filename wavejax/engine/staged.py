@@ -37,9 +37,11 @@ class StagedEngine(Engine):
     `unroll` is of no effect: Python goes through the layers.
     """
 
+    attention: WaveAttention
+
     def hold(self, empty: Any) -> StagedState:
         """See `Engine`: the rows' room is made in the host's memory."""
-        return hold_rows(self._wave_attention, empty)
+        return hold_rows(self.attention, empty)
 
     def holds(self, attention_state: Any) -> bool:
         """See `Engine`."""
@@ -48,11 +50,6 @@ class StagedEngine(Engine):
     def arrays_of(self, attention_state: StagedState) -> WaveState:
         """See `Engine`: all but the rows."""
         return attention_state.wave
-
-    @property
-    def _wave_attention(self) -> WaveAttention:
-        assert isinstance(self.attention, WaveAttention)
-        return self.attention
 
     def prefill_layer(
         self,
@@ -65,9 +62,7 @@ class StagedEngine(Engine):
     ) -> tuple[Float[Array, "1 tokens hidden"], StagedState]:
         """See `Engine`; also brings the rows to the host: one layer behind."""
         given = params, hidden, layer, sequence, length, attention_state.wave
-        hidden, (wave, rows) = programs.prefill_layer(
-            self.model_config, self._wave_attention, *given
-        )
+        hidden, (wave, rows) = programs.prefill_layer(self.model_config, self.attention, *given)
         stored = attention_state.rows
         stored.put((int(layer), int(sequence), slice(None), slice(0, rows.shape[1])), rows)
         return hidden, StagedState(wave, stored)
@@ -115,7 +110,7 @@ class StagedEngine(Engine):
 
     def feed(self, params: Params, state: DecodeState, tokens: Int[Array, " batch"]) -> DecodeState:
         """See `Engine`: compiles its programs itself."""
-        model_config, attention = self.model_config, self._wave_attention
+        model_config, attention = self.model_config, self.attention
         wave, rows = state.attention_state.wave, state.attention_state.rows
         wave = _grow(attention, wave, rows, np.asarray(programs.due(attention, wave)))
         hidden, positions = programs.enter_step(model_config, attention, params, wave, tokens)

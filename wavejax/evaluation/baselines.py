@@ -56,6 +56,11 @@ class SparseAttention(DenseAttention):
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
     rank: Rank = "mass"
 
+    @property
+    def state_type(self) -> type[SparseState]:
+        """See `Attention`."""
+        return SparseState
+
     def init_state(
         self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> SparseState:

@@ -63,10 +63,11 @@ class ProbeAttention(DenseAttention):
         output, dense = super().decode(layer, query, key, value, state)
         method: Any
         other, method = self.method.decode(layer, query, key, value, state.method)
-        if isinstance(self.method, SparseAttention):
-            read = self.method.read(layer, query, method)
+        asked: Any = self.method
+        if asked.has_index:
+            read = wave_reads(asked, layer, query, method, state.keys.shape[3])
         else:
-            read = wave_reads(self.method, layer, query, method, state.keys.shape[3])
+            read = asked.read(layer, query, method)
         full, other = output[:, 0].astype(jnp.float32), other[:, 0].astype(jnp.float32)
         error = jnp.linalg.norm(other - full, axis=-1) / jnp.linalg.norm(full, axis=-1)
         return output, ProbeState(
@@ -147,8 +148,7 @@ def probe(
     Returns:
         recall, error: `[steps, layers, batch, heads]` float32; see `ProbeState`.
     """
-    attention = generator.attention
-    assert isinstance(attention, SparseAttention | WaveAttention)
+    attention: Any = generator.attention
     state, dense = shared.state(generator), shared.dense
     model, batch = generator.model_config, dense.finished.shape[0]
     shape = (model.num_layers, batch, model.num_heads)

@@ -12,7 +12,7 @@ from wavejax.attention.dense import DenseState
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import DecodeState, Generator
-from wavejax.evaluation.baselines import SparseAttention, SparseState
+from wavejax.evaluation.baselines import SparseState
 from wavejax.store.shape import CacheShape
 
 # What only a decode step asks for: methods that differ in nothing else share their index.
@@ -50,15 +50,15 @@ class SharedPrefill:
         dense, attention = self.dense, generator.attention
         full = dense.attention_state
         assert isinstance(full, DenseState)
-        if isinstance(attention, WaveAttention):
+        if attention.has_index:
             cache = self._index(generator, attention)
-        elif isinstance(attention, SparseAttention):
+        elif attention.state_type is SparseState:
             cache = SparseState(full.keys, full.values, full.tokens, full.tokens)
         else:
             cache = full
         return jax.tree.map(jnp.copy, dataclasses.replace(dense, attention_state=cache))
 
-    def _index(self, generator: Generator, attention: WaveAttention) -> Any:
+    def _index(self, generator: Generator, attention: Any) -> Any:
         plain = {name: getattr(WaveConfig(), name) for name in _DECODING}
         # The room for an index does not depend on what decoding asks for, but a row cache's does.
         if attention.has_cache:

@@ -13,11 +13,18 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.decoder import MLP_BLOCK
 from models.errors import InputError
-from wavejax.attention.dense import DenseAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.prompts import SMALLEST_BUCKET, bucket
-from wavejax.planning.memory import PINNED_LIMIT, FreeMemory, MemoryNeed, free_memory, memory_need
+from wavejax.planning.memory import (
+    PINNED_LIMIT,
+    FreeMemory,
+    MemoryNeed,
+    footprint,
+    free_memory,
+    memory_need,
+)
 from wavejax.store.rows import Fetch, StoreKind
 
 StoreChoice = Literal["auto"] | StoreKind
@@ -26,7 +33,7 @@ FetchChoice = Literal["auto"] | Fetch
 # pinned, such as a stack of layers' weights.
 STAGING_BYTES = 8 * 2**30
 _LONGEST = 2**24  # tokens; nobody waits for more
-_Choice = tuple[WaveAttention | DenseAttention, MemoryNeed, str]
+_Choice = tuple[AnyAttention, MemoryNeed, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Plan:
     prompt_tokens: int
     new_tokens: int
     dtype: str
-    attention: WaveAttention | DenseAttention
+    attention: AnyAttention
     need: MemoryNeed
     free: FreeMemory
     reason: str
@@ -84,7 +91,7 @@ class Plan:
 
 def make_plan(
     model: ModelConfig,
-    attention: WaveConfig | DenseAttention,
+    attention: WaveConfig | AnyAttention,
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -103,13 +110,13 @@ def make_plan(
     Args:
         model: the model's sizes.
         attention: the settings of wave attention, whose `cache_fraction` is what is asked for; or
-            full attention.
+            an attention that is taken as it is, `DenseAttention` or any other.
         batch: sequences.
         prompt_tokens: of the longest prompt.
         new_tokens: to generate.
         dtype: of weights and state.
-        store: where the rows shall go.
-        fetch: how rows on the host reach the device; see `WaveAttention`.
+        store: where the rows of wave attention by these settings shall go.
+        fetch: how its rows on the host reach the device; see `WaveAttention`.
         free: what there is; None asks the device.
 
     Returns:
@@ -137,9 +144,9 @@ def make_plan(
 
     chosen, need, reason = choose(prompt_tokens, free)
     shrunk = None
-    if isinstance(attention, WaveConfig) and isinstance(chosen, WaveAttention):
+    if isinstance(attention, WaveConfig):
         asked = attention.cache_fraction
-        shrunk = asked if chosen.config.cache_fraction < asked else None
+        shrunk = asked if chosen.cache_fraction < asked else None
 
     if shortage(need, free) is not None:
         reason = "nothing fits; shown is what takes least of the device's memory"
@@ -162,15 +169,16 @@ def make_plan(
 
 
 def _candidates(
-    attention: WaveConfig | DenseAttention,
+    attention: WaveConfig | AnyAttention,
     store: StoreChoice,
     fetch: FetchChoice,
     free: FreeMemory,
     need: Callable[[WaveAttention], MemoryNeed],
-) -> Iterator[tuple[WaveAttention | DenseAttention, str]]:
+) -> Iterator[tuple[AnyAttention, str]]:
     """Ways to run, the best first, and why each would be chosen."""
-    if isinstance(attention, DenseAttention):
-        yield attention, "full attention keeps keys and values on the device"
+    if not isinstance(attention, WaveConfig):
+        kept = "on the device" if attention.store == "device" else "in host memory"
+        yield attention, f"it keeps keys and values {kept}"
         return
     without = dataclasses.replace(attention, cache_fraction=0.0)
     if store != "host":
@@ -211,7 +219,7 @@ def shortage(need: MemoryNeed, free: FreeMemory) -> tuple[str, int, int] | None:
 
 def pinned_need(
     model: ModelConfig,
-    attention: WaveConfig | DenseAttention,
+    attention: WaveConfig | AnyAttention,
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -219,11 +227,12 @@ def pinned_need(
     fetch: FetchChoice = "auto",
 ) -> int:
     """Bytes that XLA should be allowed to pin, whatever the plan will be; starts no device."""
-    if isinstance(attention, DenseAttention) or fetch == "staged":
+    if isinstance(attention, WaveConfig):
+        attention = WaveAttention(attention, "device" if fetch == "staged" else "host")
+    if attention.store == "device":
         return STAGING_BYTES
-    in_place = WaveAttention(attention, "host", "in_place")
-    need = memory_need(model, in_place, batch, prompt_tokens, new_tokens, dtype)
-    return need.pinned + STAGING_BYTES
+    held = footprint(model, attention, batch, prompt_tokens, new_tokens, dtype)
+    return held.rows + STAGING_BYTES
 
 
 def _buckets() -> list[int]:

@@ -64,7 +64,9 @@ def _notes(plan: Plan) -> list[str]:
     """What was chosen and why, and how far the same run could go."""
     notes = []
     if not plan.attention.has_index:
-        notes.append(f"attention: full; {plan.reason}")
+        name = type(plan.attention).__name__
+        name = "full" if name == "DenseAttention" else name
+        notes.append(f"attention: {name}; {plan.reason}")
     else:
         notes.append(f"store: {plan.need.rows_on}; {plan.reason}")
         if plan.shrunk is not None:

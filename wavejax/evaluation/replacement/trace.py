@@ -93,7 +93,7 @@ def record(
     Returns:
         the trace, and the logits from which each of the tokens would have been drawn.
     """
-    config = generator.attention.config  # type: ignore[union-attr]
+    config = generator.attention.config  # type: ignore[attr-defined]
     steps, logits = [], []
     for i, token in enumerate(answer.tolist()):
         state, given = generator.force(params, state, jnp.full((1, 1), token, jnp.int32))
