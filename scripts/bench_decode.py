@@ -33,7 +33,7 @@ from wavejax.cli.explaining import HELP, check_variable, print_explanation
 from wavejax.cli.guard import main_guard
 from wavejax.cli.options import fields_of, options_from
 from wavejax.evaluation.files import write_growing
-from wavejax.planning.memory import free_memory, set_memory_limits
+from wavejax.planning.free_memory import free_memory, set_memory_limits
 
 
 def parse_numbers(option: str, text: str, words: tuple[str, ...] = ()) -> list[int | str]:

@@ -34,7 +34,7 @@ from wavejax.evaluation.haystack import MANUAL, load_haystack
 from wavejax.evaluation.setup import check_context, make_room_for
 from wavejax.evaluation.shared_prefill import build_index
 from wavejax.evaluation.summary import tabulate
-from wavejax.planning.memory import host_available, set_memory_limits
+from wavejax.planning.free_memory import host_available, set_memory_limits
 from wavejax.store.rows import init_cache
 
 # Of the host's memory, what may be pinned.

@@ -14,7 +14,8 @@ from models.config import ModelConfig
 from models.parameters import Params
 from wavejax import Generator
 from wavejax.attention.protocol import AnyAttention
-from wavejax.planning.memory import FreeMemory, MemoryNeed, host_available, memory_need
+from wavejax.planning.free_memory import FreeMemory, host_available
+from wavejax.planning.memory import MemoryNeed, memory_need
 from wavejax.planning.plan import STAGING_BYTES
 
 LARGEST_BATCH = 1024

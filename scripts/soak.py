@@ -24,7 +24,7 @@ from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import load_tokenizer
 from models.unstacked import unstack_layers
-from wavejax import Generator, WaveConfig, make_plan
+from wavejax import Generator, Sampler, WaveConfig, make_plan
 from wavejax.cli.progress import bytes_text
 from wavejax.evaluation.haystack import paragraphs
 
@@ -129,7 +129,7 @@ def main() -> int:
         prompts = [text[: max(1, longest * (i + 1) // batch)] for i in range(batch)]
         plan = make_plan(
             checkpoint.config, WaveConfig(), batch, max(map(len, prompts)),
-            arguments.steps, arguments.dtype, store=arguments.store,
+            arguments.steps, arguments.dtype, store=arguments.store, sampler=Sampler(),
         )  # fmt: skip
         plan.check()
         params = checkpoint.load_params(arguments.dtype)

@@ -31,7 +31,7 @@ from wavejax.engine.prompt_text import (
 )
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.text import Generation, TextPiece, TextRun, TextStream
-from wavejax.planning.memory import free_memory
+from wavejax.planning.free_memory import free_memory
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan
 
 AttentionChoice = WaveConfig | AnyAttention
@@ -203,13 +203,20 @@ class LanguageModel:
             return Sampler(**model_sampling(self.path))
         raise InputError(f"`sampler` is {choice!r}; it must be a Sampler, 'model' or None")
 
-    def plan(self, prompt_tokens: int, max_new_tokens: int, batch: int = 1) -> Plan:
+    def plan(
+        self,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        batch: int = 1,
+        sampler: Sampler | None = None,
+    ) -> Plan:
         """Where the keys and values of a run would go, and what it takes of memory.
 
         Args:
             prompt_tokens: of the longest prompt.
             max_new_tokens: to generate.
             batch: sequences.
+            sampler: how tokens are drawn; None: in the way that takes most.
         """
         free, weights = free_memory(), sum(x.nbytes for x in jax.tree.leaves(self.params))
         # A plan counts the weights, which are there already.
@@ -219,7 +226,9 @@ class LanguageModel:
             free = dataclasses.replace(free, device=free.device + weights)
         shape = batch, prompt_tokens, max_new_tokens
         asked = self.attention, *shape, self.dtype
-        return make_plan(self.config, *asked, store=self.store, fetch=self.fetch, free=free)
+        return make_plan(
+            self.config, *asked, store=self.store, fetch=self.fetch, sampler=sampler, free=free
+        )
 
     def generator(
         self,
@@ -234,9 +243,10 @@ class LanguageModel:
         Raises:
             InputError: there is no memory for the run.
         """
-        plan = self.plan(prompt_tokens, max_new_tokens, batch)
+        sampler = sampler or Sampler()
+        plan = self.plan(prompt_tokens, max_new_tokens, batch, sampler)
         plan.check()
-        return Generator(self.config, plan.attention, sampler or Sampler(), self.stop_tokens)
+        return Generator(self.config, plan.attention, sampler, self.stop_tokens)
 
     def flax(self, attend: Attend | None = None) -> tuple[Decoder, Params]:
         """The model as a Flax module, and its variables.

@@ -17,8 +17,9 @@ from wavejax.attention.dense import DenseAttention
 from wavejax.attention.protocol import Attention
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import Generator
+from wavejax.engine.sampling import Sampler
 from wavejax.language_model import AttentionChoice, LanguageModel
-from wavejax.planning.memory import set_memory_limits
+from wavejax.planning.free_memory import set_memory_limits
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan, pinned_need
 
 
@@ -62,16 +63,17 @@ class OpenedModel:
         shape = self.checkpoint.config, self.attention, len(lengths), max(lengths), new_tokens
         set_memory_limits(pinned_need(*shape, dtype, self.fetch))
 
-    def plan(self, lengths: Sequence[int], new_tokens: int) -> Plan:
+    def plan(self, lengths: Sequence[int], new_tokens: int, sampler: Sampler | None = None) -> Plan:
         """Plans a run, and sets XLA's limits before anything starts JAX's device.
 
         Args:
             lengths: the tokens of each prompt.
             new_tokens: to generate.
+            sampler: how tokens are drawn; None: in the way that takes most.
         """
         self.set_memory_limits(lengths, new_tokens)
         shape = self.checkpoint.config, self.attention, len(lengths), max(lengths), new_tokens
-        return make_plan(*shape, self._dtype(), store=self.store, fetch=self.fetch)
+        return make_plan(*shape, self._dtype(), store=self.store, fetch=self.fetch, sampler=sampler)
 
     def load(
         self,

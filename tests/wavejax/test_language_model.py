@@ -24,7 +24,7 @@ from wavejax.cli.flags import errors_in_flags
 from wavejax.engine.facts import Facts
 from wavejax.engine.prompt_text import list_prompts
 from wavejax.generate import main
-from wavejax.planning.memory import FreeMemory
+from wavejax.planning.free_memory import FreeMemory
 
 ZONES = WaveConfig(
     local_tokens=8,

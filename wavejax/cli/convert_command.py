@@ -15,7 +15,7 @@ from models.paths import stat_of
 from models.text.tokenizer import load_tokenizer
 from wavejax.cli.guard import main_guard
 from wavejax.engine.model_sampling import FILE as GENERATION_CONFIG
-from wavejax.planning.memory import host_available
+from wavejax.planning.free_memory import host_available
 
 
 @click.command()

@@ -117,7 +117,7 @@ def command(
             check_lengths(checkpoint.config, ids, max_new_tokens, max_context)
     lengths = [*map(len, ids)] or [context or 1] * (batch or 1)
     lengths = [length for length in lengths for _ in range(samples)]
-    plan = opened.plan(lengths, max_new_tokens)
+    plan = opened.plan(lengths, max_new_tokens, sampler)
     if only_plan:
         print_plan(plan, checkpoint, as_json)
         return

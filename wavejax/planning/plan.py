@@ -17,14 +17,9 @@ from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.prompts import SMALLEST_BUCKET, bucket
-from wavejax.planning.memory import (
-    PINNED_LIMIT,
-    FreeMemory,
-    MemoryNeed,
-    footprint,
-    free_memory,
-    memory_need,
-)
+from wavejax.engine.sampling import Sampler
+from wavejax.planning.free_memory import PINNED_LIMIT, FreeMemory, free_memory
+from wavejax.planning.memory import MemoryNeed, footprint, memory_need
 from wavejax.store.rows import Fetch, StoreKind
 
 StoreChoice = Literal["auto"] | StoreKind
@@ -99,6 +94,7 @@ def make_plan(
     *,
     store: StoreChoice = "auto",
     fetch: FetchChoice = "auto",
+    sampler: Sampler | None = None,
     free: FreeMemory | None = None,
 ) -> Plan:
     """Decides where the rows go and how many the cache holds; allocates nothing.
@@ -117,6 +113,7 @@ def make_plan(
         dtype: of weights and state.
         store: where the rows of wave attention by these settings shall go.
         fetch: how its rows on the host reach the device; see `WaveAttention`.
+        sampler: how tokens are drawn; None: in the way that takes most.
         free: what there is; None asks the device.
 
     Returns:
@@ -133,6 +130,7 @@ def make_plan(
             prompt_tokens=prompt,
             new_tokens=new_tokens,
             dtype=dtype,
+            sampler=sampler,
         )
         choices = [
             (candidate, need(candidate), why)

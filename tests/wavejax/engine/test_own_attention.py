@@ -15,7 +15,8 @@ from tests.support.tiny_generator import MODEL, make_params, make_prompts
 from wavejax import Attention, DenseAttention, Generator, WaveAttention, make_plan
 from wavejax.engine.state_checks import check_state
 from wavejax.loading import attention_of, check_placement
-from wavejax.planning.memory import FreeMemory, memory_need
+from wavejax.planning.free_memory import FreeMemory
+from wavejax.planning.memory import memory_need
 
 WINDOW, STEPS = 12, 20
 LENGTHS = (40, 5)

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.tiny_generator import CONFIG, MODEL
-from wavejax import DenseAttention, InputError, WaveAttention, WaveConfig
+from wavejax import DenseAttention, InputError, Sampler, WaveAttention, WaveConfig
 from wavejax.engine.prompts import bucket
-from wavejax.planning.memory import FreeMemory, memory_need
+from wavejax.planning.free_memory import FreeMemory
+from wavejax.planning.memory import memory_need
 from wavejax.planning.plan import make_plan, pinned_need, shortage
 from wavejax.planning.table import plan_json, plan_text
 
@@ -37,6 +38,24 @@ def choice(memory, store="auto"):
     made = plan(memory, store=store)
     made.check()
     return made.attention.store, made.attention.config.cache_fraction / CONFIG.cache_fraction
+
+
+def test_a_plan_knows_how_tokens_are_drawn():
+    """A batch of many sequences needs room for what is ranked and counted, if anything is."""
+    run = (MODEL, DenseAttention(), 4096, 10, 1, "float32")
+    rooms = []
+    drawn = (Sampler(), Sampler(temperature=1.0, top_k=5), Sampler(temperature=1.0, top_p=0.9))
+    for sampler in (*drawn, Sampler(temperature=1.0, top_p=0.9, presence_penalty=1.0), None):
+        made = make_plan(*run, sampler=sampler, free=free(PLENTY))
+        assert made.need == memory_need(*run, sampler)
+        rooms.append(made.need.workspace)
+    greedy, few, all_ranked, counted, unknown = rooms
+    assert greedy < few < all_ranked < counted == unknown
+    # A run that fits when the most probable token is taken need not fit when all are ranked.
+    tight = free(make_plan(*run, sampler=drawn[0], free=free(PLENTY)).need.device)
+    make_plan(*run, sampler=drawn[0], free=tight).check()
+    with pytest.raises(InputError, match="not enough device memory"):
+        make_plan(*run, sampler=drawn[2], free=tight).check()
 
 
 def test_the_device_while_it_fits_then_the_host():
