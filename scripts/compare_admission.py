@@ -27,6 +27,7 @@ from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import load_tokenizer
 from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
+from wavejax.cli.flags import in_flags
 from wavejax.engine.prompts import bucket
 from wavejax.engine.state import DecodeState, commit
 from wavejax.evaluation.files import write_growing
@@ -155,7 +156,7 @@ def main() -> int:
         set_memory_limits(int(PINNED_SHARE * host_available()))
         params = checkpoint.load_params(arguments.dtype)
     except InputError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", in_flags(str(error)), file=sys.stderr)
         return 2
     tokens = jnp.asarray(answer)[:, None]
     full = Generator(checkpoint.config, DenseAttention(), SAMPLER)

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.errors import InputError
+from wavejax.cli.flags import in_flags
 from wavejax.evaluation.files import replacing, write_growing
 from wavejax.evaluation.replacement import study
 from wavejax.evaluation.replacement.policies import policies
@@ -46,7 +47,7 @@ def main() -> int:
     try:
         return compare(arguments)
     except InputError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", in_flags(str(error)), file=sys.stderr)
         return 2
 
 

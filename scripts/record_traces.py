@@ -25,6 +25,7 @@ from models.checkpoints.open import find_default_model, open_checkpoint
 from models.errors import InputError
 from models.text.tokenizer import Tokenizer, load_tokenizer
 from wavejax import DenseAttention, Generator, Sampler, WaveConfig
+from wavejax.cli.flags import in_flags
 from wavejax.engine.generator import NO_TOKEN
 from wavejax.engine.prompts import bucket
 from wavejax.evaluation.files import replacing
@@ -140,7 +141,7 @@ def main() -> int:
         make_room_for(arguments.out / "trace.npz")
         params = checkpoint.load_params(arguments.dtype)
     except InputError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", in_flags(str(error)), file=sys.stderr)
         return 2
     # Without a stop token: every answer has the same length.
     full = Generator(checkpoint.config, DenseAttention(), SAMPLER)

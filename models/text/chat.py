@@ -86,7 +86,7 @@ def _compiled(template: str) -> tuple[jinja2.Template, frozenset[str]]:
 def _failed(error: Exception) -> InputError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(
-        f"the model's chat template failed ({reason}): pass the prompt as it is (--raw)"
+        f"the model's chat template failed ({reason}): pass the prompt as it is (`raw=True`)"
     )
 
 

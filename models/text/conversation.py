@@ -248,7 +248,7 @@ class _Attempt:
         instead = "give its text in the user's message, or " if role == "system" else ""
         return InputError(
             f"the model's chat template leaves out message {number + 1} of {len(self.messages)} "
-            f"({role}), or changes its text: {instead}pass the prompt as it is (--raw)"
+            f"({role}), or changes its text: {instead}pass the prompt as it is (`raw=True`)"
         )
 
 

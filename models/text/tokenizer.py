@@ -148,7 +148,9 @@ class Tokenizer:
 
     def _render(self, messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any] | None) -> Any:
         if self.chat_template is None:
-            raise InputError("the model has no chat template: pass the prompt as it is (--raw)")
+            raise InputError(
+                "the model has no chat template: pass the prompt as it is (`raw=True`)"
+            )
         render = functools.partial(
             apply_chat,
             self.chat_template,

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from models.errors import InputError
 from models.text.tokenizer import Tokenizer
-from wavejax.cli.flags import errors_in_flags
 from wavejax.cli.prompts import parse_template_args, read_conversations, read_prompts
 from wavejax.engine.prompt_text import Prompt, encode_prompt, refuse_raw
 
@@ -35,25 +34,21 @@ def encode_prompts(
     if message_files and (prompts or prompt_files):
         raise InputError("give --messages or a prompt, not both: the messages end with the prompt")
     raw = None if chat is None else not chat
-    with errors_in_flags():
-        # Before files are read.
-        refuse_raw(
-            raw, {"messages": message_files, "system": system, "template_args": template_args}
-        )
+    # Before files are read.
+    refuse_raw(raw, {"messages": message_files, "system": system, "template_args": template_args})
     values = parse_template_args(template_args)
     given: Sequence[Prompt] = (
         read_conversations(message_files) if message_files else read_prompts(prompts, prompt_files)
     )
-    with errors_in_flags():
-        encoded = [
-            encode_prompt(
-                tokenizer,
-                prompt,
-                raw=raw,
-                system=system,
-                template_args=values,
-                control_tokens=control_tokens,
-            )
-            for prompt in given
-        ]
+    encoded = [
+        encode_prompt(
+            tokenizer,
+            prompt,
+            raw=raw,
+            system=system,
+            template_args=values,
+            control_tokens=control_tokens,
+        )
+        for prompt in given
+    ]
     return [prompt.ids for prompt in encoded], encoded[0].raw

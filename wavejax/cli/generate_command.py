@@ -18,18 +18,17 @@ from wavejax.cli.explaining import (
     explanation_json,
     print_explanation,
 )
-from wavejax.cli.flags import errors_in_flags
 from wavejax.cli.generate_options import generate_options
 from wavejax.cli.guard import main_guard
 from wavejax.cli.interrupts import Terminated
-from wavejax.cli.model_sampling import model_sampling, sampling_text
+from wavejax.cli.model_sampling import sampling_text
 from wavejax.cli.options import GroupedCommand, fields_of
 from wavejax.cli.planning import check_context, print_plan
 from wavejax.cli.progress import progress_bar
 from wavejax.cli.run import Run
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import Generator
-from wavejax.engine.model_sampling import check_samples
+from wavejax.engine.model_sampling import check_samples, model_sampling
 from wavejax.engine.prompt_text import EncodedPrompt, check_lengths
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.text import TextRun
@@ -74,8 +73,7 @@ def command(
     # All that can be wrong with the input is found before the weights are read.
     sampler, config = fields_of(Sampler, settings), fields_of(WaveConfig, settings)
     wave_or_full = config if attention == "wave" else DenseAttention()
-    with errors_in_flags():
-        check_placement(wave_or_full, store, fetch)
+    check_placement(wave_or_full, store, fetch)
     check_variable()
     if explained and only_plan:
         raise InputError("--explain is for a run, and --plan runs nothing: leave out one of them")
@@ -98,8 +96,7 @@ def command(
     if sampling == "model":
         stated = _not_given(model_sampling(checkpoint.path))
         sampler = dataclasses.replace(sampler, **stated)
-    with errors_in_flags():
-        check_samples(samples, sampler)
+    check_samples(samples, sampler)
     ids: list[list[int]] = []
     raw = False
     if not of_context:
@@ -113,8 +110,7 @@ def command(
             template_args=template_args,
             control_tokens=allow_control_tokens,
         )
-        with errors_in_flags():
-            check_lengths(checkpoint.config, ids, max_new_tokens, max_context)
+        check_lengths(checkpoint.config, ids, max_new_tokens, max_context)
     lengths = [*map(len, ids)] or [context or 1] * (batch or 1)
     lengths = [length for length in lengths for _ in range(samples)]
     plan = opened.plan(lengths, max_new_tokens, sampler)

@@ -13,6 +13,7 @@ import jax
 
 from models.errors import InputError
 from wavejax.cli.explaining import asked_for_kernels
+from wavejax.cli.flags import in_flags
 from wavejax.cli.interrupts import EXIT_INTERRUPTED, Terminated, raised_signals
 from wavejax.cli.streams import Stderr, Stdout, let_go, open_closed_streams, say
 
@@ -29,7 +30,7 @@ def main_guard(
     more, as on a full disk, becomes one line on stderr, `error: ...`, and status 2. Ctrl-C is
     status 130, SIGTERM 143, SIGHUP 129. A reader that went away, as `head` does, is status 141 and
     no word. A stderr that takes no more changes nothing. A mistake in the program keeps its
-    traceback.
+    traceback. Errors of the library name parameters: here these become flags.
 
     Args:
         command: what to run.
@@ -58,7 +59,7 @@ def _guarded(command: click.Command, arguments: Sequence[str], advice: str) -> i
     except click.ClickException as error:
         return _fail(error.format_message())
     except InputError as error:
-        return _fail(str(error))
+        return _fail(in_flags(str(error)))
     except (KeyboardInterrupt, click.Abort):
         say("interrupted")
         return EXIT_INTERRUPTED

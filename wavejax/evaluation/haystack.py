@@ -76,7 +76,7 @@ def _essays() -> list[Path]:
             return files
     raise InputError(
         f"the essays are not installed; run: pip install --no-deps {_ESSAYS_MODULE}==0.1.0, or "
-        f"give --haystack {MANUAL} or a text file"
+        f"give `haystack={MANUAL}` or a text file"
     )
 
 

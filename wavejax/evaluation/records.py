@@ -60,7 +60,7 @@ class Records:
                 self._locked = opened.pop_all()
         except BlockingIOError as error:
             raise InputError(
-                f"another run writes to {folder}: wait for its end, or give another --out"
+                f"another run writes to {folder}: wait for its end, or give another `out`"
             ) from error
         except OSError as error:
             raise InputError(f"cannot use the folder {folder}: {error.strerror}") from error
@@ -93,7 +93,7 @@ class Records:
         if there != sample:
             raise InputError(
                 f"{self.folder} holds records of another sample {index} of {task} at {length} "
-                f"tokens ({there}, not {sample}): give another --out"
+                f"tokens ({there}, not {sample}): give another `out`"
             )
 
     def _check(self, settings: dict[str, Any], parts: dict[str, Any], run: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Records:
                 known_parts = {**known.get("parts", {})}
             except (ValueError, KeyError, TypeError):
                 raise InputError(
-                    f"{path} does not hold an evaluation's settings: give another --out, or remove "
+                    f"{path} does not hold an evaluation's settings: give another `out`, or remove "
                     "it to go on with the records beside it"
                 ) from None
             self._refuse_others(there, settings, sorted(settings.keys() | there.keys()))
@@ -130,7 +130,7 @@ class Records:
             elif new is None:
                 said = f"whose {what} is {old!r}, and nothing here"
             raise InputError(
-                f"{self.folder} holds an evaluation {said}: give another --out, or the same "
+                f"{self.folder} holds an evaluation {said}: give another `out`, or the same "
                 "settings to go on with it"
             )
 
@@ -154,7 +154,7 @@ class Records:
             if record is None:
                 raise InputError(
                     f"line {number} of {path} is not a record: remove it to go on with the others, "
-                    "or give another --out"
+                    "or give another `out`"
                 )
             yield record
 

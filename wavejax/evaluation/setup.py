@@ -70,9 +70,9 @@ def check_context(checkpoint: Checkpoint, context: int, new_tokens: int) -> None
     """
     if not 0 < new_tokens < context:
         raise InputError(
-            f"--new-tokens {new_tokens} must be from 1 and less than --context {context}"
+            f"`new_tokens={new_tokens}` must be from 1 and less than `context={context}`"
         )
-    _refuse_longer("--context", context, checkpoint)
+    _refuse_longer("`context`", context, checkpoint)
 
 
 def _refuse_longer(what: str, tokens: int, checkpoint: Checkpoint) -> None:

@@ -72,12 +72,12 @@ class Plan:
         )
         advice = "use a shorter prompt, fewer prompts or new tokens"
         if self.dtype == "float32":
-            advice += ", or --dtype bfloat16"
+            advice += ", or `dtype='bfloat16'`"
         if name == "pinned memory":
             advice = f"set {PINNED_LIMIT}={math.ceil(needed / 2**30)} before JAX starts"
-            advice += ", or --fetch staged, which pins no rows"
+            advice += ", or `fetch='staged'`, which pins no rows"
         elif need.rows_on == "device" and self.free.device is not None and need.index:
-            advice += ", or --store host"
+            advice += ", or `store='host'`"
         raise InputError(
             f"not enough {name}: {gib(needed)} needed ({parts}, workspace {gib(need.workspace)}), "
             f"{gib(there_is)} free; {longest}{advice}"

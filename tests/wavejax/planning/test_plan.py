@@ -88,7 +88,7 @@ def test_a_cache_of_all_tokens_is_made_smaller_in_proportion():
 def test_where_it_is_asked_for_it_goes():
     assert choice(free(PLENTY), "host") == ("host", 1.0)
     assert choice(free(PLENTY), "device") == ("device", 1.0)
-    with pytest.raises(InputError, match="--store host"):
+    with pytest.raises(InputError, match=r"`store=.host.`"):
         choice(free(need("device").device - 1), "device")
 
 
@@ -166,7 +166,7 @@ def test_the_platform_chooses_how_to_fetch(monkeypatch):
     made = plan(free(PLENTY, pinned=0), store="host")
     made.check()
     assert made.attention.staged
-    with pytest.raises(InputError, match=r"^not enough pinned memory: .* --fetch staged"):
+    with pytest.raises(InputError, match=r"^not enough pinned memory: .* `fetch=.staged.`"):
         plan(free(PLENTY, pinned=0), store="host", fetch="in_place").check()
 
 
@@ -177,7 +177,7 @@ def test_full_attention_fits_or_not():
     assert made.attention == DenseAttention()
     with pytest.raises(InputError, match=r"^not enough device memory: ") as error:
         plan(free(one.device - 1), DenseAttention()).check()
-    assert "--store" not in str(error.value)
+    assert "`store" not in str(error.value)
 
 
 def test_the_refusal_is_one_line_with_needed_and_free():
@@ -189,10 +189,10 @@ def test_the_refusal_is_one_line_with_needed_and_free():
     total = (made.need.device + made.need.host) / 2**30
     assert message.startswith(f"not enough memory: {total:.2f} GiB needed (weights ")
     assert "0.00 GiB free" in message
-    assert "--dtype bfloat16" in message  # what to do about it
+    assert "`dtype='bfloat16'`" in message  # what to do about it
     with pytest.raises(InputError) as error:
         plan(free(None, 2**20), dtype=jnp.bfloat16).check()
-    assert "--dtype" not in str(error.value)
+    assert "`dtype" not in str(error.value)
 
 
 @settings(max_examples=25, deadline=None)
