@@ -1,6 +1,6 @@
 """Tunes the ops' kernels on this GPU and writes what it finds into the table of configs.
 
-    python scripts/tune_kernels.py --shapes A,A1,1M --budget-seconds 400
+    python scripts/tune_kernels.py --shapes batch8-128k,batch1-128k,batch1-1m --budget-seconds 400
 
 From the heuristic's config it changes one field at a time and keeps what is faster and gives the
 same result. Every op and shape is written as soon as it is done, and skipped in a later run.
@@ -25,7 +25,7 @@ from gpu_timing import time_calls
 from op_cases import OTHER_OPS, STEP_OPS, Run, StepBench, by_api, names_from
 
 from pallas_kernels import tuning
-from pallas_kernels.shapes import SHAPES
+from pallas_kernels.shapes import BENCHMARKED, SHAPES
 from wavejax.evaluation.files import write_text
 
 # A change must gain so much to count: timings differ by that from run to run.
@@ -167,7 +167,7 @@ def alone(folder: Path) -> Iterator[None]:
 def main() -> None:
     """Tunes op by op and shape by shape, until all are done or the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="A,A1,1M", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", default=",".join(BENCHMARKED), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--ops", default=",".join(STEP_OPS), help="or attend_dense")
     parser.add_argument("--budget-seconds", type=float, default=400)
     parser.add_argument("--table", type=Path, default=tuning.TABLE)

@@ -1,9 +1,9 @@
 """Makes a run record of a benchmark's JSON file.
 
-    python scripts/bench_kernels.py --shapes A,A1,1M --out results.json
+    python scripts/bench_kernels.py --out results.json
     python scripts/records/new_record.py results.json --name 2026-12-01-ops-h200 \\
         --figures 'shapes/*/*/us' --conditions "us; bfloat16; ..." \\
-        --command "python scripts/bench_kernels.py --shapes A,A1,1M --out results.json"
+        --command "python scripts/bench_kernels.py --out results.json"
 
 Device, date and jax's version come from the file, the commit from git.
 """
@@ -24,7 +24,7 @@ def pick(results: Any, pattern: str) -> dict[str, Any]:
 
     Args:
         results: nested objects.
-        pattern: as `shapes/*/*/us`, which gives `{"A": {"step": 139.2}}`.
+        pattern: as `shapes/*/*/us`, which gives `{"batch8-128k": {"step": 139.2}}`.
 
     Raises:
         ValueError: nothing is there.

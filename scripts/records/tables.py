@@ -11,7 +11,13 @@ STEPS = {"H200": "2026-11-29-steps-h200", "H100": "2026-11-27-steps-h100"}
 MISSED = "2026-11-27-missed-rows-h200"
 RULER, ONE_BUDGET, FWE = "2026-11-26-ruler", "2026-11-26-one-budget", "2026-11-29-fwe-1.5b"
 BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
-SHAPES = {"A": "batch 8, 131,072 tokens", "A1": "batch 1, 131,072", "1M": "batch 1, 1,048,576"}
+SHAPES = {
+    "batch8-128k": "batch 8, 131,072 tokens",
+    "batch1-128k": "batch 1, 131,072",
+    "batch1-1m": "batch 1, 1,048,576",
+}
+# What records of before 2026-11-29 call them.
+_LETTERS = {"batch8-128k": "A", "batch1-128k": "A1", "batch1-1m": "1M"}
 PLACES = {"full": "full attention", "device": "wave, device", "host": "wave, host"}
 
 
@@ -20,7 +26,7 @@ def speed(runs: Runs) -> str:
     ops, steps = runs[OPS["H200"]], runs[STEPS["H200"]]
     rows = []
     for shape, words in SHAPES.items():
-        full, wave = ops[f"{shape}/full_attention"], ops[f"{shape}/step"]
+        full, wave = (at_shape(ops, shape)[op] for op in ("full_attention", "step"))
         rows.append(
             [f"attention of one layer: {words}", f"{full} us", f"{wave} us", times(full, wave)]
         )
@@ -60,21 +66,28 @@ def accuracy(runs: Runs) -> str:
     return table(head, rows) + dated(runs, RULER, ONE_BUDGET, FWE)
 
 
+def at_shape(run: RunRecord, shape: str) -> dict[str, float]:
+    """A record's figures at a shape, by op: also of a record that calls the shape by a letter."""
+    return run.figures[shape if shape in run.figures else _LETTERS[shape]]
+
+
 def ops(runs: Runs) -> str:
     """Times of each op, us."""
     head = ["us"] + [f"{device}: {shape}" for device in OPS for shape in SHAPES]
     rows = []
-    for op in runs[OPS["H200"]]["A"]:
+    for op in at_shape(runs[OPS["H200"]], "batch8-128k"):
         name = {"step": "all, in one program", "full_attention": "full attention"}.get(
             op, f"`{op}`"
         )
         rows.append(
-            [name] + [f"{runs[run][f'{shape}/{op}']}" for run in OPS.values() for shape in SHAPES]
+            [name]
+            + [str(at_shape(runs[run], shape)[op]) for run in OPS.values() for shape in SHAPES]
         )
     cells = []
     for run in OPS.values():
         for shape in SHAPES:
-            cells.append(times(runs[run][f"{shape}/full_attention"], runs[run][f"{shape}/step"]))
+            at = at_shape(runs[run], shape)
+            cells.append(times(at["full_attention"], at["step"]))
     return table(head, [*rows, ["times as fast", *cells]]) + dated(runs, *OPS.values())
 
 
