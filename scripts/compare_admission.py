@@ -71,13 +71,13 @@ def start(state: DecodeState, generator: Generator, room: int, new: int, slots: 
     """
     attention = generator.attention
     assert isinstance(attention, WaveAttention)
-    wave = build_index(attention, generator, state.attention_state, room, new)
+    own = build_index(attention, generator, state.attention_state, room, new)
     if slots:
-        shape, tokens = wave.cache.rows.shape, wave.cache.table.slot_of_token.shape[-1]
-        cache = init_cache((*shape[:3], slots, *shape[4:]), tokens, wave.cache.rows.dtype)
-        wave = dataclasses.replace(wave, cache=cache)
+        shape, tokens = own.cache.rows.shape, own.cache.table.slot_of_token.shape[-1]
+        cache = init_cache((*shape[:3], slots, *shape[4:]), tokens, own.cache.rows.dtype)
+        own = dataclasses.replace(own, cache=cache)
     rest = dataclasses.replace(state, attention_state=None)
-    return commit(dataclasses.replace(jax.tree.map(jnp.copy, rest), attention_state=wave))
+    return commit(dataclasses.replace(jax.tree.map(jnp.copy, rest), attention_state=own))
 
 
 def measure(

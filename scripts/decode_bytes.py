@@ -10,7 +10,7 @@ from models.parameters import Params
 from wavejax.attention.dense import DenseState
 from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveState
-from wavejax.engine.staged_state import StagedState, wave_of
+from wavejax.engine.staged_state import StagedState, on_device_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Counts:
     @classmethod
     def of(cls, cache: Any) -> "Counts":
         """Reads them off a state; waits for it."""
-        cache = wave_of(cache)
+        cache = on_device_of(cache)
         if not isinstance(cache, WaveState):
             return cls()
         layers, _, kv_heads = cache.store.rows.shape[:3]
@@ -85,7 +85,7 @@ def bytes_of_step(
         tokens = int(np.asarray(cache.tokens).sum()) - len(cache.tokens) * (steps - 1) / 2
         read = layers * kv_heads * row * tokens
     else:
-        staged, cache = isinstance(cache, StagedState), wave_of(cache)
+        staged, cache = isinstance(cache, StagedState), on_device_of(cache)
         row = 2 * cache.store.rows.shape[-1] * cache.store.rows.dtype.itemsize
         read = _wave_bytes(attention, cache) + row * counts.hits / steps
         missed = row * counts.misses / steps

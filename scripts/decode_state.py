@@ -17,7 +17,7 @@ from wavejax import Generator
 from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.generator import DecodeState
 from wavejax.engine.prompts import bucket
-from wavejax.engine.staged_state import StagedState, hold_rows, wave_of
+from wavejax.engine.staged_state import StagedState, hold_rows, on_device_of
 from wavejax.store.shape import CacheShape
 from wavejax.store.steady import SteadyZone
 
@@ -96,8 +96,8 @@ def _write_rows(
     length = jnp.int32(context)
     stored = None
     if attention.staged:
-        wave: Any = attention
-        stored = hold_rows(wave, cache).rows
+        staging: Any = attention
+        stored = hold_rows(staging, cache).rows
 
     def write(cache: Any, layer: int, sequence: int) -> Any:
         at = jnp.int32(layer), jnp.int32(sequence)
@@ -140,8 +140,8 @@ def _write_layer(
     keys, values = clustered_rows(model, room, dtype, key)
     where = {"sequence": sequence, "length": length}
     if attention.staged:
-        wave: Any = attention
-        rows, cache = wave.index_prompt(layer, keys, values, cache, **where)
+        staging: Any = attention
+        rows, cache = staging.index_prompt(layer, keys, values, cache, **where)
         return cache, rows
     return attention.write_prompt(layer, keys, values, cache, **where), None
 
@@ -153,12 +153,12 @@ def _finish(attention: AnyAttention, cache: Any, sequence: Array, length: Array)
 
 def about_to_grow(generator: Generator, state: DecodeState, dtype: str) -> DecodeState:
     """Fills every sequence's window: the next step makes the index grow."""
-    cache = wave_of(state.attention_state)
+    cache = on_device_of(state.attention_state)
     cache = dataclasses.replace(
         cache, steady=_fill_window(generator.model_config, dtype, cache.steady)
     )
     if isinstance(state.attention_state, StagedState):
-        cache = dataclasses.replace(state.attention_state, wave=cache)
+        cache = dataclasses.replace(state.attention_state, on_device=cache)
     return dataclasses.replace(state, attention_state=cache)
 
 

@@ -20,7 +20,7 @@ from models.parameters import Params
 from wavejax import Generator
 from wavejax.engine.generator import DecodeState
 from wavejax.engine.sampling import step_keys
-from wavejax.engine.staged_state import wave_of
+from wavejax.engine.staged_state import on_device_of
 
 WARM_UPS = 2  # The first compiles, the second tells how long that took.
 PROBES = 8  # at most, of strides that might give the hit ratio
@@ -208,7 +208,7 @@ def time_growth(decoder: Decoder, dtype: str) -> dict[str, float]:
     alone, growing = [], []
     for _ in range(GROWTHS):
         decoder.state = about_to_grow(decoder.generator, decoder.state, dtype)
-        jax.block_until_ready(wave_of(decoder.state.attention_state))
+        jax.block_until_ready(on_device_of(decoder.state.attention_state))
         before = Counts.of(decoder.state.attention_state).indexed
         growing.append(decoder.run(1))
         assert Counts.of(decoder.state.attention_state).indexed > before, "the index did not grow"

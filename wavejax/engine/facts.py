@@ -35,7 +35,7 @@ def facts_of(attention: AnyAttention, state: Any) -> Facts:
     """Reads the facts off an attention's state; waits for the work that makes it."""
     staged = 0
     if isinstance(state, StagedState):
-        staged, state = state.rows.nbytes, state.wave
+        staged, state = state.rows.nbytes, state.on_device
     host = sum(x.nbytes for x in jax.tree.leaves(state) if x.sharding.memory_kind == "pinned_host")
     device = sum(x.nbytes for x in jax.tree.leaves(state)) - host
     counts = attention.counts(state)

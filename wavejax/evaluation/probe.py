@@ -115,14 +115,14 @@ def wave_reads(
         state: in the step, its own row taken in; without `min_token_mass` before it says the same.
         room: the length of the result.
     """
-    wave, steady = state.index, state.steady
-    kv_heads, head_dim = wave.centroids.shape[2], query.shape[-1]
+    index, steady = state.index, state.steady
+    kv_heads, head_dim = index.centroids.shape[2], query.shape[-1]
     grouped = query.reshape(query.shape[0], kv_heads, -1, head_dim)
     scale = scale_of(query)
-    scores = retrieval.score_clusters(grouped, wave, layer, scale=scale)
+    scores = retrieval.score_clusters(grouped, index, layer, scale=scale)
     retrieved = attention.retrieve(layer, grouped, scores, state)
     sinks = steady.sink_tokens[:, None]
-    indexed_end = sinks + wave.tokens[:, None]
+    indexed_end = sinks + index.tokens[:, None]
     place = jnp.arange(room)
     newest = attention.lengths(state)[:, None]
     exact = (place < sinks) | ((place >= indexed_end) & (place <= newest))
