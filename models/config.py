@@ -139,7 +139,10 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
-        """The config that `to_json` described. Raises InputError where a field does not fit."""
+        """Return the config that `to_json` described.
+
+        Raise InputError where a field does not fit.
+        """
         try:
             scaling = values.get("rope_scaling")
             if scaling is not None:
@@ -174,7 +177,10 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
 
 
 def scaled_context(context: int, scaling: RopeScaling | None, where: str) -> int:
-    """The tokens of context that YaRN makes of `context`; InputError where that is absurd."""
+    """Return the tokens of context that YaRN makes of `context`.
+
+    Raise InputError where that is absurd.
+    """
     if scaling is None or scaling.kind != "yarn":
         return context
     return max(context, times_longer(scaling.original_context, scaling.factor, where))

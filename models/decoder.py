@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         )
 
     def _parameter(self, name: str, below: Any) -> Any:
-        """The parameter `name`, or the group of that name: `below` holds the full paths."""
+        """Return the parameter `name`, or the group of that name: `below` holds the full paths."""
         shapes = parameter_shapes(self.config)
 
         def init(key: Array) -> Any:
@@ -150,7 +150,7 @@ def apply_model(
     state: Any,
     unroll: bool = False,
 ) -> tuple[Float[Array, "batch tokens hidden"], Any]:
-    """Runs tokens at their positions (both int32) through the embedding, all layers and the norm.
+    """Run tokens at their positions (both int32) through the embedding, all layers and the norm.
 
     Args:
       config: the model's.
@@ -189,7 +189,7 @@ def apply_model(
 def embed(
     config: ModelConfig, params: Params, tokens: Int[Array, "batch tokens"]
 ) -> Float[Array, "batch tokens {config.hidden_size}"]:
-    """Looks up the tokens' embeddings, in the parameters' dtype."""
+    """Look up the tokens' embeddings, in the parameters' dtype."""
     return params["params"]["embedding"][tokens]
 
 
@@ -202,7 +202,7 @@ def apply_layer(
     attend: Attend,
     state: Any,
 ) -> tuple[Float[Array, "batch tokens hidden"], Any]:
-    """Runs one layer.
+    """Run one layer.
 
     Args:
       config: the model's.

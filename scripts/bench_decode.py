@@ -51,7 +51,7 @@ def parse_numbers(option: str, text: str, words: tuple[str, ...] = ()) -> list[i
 
 
 def parse_words(option: str, text: str, words: tuple[str, ...]) -> list[str]:
-    """Some of the words, between commas; raises InputError."""
+    """Return some of the words, between commas; raise InputError."""
     found = text.split(",")
     for part in found:
         if part not in words:

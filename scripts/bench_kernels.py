@@ -49,7 +49,7 @@ TARGET_SHAPE = "batch8-128k"
 
 
 def bench_case(case: OpCase, ceiling: float, **timing: Any) -> dict[str, float]:
-    """An op's time, and its rate by the bytes that it must move."""
+    """Return an op's time, and its rate by the bytes that it must move."""
     took, _ = time_calls(case.call, case.operands, case.state, links=case.links, **timing)
     rate = case.bytes / took.median
     return {
@@ -159,7 +159,7 @@ def bench_build(shape: StepShape, run: Run) -> dict[str, float]:
 def record_attempt(
     results: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]
 ) -> None:
-    """Records what `measure` finds, or how it fails."""
+    """Record what `measure` finds, or how it fails."""
     start = time.perf_counter()
     try:
         results[name] = measure()
@@ -214,7 +214,7 @@ def verdict(value: float, must: float, aim: float) -> str:
 
 
 def tables(shapes: dict[str, dict[str, Any]]) -> str:
-    """The figures, and which targets they meet."""
+    """Return the figures, and which targets they meet."""
     lines = [f"{'shape':8}{'op':17}{'us':>10}{'GB/s':>8}{'ceiling':>9}{'vs full':>9}"]
     marks = []
     for shape, results in shapes.items():

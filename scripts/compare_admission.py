@@ -58,7 +58,7 @@ def settings(budgets: list[float], ratios: list[float]) -> dict[str, WaveConfig]
 
 
 def start(state: DecodeState, generator: Generator, room: int, new: int, slots: int) -> DecodeState:
-    """A state of the generator's own after full attention's prefill, its cache empty.
+    """Return a state of the generator's own after full attention's prefill, its cache empty.
 
     Its index is its own, too: `SharedPrefill` copies one for each state, and rows in host memory
     are not to be copied by JAX.
@@ -66,7 +66,8 @@ def start(state: DecodeState, generator: Generator, room: int, new: int, slots: 
     Args:
         state: full attention's; not donated.
         generator: of wave attention.
-        room, new: for tokens, as `build_index` takes them.
+        room: for the prompt's tokens.
+        new: room for tokens to come.
         slots: of the row cache; 0: as many as the settings make.
     """
     attention = generator.attention
@@ -88,9 +89,13 @@ def measure(
     expected: Array,
     warm_up: int,
 ) -> dict[str, Any]:
-    """Runs an answer's tokens `[steps, 1]`; donates the state.
+    """Run an answer's tokens `[steps, 1]`; donate the state.
 
     Args:
+        generator: of wave attention.
+        params: the model's.
+        state: of `start`.
+        answer: the tokens to run.
         expected: full attention's logits, `[steps, 1, vocab]`.
         warm_up: steps not counted.
     """

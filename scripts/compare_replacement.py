@@ -25,7 +25,7 @@ from wavejax.evaluation.setup import make_room_for
 
 
 def main() -> int:
-    """Runs the simulations; returns the exit status."""
+    """Run the simulations; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("traces", type=Path, nargs="+", help="files, or folders of them")
     parser.add_argument(
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Simulates, prints and writes."""
+    """Simulate, print and write."""
     known = [*policies(), study.OPTIMUM]
     for name in arguments.unit_policies:
         if name not in known:

@@ -30,7 +30,7 @@ class Counts:
 
     @classmethod
     def of(cls, cache: Any) -> "Counts":
-        """Reads them off a state; waits for it."""
+        """Read them off a state; wait for it."""
         cache = on_device_of(cache)
         if not isinstance(cache, WaveState):
             return cls()
@@ -43,7 +43,7 @@ class Counts:
         return cls(hits, misses, attended, int(np.asarray(cache.index.tokens).sum()))
 
     def since(self, before: "Counts") -> "Counts":
-        """What was counted between the two."""
+        """Return what was counted between the two."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)
         return Counts(*(after - then for after, then in pairs))
 

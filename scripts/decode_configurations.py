@@ -61,13 +61,13 @@ class Bench:
         return memory_need(self.model, attention, batch, context, self.new_tokens, self.dtype)
 
     def largest(self, attention: AnyAttention, context: int) -> int:
-        """The most sequences that fit; 0 if one does not."""
+        """Return the most sequences that fit; 0 if one does not."""
         return largest_batch(lambda batch: fits(self.need(attention, batch, context), self.free))
 
     def measure(
         self, attention: AnyAttention, batch: int, context: int, name: str
     ) -> dict[str, Any]:
-        """Fills a state, decodes, and returns all figures."""
+        """Fill a state, decode, and return all figures."""
         generator = Generator(self.model, attention, unroll=self.unroll)
         start = time.perf_counter()
         filled = fill(
@@ -102,7 +102,7 @@ class Bench:
     def attempt(
         self, attention: AnyAttention, batch: int, context: int, name: str
     ) -> dict[str, Any]:
-        """What `measure` finds, or `error`: how it failed."""
+        """Return what `measure` finds, or `error`: how it failed."""
         start = time.perf_counter()
         try:
             if batch == 0:
@@ -136,7 +136,7 @@ def fits(need: MemoryNeed, free: FreeMemory) -> bool:
 
 
 def largest_batch(fits: Callable[[int], bool], most: int = LARGEST_BATCH) -> int:
-    """The largest batch that fits, by bisection; 0 if one sequence does not."""
+    """Return the largest batch that fits, by bisection; 0 if one sequence does not."""
     low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2

@@ -46,12 +46,13 @@ def fill(
     *,
     real: bool,
 ) -> Filled:
-    """Makes a state with room for so many new tokens.
+    """Make a state with room for so many new tokens.
 
     Args:
         generator: gives model and attention.
         params: read by a real prefill only.
-        batch, context: sequences, and tokens of each.
+        batch: sequences.
+        context: tokens of each.
         new_tokens: room for so many more.
         dtype: of the caches.
         real: read random prompts, instead of writing random keys and values.
@@ -135,7 +136,7 @@ def _write_layer(
     sequence: Array,
     length: Array,
 ) -> tuple[Any, Array | None]:
-    """The cache, and the rows that are not written to it, if they are staged."""
+    """Return the cache, and the rows that are not written to it, if they are staged."""
     key = jax.random.fold_in(jax.random.fold_in(new_key(1), layer), sequence)
     keys, values = clustered_rows(model, room, dtype, key)
     where = {"sequence": sequence, "length": length}
@@ -152,7 +153,7 @@ def _finish(attention: AnyAttention, cache: Any, sequence: Array, length: Array)
 
 
 def about_to_grow(generator: Generator, state: DecodeState, dtype: str) -> DecodeState:
-    """Fills every sequence's window: the next step makes the index grow."""
+    """Fill every sequence's window: the next step makes the index grow."""
     cache = on_device_of(state.attention_state)
     cache = dataclasses.replace(
         cache, steady=_fill_window(generator.model_config, dtype, cache.steady)

@@ -31,15 +31,16 @@ PROFILED_STEPS = 4
 
 
 def steps_needed(steps: int, calls: int) -> int:
-    """The most steps that one state is decoded for, but for growth."""
+    """Return the most steps that one state is decoded for, but for growth."""
     return (
         steps * (WARM_UPS + PROBES + calls) + SETTLE * (PROBES + 1) + 2 * GROWTHS + PROFILED_STEPS
     )
 
 
 class Decoder:
-    """A state that is decoded step by step: in one compiled program for all numbers of steps, but
-    for staged rows, whose steps Python runs.
+    """A state that is decoded step by step.
+
+    One compiled program runs all numbers of steps, but for staged rows, whose steps Python runs.
 
     Each step's token is the last one's plus `stride` (see `decode_model.smooth_embedding`). A token
     is also drawn from every step's logits, as generation does, and forgotten.
@@ -54,7 +55,7 @@ class Decoder:
         self.stride = 0
 
     def run(self, steps: int) -> float:
-        """Decodes, waits, and returns the seconds."""
+        """Decode, wait, and return the seconds."""
         start = time.perf_counter()
         decode = _decode_staged if self.generator.staged else _decode
         self.state, self.tokens, drawn = decode(
@@ -112,14 +113,14 @@ def _decode_staged(
 def _sample(
     generator: Generator, logits: Array, step: Array, tokens: Array, stride: Array, drawn: Array
 ) -> tuple[Array, Array]:
-    """The tokens to feed next, and what was drawn so far."""
+    """Return the tokens to feed next, and what was drawn so far."""
     keys = step_keys(jnp.int32(0), step, jnp.arange(logits.shape[0], dtype=jnp.int32))
     sampled = generator.sampler.sample(logits, keys)
     return (tokens + stride) % generator.model_config.vocab_size, drawn ^ sampled
 
 
 def reach_hit_ratio(decoder: Decoder, wanted: float, steps: int) -> list[tuple[int, float]]:
-    """Sets the decoder's stride so that the cache's hit ratio is what is wanted, or near it.
+    """Set the decoder's stride so that the cache's hit ratio is what is wanted, or near it.
 
     By bisection: the larger the stride, the less alike are successive queries.
 
@@ -201,7 +202,7 @@ def time_decoding(
 
 
 def time_growth(decoder: Decoder, dtype: str) -> dict[str, float]:
-    """A step in which every sequence's index grows, beside one step without.
+    """Return a step in which every sequence's index grows, beside one step without.
 
     Leaves the state with that many more random tokens.
     """
@@ -223,7 +224,7 @@ def time_growth(decoder: Decoder, dtype: str) -> dict[str, float]:
 
 
 def profile(decoder: Decoder, folder: Path, name: str) -> dict[str, Any]:
-    """Writes a profiler's trace of a few steps; adds up the kernels of a step.
+    """Write a profiler's trace of a few steps; add up the kernels of a step.
 
     While the profiler watches, XLA launches kernels one by one: their sum may be compared with the
     time of a step that nobody watches, and the gaps between them may not.

@@ -65,7 +65,7 @@ def soak(
     piece: int,
     shown: bool = False,
 ) -> tuple[np.ndarray, list[Look]]:
-    """Generates in calls of `piece` steps; returns tokens `[steps, batch]` and looks at memory.
+    """Generate in calls of `piece` steps; return tokens `[steps, batch]` and look at memory.
 
     The first look comes after a tenth of the run: by then all is compiled.
     """
@@ -93,7 +93,7 @@ def growth(looks: Sequence[Look]) -> dict[str, int]:
 
 
 def faults(pieces: Sequence[int], runs: Sequence[tuple[np.ndarray, list[Look]]]) -> list[str]:
-    """What is wrong with the runs, a line each."""
+    """Return what is wrong with the runs, a line each."""
     found = []
     reference = runs[0][0]
     for piece, (tokens, looks) in zip(pieces, runs, strict=True):
@@ -112,7 +112,7 @@ def faults(pieces: Sequence[int], runs: Sequence[tuple[np.ndarray, list[Look]]])
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="GGUF file or folder (default: SmolLM2)")
     parser.add_argument("--steps", type=int, default=20_000, help="tokens for each sequence")

@@ -15,7 +15,7 @@ Tokens and logits:
 - `Facts`: what a run retrieved, found cached, and occupies.
 - `Plan`, `make_plan`: where a run's keys and values go, and what it takes of memory.
 
-Attention:
+Attentions:
 
 - `WaveAttention`, `DenseAttention`: pure functions of a state, for any decoder.
 - `Attention`: their interface, with the order of the calls. `CacheShape`: a KV cache's sizes.

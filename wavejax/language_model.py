@@ -190,7 +190,7 @@ class LanguageModel:
         return [encode_prompt(self.tokenizer, one, **options) for one in list_prompts(prompt)]
 
     def sampler(self, choice: Sampler | Literal["model"] | None = None) -> Sampler:
-        """The sampler of a name: None is greedy, "model" as generation_config.json has it.
+        """Return the sampler of a name: None is greedy, "model" as generation_config.json has it.
 
         Raises:
             InputError: another name or kind, or the model states no values.
@@ -238,7 +238,7 @@ class LanguageModel:
         batch: int = 1,
         sampler: Sampler | None = None,
     ) -> Generator:
-        """The generator of a run, for work on tokens and logits; arguments as of `plan`.
+        """Return the generator of a run, for work on tokens and logits; arguments as of `plan`.
 
         Raises:
             InputError: there is no memory for the run.
@@ -249,7 +249,7 @@ class LanguageModel:
         return Generator(self.config, plan.attention, sampler, self.stop_tokens)
 
     def flax(self, attend: Attend | None = None) -> tuple[Decoder, Params]:
-        """The model as a Flax module, and its variables.
+        """Return the model as a Flax module, and its variables.
 
         `module.apply(variables, tokens, positions, state)` gives the hidden states after the final
         norm, `[batch, tokens, hidden]`, and the attention's state; `models.decoder.unembed(config,

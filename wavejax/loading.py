@@ -57,7 +57,7 @@ class OpenedModel:
         return tuple(sorted(token for token in tokens if token < config.vocab_size))
 
     def set_memory_limits(self, lengths: Sequence[int], new_tokens: int) -> None:
-        """Sets XLA's limits for a run, if JAX's device has not been started; see `plan`."""
+        """Set XLA's limits for a run, if JAX's device has not been started; see `plan`."""
         # Where there is memory to pin, auto is bfloat16.
         dtype = "bfloat16" if self.dtype == "auto" else self.dtype
         shape = self.checkpoint.config, self.attention, len(lengths), max(lengths), new_tokens
@@ -82,7 +82,7 @@ class OpenedModel:
         max_context: int | None = None,
         progress: Progress | None = None,
     ) -> LanguageModel:
-        """Reads the weights, and keeps each layer's apart where that is faster and there is room.
+        """Read the weights, and keep each layer's apart where that is faster and there is room.
 
         Args:
             plan: of the run to come; None plans for the weights alone.
@@ -111,7 +111,7 @@ class OpenedModel:
         )
 
     def _dtype(self) -> str:
-        """The dtype, "auto" decided; that starts JAX's device."""
+        """Return the dtype, "auto" decided; that starts JAX's device."""
         if self.dtype != "auto":
             return self.dtype
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -126,7 +126,7 @@ def open_model(
     fetch: FetchChoice = "auto",
     rope_scaling: str | None = None,
 ) -> OpenedModel:
-    """Finds and checks a model, reading headers only; arguments and errors as of `load`."""
+    """Find and check a model, reading headers only; arguments and errors as of `load`."""
     settings = attention_of(attention)
     check_placement(settings, store, fetch)
     checkpoint = open_checkpoint(find_default_model() if path is None else path)
@@ -191,7 +191,7 @@ def load(
 
 
 def attention_of(choice: str | AttentionChoice) -> AttentionChoice:
-    """Settings by name: "wave" or "full"; raises InputError for another name or kind."""
+    """Return settings by name: "wave" or "full"; raise InputError for another name or kind."""
     named = {"wave": WaveConfig, "full": DenseAttention}
     if isinstance(choice, str) and choice in named:
         return named[choice]()
@@ -203,7 +203,7 @@ def attention_of(choice: str | AttentionChoice) -> AttentionChoice:
 
 
 def check_placement(attention: AttentionChoice, store: str, fetch: str) -> None:
-    """Raises InputError where `store` and `fetch` ask for what would not be done."""
+    """Raise InputError where `store` and `fetch` ask for what would not be done."""
     for name, value, known in (
         ("store", store, ("auto", "device", "host")),
         ("fetch", fetch, ("auto", "in_place", "staged")),

@@ -77,7 +77,7 @@ def _environment() -> jinja2.Environment:
 
 @functools.lru_cache(maxsize=4)
 def _compiled(template: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """A template, and the variables that it reads."""
+    """Return a template, and the variables that it reads."""
     environment = _environment()
     variables = jinja2.meta.find_undeclared_variables(environment.parse(template))
     return environment.from_string(template), frozenset(variables)
@@ -93,7 +93,7 @@ def _failed(error: Exception) -> InputError:
 def _check_arguments(
     given: Mapping[str, Any], own: Mapping[str, Any], read: frozenset[str]
 ) -> None:
-    """Raises InputError where a variable is set already, or the template does not read it."""
+    """Raise InputError where a variable is set already, or the template does not read it."""
     taken = own.keys() | _environment().globals.keys()
     for name in given:
         if name in taken:
@@ -114,7 +114,7 @@ def apply_chat(
     add_generation_prompt: bool = True,
     template_args: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of a conversation, special tokens written out.
+    """Return the text of a conversation, special tokens written out.
 
     messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
     add_generation_prompt: end with what opens the model's answer.

@@ -67,12 +67,15 @@ def accuracy(runs: Runs) -> str:
 
 
 def at_shape(run: RunRecord, shape: str) -> dict[str, float]:
-    """A record's figures at a shape, by op: also of a record that calls the shape by a letter."""
+    """Return a record's figures at a shape, by op.
+
+    The record may call the shape by a letter.
+    """
     return run.figures[shape if shape in run.figures else _LETTERS[shape]]
 
 
 def ops(runs: Runs) -> str:
-    """Times of each op, us."""
+    """Return times of each op, us."""
     head = ["us"] + [f"{device}: {shape}" for device in OPS for shape in SHAPES]
     rows = []
     for op in at_shape(runs[OPS["H200"]], "batch8-128k"):
@@ -92,7 +95,7 @@ def ops(runs: Runs) -> str:
 
 
 def steps(device: str) -> Callable[[Runs], str]:
-    """The table of whole steps by context on a device."""
+    """Return the table of whole steps by context on a device."""
 
     def make(runs: Runs) -> str:
         run = runs[STEPS[device]]
@@ -113,7 +116,7 @@ def steps(device: str) -> Callable[[Runs], str]:
 
 
 def missed(runs: Runs) -> str:
-    """Times of `attend_zones` by the share of rows that it reads from host memory."""
+    """Return times of `attend_zones` by the share of rows that it reads from host memory."""
     run = runs[MISSED]
     rows = [
         [f"{share} %", str(at["us"]), str(at.get("gb_per_s", "-"))]
@@ -162,7 +165,7 @@ def one_budget(runs: Runs) -> str:
 
 
 def fwe(runs: Runs) -> str:
-    """Counting words with a 1.5B model."""
+    """Return the table of counting words with a 1.5B model."""
     names = {
         "full": "full attention",
         "wave": "wave, by default",
@@ -178,7 +181,7 @@ def fwe(runs: Runs) -> str:
 
 
 def budget(runs: Runs) -> str:
-    """The error by tokens retrieved."""
+    """Return the error by tokens retrieved."""
     rows = [
         [f"{int(tokens):,}", *(plain(str(value)) for value in at.values())]
         for tokens, at in runs[BUDGET].figures.items()
@@ -188,7 +191,7 @@ def budget(runs: Runs) -> str:
 
 
 def admission(runs: Runs) -> str:
-    """The error, and the rows missed, by admission ratio."""
+    """Return the error, and the rows missed, by admission ratio."""
     rows = [
         [f"`{ratio}`", str(at["kl_nats"]), str(at["missed"])]
         for ratio, at in runs[ADMISSION].figures.items()
@@ -213,13 +216,13 @@ TABLES: dict[str, Callable[[Runs], str]] = {
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def dated(runs: Runs, *names: str) -> str:
-    """The line below a table: each record's device and day."""
+    """Return the line below a table: each record's device and day."""
     devices = [runs[name].device.split(",")[0] for name in names]
     days = [runs[name].date.split("T")[0] for name in names]
     each = zip(devices, days, names, strict=True)
@@ -233,10 +236,10 @@ def times(slow: float, fast: float) -> str:
 
 
 def interval(figures: Mapping[str, float], digits: int = 2) -> str:
-    """A difference with the half width of its 95 % interval."""
+    """Return a difference with the half width of its 95 % interval."""
     return f"{figures['difference']:+.{digits}f} ± {figures['interval']:.{digits}f}"
 
 
 def plain(number: str) -> str:
-    """A number without an exponent."""
+    """Return a number without an exponent."""
     return f"{float(number):.5f}".rstrip("0") if "e" in number else number

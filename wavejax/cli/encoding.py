@@ -25,7 +25,9 @@ def encode_prompts(
 
     Args:
         tokenizer: the model's.
-        prompts, prompt_files, message_files: as on the command line.
+        prompts: as on the command line, as the next two are.
+        prompt_files: files of a prompt each.
+        message_files: files of a conversation each.
         chat: whether a prompt is a chat message; None: if the model knows chat.
         system: the system message of each, if there is one.
         template_args: `KEY=VALUE`, variables of the chat template.

@@ -148,7 +148,7 @@ def command(
 
 
 def _not_given(values: dict[str, Any]) -> dict[str, Any]:
-    """The values whose options are not on the command line, which counts for more."""
+    """Return the values whose options are not on the command line, which counts for more."""
     source = click.get_current_context().get_parameter_source
     return {
         name: value

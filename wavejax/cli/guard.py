@@ -24,7 +24,7 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 def main_guard(
     command: click.Command, advice: str = "free some and try again"
 ) -> Callable[..., int]:
-    """Wraps a command into `main(arguments=None) -> exit status`.
+    """Wrap a command into `main(arguments=None) -> exit status`.
 
     Bad input, memory that runs out, a platform that JAX does not have, or a stdout that takes no
     more, as on a full disk, becomes one line on stderr, `error: ...`, and status 2. Ctrl-C is
@@ -46,7 +46,7 @@ def main_guard(
 
 
 def _guarded(command: click.Command, arguments: Sequence[str], advice: str) -> int:
-    """Runs the command; the status to end with."""
+    """Run the command; the status to end with."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character should not end a generation.
         sys.stdout.reconfigure(errors="replace")
@@ -89,7 +89,7 @@ def _guarded(command: click.Command, arguments: Sequence[str], advice: str) -> i
 
 
 def _invoke(command: click.Command, arguments: Sequence[str]) -> Any:
-    """Runs the command; what it returned, or the status that it asked click for.
+    """Run the command; what it returned, or the status that it asked click for.
 
     As `command.main(standalone_mode=False)` does, which would also end the process, with status 1,
     where a reader went away.
@@ -105,7 +105,10 @@ def _invoke(command: click.Command, arguments: Sequence[str]) -> Any:
 
 
 def _program_name() -> str:
-    """What the user called, for the line that says how to: `python -m NAME`, or a file's name."""
+    """Return what the user called, for the line that says how to.
+
+    It is `python -m NAME`, or a file's name.
+    """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name}"
 

@@ -4,5 +4,5 @@ from typing import Any
 
 
 def sampling_text(values: dict[str, Any]) -> str:
-    """The values for reading: "temperature 0.6, top_p 0.95"."""
+    """Return the values for reading: "temperature 0.6, top_p 0.95"."""
     return ", ".join(f"{name} {value:g}" for name, value in values.items())

@@ -32,7 +32,7 @@ class Facts:
 
 
 def facts_of(attention: AnyAttention, state: Any) -> Facts:
-    """Reads the facts off an attention's state; waits for the work that makes it."""
+    """Read the facts off an attention's state; wait for the work that makes it."""
     staged = 0
     if isinstance(state, StagedState):
         staged, state = state.rows.nbytes, state.on_device

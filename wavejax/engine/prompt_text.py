@@ -108,7 +108,10 @@ def encode_prompt(
 
 
 def with_system(conversation: Sequence[Message], system: str | None) -> Sequence[Message]:
-    """The conversation, opened by a system message; raises InputError if it has one already."""
+    """Return the conversation, opened by a system message.
+
+    Raise InputError if it has one already.
+    """
     if system is None:
         return conversation
     if conversation[0].get("role") == "system":
@@ -121,7 +124,7 @@ def with_system(conversation: Sequence[Message], system: str | None) -> Sequence
 def check_lengths(
     config: ModelConfig, ids: Sequence[list[int]], new_tokens: int, max_context: int | None
 ) -> None:
-    """Raises InputError for a prompt of no tokens, of unknown ones, or too long for the model.
+    """Raise InputError for a prompt of no tokens, of unknown ones, or too long for the model.
 
     Args:
         config: the model's.

@@ -265,7 +265,9 @@ def _log(share: float) -> float:
 def step_key(
     seed: int | Int[Array, ""], step: int | Int[Array, ""], sequence: int | Int[Array, ""] = 0
 ) -> Key[Array, ""]:
-    """The key of one sequence's decode step: of its seed, its number and the step, and no more.
+    """Return the key of one sequence's decode step.
+
+    It is made of its seed, its number and the step, and no more.
 
     By Threefry, whatever JAX's default is: another generator's numbers may depend on the batch.
     """

@@ -36,6 +36,8 @@ def prefill_layer(
     length: Array,
     state: WaveState,
 ) -> tuple[Array, tuple[WaveState, Array]]:
+    """Run one layer over a padded prompt; return its rows apart, for the host."""
+
     def attend_prompt(
         layer: Array, query: Array, key: Array, value: Array, state: WaveState
     ) -> tuple[Array, tuple[WaveState, Array]]:
@@ -50,6 +52,7 @@ def prefill_layer(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def draw(engine: Engine, state: DecodeState) -> tuple[DecodeState, Array, Array]:
+    """Draw the next tokens."""
     return compiled.draw(engine, state)
 
 
@@ -61,6 +64,7 @@ def enter_step(
     state: WaveState,
     tokens: Array,
 ) -> tuple[Array, Array]:
+    """Look up the tokens' embeddings and positions."""
     return decoder.embed(model_config, params, tokens[:, None]), attention.lengths(state)[:, None]
 
 
@@ -74,7 +78,7 @@ def select(
     positions: Array,
     state: WaveState,
 ) -> tuple[Selection, Array, Array, WaveState]:
-    """What to attend to, and of it the rows that the cache does not hold, side by side."""
+    """Return what to attend to, and of it the rows that the cache does not hold, side by side."""
     weights = decoder.pick_layer(params, layer)
     inputs = decoder.enter_layer(model_config, weights, layer, hidden, positions)
     selection, state = attention.select(layer, *inputs, state)
@@ -146,6 +150,7 @@ def leave_step(
     finished: Array,
     state: WaveState,
 ) -> tuple[Array, WaveState]:
+    """End a step: count its tokens in, and make the logits."""
     state = attention.advance(state, ~finished)
     last = decoder.final_norm(model_config, params, hidden[:, 0])
     return decoder.unembed(model_config, params, last), state
@@ -156,10 +161,12 @@ due = jax.jit(WaveAttention.due, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=2)
 def oldest(window: Array, sequence: Array, size: int) -> Array:
+    """Return the rows that leave a sequence's window as its index grows."""
     return window[:, sequence, :, :size]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def grow_index(attention: WaveAttention, state: WaveState, due: Array) -> WaveState:
+    """Grow the indexes of the sequences that are due."""
     with implementation_of(attention):
         return growth.grow(attention.config, state, due)

@@ -22,12 +22,12 @@ class StagedState:
 
 
 def on_device_of(cache: Any) -> Any:
-    """A cache without staged rows: what of it is a pytree."""
+    """Return a cache without staged rows: what of it is a pytree."""
     return cache.on_device if isinstance(cache, StagedState) else cache
 
 
 def hold_rows(attention: WaveAttention, empty: WaveState) -> StagedState:
-    """The state of an empty cache whose rows are staged."""
+    """Return the state of an empty cache whose rows are staged."""
     layers, batch, kv_heads, _, *row = empty.store.rows.shape
     room = empty.index.token_ids.shape[-1]
     shape = (layers, batch, kv_heads, room, *row)

@@ -109,7 +109,7 @@ class AblatedAttention(WaveAttention):
         return selection._replace(logits=logits), new
 
     def _tokens(self, layer: Array, positions: Array, state: WaveState) -> Array:
-        """The rows at index positions; of those past the last one, any."""
+        """Return the rows at index positions; of those past the last one, any."""
         index, config = state.index, self.config
         batch, kv_heads, _ = positions.shape
         b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]

@@ -106,7 +106,7 @@ def wave_reads(
     state: WaveState,
     room: int,
 ) -> Bool[Array, "batch kv_heads tokens"]:
-    """The tokens that wave attention reads exactly in a step from this state, its own included.
+    """Return the tokens that wave attention reads exactly in a step, its own included.
 
     Args:
         attention: its settings.

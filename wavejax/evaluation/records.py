@@ -74,7 +74,7 @@ class Records:
         self._locked.close()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Writes records of which none is there yet: all of them, or none; raises InputError."""
+        """Write records of which none is there yet: all of them, or none; raise InputError."""
         new = list(records)
         lines = [json.dumps(record, ensure_ascii=False) for record in new]
         append_lines(self.folder / RECORDS, lines)
@@ -83,10 +83,12 @@ class Records:
         self._samples |= {key_of(one)[:3]: one["sample"] for one in new if "sample" in one}
 
     def check_sample(self, task: str, length: int, index: int, sample: str) -> None:
-        """Raises InputError where records are there that were made of another sample.
+        """Raise InputError where records are there that were made of another sample.
 
         Args:
-            task, length, index: which sample.
+            task: of which task the sample is.
+            length: its tokens.
+            index: its number.
             sample: what tells it from others, as in the records' field `sample`.
         """
         there = self._samples.get((task, length, index), sample)
@@ -160,7 +162,7 @@ class Records:
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
-    """The record that a line is, if it is one."""
+    """Return the record that a line is, if it is one."""
     try:
         record = json.loads(line)
         key_of(record)
@@ -179,12 +181,12 @@ def _difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
 
 
 def key_of(record: dict[str, Any]) -> Key:
-    """What a record is of: task, length, index of the sample, method."""
+    """Return what a record is of: task, length, index of the sample, method."""
     return record["task"], record["length"], record["index"], record["method"]
 
 
 def blocks(samples: int, batch: int, *, even: bool = True) -> Sequence[range]:
-    """The samples' indices in batches of one size; the last one may reach past `samples`.
+    """Return the samples' indices in batches of one size; the last one may reach past `samples`.
 
     Args:
         samples: how many there are.

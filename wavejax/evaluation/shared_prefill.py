@@ -46,7 +46,7 @@ class SharedPrefill:
         self._built: Any = None
 
     def state(self, generator: Generator) -> DecodeState:
-        """A state of the generator's own, after the prompts; may be donated."""
+        """Return a state of the generator's own, after the prompts; may be donated."""
         dense, attention = self.dense, generator.attention
         full = dense.attention_state
         assert isinstance(full, DenseState)
@@ -84,7 +84,7 @@ def build_index(
     prompt_tokens: int,
     new_tokens: int,
 ) -> Any:
-    """A wave state from a dense cache, without running the model; see `SharedPrefill`."""
+    """Return a wave state from a dense cache, without running the model; see `SharedPrefill`."""
     batch = full.tokens.shape[0]
     model, dtype = generator.model_config, full.keys.dtype
     shape = CacheShape.of(model)

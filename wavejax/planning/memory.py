@@ -79,7 +79,7 @@ def memory_need(
     dtype: DTypeLike,
     sampler: Sampler | None = None,
 ) -> MemoryNeed:
-    """Computes the need from shapes alone; allocates nothing.
+    """Compute the need from shapes alone; allocate nothing.
 
     Starts no device, but for rows in host memory whose `fetch` is the platform's to choose.
 
@@ -123,7 +123,7 @@ def footprint(
     new_tokens: int,
     dtype: DTypeLike,
 ) -> Footprint:
-    """Counts what an attention takes, from shapes alone; starts no device. Arguments as above."""
+    """Count what an attention takes, from shapes alone; start no device. Arguments as above."""
     shape, room = CacheShape.of(model), bucket(prompt_tokens)
     sizes = batch, room, answer_room(new_tokens), dtype
     # `eval_shape` traces, and placing an array in host memory is no traced operation.

@@ -58,7 +58,7 @@ class Plan:
     longest: int
 
     def check(self) -> None:
-        """Raises InputError, with the numbers and what to do, if the run does not fit."""
+        """Raise InputError, with the numbers and what to do, if the run does not fit."""
         short = shortage(self.need, self.free)
         if short is None:
             return
@@ -202,7 +202,10 @@ def _candidates(
 
 
 def shortage(need: MemoryNeed, free: FreeMemory) -> tuple[str, int, int] | None:
-    """The memory that does not suffice, what is needed of it and what is free; None if all do."""
+    """Return the memory that does not suffice, what is needed of it and what is free.
+
+    None if all do.
+    """
     if free.device is None:
         wanted = [("memory", need.device + need.host, free.host)]
     else:
@@ -234,7 +237,7 @@ def pinned_need(
 
 
 def _buckets() -> list[int]:
-    """The padded lengths of prompts, rising."""
+    """Return the padded lengths of prompts, rising."""
     sizes = [SMALLEST_BUCKET]
     while sizes[-1] < _LONGEST:
         sizes.append(bucket(sizes[-1] + 1))

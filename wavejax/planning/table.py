@@ -13,7 +13,7 @@ _WIDTH = 100  # columns
 
 
 def plan_text(plan: Plan, model: str) -> str:
-    """A table of what the run takes and what there is, and what was chosen and why."""
+    """Return a table of what the run takes and what there is, and what was chosen and why."""
     need, free = plan.need, plan.free
     unified = free.device is None
     table = Table()
@@ -61,7 +61,7 @@ def _run(plan: Plan) -> str:
 
 
 def _notes(plan: Plan) -> list[str]:
-    """What was chosen and why, and how far the same run could go."""
+    """Return what was chosen and why, and how far the same run could go."""
     notes = []
     if not plan.attention.has_index:
         name = type(plan.attention).__name__
@@ -89,7 +89,7 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def plan_json(plan: Plan, model: str) -> dict[str, Any]:
-    """What `--plan --json` prints: all of it, in bytes and tokens."""
+    """Return what `--plan --json` prints: all of it, in bytes and tokens."""
     return {
         "model": model,
         "prompts": plan.batch,

@@ -41,7 +41,7 @@ class Trace:
     about: dict[str, Any]
 
     def save(self, file: Path) -> None:
-        """Writes a compressed .npz, rows as the smallest unsigned integers that hold them."""
+        """Write a compressed .npz, rows as the smallest unsigned integers that hold them."""
         small = np.min_scalar_type(self.order.shape[-1])
         # NO_ROW wraps around to the largest number, which is no token.
         np.savez_compressed(
@@ -53,7 +53,7 @@ class Trace:
 
     @classmethod
     def load(cls, file: Path) -> "Trace":
-        """Reads what `save` wrote. InputError if the file is missing or holds something else."""
+        """Read what `save` wrote. InputError if the file is missing or holds something else."""
         try:
             with np.load(file) as arrays:
                 rows, order = arrays["rows"], arrays["order"]
@@ -81,7 +81,7 @@ def record(
     answer: Int[np.ndarray, " steps"],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Trace, Float[np.ndarray, "steps vocab"]]:
-    """Runs an answer's tokens through the decode step and records what each retrieves.
+    """Run an answer's tokens through the decode step and record what each retrieves.
 
     Args:
         generator: its attention is `tracing(...)`.
@@ -107,7 +107,7 @@ def record(
 
 @jax.jit
 def _used(table: RowTable, step: Int[Array, ""]) -> Bool[Array, "layers batch kv_heads tokens"]:
-    """Marks the rows whose slots were last used in that step."""
+    """Mark the rows whose slots were last used in that step."""
     slots = table.slot_of_token
     last = jnp.take_along_axis(table.last_used, jnp.maximum(slots, 0), axis=-1)
     return (slots >= 0) & (last == step)
