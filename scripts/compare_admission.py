@@ -27,6 +27,7 @@ from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import load_tokenizer
 from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
+from wavejax.attention.dense import DenseState
 from wavejax.cli.flags import in_flags
 from wavejax.engine.prompts import bucket
 from wavejax.engine.state import DecodeState, commit
@@ -36,7 +37,8 @@ from wavejax.evaluation.setup import check_context, make_room_for
 from wavejax.evaluation.shared_prefill import build_index
 from wavejax.evaluation.summary import tabulate
 from wavejax.planning.free_memory import host_available, set_memory_limits
-from wavejax.store.rows import init_cache
+from wavejax.store.rows import RowCache, init_cache
+from wavejax.store.state import WaveState
 
 # Of the host's memory, what may be pinned.
 PINNED_SHARE = 0.5
@@ -72,13 +74,21 @@ def start(state: DecodeState, generator: Generator, room: int, new: int, slots: 
     """
     attention = generator.attention
     assert isinstance(attention, WaveAttention)
-    own = build_index(attention, generator, state.attention_state, room, new)
+    full = state.attention_state
+    assert isinstance(full, DenseState)
+    own = build_index(attention, generator, full, room, new)
     if slots:
         shape, tokens = own.cache.rows.shape, own.cache.table.slot_of_token.shape[-1]
         cache = init_cache((*shape[:3], slots, *shape[4:]), tokens, own.cache.rows.dtype)
         own = dataclasses.replace(own, cache=cache)
     rest = dataclasses.replace(state, attention_state=None)
     return commit(dataclasses.replace(jax.tree.map(jnp.copy, rest), attention_state=own))
+
+
+def cache_of(state: DecodeState) -> RowCache:
+    """Return the row cache of wave attention's state."""
+    assert isinstance(state.attention_state, WaveState)
+    return state.attention_state.cache
 
 
 def measure(
@@ -99,11 +109,11 @@ def measure(
         expected: full attention's logits, `[steps, 1, vocab]`.
         warm_up: steps not counted.
     """
-    slots = state.attention_state.cache.rows.shape[3]
+    slots = cache_of(state).rows.shape[3]
     counts, logits = [], []
     for tokens in (answer[:warm_up], answer[warm_up:]):
         state, some = generator.force(params, state, tokens)
-        table = state.attention_state.cache.table
+        table = cache_of(state).table
         counts.append([np.asarray(x).astype(np.int64).sum() for x in (table.hits, table.misses)])
         logits.append(some)
     # A row is a layer's, too: as many as the table has counters.

@@ -103,13 +103,13 @@ class WaveConfig:
                 )
 
     @classmethod
-    def paper(cls, **changes: Any) -> "WaveConfig":
+    def paper(cls, **changes: int | float | bool) -> "WaveConfig":
         """Return the settings of RetroInfer (arXiv 2505.02922, section 5.1): the baseline to beat.
 
         16 tokens a cluster and no limit to a cluster's size, whole clusters retrieved, 23.2 % of
         the tokens estimated, the rest dropped.
         """
-        settings = {
+        settings: dict[str, Any] = {
             "token_codes": False,
             "cluster_size": 16,
             "max_cluster_size": 8192,

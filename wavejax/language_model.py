@@ -5,14 +5,14 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
-from models.decoder import Attend, Decoder
+from models.decoder import Attend, Decoder, State
 from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ from wavejax.config import WaveConfig
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.engine.model_sampling import check_samples, model_sampling
+from wavejax.engine.options import PromptOptions, StreamOptions
 from wavejax.engine.prompt_text import (
     EncodedPrompt,
     Prompt,
@@ -73,7 +74,10 @@ class LanguageModel:
         return self.params["params"]["embedding"].dtype.name
 
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 256, **options: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 256,
+        **options: Unpack[StreamOptions],
     ) -> Generation:
         """Answer a prompt, or a batch of prompts, and return when all is done.
 
@@ -114,7 +118,7 @@ class LanguageModel:
         samples: int = 1,
         raw: bool | None = None,
         system: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, object] | None = None,
         control_tokens: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> TextStream:
@@ -177,7 +181,9 @@ class LanguageModel:
 
         return TextStream(run, pieces())
 
-    def encode(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> list[EncodedPrompt]:
+    def encode(
+        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[PromptOptions]
+    ) -> list[EncodedPrompt]:
         """Token ids of a prompt or a batch, as `generate` reads them.
 
         Args:
@@ -285,8 +291,8 @@ def causal_attend(
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens kv_heads head_dim"],
     value: Float[Array, "batch tokens kv_heads head_dim"],
-    state: Any,
-) -> tuple[Float[Array, "batch tokens heads head_dim"], Any]:
+    state: State,
+) -> tuple[Float[Array, "batch tokens heads head_dim"], State]:
     """Causal attention among the tokens given, for `Decoder`; hands `state` on as it is."""
     del layer
     scale = 1.0 / math.sqrt(query.shape[-1])

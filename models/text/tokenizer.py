@@ -71,9 +71,9 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         *,
-        template_args: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, object] | None = None,
         control_tokens: bool = False,
     ) -> list[int]:
         """Token ids of a conversation, up to where the model's answer starts.
@@ -94,9 +94,9 @@ class Tokenizer:
 
     def chat_text(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         *,
-        template_args: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, object] | None = None,
     ) -> str:
         """Return the conversation as text, special tokens written out; see `encode_chat`."""
         return self._render(messages, template_args).plain
@@ -149,7 +149,9 @@ class Tokenizer:
         wanted = self.add_bos and bos_id is not None and ids[:1] != [bos_id]
         return [bos_id, *ids] if wanted and bos_id is not None else ids
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any] | None) -> Any:
+    def _render(
+        self, messages: Sequence[Mapping[str, object]], args: Mapping[str, object] | None
+    ) -> Any:
         if self.chat_template is None:
             raise InputError(
                 "the model has no chat template: pass the prompt as it is (`raw=True`)"

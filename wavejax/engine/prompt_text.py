@@ -12,7 +12,7 @@ from models.errors import InputError
 from models.rope_option import suggest_rope_scaling
 from models.text.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """`{"role": "system" | "user" | "assistant", "content": text}`"""
 
 Prompt = str | Sequence[Message]
@@ -67,7 +67,7 @@ def encode_prompt(
     *,
     raw: bool | None = None,
     system: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
+    template_args: Mapping[str, object] | None = None,
     control_tokens: bool = False,
 ) -> EncodedPrompt:
     """Token ids of a text or a conversation.

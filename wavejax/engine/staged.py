@@ -90,10 +90,12 @@ class StagedEngine(Engine):
         nothing = jnp.full(state.finished.shape, NO_TOKEN, jnp.int32)
         tokens: list[Array] = []
         while len(tokens) < steps and not np.asarray(state.finished).all():
-            rows = state.attention_state.rows
-            on_device = dataclasses.replace(state, attention_state=state.attention_state.on_device)
+            held = _held(state)
+            on_device = dataclasses.replace(state, attention_state=held.on_device)
             state, drawn, shown = programs.draw(self, on_device)
-            held = StagedState(state.attention_state, rows)
+            # Its arrays went through the program, its rows did not.
+            assert isinstance(state.attention_state, WaveState)
+            held = StagedState(state.attention_state, held.rows)
             state = self.feed(params, dataclasses.replace(state, attention_state=held), drawn)
             tokens.append(shown)
         if not steps:
@@ -113,7 +115,8 @@ class StagedEngine(Engine):
     def feed(self, params: Params, state: DecodeState, tokens: Int[Array, " batch"]) -> DecodeState:
         """See `Engine`: compiles its programs itself."""
         model_config, attention = self.model_config, self.attention
-        on_device, rows = state.attention_state.on_device, state.attention_state.rows
+        held = _held(state)
+        on_device, rows = held.on_device, held.rows
         on_device = _grow(
             attention, on_device, rows, np.asarray(programs.due(attention, on_device))
         )
@@ -136,6 +139,12 @@ class StagedEngine(Engine):
         counts = state.counts and penalties.count_step(state.counts, tokens, state.finished)
         new = {"attention_state": StagedState(on_device, rows), "logits": logits, "counts": counts}
         return dataclasses.replace(state, step=state.step + 1, **new)
+
+
+def _held(state: DecodeState) -> StagedState:
+    """Return the attention's state, as `check_state` has seen it to be."""
+    assert isinstance(state.attention_state, StagedState)
+    return state.attention_state
 
 
 def _grow(attention: WaveAttention, state: WaveState, rows: HostRows, due: np.ndarray) -> WaveState:

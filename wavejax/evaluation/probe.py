@@ -176,8 +176,13 @@ def _probe(
     def one_step(i: Array, carry: carry_type) -> carry_type:
         state, recall, error = carry
         state = generator.feed(params, state, jnp.maximum(answer[i], 0))
-        cache = state.attention_state
+        cache = _measured(state)
         return state, recall.at[i].set(cache.recall), error.at[i].set(cache.error)
 
-    room = jnp.zeros((CHUNK, *state.attention_state.recall.shape), jnp.float32)
+    room = jnp.zeros((CHUNK, *_measured(state).recall.shape), jnp.float32)
     return lax.fori_loop(0, steps, one_step, (state, room, room))
+
+
+def _measured(state: DecodeState) -> ProbeState:
+    assert isinstance(state.attention_state, ProbeState)
+    return state.attention_state

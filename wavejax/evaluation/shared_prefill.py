@@ -51,14 +51,14 @@ class SharedPrefill:
         full = dense.attention_state
         assert isinstance(full, DenseState)
         if attention.has_index:
-            cache = self._index(generator, attention)
+            cache = self._index(generator, attention, full)
         elif attention.state_type is SparseState:
             cache = SparseState(full.keys, full.values, full.tokens, full.tokens)
         else:
             cache = full
         return jax.tree.map(jnp.copy, dataclasses.replace(dense, attention_state=cache))
 
-    def _index(self, generator: Generator, attention: Any) -> Any:
+    def _index(self, generator: Generator, attention: Any, full: DenseState) -> Any:
         plain = {name: getattr(WaveConfig(), name) for name in _DECODING}
         # The room for an index does not depend on what decoding asks for, but a row cache's does.
         if attention.has_cache:
@@ -70,7 +70,7 @@ class SharedPrefill:
             self._built = build_index(
                 builder,
                 generator,
-                self.dense.attention_state,
+                full,
                 self.prompt_tokens,
                 self.new_tokens,
             )

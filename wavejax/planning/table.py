@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +87,7 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def plan_json(plan: Plan, model: str) -> dict[str, Any]:
+def plan_json(plan: Plan, model: str) -> dict[str, object]:
     """Return what `--plan --json` prints: all of it, in bytes and tokens."""
     return {
         "model": model,

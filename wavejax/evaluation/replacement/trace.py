@@ -98,11 +98,16 @@ def record(
     for i, token in enumerate(answer.tolist()):
         state, given = generator.force(params, state, jnp.full((1, 1), token, jnp.int32))
         logits.append(np.asarray(given[0, 0]))
-        attention_state = state.attention_state
-        steps.append(np.asarray(_used(attention_state.cache.table, attention_state.step - 1))[:, 0])
+        held = _wave_state(state)
+        steps.append(np.asarray(_used(held.cache.table, held.step - 1))[:, 0])
         progress(i + 1, len(answer))
-    order = _cluster_order(config, state.attention_state)
+    order = _cluster_order(config, _wave_state(state))
     return Trace(_list_rows(steps), order, {}), np.stack(logits)
+
+
+def _wave_state(state: DecodeState) -> WaveState:
+    assert isinstance(state.attention_state, WaveState)
+    return state.attention_state
 
 
 @jax.jit
