@@ -60,10 +60,7 @@ class OpCase:
 def names_from(
     parser: argparse.ArgumentParser, option: str, text: str, known: Collection[str]
 ) -> list[str]:
-    """Return the names between an option's commas.
-
-    One that is not known ends the script in one line.
-    """
+    """Return the names between an option's commas; an unknown one ends the script."""
     names = text.split(",")
     for name in names:
         if name not in known:
@@ -102,10 +99,7 @@ class StepBench:
         self._made: dict[str, Any] = {}
 
     def made(self, op: str) -> Any:
-        """Return an op's result in the first layer.
-
-        Where the other implementation fails, it is that of "xla".
-        """
+        """Return an op's result in the first layer, by "xla" if the other way fails."""
         if op not in self._made:
             case = self.case(op)
 
@@ -297,10 +291,7 @@ def _indexed(x: StepInputs) -> IndexedTokens:
 
 
 def _anew(query: Array, layer: Array) -> Array:
-    """Return the query as one that only this layer has.
-
-    Otherwise XLA rotates it once for all of a chain.
-    """
+    """Return the query as this layer's own: else XLA rotates it once for all of a chain."""
     return jax.lax.optimization_barrier((query, layer))[0]
 
 
