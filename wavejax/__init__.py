@@ -42,7 +42,7 @@ Examples, of which `examples/` in the repository has longer ones:
     ...     _ = piece.text
     >>> wavejax.Sampler(top_p=2.0)
     Traceback (most recent call last):
-    models.errors.InputError: top_p is 2.0; it must be above 0 and at most 1
+    models.errors.InputError: `top_p` is 2.0; it must be above 0 and at most 1
     >>> wavejax.WaveConfig.paper().cluster_size
     16
     >>> small = wavejax.WaveConfig(retrieval_fraction=0.02, min_retrieved_tokens=64)

@@ -98,7 +98,7 @@ class WaveConfig:
             least = -(-tokens // most_clusters)
             if self.cluster_size < least:
                 raise InputError(
-                    f"cluster_size is {self.cluster_size}; with {name} of {tokens} it must be "
+                    f"`cluster_size` is {self.cluster_size}; with `{name}` of {tokens} it must be "
                     f"{least} or more"
                 )
 
@@ -175,9 +175,9 @@ class WaveConfig:
 def _check_kind(name: str, value: Any, kind: type) -> None:
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not fits or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+        raise InputError(f"`{name}` is {value!r}; it must be of type {kind.__name__}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise InputError(f"{name} is {value}; it must be from {low} to {high}")
+        raise InputError(f"`{name}` is {value}; it must be from {low} to {high}")

@@ -3,15 +3,19 @@
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 
 from models.errors import InputError
+from wavejax.config import WaveConfig
+from wavejax.engine.sampling import Sampler
 
 # The parameters that the library names in backticks, as in `max_context=600`.
 _FLAGS = {
     name: "--" + name.replace("_", "-")
     for name in (
+        *(field.name for settings in (WaveConfig, Sampler) for field in fields(settings)),
         "max_new_tokens", "max_context", "rope_scaling", "samples", "system", "raw", "messages",
-        "store", "fetch", "attention", "dtype", "temperature", "top_p", "top_k",
+        "store", "fetch", "attention", "dtype",
         "new_tokens", "context", "haystack", "out", "plots",
     )
 } | {

@@ -79,7 +79,7 @@ def test_command_line(generate: Generate, tiny: Path, arguments: list[str], said
 @pytest.mark.parametrize("value", ["-0.1", "1.5", "nan", "inf"])
 def test_fractions(generate: Generate, tiny: Path, name: str, value: str) -> None:
     result = generate("--model", tiny, "--prompt", "x", f"--{name}-fraction", value)
-    refused(result, f"{name}_fraction is {float(value)}", "from 0 to 1")
+    refused(result, f"--{name}-fraction is {float(value)}", "from 0 to 1")
 
 
 def test_undecodable_file_and_standard_input(
