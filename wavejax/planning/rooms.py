@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
-from wavejax.attention.dense import DenseAttention
-from wavejax.attention.wave import WaveAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.batching.rooms import Room, as_rooms
 from wavejax.planning.free_memory import FreeMemory, free_memory
@@ -29,14 +28,14 @@ class RoomPlan:
         memory: bytes that the states of rooms may take together.
     """
 
-    attention: WaveAttention | DenseAttention
+    attention: AnyAttention
     rooms: tuple[Room, ...]
     memory: int
 
 
 def plan_rooms(
     model: ModelConfig,
-    attention: WaveConfig | WaveAttention | DenseAttention,
+    attention: WaveConfig | AnyAttention,
     rooms: Sequence[Room],
     dtype: DTypeLike,
     *,
@@ -48,24 +47,22 @@ def plan_rooms(
 
     Args:
         model: the model's sizes.
-        attention: the settings of wave attention, full attention, or a wave attention as it is.
+        attention: the settings of wave attention, or an attention that is taken as it is.
         rooms: as they are wanted: fewer slots where not all fit, each room by itself.
         dtype: of weights and states.
-        store, fetch: as of `make_plan`; of a wave attention its own.
+        store: as of `make_plan`.
+        fetch: as of `make_plan`.
         free: what there is, the weights' memory included; None asks the device.
 
     Raises:
         InputError: not one slot of the smallest room fits.
     """
-    if isinstance(attention, WaveAttention):
-        store, fetch = attention.store, attention.fetch or "auto"
-        attention = attention.config
-    settings, there_is, wanted = attention, free_memory() if free is None else free, as_rooms(rooms)
+    there_is, wanted = free_memory() if free is None else free, as_rooms(rooms)
 
     def plan(room: Room, slots: int) -> Plan:
         sizes = slots, room.prompt_tokens, room.new_tokens
         left = _without(there_is, _readings(model, room.prompt_tokens, dtype))
-        return make_plan(model, settings, *sizes, dtype, store=store, fetch=fetch, free=left)
+        return make_plan(model, attention, *sizes, dtype, store=store, fetch=fetch, free=left)
 
     def fits(plan: Plan) -> bool:
         return shortage(plan.need, plan.free) is None
