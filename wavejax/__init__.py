@@ -15,6 +15,11 @@ Tokens and logits:
 - `Facts`: what a run retrieved, found cached, and occupies.
 - `Plan`, `make_plan`: where a run's keys and values go, and what it takes of memory.
 
+Documents, read once:
+
+- `save_document`, `load_document`: a sequence's index, rows and tokens, kept on disk.
+- `Document`: what `load_document` returns: `start` and `insert` put it into a batch.
+
 Attention:
 
 - `WaveAttention`, `DenseAttention`: pure functions of a state, for any decoder.
@@ -65,6 +70,9 @@ if TYPE_CHECKING:
     from wavejax.attention.protocol import Attention as Attention
     from wavejax.attention.wave import WaveAttention as WaveAttention
     from wavejax.config import WaveConfig as WaveConfig
+    from wavejax.documents.document import Document as Document
+    from wavejax.documents.document import load_document as load_document
+    from wavejax.documents.document import save_document as save_document
     from wavejax.engine.facts import Facts as Facts
     from wavejax.engine.generator import DecodeState as DecodeState
     from wavejax.engine.generator import Generator as Generator
@@ -95,6 +103,9 @@ _MODULE_OF = {
     "Generator": "wavejax.engine.generator",
     "DecodeState": "wavejax.engine.generator",
     "Facts": "wavejax.engine.facts",
+    "save_document": "wavejax.documents.document",
+    "load_document": "wavejax.documents.document",
+    "Document": "wavejax.documents.document",
     "Plan": "wavejax.planning.plan",
     "make_plan": "wavejax.planning.plan",
     "WaveAttention": "wavejax.attention.wave",
