@@ -110,6 +110,13 @@ class ArrivingRows(HostRows):
             self.settle(where[1])
         super().put(where, rows)
 
+    def of(self, layer: int, sequence: int) -> Float[np.ndarray, "kv_heads tokens 2 head_dim"]:
+        """See `HostRows.of`; waits for the layer's rows, and no other's."""
+        for arrival in self._arrivals:
+            if arrival.slot == sequence:
+                arrival.wait(layer)
+        return super().of(layer, sequence)
+
     def gather(
         self, layer: int, tokens: Int[np.ndarray, "batch kv_heads missed"]
     ) -> Float[np.ndarray, "batch kv_heads width 2 head_dim"]:

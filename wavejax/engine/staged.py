@@ -117,7 +117,7 @@ class StagedEngine(Engine):
         """See `Engine`: compiles its programs itself."""
         model_config, attention = self.model_config, self._wave_attention
         wave, rows = state.attention_state.wave, state.attention_state.rows
-        wave = _grow(attention, wave, rows, np.asarray(programs.due(attention, wave)))
+        wave = grow(attention, wave, rows, np.asarray(programs.due(attention, wave)))
         hidden, positions = programs.enter_step(model_config, attention, params, wave, tokens)
         for layer in range(model_config.num_layers):
             at, weights = np.int32(layer), unstacked.only_layer(params, layer)
@@ -137,7 +137,7 @@ class StagedEngine(Engine):
         return dataclasses.replace(state, step=state.step + 1, **new)
 
 
-def _grow(attention: WaveAttention, wave: WaveState, rows: HostRows, due: np.ndarray) -> WaveState:
+def grow(attention: WaveAttention, wave: WaveState, rows: HostRows, due: np.ndarray) -> WaveState:
     """Grows the due sequences' indexes, and takes the rows that leave their windows."""
     if not due.any():
         return wave
