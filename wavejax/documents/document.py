@@ -1,34 +1,30 @@
 """Documents: what a sequence has read, kept on disk, and put into a batch again."""
 
-import concurrent.futures
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import Tokenizer
+from wavejax.attention.wave import WaveAttention
 from wavejax.documents import arrays
-from wavejax.documents.arriving_rows import ArrivingRows
-from wavejax.documents.files import Folder, StoredArray, read_folder, refuse_other, write_folder
+from wavejax.documents.files import Folder, read_folder, refuse_other, write_folder
 from wavejax.documents.fingerprints import check_fingerprints, fingerprints, settings_of
-from wavejax.engine import slots
+from wavejax.documents.prefix import common_prefix
+from wavejax.documents.restore import check_room, grown_tokens, restore
+from wavejax.engine import appending, slots
 from wavejax.engine.checks import MOST_INT32, as_prompts, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.engine.modes import own_modes
 from wavejax.engine.sampling import Sampler
-from wavejax.engine.staged_state import StagedState
 from wavejax.engine.state import DecodeState, commit
 from wavejax.engine.state_checks import as_samplers, check_params, check_state
-from wavejax.store.state import WaveState
-
-_AHEAD = 2  # Layers whose files are read and checked while an earlier one is put in its place.
 
 
 def save_document(
@@ -97,6 +93,7 @@ def load_document(
     generator: Generator,
     params: Params,
     tokenizer: Tokenizer | None = None,
+    weights: str | None = None,
 ) -> "Document":
     """Open a kept document; its large arrays are read when it is put into a batch.
 
@@ -106,6 +103,7 @@ def load_document(
             Where rows are kept, and how many are retrieved, may differ.
         params: the model's parameters.
         tokenizer: None where token ids are all there is.
+        weights: the fingerprint of `params`, where it is known (`fingerprints`).
 
     Raises:
         InputError: there is no document, it is damaged, or it was kept with another model,
@@ -113,7 +111,8 @@ def load_document(
     """
     check_params(params, generator.model_config)
     folder = read_folder(Path(path))
-    now = fingerprints(generator.model_config, params, generator.attention, tokenizer)
+    given = generator.model_config, params, generator.attention, tokenizer, weights
+    now = fingerprints(*given)
     check_fingerprints(str(path), folder.facts["fingerprints"], now)
     token_ids = folder.arrays["token_ids"].read()
     return Document(folder, now, token_ids)
@@ -143,42 +142,62 @@ class Document:
         """Bytes on disk."""
         return self.folder.nbytes
 
+    def reused(self, prompt: Any) -> int:
+        """Count the tokens of a prompt that need not be read: those that it begins with alike.
+
+        The last token of a prompt is read anew where the document goes on after it: what comes
+        next is not kept.
+        """
+        tokens = np.asarray(prompt)
+        alike = common_prefix(self.token_ids, tokens)
+        return alike - 1 if alike == len(tokens) < len(self.token_ids) else alike
+
     def start(
         self,
         generator: Generator,
         max_new_tokens: SupportsIndex,
         seed: SupportsIndex = 0,
         *,
-        sampler: Sampler | None = None,
+        params: Params | None = None,
+        prompts: Any = None,
+        samplers: Any = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> DecodeState:
-        """Make a state as if the document had just been read: `Generator.start` without reading.
+        """Make a state as if prompts that begin with the document had just been read.
+
+        `Generator.start`, but that what `reused` counts of each prompt is not read.
 
         Args:
             generator: as `load_document` was given, or one of another sampler or store.
-            max_new_tokens: room for so many tokens more, questions and answers.
+            max_new_tokens: room for so many tokens more in each sequence.
             seed: of the sampler.
-            sampler: how its tokens are drawn; None: as the generator's does.
+            params: the model's parameters, if there are prompts.
+            prompts: token ids, each from its first token on; None for the document alone.
+            samplers: how each prompt's tokens are drawn; None: as the generator's does.
+            progress: called with (prompts done, prompts in all).
 
         Raises:
-            InputError: a number is out of range, or an array is damaged.
+            InputError: as `Generator.start`; or an array is damaged.
         """
         new_tokens = whole_number("max_new_tokens", max_new_tokens, 0, MOST_INT32)
-        state = self.allocate(generator, 1, new_tokens, [sampler] if sampler else [])
-        return self.insert(generator, state, 0, seed=seed, sampler=sampler)
-
-    def allocate(
-        self, generator: Generator, batch: int, max_new_tokens: int, samplers: list[Sampler]
-    ) -> DecodeState:
-        """Make an empty state that has room for the document in each slot."""
-        # What grew after the prompt took room of its own, and takes it again.
-        grown = self._grown(generator)
-        return generator.allocate(
-            batch,
-            len(self.token_ids),
-            max_new_tokens + grown,
-            dtype=self.fingerprints["dtype"],
-            samplers=samplers,
-        )
+        vocab = generator.model_config.vocab_size
+        given = [self.token_ids] if prompts is None else as_prompts(prompts, vocab)
+        each = as_samplers(samplers, len(given), generator.sampler)
+        reused = [self.reused(one) for one in given]
+        # What the document has none of is read as a prompt, and else goes where answers go.
+        begun = max(count or len(one) for count, one in zip(reused, given, strict=True))
+        rests = [len(one) - count for count, one in zip(reused, given, strict=True) if count]
+        rest = max(rests, default=0)
+        room = new_tokens + rest + (grown_tokens(self.folder) if any(reused) else 0)
+        dtype = self.fingerprints["dtype"]
+        state = generator.allocate(len(given), begun, room, dtype=dtype, samplers=each)
+        for slot, prompt in enumerate(given):
+            more: dict[str, Any] = {"params": params, "prompt": prompt} if prompts else {}
+            row = {"seed": seed, "sampler": each[slot]}
+            state = self.insert(generator, state, slot, **row, **more)
+            if progress is not None:
+                progress(slot + 1, len(given))
+        return state
 
     def insert(
         self,
@@ -186,6 +205,8 @@ class Document:
         state: DecodeState,
         slot: SupportsIndex,
         *,
+        params: Params | None = None,
+        prompt: Any = None,
         seed: SupportsIndex = 0,
         sequence: SupportsIndex | None = None,
         step: SupportsIndex = 0,
@@ -194,85 +215,50 @@ class Document:
         """Put the document into a free slot, as `Generator.insert` reads a prompt; donates `state`.
 
         Index and steady zone come first. Rows that are staged then arrive while steps go on; others
-        are put in their place here.
+        are put in their place here. Of a prompt that leaves the document at some token, whole
+        segments of the index are taken as they are, and the tokens of one that is cut are clustered
+        anew. What the document has not is read, as by `Generator.append`: there must be room for it
+        among the new tokens.
+
+        Args:
+            generator: as of `start`.
+            state: of `Generator.allocate`, or `start`.
+            slot, seed, sequence, step, sampler: as of `Generator.insert`.
+            params: the model's parameters, if there is a prompt.
+            prompt: token ids from the first one on; None for the document alone.
 
         Raises:
             InputError: as `Generator.insert`; the state has no room; or an array is damaged. The
-                state is then used up.
+                last two may use the state up.
         """
         check_state(generator.engine, generator.sampler, state)
         at = whole_number("slot", slot, 0, state.finished.shape[0] - 1)
         own = as_samplers(None if sampler is None else [sampler], 1, generator.sampler)[0]
+        number = at if sequence is None else sequence
         row = {
             "seed": whole_number("seed", seed, -MOST_INT32 - 1, MOST_INT32),
-            "sequence": whole_number(
-                "a sequence's number", at if sequence is None else sequence, 0, MOST_INT32
-            ),
+            "sequence": whole_number("a sequence's number", number, 0, MOST_INT32),
             "step": whole_number("step", step, 0, MOST_INT32),
         }
+        tokens = self.token_ids
+        if prompt is not None:
+            check_params(params, generator.model_config)
+            tokens = as_prompts([prompt], generator.model_config.vocab_size)[0]
+        count = self.reused(tokens)
+        if count == 0:
+            return generator.insert(params, state, at, tokens, sampler=own, **row)  # type: ignore[arg-type]
         now = self.fingerprints | settings_of(generator.model_config, generator.attention)
         check_fingerprints(str(self.folder.path), self.folder.facts["fingerprints"], now)
+        length = None if count == len(self.token_ids) else count
+        attention = generator.attention
+        config = attention.config if isinstance(attention, WaveAttention) else None
         with own_modes():
-            slots.check_insert(state, at, len(self.token_ids), own)
-            self._check_room(state.attention_state)
-            attention_state = self._restore(state.attention_state, at)
+            slots.check_insert(state, at, count, own)
+            check_room(self.folder, state.attention_state, length)
+            held = restore(self.folder, state.attention_state, at, config, length)
             logits = state.logits.at[at].set(self.folder.arrays["logits"].read())
-            return slots.enter(
-                state, attention_state, commit(logits), at, self.token_ids, sampler=own, **row
-            )
-
-    def _grown(self, generator: Generator) -> int:
-        sizes = self.folder.facts["sizes"]
-        if "index/prompt_tokens" not in self.folder.arrays:
-            return 0
-        prompt = int(self.folder.arrays["index/prompt_tokens"].read())
-        return int(sizes["tokens"]) - prompt
-
-    def _check_room(self, attention_state: Any) -> None:
-        for part in arrays.parts_of(attention_state):
-            name = f"{part.name}/0" if part.by_layer else part.name
-            stored = self.folder.arrays.get(name)
-            if stored is None:
-                raise InputError(
-                    f"{self.folder.path} has no {name}: it was kept with other settings; read the "
-                    "document again"
-                )
-            if not arrays.fits(part, stored.shape, part.by_layer):
-                raise InputError(
-                    f"the state has no room for the document of {len(self.token_ids)} tokens: make "
-                    "it with the document's `allocate`"
-                )
-
-    def _restore(self, attention_state: Any, slot: int) -> Any:
-        """The attention's state with the document in a slot; donated."""
-        staged = isinstance(attention_state, StagedState)
-        state = attention_state.wave if staged else attention_state
-        parts = {part.name: part for part in arrays.parts_of(attention_state)}
-        new: dict[str, Any] = {}
-        for name, part in parts.items():
-            if not part.by_layer:
-                new[name] = arrays.put(part, slot, self.folder.arrays[name].read())
-        for name, part in parts.items():
-            if not part.by_layer:
-                continue
-            files = [self.folder.arrays[f"{name}/{layer}"] for layer in range(part.array.shape[0])]
-            if staged:
-                rows = ArrivingRows(attention_state.rows)
-                rows.receive(slot, files)
-            else:
-                new[name] = _put_layers(part, slot, files)
-        paths, tree = jax.tree_util.tree_flatten_with_path(state)
-        leaves = [new.get("/".join(key.name for key in path), leaf) for path, leaf in paths]
-        state = jax.tree.unflatten(tree, leaves)
-        if isinstance(state, WaveState):
-            state = arrays.begin(state, jnp.int32(slot))
-        return StagedState(state, rows) if staged else state
-
-
-def _put_layers(part: arrays.Part, slot: int, files: list[StoredArray]) -> Any:
-    """Put the rows of all layers into a slot; the next layers' files are checked meanwhile."""
-    with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
-        coming = [pool.submit(file.read) for file in files]
-        for layer, rows in enumerate(coming):
-            part = part._replace(array=arrays.put(part, slot, rows.result(), layer))
-    return part.array
+            state = slots.enter(state, held, commit(logits), at, tokens[:count], sampler=own, **row)
+            if count == len(tokens):
+                return state
+            appending.check_append(generator.engine, state, at, len(tokens) - count)
+            return appending.append(generator.engine, params, state, at, tokens[count:])  # type: ignore[arg-type]

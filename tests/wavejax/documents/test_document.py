@@ -57,9 +57,9 @@ def test_a_kept_document_gives_the_same_tokens(name, tmp_path):
     _, expected = generator.decode_n(make_params(), state, 80)
     document = load(tmp_path, generator)
     assert document.token_ids.tolist() == list(PROMPT)
-    made = document.allocate(generator, 2, NEW_TOKENS, samplers)
-    for slot, sampler in enumerate(samplers):
-        made = document.insert(generator, made, slot, seed=3, sampler=sampler)
+    given = {"params": make_params(), "prompts": [PROMPT, PROMPT], "samplers": samplers}
+    assert document.reused(PROMPT) == len(PROMPT)
+    made = document.start(generator, NEW_TOKENS, seed=3, **given)
     _, tokens = generator.decode_n(make_params(), made, 80)
     np.testing.assert_array_equal(tokens, expected)
 

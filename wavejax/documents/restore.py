@@ -1,0 +1,171 @@
+"""A kept sequence's arrays are put into a slot of an attention's state, all of them or a prefix."""
+
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.errors import InputError
+from wavejax.attention.dense import DenseState
+from wavejax.config import WaveConfig
+from wavejax.documents import arrays
+from wavejax.documents.arrays import Part
+from wavejax.documents.arriving_rows import ArrivingRows
+from wavejax.documents.files import Folder
+from wavejax.documents.prefix import (
+    cluster_cut_segment,
+    cut_arrays,
+    cut_at,
+    rows_between,
+)
+from wavejax.engine.staged_state import StagedState
+from wavejax.store.state import WaveState
+
+_AHEAD = 2  # Layers whose files are read and checked while an earlier one is put in its place.
+_WINDOW = "steady/window"
+
+
+def grown_tokens(folder: Folder) -> int:
+    """Count the tokens in a kept index that did not come with its prompt."""
+    if "index/prompt_tokens" not in folder.arrays:
+        return 0
+    prompt = int(folder.arrays["index/prompt_tokens"].read())
+    return int(folder.facts["sizes"]["tokens"]) - prompt
+
+
+def check_room(folder: Folder, attention_state: Any, length: int | None) -> None:
+    """Raises InputError where a state has no room for a kept sequence.
+
+    Args:
+        folder: the document's.
+        attention_state: as the engine holds it.
+        length: tokens to take, of which there must be room for; None for all.
+    """
+    for part in arrays.parts_of(attention_state):
+        name = f"{part.name}/0" if part.by_layer else part.name
+        stored = folder.arrays.get(name)
+        if stored is None:
+            raise InputError(
+                f"{folder.path} has no {name}: it was kept with other settings; read the document "
+                "again"
+            )
+        # Of a prefix, less is put; that there is room for its tokens has been asked before.
+        if length is None and not arrays.fits(part, stored.shape, part.by_layer):
+            raise InputError(
+                "the state has no room for the document: make it with the document's `start`, or "
+                "`Generator.allocate` with more tokens"
+            )
+
+
+def restore(
+    folder: Folder, attention_state: Any, slot: int, config: WaveConfig | None, length: int | None
+) -> Any:
+    """Put a kept sequence into a slot; donates `attention_state`.
+
+    Args:
+        folder: the document's.
+        attention_state: as the engine holds it.
+        slot: whose place.
+        config: wave attention's settings; None for full attention.
+        length: tokens to take, from the first one; None for all.
+
+    Raises:
+        InputError: an array is damaged.
+    """
+    staged = isinstance(attention_state, StagedState)
+    state = attention_state.wave if staged else attention_state
+    parts = {part.name: part for part in arrays.parts_of(attention_state)}
+    kept = {name: folder.arrays[name].read() for name, part in parts.items() if not part.by_layer}
+    cut = None
+    stores: list[np.ndarray] = []
+    if length is not None and config is not None:
+        counts = (int(kept[name]) for name in ("index/tokens", "index/prompt_tokens"))
+        cut, window = cut_at(config, length, *counts), kept[_WINDOW]
+        stores = _read_stores(folder, window.shape[0])
+        between = functools.partial(_rows_of, stores, window)
+        kept = cut_arrays(cut, kept, {name: _axes(part) for name, part in parts.items()})
+        end = cut.indexed + cut.window
+        kept[_WINDOW] = np.stack([between(i, cut.indexed, end) for i in range(len(stores))])
+    elif length is not None:
+        kept["tokens"] = np.asarray(length, np.int32)
+    new = {name: arrays.put(parts[name], slot, array) for name, array in kept.items()}
+    rows = attention_state.rows if staged else None
+    for name, part in parts.items():
+        if not part.by_layer:
+            continue
+        layers = part.array.shape[0]
+        files = [folder.arrays[f"{name}/{layer}"] for layer in range(layers)]
+        if staged and cut is None:
+            rows = ArrivingRows(attention_state.rows)
+            rows.receive(slot, files)
+            continue
+        if cut is not None:
+            reads: list[Callable[[], np.ndarray]] = [
+                functools.partial(between, layer, 0, cut.indexed) for layer in range(layers)
+            ]
+        else:
+            reads = [lambda file=file: file.read()[:, :length] for file in files]
+        if staged:
+            _fill(attention_state, slot, reads)
+        else:
+            new[name] = _put_layers(part, slot, reads)
+    paths, tree = jax.tree_util.tree_flatten_with_path(state)
+    leaves = [new.get("/".join(key.name for key in path), leaf) for path, leaf in paths]
+    state = jax.tree.unflatten(tree, leaves)
+    if isinstance(state, WaveState):
+        state = arrays.begin(state, jnp.int32(slot))
+        if cut is not None and cut.indexed > cut.kept:
+            assert config is not None
+            index = state.index
+            for layer in range(len(stores)):
+                rows_of_cut = between(layer, cut.kept, cut.indexed)
+                index = cluster_cut_segment(config, index, slot, cut, layer, rows_of_cut)
+            state = dataclasses.replace(state, index=index)
+    else:
+        assert isinstance(state, DenseState)
+    return StagedState(state, rows) if staged else state
+
+
+def _axes(part: Part) -> tuple[str, ...]:
+    """The names of the axes that a part's kept array has."""
+    return (part.axes[0], *part.axes[2:]) if part.axes[:2] == arrays.STACKED else ()
+
+
+def _read_stores(folder: Folder, layers: int) -> list[np.ndarray]:
+    """The kept row store of every layer, mapped and checked."""
+    names = [
+        next(one for one in folder.arrays if one.startswith("store/") and one.endswith(f"/{layer}"))
+        for layer in range(layers)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
+        return list(pool.map(lambda name: folder.arrays[name].read(), names))
+
+
+def _rows_of(
+    stores: list[np.ndarray], window: np.ndarray, layer: int, start: int, end: int
+) -> np.ndarray:
+    return rows_between(stores[layer], window[layer], start, end)
+
+
+def _fill(attention_state: StagedState, slot: int, reads: list[Callable[[], np.ndarray]]) -> None:
+    held = attention_state.rows
+    if isinstance(held, ArrivingRows):
+        held.settle(slot)
+    held.take_in()
+    for layer, read in enumerate(reads):
+        rows = read()
+        held.rows[layer, slot, :, : rows.shape[1]] = rows
+
+
+def _put_layers(part: Part, slot: int, reads: list[Callable[[], np.ndarray]]) -> Any:
+    """Put the rows of all layers into a slot; the next layers' files are checked meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
+        coming = [pool.submit(read) for read in reads]
+        for layer, rows in enumerate(coming):
+            part = part._replace(array=arrays.put(part, slot, rows.result(), layer))
+    return part.array
