@@ -17,6 +17,7 @@ Tokens and logits:
 
 Documents, read once:
 
+- `read_document`, `ask_document`: a text is kept on disk; a question costs its own tokens.
 - `save_document`, `load_document`: a sequence's index, rows and tokens, kept on disk.
 - `Document`: what `load_document` returns: `start` and `insert` put it into a batch.
 
@@ -73,6 +74,8 @@ if TYPE_CHECKING:
     from wavejax.documents.document import Document as Document
     from wavejax.documents.document import load_document as load_document
     from wavejax.documents.document import save_document as save_document
+    from wavejax.documents.text import ask_document as ask_document
+    from wavejax.documents.text import read_document as read_document
     from wavejax.engine.facts import Facts as Facts
     from wavejax.engine.generator import DecodeState as DecodeState
     from wavejax.engine.generator import Generator as Generator
@@ -103,6 +106,8 @@ _MODULE_OF = {
     "Generator": "wavejax.engine.generator",
     "DecodeState": "wavejax.engine.generator",
     "Facts": "wavejax.engine.facts",
+    "read_document": "wavejax.documents.text",
+    "ask_document": "wavejax.documents.text",
     "save_document": "wavejax.documents.document",
     "load_document": "wavejax.documents.document",
     "Document": "wavejax.documents.document",
