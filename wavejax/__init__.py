@@ -20,6 +20,7 @@ Documents, read once:
 - `read_document`, `ask_document`: a text is kept on disk; a question costs its own tokens.
 - `save_document`, `load_document`: a sequence's index, rows and tokens, kept on disk.
 - `Document`: what `load_document` returns: `start` and `insert` put it into a batch.
+- `DocumentCache`: a folder of them with a limit of size, for several processes.
 
 Attention:
 
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from wavejax.attention.protocol import Attention as Attention
     from wavejax.attention.wave import WaveAttention as WaveAttention
     from wavejax.config import WaveConfig as WaveConfig
+    from wavejax.documents.cache import DocumentCache as DocumentCache
     from wavejax.documents.document import Document as Document
     from wavejax.documents.document import load_document as load_document
     from wavejax.documents.document import save_document as save_document
@@ -110,6 +112,7 @@ _MODULE_OF = {
     "ask_document": "wavejax.documents.text",
     "save_document": "wavejax.documents.document",
     "load_document": "wavejax.documents.document",
+    "DocumentCache": "wavejax.documents.cache",
     "Document": "wavejax.documents.document",
     "Plan": "wavejax.planning.plan",
     "make_plan": "wavejax.planning.plan",

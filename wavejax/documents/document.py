@@ -37,6 +37,7 @@ def save_document(
     slot: SupportsIndex = 0,
     tokenizer: Tokenizer | None = None,
     facts: dict[str, Any] | None = None,
+    weights: str | None = None,
 ) -> None:
     """Keep what a sequence has read: its index, steady zone, rows and token ids.
 
@@ -52,6 +53,7 @@ def save_document(
         slot: the sequence's place in the batch.
         tokenizer: what made the token ids, for its fingerprint and its chat template's.
         facts: more to keep, plain values: `Document.facts` has them.
+        weights: the fingerprint of `params`, where it is known.
 
     Raises:
         InputError: `token_ids` are not the tokens' number, the slot is none, something else is at
@@ -74,7 +76,7 @@ def save_document(
             )
         said = {
             "fingerprints": fingerprints(
-                generator.model_config, params, generator.attention, tokenizer
+                generator.model_config, params, generator.attention, tokenizer, weights
             ),
             "sizes": arrays.used(state.attention_state, at),
             "facts": facts or {},
@@ -246,7 +248,7 @@ class Document:
             tokens = as_prompts([prompt], generator.model_config.vocab_size)[0]
         count = self.reused(tokens)
         if count == 0:
-            return generator.insert(params, state, at, tokens, sampler=own, **row)  # type: ignore[arg-type]
+            return generator.insert(params, state, at, tokens.tolist(), sampler=own, **row)  # type: ignore[arg-type]
         now = self.fingerprints | settings_of(generator.model_config, generator.attention)
         check_fingerprints(str(self.folder.path), self.folder.facts["fingerprints"], now)
         length = None if count == len(self.token_ids) else count
