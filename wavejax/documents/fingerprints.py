@@ -101,18 +101,18 @@ def check_fingerprints(where: str, kept: Mapping[str, Any], now: Mapping[str, An
                 f": {', '.join(different[:3])}; {ways}, or read the document again"
             )
     for name, what in (
-        ("attention", "attention"),
-        ("dtype", "dtype"),
-        ("weights", "weights of the model"),
-        ("tokenizer", "tokenizer"),
-        ("template", "chat template"),
+        ("attention", "another attention"),
+        ("dtype", "another dtype"),
+        ("weights", "other weights of the model"),
+        ("tokenizer", "another tokenizer"),
+        ("template", "another chat template"),
     ):
         theirs, ours = kept.get(name), now.get(name)
         if theirs != ours and theirs is not None and ours is not None:
             names = f" ({theirs} there, {ours} here)" if name in ("attention", "dtype") else ""
             raise InputError(
-                f"{where} was kept with another {what}{names}; load it with what read it, or read "
-                "the document again"
+                f"{where} was kept with {what}{names}; load it with what read it, or read the "
+                "document again"
             )
 
 

@@ -191,7 +191,7 @@ def test_another_model_or_other_settings_are_named(tmp_path):
     half = jax.tree.map(lambda x: x.astype("float16"), params)
     refused(r"another dtype \(float32 there, float16 here\)", params=half)
     one = params["params"] | {"final_norm": params["params"]["final_norm"].at[3].add(1e-3)}
-    refused("another weights of the model", params={"params": one})
+    refused("other weights of the model", params={"params": one})
     refused("another tokenizer", tokenizer="u", template="c")
     refused("another chat template", tokenizer="t", template="e")
     # What only steers how it is read is free; and so is where it lies.

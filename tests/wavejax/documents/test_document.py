@@ -1,6 +1,7 @@
 """A kept document gives the tokens that the state it was made of gives."""
 
 import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import wavejax
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, SAMPLED, make_params, make_prompts
 from wavejax import DenseAttention, Generator, InputError, Sampler, WaveAttention
+from wavejax.documents.files import StoredArray
 from wavejax.engine.generator import NO_TOKEN
 
 ATTENTIONS = {
@@ -78,6 +80,34 @@ def test_every_store_reads_what_any_store_kept(tmp_path):
     for generator in generators.values():
         restored = load(tmp_path, generator).start(generator, NEW_TOKENS)
         np.testing.assert_array_equal(decode(generator, restored, 12)[1], expected)
+
+
+@pytest.mark.slow(30)
+def test_staged_tokens_come_before_the_rows_have_arrived(tmp_path, monkeypatch):
+    """No layer's rows arrive before the tokens are there; the question is forced through steps."""
+    generator = Generator(MODEL, ATTENTIONS["staged"], GREEDY)
+    state = generator.start(make_params(), [PROMPT], NEW_TOKENS)
+    keep(tmp_path, generator, state, PROMPT)
+    question = np.asarray(SHORT[:5])[:, None]
+    state, _ = generator.force(make_params(), state, question)
+    _, expected = decode(generator, state, 8)
+    gate, check = threading.Event(), StoredArray.check
+
+    def wait(stored):
+        if stored.file.name.startswith("store."):
+            assert gate.wait(timeout=300)
+        check(stored)
+
+    monkeypatch.setattr(StoredArray, "check", wait)
+    state = load(tmp_path, generator).start(generator, NEW_TOKENS)
+    state, _ = generator.force(make_params(), state, question)
+    state, tokens = decode(generator, state, 8)
+    rows = state.attention_state.rows
+    assert not np.any(rows.rows)
+    np.testing.assert_array_equal(tokens, expected)
+    gate.set()
+    rows.settle()
+    assert np.all(np.any(rows.rows[:, 0, :, :298], axis=(2, 3, 4)))
 
 
 @pytest.mark.slow(45)
