@@ -161,7 +161,7 @@ def _read_dense(state: DenseState, layer: Array, sequence: Array) -> ReadBlock:
 def _read_store(
     state: WaveState, layer: Array, sequence: Array, stored: Array | None
 ) -> tuple[ReadBlock, int]:
-    """What reads a block of the row store, wherever it is, and the store's room."""
+    """Make what reads a block of the row store, wherever it is; give the store's room too."""
     if stored is not None:
         block, room = min(BLOCK, stored.shape[1]), stored.shape[1]
         return lambda start: lax.dynamic_slice_in_dim(stored, start, block, axis=1), room

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 import pallas_kernels as ops
+from models.errors import InputError
 from pallas_kernels import _compat
 from wavejax._pytree import logical_axes
 from wavejax.attention.dense import DenseState
@@ -68,12 +69,16 @@ def parts_of(attention_state: Any) -> Iterator[Part]:
 
 
 def used(attention_state: Any, slot: int) -> dict[str, int]:
-    """Count what of each axis a sequence uses."""
+    """Count what of each axis a sequence uses; raises InputError for another attention's state."""
     state = attention_state
     state = state.wave if isinstance(state, StagedState) else state
     if isinstance(state, DenseState):
         return {"tokens": int(state.tokens[slot])}
-    assert isinstance(state, WaveState)
+    if not isinstance(state, WaveState):
+        raise InputError(
+            f"a {type(state).__name__} cannot be kept: give a state of WaveAttention or of "
+            "DenseAttention"
+        )
     clusters = int(np.max(np.asarray(state.index.num_clusters[:, slot]), initial=0))
     return {
         "tokens": int(state.index.tokens[slot]),
@@ -151,7 +156,7 @@ def _take(part: Part, slot: int, sizes: dict[str, int], layer: int | None = None
 
 
 def _padded(kept: np.ndarray, axes: tuple[str, ...], room: tuple[int, ...]) -> np.ndarray:
-    """An array as long as the room: clusters past the last one end where it ends."""
+    """Make an array as long as the room: clusters past the last one end where it ends."""
     pad = [(0, have - want) for have, want in zip(room, kept.shape, strict=True)]
     return np.pad(kept, pad, mode="edge" if "cluster_edges" in axes else "constant")
 

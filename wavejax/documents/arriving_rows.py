@@ -51,7 +51,7 @@ class Arrival:
         return self._error is None and all(done.is_set() for done in self._done)
 
     def check(self) -> None:
-        """Raises InputError where a layer's rows turned out not to be what was written."""
+        """Raise InputError where a layer's rows turned out not to be what was written."""
         if self._error is not None:
             raise self._error
 

@@ -201,7 +201,7 @@ def read_folder(path: Path) -> Folder:
 
 
 def refuse_other(path: Path) -> None:
-    """Raises InputError where something is at `path` that is no document, nor an empty folder."""
+    """Raise InputError where something is at `path` that is no document, nor an empty folder."""
     if stat_of(path, follow_symlinks=False) is None or is_file(path / MANIFEST):
         return
     names = set(names_in(path)) if path.is_dir() else {""}

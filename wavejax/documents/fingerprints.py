@@ -140,7 +140,7 @@ def _sums(arrays: dict[str, Array]) -> dict[str, Array]:
 
 
 def _sum(array: Array) -> Array:
-    """The bits of all numbers, each times an odd number of its place, modulo 2**32."""
+    """Add the bits of all numbers up, each times an odd number of its place, modulo 2**32."""
     bits = lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
     bits = bits.astype(jnp.uint32).reshape(-1)
     place = lax.iota(jnp.uint32, bits.shape[0])

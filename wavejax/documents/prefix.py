@@ -96,7 +96,7 @@ def cut_arrays(
 
 
 def rows_between(store: np.ndarray, window: np.ndarray, start: int, end: int) -> np.ndarray:
-    """The KV rows of one layer from a store row to another, `[kv_heads, end - start, 2, head_dim]`.
+    """Take one layer's KV rows from a store row to another, `[kv_heads, end - start, 2, head_dim]`.
 
     Args:
         store: the kept row store of that layer, `[kv_heads, indexed, 2, head_dim]`.

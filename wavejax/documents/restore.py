@@ -39,7 +39,7 @@ def grown_tokens(folder: Folder) -> int:
 
 
 def check_room(folder: Folder, attention_state: Any, length: int | None) -> None:
-    """Raises InputError where a state has no room for a kept sequence.
+    """Raise InputError where a state has no room for a kept sequence.
 
     Args:
         folder: the document's.
@@ -132,12 +132,12 @@ def restore(
 
 
 def _axes(part: Part) -> tuple[str, ...]:
-    """The names of the axes that a part's kept array has."""
+    """Name the axes that a part's kept array has."""
     return (part.axes[0], *part.axes[2:]) if part.axes[:2] == arrays.STACKED else ()
 
 
 def _read_stores(folder: Folder, layers: int) -> list[np.ndarray]:
-    """The kept row store of every layer, mapped and checked."""
+    """Map the kept row store of every layer, and check it."""
     names = [
         next(one for one in folder.arrays if one.startswith("store/") and one.endswith(f"/{layer}"))
         for layer in range(layers)

@@ -63,7 +63,7 @@ class DocumentText:
 
     @classmethod
     def of(cls, folder: Folder) -> "DocumentText":
-        """The text that a folder keeps; raises InputError where it was kept of tokens alone."""
+        """Read the text that a folder keeps; raises InputError where it keeps tokens alone."""
         said = folder.facts["facts"].get("text")
         if said is None:
             raise InputError(
@@ -106,14 +106,14 @@ class Asked:
         self.reused = [document.reused(ids) for ids in self.ids]
 
     def lengths(self, new_tokens: int) -> tuple[list[int], int]:
-        """The prompts' tokens that come with the document, and the room after them."""
+        """Count the prompts' tokens that come with the document, and the room after them."""
         rest = max(len(ids) - reused for ids, reused in zip(self.ids, self.reused, strict=True))
         return [max(1, reused) for reused in self.reused], new_tokens + rest
 
     def reader(
         self, generator: Generator, weights: str | None = None
     ) -> Callable[..., DecodeState]:
-        """What `TextRun` starts with, in place of `Generator.start`."""
+        """Make what `TextRun` starts with, in place of `Generator.start`."""
 
         def read(
             params: Params,

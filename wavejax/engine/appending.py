@@ -15,6 +15,7 @@ from models.config import ModelConfig
 from models.errors import InputError
 from models.parameters import Params
 from wavejax.attention import appended
+from wavejax.attention.dense import DenseAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.engine import compiled, staged
 from wavejax.engine.interface import Attention, Engine
@@ -62,6 +63,12 @@ def append(
 
 def check_append(engine: Engine, state: DecodeState, slot: int, tokens: int) -> None:
     """Raises InputError: the slot holds no sequence, or has no room; waits for the device."""
+    attention: object = engine.attention
+    if not isinstance(attention, WaveAttention | DenseAttention):
+        raise InputError(
+            "append is for WaveAttention and DenseAttention, and this is a "
+            f"{type(attention).__name__}: use `force`"
+        )
     arrays = engine.arrays_of(state.attention_state)
     if not int(engine.attention.lengths(arrays)[slot]):
         raise InputError(f"slot {slot} holds nothing: `insert` a prompt, which may be all of it")
