@@ -9,6 +9,7 @@ import pytest
 
 import wavejax
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, SAMPLED, make_params, make_prompts
+from tests.wavejax.engine.test_compiled_programs import CompileLog
 from wavejax import DenseAttention, Generator, InputError, Sampler, WaveAttention
 from wavejax.documents.files import StoredArray
 from wavejax.engine.generator import NO_TOKEN
@@ -62,8 +63,11 @@ def test_a_kept_document_gives_the_same_tokens(name, tmp_path):
     given = {"params": make_params(), "prompts": [PROMPT, PROMPT], "samplers": samplers}
     assert document.reused(PROMPT) == len(PROMPT)
     made = document.start(generator, NEW_TOKENS, seed=3, **given)
-    _, tokens = generator.decode_n(make_params(), made, 80)
+    # It is the state that reading makes: in the same memory, for the same compiled program.
+    with CompileLog() as log:
+        _, tokens = generator.decode_n(make_params(), made, 80)
     np.testing.assert_array_equal(tokens, expected)
+    assert not log.names
 
 
 @pytest.mark.slow(35)
