@@ -17,7 +17,7 @@ from wavejax.documents import arrays
 from wavejax.documents.files import Folder, read_folder, refuse_other, write_folder
 from wavejax.documents.fingerprints import check_fingerprints, fingerprints, settings_of
 from wavejax.documents.prefix import common_prefix
-from wavejax.documents.restore import check_room, grown_tokens, restore
+from wavejax.documents.restore import check_arrays, grown_tokens, restore
 from wavejax.engine import appending, slots
 from wavejax.engine.checks import MOST_INT32, as_prompts, whole_number
 from wavejax.engine.generator import Generator
@@ -194,7 +194,9 @@ class Document:
         dtype = self.fingerprints["dtype"]
         state = generator.allocate(len(given), begun, room, dtype=dtype, samplers=each)
         for slot, prompt in enumerate(given):
-            more: dict[str, Any] = {"params": params, "prompt": prompt} if prompts else {}
+            more: dict[str, Any] = (
+                {"params": params, "prompt": prompt} if prompts is not None else {}
+            )
             row = {"seed": seed, "sampler": each[slot]}
             state = self.insert(generator, state, slot, **row, **more)
             if progress is not None:
@@ -230,8 +232,8 @@ class Document:
             prompt: token ids from the first one on; None for the document alone.
 
         Raises:
-            InputError: as `Generator.insert`; the state has no room; or an array is damaged. The
-                last two may use the state up.
+            InputError: as `Generator.insert`; the state has no room; or an array is damaged. Rows
+                that are damaged, and no room for the rest of a prompt, use the state up.
         """
         check_state(generator.engine, generator.sampler, state)
         at = whole_number("slot", slot, 0, state.finished.shape[0] - 1)
@@ -256,7 +258,7 @@ class Document:
         config = attention.config if isinstance(attention, WaveAttention) else None
         with own_modes():
             slots.check_insert(state, at, count, own)
-            check_room(self.folder, state.attention_state, length)
+            check_arrays(self.folder, state.attention_state)
             held = restore(self.folder, state.attention_state, at, config, length)
             logits = state.logits.at[at].set(self.folder.arrays["logits"].read())
             state = slots.enter(state, held, commit(logits), at, tokens[:count], sampler=own, **row)

@@ -38,27 +38,14 @@ def grown_tokens(folder: Folder) -> int:
     return int(folder.facts["sizes"]["tokens"]) - prompt
 
 
-def check_room(folder: Folder, attention_state: Any, length: int | None) -> None:
-    """Raise InputError where a state has no room for a kept sequence.
-
-    Args:
-        folder: the document's.
-        attention_state: as the engine holds it.
-        length: tokens to take, of which there must be room for; None for all.
-    """
+def check_arrays(folder: Folder, attention_state: Any) -> None:
+    """Raise InputError where a state has an array that a document lacks."""
     for part in arrays.parts_of(attention_state):
         name = f"{part.name}/0" if part.by_layer else part.name
-        stored = folder.arrays.get(name)
-        if stored is None:
+        if name not in folder.arrays:
             raise InputError(
                 f"{folder.path} has no {name}: it was kept with other settings; read the document "
                 "again"
-            )
-        # Of a prefix, less is put; that there is room for its tokens has been asked before.
-        if length is None and not arrays.fits(part, stored.shape, part.by_layer):
-            raise InputError(
-                "the state has no room for the document: make it with the document's `start`, or "
-                "`Generator.allocate` with more tokens"
             )
 
 
@@ -75,7 +62,8 @@ def restore(
         length: tokens to take, from the first one; None for all.
 
     Raises:
-        InputError: an array is damaged.
+        InputError: an array is damaged, or the state has no room. Nothing is donated then, but
+            where rows are damaged.
     """
     staged = isinstance(attention_state, StagedState)
     state = attention_state.wave if staged else attention_state
@@ -93,6 +81,11 @@ def restore(
         kept[_WINDOW] = np.stack([between(i, cut.indexed, end) for i in range(len(stores))])
     elif length is not None:
         kept["tokens"] = np.asarray(length, np.int32)
+    _check_room(folder, parts, kept, length if cut is None else cut.indexed)
+    if config is not None and isinstance(state, WaveState):
+        grown = int(kept["index/tokens"]) - int(kept["index/prompt_tokens"])
+        if grown > int(state.index.growths) * config.growth_tokens:
+            raise _no_room()
     new = {name: arrays.put(parts[name], slot, array) for name, array in kept.items()}
     rows = attention_state.rows if staged else None
     for name, part in parts.items():
@@ -129,6 +122,27 @@ def restore(
     else:
         assert isinstance(state, DenseState)
     return StagedState(state, rows) if staged else state
+
+
+def _check_room(
+    folder: Folder, parts: dict[str, Part], kept: dict[str, np.ndarray], rows: int | None
+) -> None:
+    """Raise InputError where a part has no room for what is put there; `rows` None for all."""
+    shapes = {name: array.shape for name, array in kept.items()}
+    for name, part in parts.items():
+        shape = shapes.get(name)
+        if part.by_layer:
+            kv_heads, tokens, *rest = folder.arrays[f"{name}/0"].shape
+            shape = (kv_heads, tokens if rows is None else rows, *rest)
+        if not arrays.fits(part, shape or (), part.by_layer):
+            raise _no_room()
+
+
+def _no_room() -> InputError:
+    return InputError(
+        "the state has no room for the document: make it with the document's `start`, or "
+        "`Generator.allocate` with more tokens"
+    )
 
 
 def _axes(part: Part) -> tuple[str, ...]:

@@ -125,6 +125,8 @@ def test_a_sequence_that_has_grown_goes_on(tmp_path):
     keep(tmp_path, generator, state, so_far)
     document = load(tmp_path, generator)
     plain = dataclasses.replace(generator, sampler=GREEDY)
+    with pytest.raises(InputError, match="the state has no room for the document"):
+        document.insert(plain, plain.allocate(1, len(so_far), 0), 0)
     restored = document.start(plain, 70)
     forced = plain.start(make_params(), [PROMPT], 3 * NEW_TOKENS)
     forced, _ = plain.force(make_params(), forced, first[:, None])
@@ -175,6 +177,15 @@ def test_what_is_not_the_sequences_is_refused(tmp_path):
     assert document.facts == {"title": "été"}
     small = generator.allocate(1, 10, 10)
     assert document.insert(generator, small, 0).prompt_room == 128  # a bucket's least
+    # Nothing of a state that is too small is used up.
+    keep(tmp_path, generator, generator.start(make_params(), [PROMPT], 0), PROMPT)
+    tiny, long = generator.allocate(1, 200, 0), load(tmp_path, generator)
+    with pytest.raises(InputError, match="has 318 tokens, and there is room for 224"):
+        long.insert(generator, tiny, 0)
+    prompt = {"prompt": [*PROMPT[:220], 3], "params": make_params()}
+    assert not long.insert(generator, tiny, 0, **prompt).finished[0]
+    keep(tmp_path, generator, state, SHORT)
+    document = load(tmp_path, generator)
     other = generator.allocate(1, 10, 10, samplers=[SAMPLED])
     with pytest.raises(InputError, match="the sampler needs what the state was not made for"):
         document.insert(generator, other, 0, sampler=PENALISED)
