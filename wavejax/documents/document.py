@@ -232,8 +232,8 @@ class Document:
             prompt: token ids from the first one on; None for the document alone.
 
         Raises:
-            InputError: as `Generator.insert`; the state has no room; or an array is damaged. Rows
-                that are damaged, and no room for the rest of a prompt, use the state up.
+            InputError: as `Generator.insert`; the state has no room; or an array is damaged. Of
+                these only rows that are damaged use the state up.
         """
         check_state(generator.engine, generator.sampler, state)
         at = whole_number("slot", slot, 0, state.finished.shape[0] - 1)
@@ -259,10 +259,10 @@ class Document:
         with own_modes():
             slots.check_insert(state, at, count, own)
             check_arrays(self.folder, state.attention_state)
-            held = restore(self.folder, state.attention_state, at, config, length)
+            rest = len(tokens) - count
+            held = restore(self.folder, state.attention_state, at, config, length, rest)
             logits = state.logits.at[at].set(self.folder.arrays["logits"].read())
             state = slots.enter(state, held, commit(logits), at, tokens[:count], sampler=own, **row)
-            if count == len(tokens):
+            if not rest:
                 return state
-            appending.check_append(generator.engine, state, at, len(tokens) - count)
             return appending.append(generator.engine, params, state, at, tokens[count:])  # type: ignore[arg-type]

@@ -50,7 +50,12 @@ def check_arrays(folder: Folder, attention_state: Any) -> None:
 
 
 def restore(
-    folder: Folder, attention_state: Any, slot: int, config: WaveConfig | None, length: int | None
+    folder: Folder,
+    attention_state: Any,
+    slot: int,
+    config: WaveConfig | None,
+    length: int | None,
+    rest: int,
 ) -> Any:
     """Put a kept sequence into a slot; donates `attention_state`.
 
@@ -60,6 +65,7 @@ def restore(
         slot: whose place.
         config: wave attention's settings; None for full attention.
         length: tokens to take, from the first one; None for all.
+        rest: tokens to come after them, for which there must be room.
 
     Raises:
         InputError: an array is damaged, or the state has no room. Nothing is donated then, but
@@ -82,10 +88,9 @@ def restore(
     elif length is not None:
         kept["tokens"] = np.asarray(length, np.int32)
     _check_room(folder, parts, kept, length if cut is None else cut.indexed)
-    if config is not None and isinstance(state, WaveState):
-        grown = int(kept["index/tokens"]) - int(kept["index/prompt_tokens"])
-        if grown > int(state.index.growths) * config.growth_tokens:
-            raise _no_room()
+    left = _room_left(state, config, kept)
+    if rest > left:
+        raise _no_room(f" and the {rest} tokens after it")
     new = {name: arrays.put(parts[name], slot, array) for name, array in kept.items()}
     rows = attention_state.rows if staged else None
     for name, part in parts.items():
@@ -138,9 +143,19 @@ def _check_room(
             raise _no_room()
 
 
-def _no_room() -> InputError:
+def _room_left(state: Any, config: WaveConfig | None, kept: dict[str, np.ndarray]) -> int:
+    """Count the tokens that a slot has room for after a kept sequence, as `remaining` will."""
+    if config is None:
+        return int(state.keys.shape[3]) - int(kept["tokens"])
+    grown = int(kept["index/tokens"]) - int(kept["index/prompt_tokens"])
+    growths = int(state.index.growths) - grown // config.growth_tokens
+    free = config.window_tokens - int(kept["steady/window_tokens"])
+    return free + config.growth_tokens * growths
+
+
+def _no_room(more: str = "") -> InputError:
     return InputError(
-        "the state has no room for the document: make it with the document's `start`, or "
+        f"the state has no room for the document{more}: make it with the document's `start`, or "
         "`Generator.allocate` with more tokens"
     )
 

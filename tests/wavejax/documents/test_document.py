@@ -183,6 +183,8 @@ def test_what_is_not_the_sequences_is_refused(tmp_path):
     with pytest.raises(InputError, match="has 318 tokens, and there is room for 224"):
         long.insert(generator, tiny, 0)
     prompt = {"prompt": [*PROMPT[:220], 3], "params": make_params()}
+    with pytest.raises(InputError, match="for the document and the 60 tokens after it: make it"):
+        long.insert(generator, tiny, 0, **prompt | {"prompt": [*PROMPT[:220], *PROMPT[:60]]})
     assert not long.insert(generator, tiny, 0, **prompt).finished[0]
     keep(tmp_path, generator, state, SHORT)
     document = load(tmp_path, generator)
