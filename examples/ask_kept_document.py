@@ -21,7 +21,7 @@ LINE = "The town lies in a wide valley, and its market is held on the first day 
 
 
 def main() -> None:
-    """Keeps a document, asks two questions, and prints the times to their first tokens."""
+    """Keep a document, ask two questions, and print the times to their first tokens."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder or file; the installed SmolLM2 unless given")
     parser.add_argument("--document", type=Path, help="UTF-8 text; one made here unless given")

@@ -165,7 +165,7 @@ def _read_store(
     if stored is not None:
         block, room = min(BLOCK, stored.shape[1]), stored.shape[1]
         return lambda start: lax.dynamic_slice_in_dim(stored, start, block, axis=1), room
-    rows = state.store.rows
+    rows = state.store.rows.plain("append")
     room = rows.shape[3]
     sizes = (1, 1, rows.shape[2], min(BLOCK, room), *rows.shape[4:])
 

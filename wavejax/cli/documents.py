@@ -19,7 +19,7 @@ from wavejax.engine.generator import Generator
 def check_flags(
     document: str | None, save_document: str | None, others: Mapping[str, object]
 ) -> None:
-    """Raises InputError where flags contradict each other.
+    """Raise InputError where flags contradict each other.
 
     Args:
         document, save_document: what the two flags say.
@@ -98,7 +98,7 @@ class Keeping:
 def ask(
     path: str, tokenizer: Tokenizer, prompts: Sequence[str], prompt_files: Sequence[str]
 ) -> Asked:
-    """The questions of `--document`; raises InputError as `Asked` does, or there is none."""
+    """Encode the questions of `--document`; raises InputError as `Asked` does, or there is none."""
     return Asked(Path(path), tokenizer, read_prompts(prompts, prompt_files))
 
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 import pallas_kernels as ops
 from models.errors import InputError
 from pallas_kernels import _compat
+from pallas_kernels.types import Rows
 from wavejax._pytree import logical_axes
 from wavejax.attention.dense import DenseState
 from wavejax.engine.staged_state import StagedState
@@ -28,8 +29,8 @@ STACKED = ("layers", "sequences")
 # What steps count, and what a state has room for.
 _NOT_KEPT = ("cache", "step", "attended", "index/growths")
 # The bulk of a state, kept layer by layer.
-_STORE = ("store/rows",)
-_ROWS = (*_STORE, "keys", "values")
+_STORE = ("store/rows/data",)
+_ROWS = ("store/rows", "keys", "values")
 
 
 class Part(NamedTuple):
@@ -56,7 +57,7 @@ def parts_of(attention_state: Any) -> Iterator[Part]:
     state = attention_state
     if isinstance(state, StagedState):
         state.rows.take_in()
-        state = state.wave
+        state = state.on_device
     named = jax.tree.leaves(logical_axes(state), is_leaf=lambda x: isinstance(x, PartitionSpec))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     for (path, array), axes in zip(leaves, named, strict=True):
@@ -71,7 +72,7 @@ def parts_of(attention_state: Any) -> Iterator[Part]:
 def used(attention_state: Any, slot: int) -> dict[str, int]:
     """Count what of each axis a sequence uses; raises InputError for another attention's state."""
     state = attention_state
-    state = state.wave if isinstance(state, StagedState) else state
+    state = state.on_device if isinstance(state, StagedState) else state
     if isinstance(state, DenseState):
         return {"tokens": int(state.tokens[slot])}
     if not isinstance(state, WaveState):
@@ -91,7 +92,7 @@ def used(attention_state: Any, slot: int) -> dict[str, int]:
 def take(attention_state: Any, slot: int) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """List a sequence's arrays: the name of each, and what brings it to the host.
 
-    Rows come layer by layer, as "store/rows/0".
+    Rows come layer by layer, as "store/rows/data/0".
     """
     sizes = used(attention_state, slot)
     for part in parts_of(attention_state):
@@ -197,7 +198,7 @@ def _put_layer(array: Array, block: Array, layer: Array, slot: Array) -> Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _append(array: Array, block: Array, layer: Array, slot: Array) -> Array:
-    return ops.append_rows(array, block, layer, slot, 0)
+    return ops.append_rows(Rows(array), block, layer, slot, 0).data
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -14,8 +14,8 @@ from models.config import ModelConfig
 from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import Tokenizer
+from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
-from wavejax.engine.interface import Attention
 from wavejax.engine.modes import own_modes
 
 # Of a model, what no key or value depends on.
@@ -38,7 +38,7 @@ _PROBE = 'The "naïve" fox\'s 12,345 cafés:\n\n\t漢字 -- x_1 = 0.5;  done!'
 def fingerprints(
     model_config: ModelConfig,
     params: Params,
-    attention: Attention,
+    attention: AnyAttention,
     tokenizer: Tokenizer | None = None,
     weights: str | None = None,
 ) -> dict[str, Any]:
@@ -60,11 +60,12 @@ def fingerprints(
     return json.loads(json.dumps(said))
 
 
-def settings_of(model_config: ModelConfig, attention: Attention) -> dict[str, Any]:
+def settings_of(model_config: ModelConfig, attention: AnyAttention) -> dict[str, Any]:
     """Describe the part of `fingerprints` that is settings: no weight is read."""
     model = model_config.to_json()
-    of_wave = isinstance(attention, WaveAttention)
-    settings = dataclasses.asdict(attention.config) if of_wave else {}  # type: ignore[union-attr]
+    settings: dict[str, Any] = {}
+    if isinstance(attention, WaveAttention):
+        settings = dataclasses.asdict(attention.config)
     said = {
         "model": {name: x for name, x in model.items() if name not in _FREE_OF_MODEL},
         "attention": type(attention).__name__,

@@ -72,7 +72,7 @@ def restore(
             where rows are damaged.
     """
     staged = isinstance(attention_state, StagedState)
-    state = attention_state.wave if staged else attention_state
+    state = attention_state.on_device if staged else attention_state
     parts = {part.name: part for part in arrays.parts_of(attention_state)}
     kept = {name: folder.arrays[name].read() for name, part in parts.items() if not part.by_layer}
     cut = None

@@ -16,9 +16,10 @@ from models.errors import InputError
 from models.parameters import Params
 from wavejax.attention import appended
 from wavejax.attention.dense import DenseAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.engine import compiled, staged
-from wavejax.engine.interface import Attention, Engine
+from wavejax.engine.interface import Engine
 from wavejax.engine.prompts import bucket
 from wavejax.engine.staged_state import StagedState
 from wavejax.engine.state import DecodeState, commit
@@ -34,7 +35,7 @@ def append(
     slot: int,
     tokens: Int[np.ndarray, "_tokens"],
 ) -> DecodeState:
-    """Reads tokens into a slot's sequence; see `Generator.append`."""
+    """Read tokens into a slot's sequence; see `Generator.append`."""
     attention_state, logits = state.attention_state, state.logits
     rest = tokens
     while rest.size:
@@ -62,7 +63,7 @@ def append(
 
 
 def check_append(engine: Engine, state: DecodeState, slot: int, tokens: int) -> None:
-    """Raises InputError: the slot holds no sequence, or has no room; waits for the device."""
+    """Raise InputError: the slot holds no sequence, or has no room; waits for the device."""
     attention: object = engine.attention
     if not isinstance(attention, WaveAttention | DenseAttention):
         raise InputError(
@@ -96,7 +97,7 @@ def _append_piece(
     rows: HostRows | None = None
     state = attention_state
     if isinstance(attention_state, StagedState):
-        rows, state = attention_state.rows, attention_state.wave
+        rows, state = attention_state.rows, attention_state.on_device
     for layer in range(model_config.num_layers):
         stored = None if rows is None else jax.device_put(rows.of(layer, slot))
         weights = unstacked.only_layer(params, layer)
@@ -110,7 +111,7 @@ def _append_piece(
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
 def _append_layer(
     model_config: ModelConfig,
-    attention: Attention,
+    attention: AnyAttention,
     params: Params,
     hidden: Array,
     layer: Array,
@@ -141,16 +142,16 @@ def _finish(
 
 
 def _grow(engine: Engine, attention_state: Any) -> Any:
-    """The oldest tokens of full windows move into their indexes."""
+    """Move the oldest tokens of full windows into their indexes."""
     attention = engine.attention
     if not isinstance(attention_state, StagedState):
         return _grow_compiled(attention, attention_state)
     assert isinstance(attention, WaveAttention)
-    wave, rows = attention_state.wave, attention_state.rows
-    due = np.asarray(staged.programs.due(attention, wave))
-    return StagedState(staged.grow(attention, wave, rows, due), rows)
+    on_device, rows = attention_state.on_device, attention_state.rows
+    due = np.asarray(staged.programs.due(attention, on_device))
+    return StagedState(staged.grow(attention, on_device, rows, due), rows)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _grow_compiled(attention: Attention, state: Any) -> Any:
+def _grow_compiled(attention: AnyAttention, state: Any) -> Any:
     return attention.grow(state)

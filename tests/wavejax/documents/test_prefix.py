@@ -121,7 +121,7 @@ def test_a_cut_index_is_a_fresh_readings(tmp_path):
         used = clusters if "ce" in name or "me" in name else indexed
         one, other = (np.asarray(getattr(x.index, name))[:, :, :, :used] for x in (cut, whole))
         np.testing.assert_allclose(one, other, atol=1e-4, err_msg=name)
-    rows = (np.asarray(x.store.rows)[:, :, :, :indexed] for x in (cut, whole))
+    rows = (np.asarray(x.store.rows.data)[:, :, :, :indexed] for x in (cut, whole))
     np.testing.assert_allclose(*rows, atol=1e-4)
     window = int(whole.steady.window_tokens[0])
     assert int(cut.steady.window_tokens[0]) == window
