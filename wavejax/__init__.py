@@ -22,6 +22,11 @@ Documents, read once:
 - `Document`: what `load_document` returns: `start` and `insert` put it into a batch.
 - `DocumentCache`: a folder of them with a limit of size, for several processes.
 
+Requests side by side:
+
+- `batch_engine`: an engine of a loaded model; `BatchEngine` says all that it takes.
+- `Request`: one prompt with its own settings.
+
 Attentions:
 
 - `WaveAttention`, `DenseAttention`: pure functions of a state, for any decoder.
@@ -80,6 +85,7 @@ if TYPE_CHECKING:
     from wavejax.attention.dense import DenseAttention as DenseAttention
     from wavejax.attention.protocol import Attention as Attention
     from wavejax.attention.wave import WaveAttention as WaveAttention
+    from wavejax.batching import batch_engine as batch_engine
     from wavejax.config import WaveConfig as WaveConfig
     from wavejax.documents.cache import DocumentCache as DocumentCache
     from wavejax.documents.document import Document as Document
@@ -87,6 +93,8 @@ if TYPE_CHECKING:
     from wavejax.documents.document import save_document as save_document
     from wavejax.documents.text import ask_document as ask_document
     from wavejax.documents.text import read_document as read_document
+    from wavejax.engine.batching.engine import BatchEngine as BatchEngine
+    from wavejax.engine.batching.request import Request as Request
     from wavejax.engine.facts import Facts as Facts
     from wavejax.engine.generator import DecodeState as DecodeState
     from wavejax.engine.generator import Generator as Generator
@@ -123,6 +131,9 @@ _MODULE_OF = {
     "load_document": "wavejax.documents.document",
     "DocumentCache": "wavejax.documents.cache",
     "Document": "wavejax.documents.document",
+    "batch_engine": "wavejax.batching",
+    "BatchEngine": "wavejax.engine.batching.engine",
+    "Request": "wavejax.engine.batching.request",
     "Plan": "wavejax.planning.plan",
     "make_plan": "wavejax.planning.plan",
     "WaveAttention": "wavejax.attention.wave",

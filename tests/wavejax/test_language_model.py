@@ -277,7 +277,14 @@ def test_public_names_are_listed_and_documented() -> None:
 
 @pytest.mark.parametrize(
     "subject",
-    [wavejax, loading.load, LanguageModel.generate, LanguageModel.stream, LanguageModel.flax],
+    [
+        wavejax,
+        loading.load,
+        LanguageModel.generate,
+        LanguageModel.stream,
+        LanguageModel.flax,
+        wavejax.batch_engine,
+    ],
     ids=lambda subject: subject.__name__,
 )
 def test_the_docstrings_examples_run(
