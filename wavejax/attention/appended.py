@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 
 from pallas_kernels import _compat
 from pallas_kernels.types import MASKED
-from wavejax.attention.dense import DenseAttention, DenseState
-from wavejax.attention.protocol import Layer, PromptKV, PromptQuery, scale_of
+from wavejax.attention.dense import DenseState
+from wavejax.attention.protocol import AnyAttention, Layer, PromptKV, PromptQuery, scale_of
 from wavejax.attention.wave import WaveAttention
 from wavejax.store.rows import as_rows
 from wavejax.store.state import WaveState
@@ -28,11 +28,11 @@ Running = tuple[Array, Array, Array]  # The largest logit so far, the weights' s
 ReadBlock = Callable[[Array], Float[Array, "kv_heads block 2 head_dim"]]
 
 
-def free_tokens(attention: WaveAttention | DenseAttention, state: Any) -> Int[Array, " batch"]:
+def free_tokens(attention: AnyAttention, state: Any) -> Int[Array, " batch"]:
     """Count the tokens that may be appended before the state has to grow: int32."""
-    if isinstance(attention, DenseAttention):
-        return attention.remaining(state)
-    return attention.config.window_tokens - state.steady.window_tokens
+    if isinstance(attention, WaveAttention):
+        return attention.config.window_tokens - state.steady.window_tokens
+    return attention.remaining(state)
 
 
 def append(
@@ -71,11 +71,11 @@ def append(
         steady, indexed = state.steady, state.index.tokens[sequence]
         sinks, window = steady.sink[layer, sequence], steady.window[layer, sequence]
         rows = jnp.concatenate([sinks, window, new.astype(window.dtype)], axis=1)
-        held = [
+        valid = [
             jnp.arange(sinks.shape[1]) < steady.sink_tokens[sequence],
             jnp.arange(window.shape[1]) < steady.window_tokens[sequence],
         ]
-        held = jnp.broadcast_to(jnp.concatenate(held), (tokens, sinks.shape[1] + window.shape[1]))
+        held = jnp.broadcast_to(jnp.concatenate(valid), (tokens, sinks.shape[1] + window.shape[1]))
         seen = jnp.concatenate([held, causal], axis=1)
     output = _attend(query, rows, seen, read, indexed, room)
     return output, _write(state, layer, sequence, new, count)

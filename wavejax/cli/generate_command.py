@@ -84,9 +84,10 @@ def command(
         raise InputError("--stop is empty, which every text holds: give the text to stop before")
     given = [*prompts, *prompt_files, *message_files]
     if document is not None or save_document is not None:
-        how = {"--system": system, "--chat or --raw": chat is not None}
+        how: dict[str, object] = {"--system": system, "--chat or --raw": chat is not None}
         how |= {"--template-arg": template_args, "--allow-control-tokens": allow_control_tokens}
-        others = {"--messages": message_files} | (how if document is not None else {})
+        others: dict[str, object] = {"--messages": message_files}
+        others |= how if document is not None else {}
         documents.check_flags(document, save_document, others)
     of_context = context is not None or batch is not None
     if of_context:

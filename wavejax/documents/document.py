@@ -197,8 +197,7 @@ class Document:
             more: dict[str, Any] = (
                 {"params": params, "prompt": prompt} if prompts is not None else {}
             )
-            row = {"seed": seed, "sampler": each[slot]}
-            state = self.insert(generator, state, slot, **row, **more)
+            state = self.insert(generator, state, slot, seed=seed, sampler=each[slot], **more)
             if progress is not None:
                 progress(slot + 1, len(given))
         return state

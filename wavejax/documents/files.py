@@ -218,7 +218,7 @@ def _write_array(folder: Path, name: str, array: np.ndarray) -> StoredArray:
     begin = io.BytesIO()
     np.lib.format.write_array_header_1_0(begin, np.lib.format.header_data_from_array_1_0(plain))
     header = begin.getvalue()
-    data = memoryview(plain.reshape(-1)).cast("B") if plain.size else memoryview(b"")
+    data = plain.reshape(-1).data.cast("B") if plain.size else memoryview(b"")
     checksum = zlib.crc32(header)
     with file.open("wb") as out:
         out.write(header)

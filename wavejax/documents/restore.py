@@ -16,7 +16,7 @@ from wavejax.config import WaveConfig
 from wavejax.documents import arrays
 from wavejax.documents.arrays import Part
 from wavejax.documents.arriving_rows import ArrivingRows
-from wavejax.documents.files import Folder
+from wavejax.documents.files import Folder, StoredArray
 from wavejax.documents.prefix import (
     cluster_cut_segment,
     cut_arrays,
@@ -92,7 +92,6 @@ def restore(
     if rest > left:
         raise _no_room(f" and the {rest} tokens after it")
     new = {name: arrays.put(parts[name], slot, array) for name, array in kept.items()}
-    rows = attention_state.rows if staged else None
     for name, part in parts.items():
         if not part.by_layer:
             continue
@@ -101,13 +100,14 @@ def restore(
         if staged and cut is None:
             rows = ArrivingRows(attention_state.rows)
             rows.receive(slot, files)
+            attention_state = StagedState(state, rows)
             continue
         if cut is not None:
             reads: list[Callable[[], np.ndarray]] = [
                 functools.partial(between, layer, 0, cut.indexed) for layer in range(layers)
             ]
         else:
-            reads = [lambda file=file: file.read()[:, :length] for file in files]
+            reads = [functools.partial(_first, file, length) for file in files]
         if staged:
             _fill(attention_state, slot, reads)
         else:
@@ -126,7 +126,7 @@ def restore(
             state = dataclasses.replace(state, index=index)
     else:
         assert isinstance(state, DenseState)
-    return StagedState(state, rows) if staged else state
+    return StagedState(state, attention_state.rows) if staged else state
 
 
 def _check_room(
@@ -179,6 +179,11 @@ def _rows_of(
     stores: list[np.ndarray], window: np.ndarray, layer: int, start: int, end: int
 ) -> np.ndarray:
     return rows_between(stores[layer], window[layer], start, end)
+
+
+def _first(file: StoredArray, tokens: int | None) -> np.ndarray:
+    """Read a layer's first rows."""
+    return file.read()[:, :tokens]
 
 
 def _fill(attention_state: StagedState, slot: int, reads: list[Callable[[], np.ndarray]]) -> None:

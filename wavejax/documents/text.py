@@ -129,8 +129,9 @@ class Asked:
                 tokenizer=self.tokenizer,
                 weights=weights,
             )
-            given = {"params": params, "prompts": ids, "progress": progress}
-            return document.start(generator, new_tokens, seed, **given)
+            return document.start(
+                generator, new_tokens, seed, params=params, prompts=ids, progress=progress
+            )
 
         return read
 

@@ -71,9 +71,18 @@ def insert(
 ) -> DecodeState:
     """Read a prompt into a slot, whatever is there; see `Generator.insert`."""
     given = params, prompt, slot, state.attention_state, state.logits
-    read = read_prompt(engine, *given, progress)
-    row = {"seed": seed, "sequence": sequence, "step": step}
-    return enter(state, *read, slot, prompt, sampler=sampler, **row)
+    attention_state, logits = read_prompt(engine, *given, progress)
+    return enter(
+        state,
+        attention_state,
+        logits,
+        slot,
+        prompt,
+        seed=seed,
+        sequence=sequence,
+        step=step,
+        sampler=sampler,
+    )
 
 
 def enter(
