@@ -10,6 +10,7 @@ from wavejax.server.grammar import Grammars
 from wavejax.server.metrics import Metrics
 from wavejax.server.middleware import AccessLog, ApiKey, BodyLimits
 from wavejax.server.others import other_router
+from wavejax.server.page import page_router
 from wavejax.server.responses import response_router
 from wavejax.server.service import Service
 from wavejax.server.token_text import TokenText
@@ -31,6 +32,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         completion_router(context),
         response_router(context),
         other_router(context),
+        page_router(),
     ):
         app.include_router(router)
     install(app)
