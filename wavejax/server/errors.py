@@ -12,6 +12,7 @@ from models.errors import InputError
 from wavejax.engine.batching import EngineClosed, QueueFull
 
 CLIENT_GONE = 499  # nginx's number; nobody receives it
+_MOST_CHARACTERS = 600
 _KINDS = {
     401: "authentication_error",
     404: "not_found_error",
@@ -45,7 +46,8 @@ class ApiError(HTTPException):
         headers: Mapping[str, str] | None = None,
     ):
         super().__init__(status, message, dict(headers) if headers else None)
-        self.message, self.param, self.code = message, param, code
+        self.message, self.code = _line(message), code
+        self.param = None if param is None else _line(param)
 
     def body(self) -> dict[str, Any]:
         """The JSON object."""
@@ -61,6 +63,13 @@ class ApiError(HTTPException):
     def response(self) -> JSONResponse:
         """The whole answer."""
         return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def _line(text: str) -> str:
+    """A text on one line, not too long, of characters that UTF-8 has: some of it was sent."""
+    text = " ".join(text.split())
+    text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -89,6 +98,8 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return ApiError(400, f"the body is no JSON: {reason}", code="invalid_json")
+    if first["type"] == "value_error":
+        return ApiError(400, str(first["ctx"]["error"]))
     if not place:
         message = "the body must be a JSON object, sent as Content-Type: application/json"
         return ApiError(400, message)

@@ -36,6 +36,12 @@ class Body(pydantic.BaseModel):
 
     model: str | None = None
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _only_characters(cls, given: Any) -> Any:
+        _check_characters(given)
+        return given
+
     def refuse_others(self) -> None:
         """Raises ApiError: a field is given that would be ignored."""
         for name, value in (self.model_extra or {}).items():
@@ -44,6 +50,26 @@ class Body(pydantic.BaseModel):
                 continue
             message = f"`{name}` is not supported here: leave it out"
             raise ApiError(400, message, param=name, code="unsupported_parameter")
+
+
+def _check_characters(value: Any) -> None:
+    """Raises ValueError for a half of a surrogate pair, which JSON can escape and UTF-8 has not."""
+    match value:
+        case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                half = ord(value[error.start])
+                raise ValueError(
+                    f"a text has U+{half:04X}, half of a surrogate pair: send whole characters"
+                ) from None
+        case dict():
+            for name, part in value.items():
+                _check_characters(name)
+                _check_characters(part)
+        case list() if value and not isinstance(value[0], int):  # token ids are many
+            for part in value:
+                _check_characters(part)
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -73,15 +99,16 @@ class Sampling(Body):
 
     temperature: Number | None = None
     top_p: Number | None = None
-    top_k: Whole | None = None
+    top_k: Annotated[Whole, pydantic.Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
     seed: Whole | None = None
     n: Annotated[Whole, pydantic.Field(ge=1, le=128)] = 1
-    stop: str | list[str] | None = None
-    stop_token_ids: TokenIds | None = None
+    # The engine looks for each of them after each token.
+    stop: str | Annotated[list[str], pydantic.Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[TokenIds, pydantic.Field(max_length=1024)] | None = None
     ignore_eos: Flag = False
     stream: Flag = False
     stream_options: StreamOptions | None = None

@@ -13,7 +13,7 @@ import pytest
 
 from tests.wavejax.server.conftest import NAME, Running, make_engine
 from wavejax import LanguageModel
-from wavejax.engine.batching import BatchEngine
+from wavejax.engine.batching import BatchEngine, Stats
 from wavejax.server.service import Limits
 
 HELLO: Any = [{"role": "user", "content": "A secret word"}]
@@ -30,8 +30,12 @@ class Slow:
     def __init__(self, engine: BatchEngine):
         self.engine, self.rooms = engine, engine.rooms
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
+    @property
+    def alive(self) -> bool:
+        return self.engine.alive
+
+    def stats(self) -> Stats:
+        return self.engine.stats()
 
     def submit(self, request: Any, on_event: Callable[[Any], None]) -> Any:
         def later(event: Any) -> None:

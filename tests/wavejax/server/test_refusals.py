@@ -29,6 +29,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None, list[str]]] = {
     "top_p": (TEXT, {"top_p": 0}, "top_p", ["above 0"]),
     "top_k": (TEXT, {"top_k": 1.5}, "top_k", ["integer"]),
     "penalty": (CHAT, {"presence_penalty": 3}, "presence_penalty", ["-2 to 2"]),
+    "a large top_k": (TEXT, {"top_k": 10**30}, "top_k", [str(2**31 - 1)]),
+    "many stops": (TEXT, {"stop": ["x"] * 65}, "stop", ["64"]),
     "seed": (CHAT, {"seed": 2**40}, "seed", [str(2**40), str(2**31 - 1)]),
     "n": (CHAT, {"n": 0}, "n", ["1"]),
     "n of one answer": (CHAT, {"n": 2, "temperature": 0}, "n", ["same answer"]),
@@ -92,6 +94,29 @@ def test_bad_bodies(server: Running, name: str, stream: bool) -> None:
         assert word in error["message"], error
     assert "\n" not in error["message"]
     assert server.service.engine.stats().submitted == before
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        (CHAT, b'{"messages": [{"role": "user", "content": "a\\ud800"}]}'),
+        (TEXT, b'{"prompt": "a\\udc00"}'),
+        (TEXT, b'{"prompt": "a", "stop": "\\ud800"}'),
+        (TEXT, b'{"prompt": "a", "\\ud800": 1}'),
+        (TEXT, b'{"prompt": "a", "model": "\\ud800"}'),
+        (TOKENS, b'{"prompt": "a\\ud800"}'),
+    ],
+)
+def test_halves_of_characters(server: Running, path: str, body: bytes) -> None:
+    """JSON can spell them, UTF-8 cannot; nor can the answer."""
+    got = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"})
+    assert (got.status_code, got.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_long_values_are_not_sent_back(server: Running) -> None:
+    got = httpx.post(server.url + TEXT, json={"prompt": "x", "model": "m" * 10_000})
+    assert got.status_code == 404
+    assert len(got.content) < 1000
 
 
 def test_an_overflow_has_openais_code(server: Running) -> None:
