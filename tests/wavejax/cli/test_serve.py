@@ -78,7 +78,6 @@ def serve() -> Iterator[Callable[..., Process]]:
         yield start
 
 
-@pytest.mark.slow(30)
 def test_sigterm_drains(serve: Callable[..., Process], tiny: Path) -> None:
     """A stream that has begun goes on to its end; nobody else is let in; the status is 0."""
     server = serve(
