@@ -73,5 +73,6 @@ def batch_engine(
     given = model.config, model.attention, rooms, model.dtype
     plan = plan_rooms(*given, store=model.store, fetch=model.fetch, free=free)
     generator = Generator(model.config, plan.attention, stop_tokens=model.stop_tokens)
-    options = {"memory": plan.memory, "tokenizer": model.tokenizer} | options
+    options.setdefault("memory", plan.memory)
+    options.setdefault("tokenizer", model.tokenizer)
     return BatchEngine(generator, model.params, plan.rooms, max_context=context, **options)

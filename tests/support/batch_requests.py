@@ -50,8 +50,9 @@ class Alone:
 
     def __call__(self, request):
         given = {"seed": request.seed, "sequences": [request.sequence]}
+        prompt = [int(token) for token in request.prompt]
         state = self._generator.start(
-            self._params, [request.prompt], self._most, samplers=[request.sampler], **given
+            self._params, [prompt], self._most, samplers=[request.sampler], **given
         )
         generator = dataclasses.replace(self._generator, sampler=request.sampler)
         tokens = np.asarray(generator.decode_n(self._params, state, self._most)[1])[:, 0].tolist()

@@ -1,14 +1,14 @@
 """Rooms of a batch engine: how many slots of each size fit, and what they take together."""
 
+import bisect
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
-from models.errors import InputError
 from wavejax.attention.dense import DenseAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
@@ -59,45 +59,52 @@ def plan_rooms(
     if isinstance(attention, WaveAttention):
         store, fetch = attention.store, attention.fetch or "auto"
         attention = attention.config
-    settings, there_is = attention, free_memory() if free is None else free
+    settings, there_is, wanted = attention, free_memory() if free is None else free, as_rooms(rooms)
 
     def plan(room: Room, slots: int) -> Plan:
         sizes = slots, room.prompt_tokens, room.new_tokens
-        return make_plan(model, settings, *sizes, dtype, store=store, fetch=fetch, free=there_is)
+        left = _without(there_is, _readings(model, room.prompt_tokens, dtype))
+        return make_plan(model, settings, *sizes, dtype, store=store, fetch=fetch, free=left)
 
     def fits(plan: Plan) -> bool:
-        return shortage(plan.need, there_is) is None
+        return shortage(plan.need, plan.free) is None
 
-    wanted = as_rooms(rooms)
-    smallest = plan(wanted[0], 1)
-    smallest.check()
-    chosen, slots = smallest, []
+    # The largest that there can be says where rows go, and what reading its prompts takes.
+    usable = [room for room in wanted if fits(plan(room, 1))]
+    if not usable:
+        plan(wanted[0], 1).check()
+    largest = usable[-1]
+    chosen = plan(largest, _most(largest.slots, lambda slots: fits(plan(largest, slots))))
+    limits = _limits(chosen.need, chosen.free)
+    sized = []
     for room in wanted:
-        most = next((n for n in range(room.slots, 0, -1) if fits(plan(room, n))), 0)
-        slots.append(max(1, most))
-        if most:
-            chosen = plan(room, most)
-    needs = [
-        memory_need(model, chosen.attention, n, room.prompt_tokens, room.new_tokens, dtype)
-        for room, n in zip(wanted, slots, strict=True)
-    ]
-    usable = [need for need in needs if shortage(need, there_is) is None] or needs[:1]
-    longest = max(
-        room.prompt_tokens for room, need in zip(wanted, needs, strict=True) if need in usable
-    )
-    besides = max(need.workspace for need in usable) + _readings(model, longest, dtype)
-    limits = _limits(needs[0], there_is, besides)
-    sized = [
-        dataclasses.replace(room, slots=n, bytes=_bytes(need, limits))
-        for room, n, need in zip(wanted, slots, needs, strict=True)
-    ]
-    if min(room.bytes for room in sized) > limits[0]:
-        raise InputError(
-            f"no room fits: the smallest takes {min(room.bytes for room in sized) / 2**30:.2f} "
-            f"GiB, and beside the weights and what reading prompts takes there are "
-            f"{limits[0] / 2**30:.2f} GiB: give smaller rooms, or fewer slots"
-        )
+
+        def takes(slots: int, room: Room = room) -> int:
+            sizes = slots, room.prompt_tokens, room.new_tokens
+            return _bytes(memory_need(model, chosen.attention, *sizes, dtype), limits)
+
+        def there_are(slots: int, takes: Callable[[int], int] = takes) -> bool:
+            return takes(slots) <= limits[0]
+
+        if room in usable:
+            slots = max(1, _most(room.slots, there_are))
+            sized.append(dataclasses.replace(room, slots=slots, bytes=takes(slots)))
+        else:
+            too_many = max(takes(1), limits[0] + 1)
+            sized.append(dataclasses.replace(room, slots=1, bytes=too_many))
     return RoomPlan(chosen.attention, tuple(sized), limits[0])
+
+
+def _most(slots: int, fits: Callable[[int], bool]) -> int:
+    """The most slots that fit, up to `slots`; 0 for none."""
+    return bisect.bisect_left(range(1, slots + 1), True, key=lambda count: not fits(count))
+
+
+def _without(free: FreeMemory, taken: int) -> FreeMemory:
+    """What is left of the memory where prompts are read."""
+    if free.device is None:
+        return dataclasses.replace(free, host=max(0, free.host - taken))
+    return dataclasses.replace(free, device=max(0, free.device - taken))
 
 
 def _readings(model: ModelConfig, tokens: int, dtype: DTypeLike) -> int:
@@ -106,13 +113,14 @@ def _readings(model: ModelConfig, tokens: int, dtype: DTypeLike) -> int:
     return 2 * tokens * row * jnp.dtype(dtype).itemsize
 
 
-def _limits(need: MemoryNeed, free: FreeMemory, besides: int) -> tuple[int, int]:
+def _limits(need: MemoryNeed, free: FreeMemory) -> tuple[int, int]:
     """Bytes for states on the device, and for rows in host memory."""
+    besides = need.weights + need.workspace
     if free.device is None:
-        left = max(1, free.host - need.weights - besides)
+        left = max(1, free.host - besides)
         return left, left
     host = free.host if need.staged else min(free.host, free.pinned)
-    return max(1, free.device - need.weights - besides), max(1, host)
+    return max(1, free.device - besides), max(1, host)
 
 
 def _bytes(need: MemoryNeed, limits: tuple[int, int]) -> int:

@@ -66,6 +66,10 @@ class Answer:
         """Whether each step's logits are looked at, or changed, by the host."""
         return self.request.logprobs is not None or self.request.constraint is not None
 
+    def has_ended(self) -> bool:
+        """Whether its last piece has come."""
+        return self.reason is not None
+
     def tell(self, layers: int, of: int) -> None:
         """Tells how far the prompt has been read."""
         self.channel.put(Progress(self.prompt_tokens * layers // of, self.prompt_tokens))

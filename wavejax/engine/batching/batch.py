@@ -144,7 +144,7 @@ class Batch:
             the answers that ended before it: their constraints failed.
         """
         allowed, ended = self._allowed(now)
-        self._release()
+        self.release()
         seats, state, scores = tuple(self.seats), self.whole_state, None
         if not self.answers:
             return ended
@@ -175,23 +175,24 @@ class Batch:
         """
         call = self.calls.pop(0)
         tokens, came = np.asarray(call.tokens), now()
-        ended = []
+        ended: list[Answer] = []
         for slot, answer in enumerate(call.seats):
-            if answer is None or answer.reason is not None:
+            if answer is None or answer.has_ended():
                 continue
             try:
                 told = watching.of_slot(call.scores, slot, answer)
                 _hand_out(answer, tokens[:, slot].tolist(), told, came)
             except Exception as error:  # its own: of its constraint, or its text
                 answer.end("error", came, error)
-            if answer.reason is not None:
+            if answer.has_ended():
                 self.leave(answer)
                 ended.append(answer)
         return ended
 
     def _allowed(self, now: float) -> tuple[dict[int, np.ndarray], list[Answer]]:
         """By slot what constraints allow; and the answers whose constraints failed."""
-        allowed, ended = {}, []
+        allowed: dict[int, np.ndarray] = {}
+        ended: list[Answer] = []
         for slot, answer in enumerate(self.seats):
             if answer is not None and answer.request.constraint is not None:
                 try:
@@ -213,8 +214,8 @@ class Batch:
         assert self.state is not None
         return self.state
 
-    def _release(self) -> None:
-        """Ends the sequences whose answers have left."""
+    def release(self) -> None:
+        """Ends the sequences whose answers have left; `dispatch` does so too."""
         for slot in sorted(self._to_release):
             self.state = slots.release(self.whole_state, slot)
         self._to_release.clear()
@@ -249,7 +250,7 @@ def _hand_out(
             if answer.request.constraint is not None:
                 answer.request.constraint.accept(token)
             answer.take(token, told, now)
-        if answer.reason is not None:
+        if answer.has_ended():
             return
 
 

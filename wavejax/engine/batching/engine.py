@@ -47,7 +47,7 @@ class BatchEngine:
         short_tokens: prompts of up to this number of tokens are short: they need not wait for a
             long prompt that is being read (`line.Line`).
         most_passes: how many short requests may pass one that waits for a slot.
-        steps: the most tokens of an answer in one call of the step.
+        steps: the most tokens of an answer in one call of the step; rounded down to a power of two.
         clock: seconds, rising.
 
     Raises:
@@ -104,6 +104,8 @@ class BatchEngine:
 
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Handle:
         """Take a request; from any thread. Returns at once.
+
+        Keep the handle: one that is dropped before the end cancels its request.
 
         Args:
             request: what to answer.
@@ -239,6 +241,7 @@ class BatchEngine:
                 reading=len(scheduler.readings),
                 running=len(scheduler.running),
                 slots=sum(batch.room.slots for batch in scheduler.batches if batch.state),
+                longest_stall_seconds=scheduler.longest_stall,
                 **scheduler.counts,
             )
 
@@ -258,11 +261,14 @@ class BatchEngine:
                 while self._wait():
                     self._scheduler.turn()
         except BaseException as error:
-            self.failure = error
+            with self._changed:  # no request is taken after it
+                self.failure = error
         finally:
-            self._scheduler.end_all(
-                "interrupted" if self.failure is None else "error", self.failure
-            )
+            failure = self.failure
+            if failure is None or isinstance(failure, Exception):
+                self._scheduler.end_all("interrupted" if failure is None else "error", failure)
+            else:
+                self._scheduler.end_all("interrupted", None)
             self._wake()
 
     def _wait(self) -> bool:

@@ -15,14 +15,14 @@ class Channel:
 
     Args:
         on_event: called for each event, in the engine's thread; None keeps them for iteration.
-            One that raises counts as a reader that has gone.
+            One that raises counts as a reader that has gone: it is not called again.
     """
 
     def __init__(self, on_event: Callable[[Event], None] | None = None):
         self._on_event = on_event
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.ended = threading.Event()
-        self.cancelled = False
+        self.cancelled = self._gone = False
         self.wake: Callable[[], None] = lambda: None
 
     def put(self, event: Event) -> None:
@@ -33,11 +33,11 @@ class Channel:
             self.ended.set()
         if self._on_event is None:
             self.events.put(event)
-            return
-        try:
-            self._on_event(event)
-        except Exception:  # whatever a reader does is no concern of the other requests
-            self.cancelled = True
+        elif not self._gone:
+            try:
+                self._on_event(event)
+            except Exception:  # whatever a reader does is no concern of the other requests
+                self._gone = self.cancelled = True
 
     def cancel(self) -> None:
         """Says that nobody wants the answer any more."""

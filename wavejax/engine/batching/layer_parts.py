@@ -95,9 +95,10 @@ def write(
     attention_state: Any,
 ) -> Any:
     """Writes the layer's cache of the whole prompt."""
-    by_token = (jnp.swapaxes(x, 0, 1) for x in (key, value))
-    where = {"sequence": sequence, "length": length}
-    return attention.write_prompt(layer, *by_token, attention_state, **where)
+    key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
+    return attention.write_prompt(
+        layer, key, value, attention_state, sequence=sequence, length=length
+    )
 
 
 def _block(hidden: Array, number: Array, block: int) -> tuple[Array, Array]:
@@ -117,9 +118,10 @@ def write_staged(
     attention_state: Any,
 ) -> tuple[Array, Any]:
     """As `write`, but returns the rows that the host is to hold, and the rest of the state."""
-    by_token = (jnp.swapaxes(x, 0, 1) for x in (key, value))
-    where = {"sequence": sequence, "length": length}
-    rows, attention_state = attention.index_prompt(layer, *by_token, attention_state, **where)
+    key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
+    rows, attention_state = attention.index_prompt(
+        layer, key, value, attention_state, sequence=sequence, length=length
+    )
     return rows.astype(attention_state.store.rows.dtype), attention_state
 
 

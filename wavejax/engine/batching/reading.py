@@ -58,14 +58,15 @@ class Reading:
         batch.kept.add(slot)
         config = batch.engine.model_config
         prompt: Any = answer.request.prompt
+        self.layers = config.num_layers  # to run: fewer for warming up
         self.padded = bucket(len(prompt))
         dtype = batch.params["params"]["embedding"].dtype
         self._block = block_tokens(self.padded, config.num_heads, dtype, config.head_dim)
         self._where = jnp.int32(slot), jnp.int32(len(prompt))
         self._kind = "begin" if parks(batch.engine.attention) else "all"
         self._layer = self._done = 0
-        self._hidden: Array | None = None
-        self._made: tuple[Array, Array, Array] | None = None
+        self._hidden: Any = None
+        self._made: Any = None
         self.error: Exception | None = None
 
     @property
@@ -111,6 +112,12 @@ class Reading:
             self.error = error
             self.abandon()
 
+    def skip(self) -> None:
+        """Leaves out the rest of a layer's blocks: for warming up."""
+        if self._kind in ("enter", "attend"):
+            self._done = 0
+            self._kind = "attend" if self._kind == "enter" else "write"
+
     def _begin(self, _: int) -> Any:
         engine, state = self.batch.engine, self.batch.whole_state
         prompt: Any = self.answer.request.prompt
@@ -143,7 +150,6 @@ class Reading:
 
     def _attend(self, units: int) -> Any:
         config = self.batch.engine.model_config
-        assert self._made is not None
         key, value, output = self._made
         given = self._weights, jnp.int32(self._layer), self._hidden, key, value, output
         output = layer_parts.attend(config, self._block, *given, *self._range(units))
@@ -153,12 +159,11 @@ class Reading:
 
     def _write(self, _: int) -> Any:
         engine, state = self.batch.engine, self.batch.whole_state
-        assert self._made is not None
         key, value, output = self._made
         given = jnp.int32(self._layer), key, value, *self._where
         cache = layer_parts.write_layer(engine.attention, *given, state.attention_state)
         # The input's room takes the next layer's output.
-        self._hidden, self._made = output, (key, value, self._hidden)  # type: ignore[assignment]
+        self._hidden, self._made = output, (key, value, self._hidden)
         return self._leave_layer(cache)
 
     def _end(self, _: int) -> Any:
@@ -173,7 +178,8 @@ class Reading:
     def _all(self, _: int) -> Any:
         """An attention that knows no parking: the prompt at once."""
         engine, state = self.batch.engine, self.batch.whole_state
-        given = self.answer.request.prompt, self.slot, state.attention_state, state.logits
+        prompt: Any = self.answer.request.prompt
+        given = prompt, self.slot, state.attention_state, state.logits
         cache, logits = read_prompt(engine, self.batch.params, *given)
         self.batch.state = dataclasses.replace(state, attention_state=cache, logits=logits)
         self.batch.seat(self.slot, self.answer)
@@ -184,9 +190,9 @@ class Reading:
         """Goes on to the next layer; returns what to wait for."""
         batch = self.batch
         batch.state = dataclasses.replace(batch.whole_state, attention_state=cache)
-        self._layer, layers = self._layer + 1, batch.engine.model_config.num_layers
-        self.answer.tell(self._layer, layers)
-        self._kind = "end" if self._layer == layers else "layer" if self.whole else "enter"
+        self._layer += 1
+        self.answer.tell(self._layer, self.layers)
+        self._kind = "end" if self._layer == self.layers else "layer" if self.whole else "enter"
         return self._hidden, batch.engine.arrays_of(cache)
 
     def _range(self, units: int) -> tuple[Array, Array]:

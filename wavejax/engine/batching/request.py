@@ -51,7 +51,7 @@ class Constraint(Protocol):
         """Take in the token that came."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """One prompt to answer.
 

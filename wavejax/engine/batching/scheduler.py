@@ -56,11 +56,13 @@ class Scheduler:
         self.readings: dict[bool, Reading] = {}  # by whether its prompt is short
         self.running: set[Answer] = set()
         self.finished: collections.Counter[FinishReason] = collections.Counter()
-        self.counts: dict[str, int | float] = dict.fromkeys(
+        self.counts = dict.fromkeys(
             ("prompt_tokens", "generated_tokens", "decode_calls", "read_parts"), 0
-        ) | {"longest_stall_seconds": 0.0}
+        )
+        self.longest_stall = 0.0
         self.pace, self.stall, self.clock = Pace(), stall, clock
-        self._memory, self._steps, self._lock = memory, steps, lock
+        self._memory, self._lock = memory, lock
+        self.step_sizes = [2**i for i in range(steps.bit_length())]
         self._came: dict[int, float] = {}  # of each batch whose answers come, its last tokens
         self._short_first = True
 
@@ -153,11 +155,11 @@ class Scheduler:
                     self._fail_batch(batch, error)
                     continue
                 self._count(ended)
-            self._collect(batch, 1 if behind and batch.answers else 0)
+            self._collect(batch, 1 if behind else 0)
 
     def _collect(self, batch: Batch, left: int) -> None:
-        """Hands the tokens of a room's calls out, but for the newest `left`."""
-        while len(batch.calls) > left:
+        """Hands the tokens of a room's calls out, but for the newest `left` while anyone sits."""
+        while len(batch.calls) > (left if batch.answers else 0):
             call, last = batch.calls[0], self._came.get(id(batch))
             try:
                 ended = batch.collect(self.clock)
@@ -170,11 +172,10 @@ class Scheduler:
             with self._lock:
                 self.counts["decode_calls"] += 1
                 if last is not None:
-                    longest = max(self.counts["longest_stall_seconds"], now - last)
-                    self.counts["longest_stall_seconds"] = longest
+                    self.longest_stall = max(self.longest_stall, now - last)
             self._came[id(batch)] = now
             self._count(ended)
-        if not batch.answers and not batch.calls:
+        if not batch.answers:
             self._came.pop(id(batch), None)
 
     def _count(self, ended: Sequence[Answer]) -> None:
@@ -183,15 +184,19 @@ class Scheduler:
             self._finish(answer, answer.reason)
 
     def _steps_of(self, batch: Batch) -> int:
-        """How many steps the next call has: one for a first token, else as many as time allows."""
+        """How many steps the next call has: one for a first token, else as many as time allows.
+
+        A power of two: of how many tokens are taken out of a call's result is a tiny program.
+        """
         if any(answer.dispatched == 0 for answer in batch.answers):
             return 1
-        steps = min(self._steps, max(answer.left for answer in batch.answers))
+        left = max(answer.left for answer in batch.answers)
+        steps = next((n for n in self.step_sizes if n >= left), self.step_sizes[-1])
         each = self.pace.seconds(batch.key)
         if each is None:
             return steps
-        shared = self.readings or len(self.line)
-        return max(1, min(steps, int(self.stall * (0.5 if shared else MARGIN) / max(each, 1e-9))))
+        seconds = self.stall * (0.5 if self.readings or len(self.line) else MARGIN)
+        return max(n for n in self.step_sizes if n == 1 or (n <= steps and n * each <= seconds))
 
     def _read(self) -> None:
         """Reads prompts, for as long as answers may wait; short ones one after another."""

@@ -1,6 +1,8 @@
 """Warming up: programs are compiled, and prompts' layers measured, before the first request."""
 
-from collections.abc import Callable, Sequence
+import collections
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -39,23 +41,19 @@ def warm(
         if progress is not None:
             progress(done, rounds)
 
+    config, allowed = scheduler.generator.model_config, scheduler.stall / 2
     for batch in scheduler.batches:
         batch.allocate()
-        for own, length in work:
-            if own is batch:
-                # Twice whole: compiled, then measured. What takes too long is read in parts.
-                for _ in range(2):
-                    _run(scheduler, batch, length, Sampler(), True, 0)
-                whole = reads_whole(
-                    scheduler.pace, scheduler.generator.model_config, length, scheduler.stall / 2
-                )
-                if not whole:
-                    for _ in range(2):
-                        _run(scheduler, batch, length, Sampler(), False, 0)
-                count()
-        shortest = min((length for own, length in work if own is batch), default=1)
+        lengths = [length for own, length in work if own is batch]
+        for length in lengths:
+            # Measured where it may be fast enough; what is not is read in parts.
+            if reads_whole(scheduler.pace, config, length, 4 * allowed):
+                _run(scheduler, batch, length, Sampler(), True)
+            if not reads_whole(scheduler.pace, config, length, allowed):
+                _run(scheduler, batch, length, Sampler(), False)
+            count()
         for sampler in by_level.values():
-            _run(scheduler, batch, shortest, sampler, True, 3)
+            _run(scheduler, batch, min(lengths, default=1), sampler, True, scheduler.step_sizes)
             count()
         batch.drop()
 
@@ -76,22 +74,38 @@ def _lengths(
 
 
 def _run(
-    scheduler: Scheduler, batch: Batch, length: int, sampler: Sampler, whole: bool, calls: int
+    scheduler: Scheduler,
+    batch: Batch,
+    length: int,
+    sampler: Sampler,
+    whole: bool,
+    calls: Sequence[int] = (),
 ) -> None:
-    """Reads a prompt of zeros, and calls the step a few times."""
+    """Reads a prompt of zeros, and calls the step with so many steps each."""
     request = Request(np.zeros(length, np.int32), max_new_tokens=1 << 20, sampler=sampler)
     request = request.checked(scheduler.generator.model_config.vocab_size, ())
     answer = Answer(-1, request, Channel(lambda event: None), scheduler.clock())
     reading = Reading(batch, 0, answer, whole)
+    # Two of each kind of part, for the first may compile.
+    reading.layers = min(2, reading.layers)
+    runs: collections.Counter[Hashable] = collections.Counter()
     while not reading.done:
         part, before = reading.part(), scheduler.clock()
-        reading.run(part.units)
-        scheduler.pace.note(part.key, part.units, scheduler.clock() - before)
+        reading.run(1)
+        scheduler.pace.note(part.key, 1, scheduler.clock() - before)
+        runs[part.key] += 1
+        if runs[part.key] >= 2 and not reading.done and reading.part().key == part.key:
+            reading.skip()
     if reading.error is not None:
         raise reading.error
-    for _ in range(calls):
+    for steps in calls:
         key, before = batch.key, scheduler.clock()
-        batch.dispatch(1, before)
+        batch.dispatch(steps, before)
         batch.collect(scheduler.clock)
-        scheduler.pace.note(key, 1, scheduler.clock() - before)
+        scheduler.pace.note(key, steps, scheduler.clock() - before)
+    if calls:
+        answer.request = dataclasses.replace(request, logprobs=0)
+        batch.dispatch(1, scheduler.clock())
+        batch.collect(scheduler.clock)
     batch.leave(answer)
+    batch.release()
