@@ -14,7 +14,7 @@ from models.errors import InputError
 from wavejax.attention.dense import DenseAttention
 from wavejax.batching import batch_engine
 from wavejax.cli.compilation import keep_compiled_programs
-from wavejax.cli.flags import errors_in_flags
+from wavejax.cli.explaining import check_platform, check_variable
 from wavejax.cli.guard import main_guard
 from wavejax.cli.options import GroupedCommand, fields_of
 from wavejax.cli.progress import progress_bar
@@ -66,8 +66,8 @@ def command(
     # All that can be wrong is found before the weights are read.
     config = fields_of(WaveConfig, settings)
     wave_or_full = config if attention == "wave" else DenseAttention()
-    with errors_in_flags():
-        check_placement(wave_or_full, store, fetch)
+    check_placement(wave_or_full, store, fetch)
+    check_variable()
     server = server_packages()
     key = api_key()
     opened = open_model(
@@ -85,18 +85,18 @@ def command(
     context = max_context or checkpoint.config.max_context
     with server.running.listening_socket(host, port) as bound:
         opened.set_memory_limits([context] * slots, max_new_tokens)
+        check_platform()
         keep_compiled_programs()
         with progress_bar("loading the model", sys.stderr.isatty()) as report:
             loaded = opened.load(max_context=max_context, progress=report)
-        with errors_in_flags():
-            engine = batch_engine(
-                loaded,
-                slots=slots,
-                max_context=max_context,
-                max_new_tokens=max_new_tokens,
-                queue_limit=queue_limit,
-                max_stall_ms=max_stall_ms,
-            )
+        engine = batch_engine(
+            loaded,
+            slots=slots,
+            max_context=max_context,
+            max_new_tokens=max_new_tokens,
+            queue_limit=queue_limit,
+            max_stall_ms=max_stall_ms,
+        )
         if warmup:
             with progress_bar("compiling", sys.stderr.isatty()) as report:
                 engine.warmup(samplers=(Sampler(), sampler), progress=report)
@@ -128,7 +128,7 @@ def command(
 
 
 def server_packages() -> Any:
-    """The server's modules; raises InputError where the extra is not installed."""
+    """Return the server's modules; raises InputError where the extra is not installed."""
     try:
         for module in ("app", "running", "service"):
             importlib.import_module(f"wavejax.server.{module}")
@@ -143,7 +143,7 @@ def server_packages() -> Any:
 
 
 def api_key() -> str | None:
-    """The key that requests must show; raises InputError where it is one that none can."""
+    """Return the key that requests must show; raises InputError where it is one that none can."""
     key = os.environ.get(KEY_VARIABLE)
     if key is None:
         return None

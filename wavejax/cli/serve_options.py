@@ -162,7 +162,7 @@ _OPTIONS = [
 
 
 def serve_options(function: Callable) -> Callable:
-    """Gives a command's function all options."""
+    """Give a command's function all options."""
     for decorate in reversed(_OPTIONS):
         function = decorate(function)
     return function

@@ -120,7 +120,7 @@ class Answering:
         return [completion_of(pieces) for pieces in self.pieces]
 
     def cancel(self) -> None:
-        """Ends what has not ended; of no effect afterwards."""
+        """End what has not ended; of no effect afterwards."""
         for handle in self._handles:
             handle.cancel()
         timer = getattr(self, "_timer", None)
@@ -128,7 +128,7 @@ class Answering:
             timer.cancel()
 
     def _take(self, number: int, came: float, piece: Piece) -> None:
-        """Counts a piece; raises ApiError where it ends its answer by an error."""
+        """Count a piece; raises ApiError where it ends its answer by an error."""
         if piece.token_id is not None:
             if self._newest[number]:
                 self._metrics.token_gap(came - self._newest[number])

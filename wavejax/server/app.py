@@ -17,7 +17,7 @@ from wavejax.server.token_text import TokenText
 
 
 def create_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The ASGI application of a service, whose engine has been started.
+    """Make the ASGI application of a service, whose engine has been started.
 
     Args:
         service: the model, its engine, its limits.

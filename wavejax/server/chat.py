@@ -16,7 +16,7 @@ from wavejax.server.schemas import ChatBody, StreamOptions
 
 
 def chat_router(context: Context) -> APIRouter:
-    """The route."""
+    """Make the route."""
     router = APIRouter()
 
     @router.post("/v1/chat/completions")
@@ -60,7 +60,7 @@ class _Talk:
         self.created = int(time.time())
 
     def whole(self) -> dict[str, Any]:
-        """The response in one."""
+        """Return the response in one."""
         choices = []
         for index, pieces in enumerate(self.answering.pieces):
             text = "".join(piece.text for piece in pieces)
@@ -77,7 +77,7 @@ class _Talk:
         return {**about, "choices": choices, "usage": self.answering.usage()}
 
     async def chunks(self) -> AsyncIterator[sse.ServerSentEvent]:
-        """The response in parts."""
+        """Yield the response in parts."""
         options = self.body.stream_options or StreamOptions()
         about = self._about("chat.completion.chunk")
         if options.include_usage:

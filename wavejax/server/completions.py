@@ -21,7 +21,7 @@ _MOST_PROMPTS = 128
 
 
 def completion_router(context: Context) -> APIRouter:
-    """The route."""
+    """Make the route."""
     router = APIRouter()
 
     @router.post("/v1/completions")
@@ -79,7 +79,7 @@ class _Text:
         self.created = int(time.time())
 
     def whole(self) -> dict[str, Any]:
-        """The response in one."""
+        """Return the response in one."""
         choices = []
         for index, pieces in enumerate(self.answering.pieces):
             text = self.echoes[index] + "".join(piece.text for piece in pieces)
@@ -88,7 +88,7 @@ class _Text:
         return {**self._about(), "choices": choices, "usage": self.answering.usage()}
 
     async def chunks(self) -> AsyncIterator[sse.ServerSentEvent]:
-        """The response in parts."""
+        """Yield the response in parts."""
         options = self.body.stream_options or StreamOptions()
         about = self._about()
         if options.include_usage:

@@ -46,7 +46,7 @@ class Context:
         form: Format | None = None,
         template_args: Mapping[str, Any] | None = None,
     ) -> list[Request]:
-        """What the engine is asked for to answer a conversation.
+        """Make what the engine is asked for to answer a conversation.
 
         Args:
             body: how tokens are drawn, and how many answers.
@@ -74,7 +74,7 @@ class Context:
         return [dataclasses.replace(request, constraint=first.copy()) for request in requests]
 
     def ask(self, requests: Sequence[Request], http: HttpRequest) -> Answering:
-        """Submits requests; errors as of `Answering`. The access log will tell their tokens."""
+        """Submit requests; errors as of `Answering`. The access log will tell their tokens."""
         seconds = self.service.limits.request_seconds
         answering = Answering(self.service.engine, requests, seconds, self.metrics)
         http.scope["wavejax.tokens"] = lambda: (
@@ -84,6 +84,6 @@ class Context:
         return answering
 
     def stream(self, chunks: AsyncIterator[Any], answering: Answering) -> EventSourceResponse:
-        """A response of events, which cancels what was asked where the client goes."""
+        """Return a response of events, which cancels what was asked where the client goes."""
         seconds = self.service.limits.send_seconds
         return sse.stream(chunks, cancel=answering.cancel, send_seconds=seconds)

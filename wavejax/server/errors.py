@@ -50,7 +50,7 @@ class ApiError(HTTPException):
         self.param = None if param is None else _line(param)
 
     def body(self) -> dict[str, Any]:
-        """The JSON object."""
+        """Return the JSON object."""
         other = "server_error" if self.status_code >= 500 else "invalid_request_error"
         error = {
             "message": self.message,
@@ -61,19 +61,19 @@ class ApiError(HTTPException):
         return {"error": error}
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """Return the whole answer."""
         return JSONResponse(self.body(), self.status_code, self.headers)
 
 
 def _line(text: str) -> str:
-    """A text on one line, not too long, of characters that UTF-8 has: some of it was sent."""
+    """Put a text on one line, not too long, of characters that UTF-8 has: some of it was sent."""
     text = " ".join(text.split())
     text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error; one that nobody expected tells nothing of itself."""
+    """Return what a client is told of an error; of one that nobody expected, nothing."""
     match error:
         case ApiError():
             return error
@@ -92,7 +92,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _of_validation(errors: Sequence[Any]) -> ApiError:
-    """The first thing that is wrong with a body."""
+    """Return the first thing that is wrong with a body."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":

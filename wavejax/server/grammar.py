@@ -37,7 +37,7 @@ class GrammarConstraint:
         return np.unpackbits(mask, bitorder="little", count=self._vocab).astype(bool)
 
     def accept(self, token: int) -> None:
-        """Takes in the token that came; raises RuntimeError where the grammar does not have it."""
+        """Take in the token that came; raises RuntimeError where the grammar does not have it."""
         taken = self._matcher.consume_token(token)
         self._check()
         if not taken:
@@ -64,7 +64,7 @@ class Grammars:
         self._lock = threading.Lock()
 
     def constraint(self, wanted: Format) -> GrammarConstraint:
-        """The constraint of a format that is not plain text; takes time, so not for the loop.
+        """Make the constraint of a format that is not plain text; not in the event loop.
 
         Raises:
             ApiError: its schema is none that can be followed.

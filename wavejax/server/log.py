@@ -10,7 +10,7 @@ _MOST_CHARACTERS = 200
 
 
 def failed(error: BaseException) -> None:
-    """Logs an error that nobody expected, with its traceback."""
+    """Log an error that nobody expected, with its traceback."""
     ERRORS.error("a request failed", exc_info=error)
 
 

@@ -93,7 +93,7 @@ class Metrics:
         self._registry.register(_EngineCollector(model_name, stats))
 
     def ended(self, usage: Usage, request: Request) -> None:
-        """Counts a request's end."""
+        """Count a request's end."""
         seen = self._seconds
         seen["request_queue_time"].observe(usage.waited_seconds)
         seen["e2e_request_latency"].observe(usage.total_seconds)
@@ -113,11 +113,11 @@ class Metrics:
             seen["request_time_per_output_token"].observe(each)
 
     def token_gap(self, seconds: float) -> None:
-        """Counts the time between two tokens of one answer."""
+        """Count the time between two tokens of one answer."""
         self._seconds["inter_token_latency"].observe(seconds)
 
     def http(self, status: int) -> None:
-        """Counts an answer by its status."""
+        """Count an answer by its status."""
         self._http.labels(self._name, str(status)).inc()
 
     def text(self) -> bytes:
@@ -132,7 +132,7 @@ class _EngineCollector(Collector):
         self._name, self._stats = model_name, stats
 
     def collect(self) -> Iterable[Metric]:
-        """Reads the engine's numbers."""
+        """Read the engine's numbers."""
         now = self._stats()
         gauges = {
             "vllm:num_requests_running": ("Requests read or answered.", now.running + now.reading),

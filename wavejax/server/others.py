@@ -13,7 +13,7 @@ from wavejax.server.schemas import TokenizeBody
 
 
 def other_router(context: Context) -> APIRouter:
-    """The routes."""
+    """Make the routes."""
     router, service = APIRouter(), context.service
 
     def model() -> dict[str, Any]:

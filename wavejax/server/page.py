@@ -12,7 +12,7 @@ _FILE = Path(__file__).with_name("page.html")
 
 
 def page_router() -> APIRouter:
-    """The route."""
+    """Make the route."""
     router, text = APIRouter(), _FILE.read_text(encoding="utf-8")
     headers = {
         "Content-Security-Policy": policy_of(text),
@@ -28,7 +28,7 @@ def page_router() -> APIRouter:
 
 
 def policy_of(html: str) -> str:
-    """A content security policy that lets the page's own script and style run, and no others."""
+    """Return a content security policy that lets only the page's own script and style run."""
 
     def source(tag: str) -> str:
         found = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)

@@ -17,7 +17,7 @@ from wavejax.server.schemas import ResponseBody, Sampling
 
 
 def response_router(context: Context) -> APIRouter:
-    """The route."""
+    """Make the route."""
     router = APIRouter()
 
     @router.post("/v1/responses")
@@ -41,7 +41,7 @@ def response_router(context: Context) -> APIRouter:
 
 
 def messages_of(body: ResponseBody) -> list[dict[str, Any]]:
-    """The conversation that a body has.
+    """Return the conversation that a body has.
 
     Raises:
         ApiError: there is none, or an item of it is no message.
@@ -73,7 +73,7 @@ class _Response:
         self._numbers = itertools.count()
 
     def whole(self) -> dict[str, Any]:
-        """The response as it is at the end."""
+        """Return the response as it is at the end."""
         pieces = self.answering.pieces[0]
         cut = end_reason(pieces[-1].finish_reason) == "length"
         status = "incomplete" if cut else "completed"
@@ -92,7 +92,7 @@ class _Response:
         }
 
     async def events(self) -> AsyncIterator[sse.ServerSentEvent]:
-        """The response as events."""
+        """Yield the response as events."""
         begun = self._about("in_progress")
         yield self._event("response.created", response=begun)
         yield self._event("response.in_progress", response=begun)

@@ -26,12 +26,12 @@ class QuietServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Captures none."""
+        """Capture none."""
         yield
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that is bound, and does not listen yet: clients are refused until it does.
+    """Bind a socket, which does not listen yet: clients are refused until it does.
 
     Args:
         host: a name, or an address of IPv4 or IPv6.
@@ -45,7 +45,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = found[0]
         bound = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise InputError(f"--host {host} is no address here: {error.strerror}") from error
+        raise InputError(f"`host={host}` is no address here: {error.strerror}") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -53,13 +53,13 @@ def listening_socket(host: str, port: int) -> socket.socket:
         bound.close()
         reason = error.strerror or str(error)
         raise InputError(
-            f"cannot listen on {host}, port {port}: {reason}; give another --port or --host"
+            f"cannot listen on {host}, port {port}: {reason}; give another `port` or `host`"
         ) from error
     return bound
 
 
 def server_config(app: Any, drain_seconds: float) -> uvicorn.Config:
-    """uvicorn's settings for an application.
+    """Return uvicorn's settings for an application.
 
     Args:
         app: the application.
@@ -77,7 +77,7 @@ def server_config(app: Any, drain_seconds: float) -> uvicorn.Config:
 
 
 def serve(app: Any, bound: socket.socket, drain_seconds: float, ready: Callable[[], None]) -> int:
-    """Serves until a signal ends it; in the main thread.
+    """Serve until a signal ends it; in the main thread.
 
     SIGTERM, SIGHUP or Ctrl-C drains: no new connections, and answers that come go on to their ends.
     The second signal cancels them.

@@ -43,7 +43,7 @@ class Body(pydantic.BaseModel):
         return given
 
     def refuse_others(self) -> None:
-        """Raises ApiError: a field is given that would be ignored."""
+        """Raise ApiError: a field is given that would be ignored."""
         for name, value in (self.model_extra or {}).items():
             empty = value is None or value == [] or value == {}
             if empty or name in _WITHOUT_EFFECT or value in _ASKS_NOTHING.get(name, ()):
@@ -53,7 +53,7 @@ class Body(pydantic.BaseModel):
 
 
 def _check_characters(value: Any) -> None:
-    """Raises ValueError for a half of a surrogate pair, which JSON can escape and UTF-8 has not."""
+    """Raise ValueError for a half of a surrogate pair, which JSON can escape and UTF-8 has not."""
     match value:
         case str():
             try:
@@ -115,7 +115,7 @@ class Sampling(Body):
     logit_bias: dict[str, float] | None = None
 
     def refuse_others(self) -> None:
-        """Raises ApiError: a field is given that would be ignored."""
+        """Raise ApiError: a field is given that would be ignored."""
         super().refuse_others()
         if self.logit_bias:
             message = "`logit_bias` is not supported here: leave it out"

@@ -27,10 +27,10 @@ class Engine(Protocol):
         """Whether it runs and has not failed."""
 
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Handle:
-        """Takes a request; its events come in the engine's thread."""
+        """Take a request; its events come in the engine's thread."""
 
     def stats(self) -> Stats:
-        """What it has done, and does."""
+        """Tell what it has done, and does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Service:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def check_model(self, body: Body) -> None:
-        """Raises ApiError: a body asks for another model, or for what there is not."""
+        """Raise ApiError: a body asks for another model, or for what there is not."""
         if body.model is not None and body.model != self.name:
             self.unknown_model(body.model)
         body.refuse_others()
 
     def unknown_model(self, name: str) -> None:
-        """Raises ApiError unless it is this model's name."""
+        """Raise ApiError unless it is this model's name."""
         if name != self.name:
             message = f"there is no model {name!r} here: this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -93,7 +93,7 @@ class Service:
     def encode_messages(
         self, messages: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any] | None = None
     ) -> EncodedPrompt:
-        """A conversation's tokens; takes time for long ones, so not for the event loop.
+        """Encode a conversation; long ones take time, so not in the event loop.
 
         Raises:
             InputError: the model cannot answer these.
@@ -106,7 +106,7 @@ class Service:
         return encode_prompt(self.tokenizer, given, template_args=template_args or {})
 
     def encode_text(self, text: str, add_special: bool = True) -> EncodedPrompt:
-        """The tokens of a text that is to be continued."""
+        """Encode a text that is to be continued."""
         return EncodedPrompt(self.tokenizer.encode(text, add_special=add_special), True)
 
     def new_tokens(self, prompt_tokens: int, asked: int | None, param: str, whose: str) -> int:
@@ -148,7 +148,7 @@ class Service:
         new_tokens: int,
         logprobs: int | None,
     ) -> list[Request]:
-        """What the engine is asked for: `n` answers to one prompt.
+        """Return what the engine is asked for: `n` answers to one prompt.
 
         Raises:
             ApiError: several answers would all be the same.

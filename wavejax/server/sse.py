@@ -25,7 +25,7 @@ def stream(
     cancel: Callable[[], None],
     send_seconds: float,
 ) -> EventSourceResponse:
-    """The response that sends events as they come.
+    """Return the response that sends events as they come.
 
     Args:
         chunks: `ServerSentEvent`s. An error that they raise becomes the last event.

@@ -44,12 +44,12 @@ class TokenText:
         return entry.replace("▁", " ").encode()
 
     def text_of(self, token: int) -> str:
-        """A token's text; bytes that are no UTF-8 by themselves become U+FFFD."""
+        """Return a token's text; bytes that are no UTF-8 by themselves become U+FFFD."""
         found = self.bytes_of(token)
         return "" if found is None else found.decode(errors="replace")
 
     def chat_logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """A chat choice's `logprobs` of these pieces."""
+        """Return a chat choice's `logprobs` of these pieces."""
         content = []
         for piece in pieces:
             if piece.token_id is None or piece.logprobs is None:
@@ -60,7 +60,7 @@ class TokenText:
         return {"content": content, "refusal": None}
 
     def completion_logprobs(self, pieces: Sequence[Piece], offset: int) -> dict[str, Any]:
-        """A completion's `logprobs` of these pieces.
+        """Return a completion's `logprobs` of these pieces.
 
         Args:
             pieces: an answer's, or some of them.
