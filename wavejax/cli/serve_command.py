@@ -120,7 +120,8 @@ def command(
         def ready() -> None:
             if key is None and not loopback(bound):
                 say(f"note: anyone who reaches {where} can use it: set {KEY_VARIABLE} to a key")
-            say(f"serving {name} on {where}: {slots} slots, {context} tokens of context")
+            most = max(room.slots for room in engine.rooms)  # fewer where not all fit
+            say(f"serving {name} on {where}: {most} slots, {context} tokens of context")
 
         app = server.app.create_app(service, key)
         with engine:
