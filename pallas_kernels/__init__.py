@@ -16,6 +16,7 @@ A decode step's ops, in their order:
 Ops that make what a decode step reads:
 
 - `build_clusters`: a segment's tokens by their keys, `Clusters`.
+- `build_moments`: how values vary with keys within clusters, `Moments`.
 - `encode_tokens`: one bit a dimension of each key, `TokenCodes`.
 - `append_rows`: new rows into the row store.
 
@@ -36,6 +37,7 @@ from pallas_kernels.append_rows import append_rows
 from pallas_kernels.attend_dense import attend_dense
 from pallas_kernels.attend_zones import attend_zones
 from pallas_kernels.build_clusters import build_clusters
+from pallas_kernels.build_moments import build_moments
 from pallas_kernels.dispatch import Implementation, explain, forget, use_implementation
 from pallas_kernels.encode_tokens import encode_tokens
 from pallas_kernels.explanation import Choice, Explanation, FallbackWarning
@@ -52,6 +54,7 @@ from pallas_kernels.types import (
     ClusterScores,
     Estimate,
     IndexedTokens,
+    Moments,
     PackedQuery,
     Picks,
     Retrieved,
@@ -74,6 +77,7 @@ __all__ = [
     "FallbackWarning",
     "Implementation",
     "IndexedTokens",
+    "Moments",
     "PackedQuery",
     "Picks",
     "Retrieved",
@@ -86,6 +90,7 @@ __all__ = [
     "attend_dense",
     "attend_zones",
     "build_clusters",
+    "build_moments",
     "encode_tokens",
     "explain",
     "forget",

@@ -140,6 +140,22 @@ def call(
     return result
 
 
+def no_kernel(op: str) -> Callable[..., Any]:
+    """Stands for the kernels that an op does not have yet: "auto" then tells of it, and warns.
+
+    Args:
+        op: the op's name.
+
+    Returns:
+        what to give `call` as its "triton": it raises NotImplementedError.
+    """
+
+    def refuse(*operands: Any, **settings: Any) -> Any:
+        raise NotImplementedError(f"{op}: there is no kernel for moments yet")
+
+    return refuse
+
+
 class _Request(NamedTuple):
     implementation: Implementation
     by: str

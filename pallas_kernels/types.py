@@ -247,6 +247,27 @@ class Clusters(NamedTuple):
     order: Array
 
 
+class Moments(NamedTuple):
+    """How the values of a cluster's members vary with their keys, in a few directions.
+
+    With a query q, scaled as for logits, and p = (direction . q): to second order a member's mean
+    mass grows by the sum over the directions of lambda p^2 / 2, and its mean value by that of
+    weight * p. A direction's length is free: lambdas and weights take it into account.
+
+    Attributes:
+        directions: `[..., clusters, rank, head_dim]`, of keys; floats or int8.
+        weights: the same shape and dtype, of values.
+        lambdas: `[..., clusters, rank]` float32, zero or more.
+        weight_scales: `[..., clusters, rank]` float32, what multiplies the weights of int8; None
+            for floats.
+    """
+
+    directions: Array
+    weights: Array
+    lambdas: Array
+    weight_scales: Array | None = None
+
+
 class TokenCodes(NamedTuple):
     """One sign bit per dimension of each token's rotated residual, and what scales them.
 
