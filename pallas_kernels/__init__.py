@@ -9,7 +9,7 @@ A decode step's ops, in their order:
 - `select_tokens`: the best of these `IndexedTokens`, `Retrieved`; updates the row cache's
   `RowTable`.
 - `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`. It takes
-  `SteadyRows`, `StoredRows`, `Picks` and an `Estimate`.
+  `SteadyRows`, `StoredRows`, `Picks` and an `Estimate`, which a `Correction` makes better.
 - `merge_states`: attention over disjoint sets of tokens to attention over their union.
 - `attend_dense`: attention to all tokens, what the others together are compared with.
 
@@ -52,6 +52,7 @@ from pallas_kernels.types import (
     Candidates,
     Clusters,
     ClusterScores,
+    Correction,
     Estimate,
     IndexedTokens,
     Moments,
@@ -72,6 +73,7 @@ __all__ = [
     "Choice",
     "ClusterScores",
     "Clusters",
+    "Correction",
     "Estimate",
     "Explanation",
     "FallbackWarning",

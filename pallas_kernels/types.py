@@ -58,11 +58,13 @@ class ClusterScores(NamedTuple):
             are no clusters.
         rotated: the query as `score_tokens` takes it: R q, with the codes' rotation R, or what
             the kernel packs it to. None if it was not asked for.
+        products: `[batch, kv_heads, group, clusters, rank]` float32, scale * q.u of `Moments`.
     """
 
     logits: Array
     logsumexp: Array
     rotated: Array | PackedQuery | None = None
+    products: Array | None = None
 
 
 class Candidates(NamedTuple):
@@ -139,6 +141,7 @@ class Retrieved(NamedTuple):
         remaining: `[batch, kv_heads, clusters]` int32, what each cluster keeps of its members.
         table: the row table after the step.
         hits, misses: `[batch, kv_heads]` int32, rows found and not found in the cache in this step.
+        clusters: `[batch, kv_heads, budget]` int32, each one's; None if they were not asked for.
     """
 
     tokens: Array
@@ -148,6 +151,7 @@ class Retrieved(NamedTuple):
     table: RowTable
     hits: Array
     misses: Array
+    clusters: Array | None = None
 
 
 class SteadyRows(NamedTuple):
@@ -192,6 +196,39 @@ class Picks(NamedTuple):
     hit: Bool[Array, "batch kv_heads retrieved"]
 
 
+class Moments(NamedTuple):
+    """How the values of a cluster's members vary with their keys, in a few directions.
+
+    With p = direction . q, q scaled as for logits, the members' mean mass grows to second order by
+    the sum of lambda p^2 / 2, their mean value by that of weight * p.
+
+    Attributes:
+        directions: `[..., clusters, rank, head_dim]`, of keys; floats or int8.
+        weights: the same shape and dtype, of values.
+        lambdas: `[..., clusters, rank]` float32, zero or more.
+        weight_scales: the same shape, float32, what multiplies weights of int8; None for floats.
+    """
+
+    directions: Array
+    weights: Array
+    lambdas: Array
+    weight_scales: Array | None = None
+
+
+class Correction(NamedTuple):
+    """What makes an estimate better than by its clusters' means.
+
+    Attributes:
+        moments: `[layers, batch, kv_heads, clusters, ...]`.
+        products: `[batch, kv_heads, group, clusters, rank]` float32, as in `ClusterScores`.
+        clusters: `[batch, kv_heads, retrieved]` int32, of each of the `Picks`: as in `Retrieved`.
+    """
+
+    moments: Moments
+    products: Array
+    clusters: Int[Array, "batch kv_heads retrieved"]
+
+
 class Estimate(NamedTuple):
     """The clusters, and the members of each that are to be estimated.
 
@@ -203,12 +240,14 @@ class Estimate(NamedTuple):
         offsets: `[layers, batch, kv_heads, clusters + 1]` int32: they give the clusters' sizes.
         remaining: `[batch, kv_heads, clusters]` int32, how many members to estimate: as in
             `Retrieved`, or zero for a cluster to leave out. More than it has members are all.
+        correction: by the clusters' moments, and by what is retrieved of them; None for none.
     """
 
     logits: Float[Array, "batch kv_heads group clusters"]
     value_means: Float[Array, "layers batch kv_heads clusters head_dim"]
     offsets: Int[Array, "layers batch kv_heads clusters+1"]
     remaining: Int[Array, "batch kv_heads clusters"]
+    correction: Correction | None = None
 
 
 class ZoneStates(NamedTuple):
@@ -245,27 +284,6 @@ class Clusters(NamedTuple):
     value_means: Array
     offsets: Array
     order: Array
-
-
-class Moments(NamedTuple):
-    """How the values of a cluster's members vary with their keys, in a few directions.
-
-    With a query q, scaled as for logits, and p = (direction . q): to second order a member's mean
-    mass grows by the sum over the directions of lambda p^2 / 2, and its mean value by that of
-    weight * p. A direction's length is free: lambdas and weights take it into account.
-
-    Attributes:
-        directions: `[..., clusters, rank, head_dim]`, of keys; floats or int8.
-        weights: the same shape and dtype, of values.
-        lambdas: `[..., clusters, rank]` float32, zero or more.
-        weight_scales: `[..., clusters, rank]` float32, what multiplies the weights of int8; None
-            for floats.
-    """
-
-    directions: Array
-    weights: Array
-    lambdas: Array
-    weight_scales: Array | None = None
 
 
 class TokenCodes(NamedTuple):

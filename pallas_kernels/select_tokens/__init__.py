@@ -23,6 +23,7 @@ def select_tokens(
     segment_tokens: int,
     growth_tokens: int,
     admission_ratio: float = 1.0,
+    with_clusters: bool = False,
     implementation: Implementation | None = None,
 ) -> Retrieved:
     """Select the tokens of most group mass and find, or make, their slots in the row cache.
@@ -48,6 +49,8 @@ def select_tokens(
         max_tokens: length of the result's lists.
         segment_tokens, growth_tokens: length of a prompt's segments and of those of growth.
         admission_ratio: 1 or more; 1 retrieves all that is selected. Of no effect without slots.
+        with_clusters: list the cluster of each selected token too, as `attend_zones` wants them
+            with moments.
         implementation: see `pallas_kernels.dispatch.call`.
     """
     return dispatch.call(
@@ -65,4 +68,5 @@ def select_tokens(
         segment_tokens=segment_tokens,
         growth_tokens=growth_tokens,
         admission_ratio=admission_ratio,
+        with_clusters=with_clusters,
     )

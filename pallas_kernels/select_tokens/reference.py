@@ -159,6 +159,7 @@ def select_tokens(
     segment_tokens: int,
     growth_tokens: int,
     admission_ratio: float = 1.0,
+    with_clusters: bool = False,
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`."""
     offsets, token_ids, prompt_tokens = indexed
@@ -178,4 +179,5 @@ def select_tokens(
     remaining = jnp.diff(offsets[layer], axis=-1).at[b, h, clusters].add(-1, mode="drop")
     hits = jnp.sum(hit, axis=-1, dtype=jnp.int32)
     misses = jnp.sum(valid, axis=-1, dtype=jnp.int32) - hits
-    return Retrieved(tokens, slots, hit, remaining, table, hits, misses)
+    own = clusters if with_clusters else None
+    return Retrieved(tokens, slots, hit, remaining, table, hits, misses, own)

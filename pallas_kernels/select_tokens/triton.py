@@ -43,10 +43,19 @@ def select_tokens(
     segment_tokens: int,
     growth_tokens: int,
     admission_ratio: float = 1.0,
+    with_clusters: bool = False,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Retrieved:
-    """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them."""
+    """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them.
+
+    Raises:
+        NotImplementedError: the picks' clusters are asked for.
+    """
+    if with_clusters:
+        raise NotImplementedError(
+            "select_tokens: there is no kernel that tells picks' clusters yet"
+        )
     offsets, token_ids, prompt_tokens = indexed
     batch, kv_heads, room = log_mass.shape
     slots = table.token_of_slot.shape[-1]
