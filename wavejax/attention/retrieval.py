@@ -9,9 +9,18 @@ from jaxtyping import Float, Int
 import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.numerics import log_sum_exp
-from pallas_kernels.types import MASKED, Candidates, ClusterScores, Retrieved, RowTable
+from pallas_kernels.types import (
+    MASKED,
+    Candidates,
+    ClusterScores,
+    Correction,
+    Estimate,
+    Retrieved,
+    RowTable,
+)
 from wavejax.config import WaveConfig
 from wavejax.store.index import WaveIndex
+from wavejax.store.state import Selection
 from wavejax.store.steady import SteadyZone
 
 
@@ -22,7 +31,7 @@ def score_clusters(
     *,
     scale: float,
 ) -> ClusterScores:
-    """Score the index's clusters; where it has codes, rotate the query for them too.
+    """Score the index's clusters; rotate the query for codes, multiply it with moments, if there.
 
     Args:
         query: one decode step's queries, grouped by the kv head that they share.
@@ -31,8 +40,15 @@ def score_clusters(
         scale: multiplies every product of query and key.
     """
     coded = index.codes is not None
+    directions = None if index.moments is None else index.moments.directions
     return ops.score_clusters(
-        query, index.centroids, index.offsets, layer, scale=scale, rotated=coded
+        query,
+        index.centroids,
+        index.offsets,
+        layer,
+        scale=scale,
+        rotated=coded,
+        directions=directions,
     )
 
 
@@ -169,6 +185,7 @@ def select_tokens(
         segment_tokens=config.segment_tokens,
         growth_tokens=config.growth_tokens,
         admission_ratio=config.admission_ratio,
+        with_clusters=index.moments is not None,
     )
 
 
@@ -202,6 +219,23 @@ def to_estimate(
         scores.logits, scores.logsumexp, index.offsets, layer, budget, max_candidates=1
     )
     return jnp.where(near.selected, retrieved.remaining, 0)
+
+
+def estimate_of(selection: Selection, index: WaveIndex) -> Estimate:
+    """Make what `attend_zones` estimates, with a correction where the index has moments.
+
+    Args:
+        selection: of the step.
+        index: the index.
+    """
+    correction = None
+    if index.moments is not None:
+        assert selection.products is not None
+        assert selection.clusters is not None
+        correction = Correction(index.moments, selection.products, selection.clusters)
+    return Estimate(
+        selection.logits, index.value_means, index.offsets, selection.estimated, correction
+    )
 
 
 def budgets(

@@ -25,7 +25,6 @@ import pallas_kernels as ops
 from models.errors import InputError
 from pallas_kernels.types import (
     ClusterScores,
-    Estimate,
     Picks,
     Retrieved,
     SteadyRows,
@@ -46,6 +45,7 @@ from wavejax.config import WaveConfig
 from wavejax.store import prompt, room
 from wavejax.store.growth import grow
 from wavejax.store.index import init_index
+from wavejax.store.moments import check_staged
 from wavejax.store.rows import (
     Fetch,
     RowCache,
@@ -77,7 +77,8 @@ class WaveAttention(Attention[WaveState]):
             need. One in host memory always has a row cache.
 
     Raises:
-        InputError: `store` or `fetch` is none of these.
+        InputError: `store` or `fetch` is none of these; or the settings have moments, and KV rows
+            are staged.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
@@ -86,6 +87,7 @@ class WaveAttention(Attention[WaveState]):
     cached: bool = False
 
     def __post_init__(self) -> None:
+        check_staged(self.config, self.store == "host" and self.fetch == "staged")
         for name, value, known in (
             ("store", self.store, get_args(StoreKind)),
             ("fetch", self.fetch, (None, *get_args(Fetch))),
@@ -125,6 +127,7 @@ class WaveAttention(Attention[WaveState]):
         tokens = max(1, sum(segments) + growths * config.growth_tokens)
         clusters = cluster_capacity(config, segments, growths)
         slots = config.cache_slots(tokens) if self.has_cache else 0
+        check_staged(config, self.staged)
         stack, row = shape.stack(batch), (2, shape.head_dim)
         # Staged rows are not the state's, and an empty store in pinned memory is still one.
         kept = 0 if self.staged else tokens
@@ -214,7 +217,8 @@ class WaveAttention(Attention[WaveState]):
         estimated = retrieval.to_estimate(self.config, scores, retrieved, state.index, layer)
         cache = RowCache(state.cache.rows, retrieved.table)
         found = retrieved.tokens, retrieved.slots, retrieved.hit
-        selection = Selection(grouped, *found, scores.logits, estimated)
+        more = scores.products, retrieved.clusters
+        selection = Selection(grouped, *found, scores.logits, estimated, *more)
         return selection, dataclasses.replace(state, cache=cache)
 
     def retrieve(
@@ -260,12 +264,7 @@ class WaveAttention(Attention[WaveState]):
             ),
             StoredRows(state.store.rows, state.cache.rows),
             Picks(selection.tokens, selection.slots, selection.hit),
-            Estimate(
-                selection.logits,
-                state.index.value_means,
-                state.index.offsets,
-                selection.estimated,
-            ),
+            retrieval.estimate_of(selection, state.index),
             layer,
             scale=scale_of(selection.query),
         )

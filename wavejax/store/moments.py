@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 import pallas_kernels as ops
+from models.errors import InputError
 from pallas_kernels.build_moments import in_int8
 from pallas_kernels.types import Clusters, Moments
 from wavejax.config import WaveConfig
@@ -22,6 +23,15 @@ MOMENT_AXES = {
     "lambdas": _NUMBERS,
     "weight_scales": _NUMBERS,
 }
+
+
+def check_staged(config: WaveConfig, staged: bool) -> None:
+    """Raise InputError: there are to be moments, and KV rows are staged."""
+    if config.moment_rank and staged:
+        raise InputError(
+            "moment_rank is not 0 and rows in host memory are staged, but the estimate needs all "
+            "retrieved rows at once: give moment_rank 0, or keep the store on the device"
+        )
 
 
 def init_moments(

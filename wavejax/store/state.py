@@ -45,6 +45,8 @@ class Selection(NamedTuple):
         hit: bool, whether the row cache holds the KV row.
         logits: `[batch, kv_heads, group, clusters]` float32, of the clusters.
         estimated: `[batch, kv_heads, clusters]` int32, members of each cluster to estimate.
+        products, clusters: of the moments' directions and of `tokens`, as in
+            `pallas_kernels.Correction`; None without moments.
     """
 
     query: Array
@@ -53,3 +55,5 @@ class Selection(NamedTuple):
     hit: Array
     logits: Array
     estimated: Array
+    products: Array | None = None
+    clusters: Array | None = None
