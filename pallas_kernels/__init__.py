@@ -17,6 +17,8 @@ Ops that make what a decode step reads:
 
 - `build_clusters`: a segment's tokens by their keys, `Clusters`.
 - `build_moments`: how values vary with keys within clusters, `Moments`.
+- `build_spread`: how far the members of clusters lie from their means, `Spread`; `attend_zones`
+  makes `ZoneBounds` of it.
 - `encode_tokens`: one bit a dimension of each key, `TokenCodes`.
 - `append_rows`: new rows into the row store.
 
@@ -38,6 +40,7 @@ from pallas_kernels.attend_dense import attend_dense
 from pallas_kernels.attend_zones import attend_zones
 from pallas_kernels.build_clusters import build_clusters
 from pallas_kernels.build_moments import build_moments
+from pallas_kernels.build_spread import build_spread
 from pallas_kernels.dispatch import Implementation, explain, forget, use_implementation
 from pallas_kernels.encode_tokens import encode_tokens
 from pallas_kernels.explanation import Choice, Explanation, FallbackWarning
@@ -60,9 +63,11 @@ from pallas_kernels.types import (
     Picks,
     Retrieved,
     RowTable,
+    Spread,
     SteadyRows,
     StoredRows,
     TokenCodes,
+    ZoneBounds,
     ZoneStates,
 )
 
@@ -84,15 +89,18 @@ __all__ = [
     "Picks",
     "Retrieved",
     "RowTable",
+    "Spread",
     "SteadyRows",
     "StoredRows",
     "TokenCodes",
+    "ZoneBounds",
     "ZoneStates",
     "append_rows",
     "attend_dense",
     "attend_zones",
     "build_clusters",
     "build_moments",
+    "build_spread",
     "encode_tokens",
     "explain",
     "forget",

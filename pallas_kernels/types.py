@@ -8,6 +8,11 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
+from pallas_kernels.moments import Correction as Correction
+from pallas_kernels.moments import Moments as Moments
+from pallas_kernels.moments import Spread as Spread
+from pallas_kernels.moments import ZoneBounds as ZoneBounds
+
 # Masks are finite: -inf minus -inf is NaN, and rows with nothing in them do occur. Half of it is
 # still far below any logit, so `numerics.is_masked` tells a mask from a real value. Empty and NaN
 # are different things: NaN is a real value, and shows in all that is made of it.
@@ -196,39 +201,6 @@ class Picks(NamedTuple):
     hit: Bool[Array, "batch kv_heads retrieved"]
 
 
-class Moments(NamedTuple):
-    """How the values of a cluster's members vary with their keys, in a few directions.
-
-    With p = direction . q, q scaled as for logits, the members' mean mass grows to second order by
-    the sum of lambda p^2 / 2, their mean value by that of weight * p.
-
-    Attributes:
-        directions: `[..., clusters, rank, head_dim]`, of keys; floats or int8.
-        weights: the same shape and dtype, of values.
-        lambdas: `[..., clusters, rank]` float32, zero or more.
-        weight_scales: the same shape, float32, what multiplies weights of int8; None for floats.
-    """
-
-    directions: Array
-    weights: Array
-    lambdas: Array
-    weight_scales: Array | None = None
-
-
-class Correction(NamedTuple):
-    """What makes an estimate better than by its clusters' means.
-
-    Attributes:
-        moments: `[layers, batch, kv_heads, clusters, ...]`.
-        products: `[batch, kv_heads, group, clusters, rank]` float32, as in `ClusterScores`.
-        clusters: `[batch, kv_heads, retrieved]` int32, of each of the `Picks`: as in `Retrieved`.
-    """
-
-    moments: Moments
-    products: Array
-    clusters: Int[Array, "batch kv_heads retrieved"]
-
-
 class Estimate(NamedTuple):
     """The clusters, and the members of each that are to be estimated.
 
@@ -260,11 +232,13 @@ class ZoneStates(NamedTuple):
         outputs: `[parts, batch, kv_heads, group, head_dim]` float32.
         logsumexps: `[parts, batch, kv_heads, group]` float32; about -1e30 for an empty part.
         cache_rows: as given, with the admitted rows written into their slots.
+        bounds: of the estimate, if they were asked for.
     """
 
     outputs: Array
     logsumexps: Array
     cache_rows: Array
+    bounds: ZoneBounds | None = None
 
 
 class Clusters(NamedTuple):

@@ -17,6 +17,7 @@ def attend_zones(
     layer: Int[Array, ""] | int,
     *,
     scale: float,
+    bounds: bool = False,
     implementation: Implementation | None = None,
 ) -> ZoneStates:
     """Attend to the three zones (RetroInfer, section 4.2, tripartite attention).
@@ -43,8 +44,15 @@ def attend_zones(
         estimate: what is left to the clusters.
         layer: which layer of the stacks.
         scale: as in `score_clusters`.
+        bounds: tell, for each query head, between which numbers the estimated mass lies, and how
+            far the merged output may be from full attention's. Wants a correction with a spread.
         implementation: see `pallas_kernels.dispatch.call`.
+
+    Raises:
+        ValueError: bounds are asked for, and the correction has no spread.
     """
+    if bounds and (estimate.correction is None or estimate.correction.spread is None):
+        raise ValueError("attend_zones: bounds want a correction with a spread; give one")
     return dispatch.call(
         "attend_zones",
         implementation,
@@ -56,4 +64,5 @@ def attend_zones(
         estimate,
         layer,
         scale=scale,
+        bounds=bounds,
     )

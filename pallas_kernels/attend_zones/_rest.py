@@ -16,8 +16,9 @@ second order says nothing.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from pallas_kernels.cluster_sums import sum_by_cluster
 from pallas_kernels.numerics import log_sum_exp
 from pallas_kernels.types import MASKED, NO_ID, Correction, Estimate
 
@@ -140,34 +141,3 @@ def share_of_moments(rest: Rest) -> Array:
     n, left = (x.astype(jnp.float32) for x in (rest.sizes, rest.members))
     share = (left - 1) * n / (jnp.maximum(left, 1) * jnp.maximum(n - 1, 1))
     return jnp.maximum(share, 0)
-
-
-def sum_by_cluster(x: Array, clusters: Array, num_clusters: int) -> Array:
-    """Sums `[..., n, features]` by cluster: `[..., num_clusters, features]`; deterministic.
-
-    By doubling: after k rounds an entry holds the sum of its cluster's last 2^k up to it. Floats
-    that were added where they belong would come in the order in which a GPU happens to run.
-
-    Args:
-        x: zeros where there is no cluster.
-        clusters: `[..., n]` int32, rising but for NO_ID, of which there may be any between.
-        num_clusters: of the result.
-    """
-    n = x.shape[-2]
-    clusters = lax.cummax(jnp.where(clusters == NO_ID, -1, clusters), axis=clusters.ndim - 1)
-    place = jnp.arange(n)
-
-    def double(k: Array, total: Array) -> Array:
-        before = place - (1 << k)
-        at = jnp.maximum(before, 0)
-        same = (before >= 0) & (jnp.take(clusters, at, axis=-1) == clusters)
-        return total + jnp.where(same[..., None], jnp.take(total, at, axis=-2), 0)
-
-    total = lax.fori_loop(0, max(n - 1, 0).bit_length(), double, x)
-    is_last = jnp.concatenate(
-        [clusters[..., 1:] != clusters[..., :-1], jnp.ones_like(clusters[..., :1], bool)], axis=-1
-    )
-    places = jnp.where(is_last & (clusters >= 0), clusters, NO_ID)
-    sums = jnp.zeros((*x.shape[:-2], num_clusters, x.shape[-1]), x.dtype)
-    b, h = jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[None, :, None]
-    return sums.at[b, h, places].set(total, mode="drop")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import _compat
+from pallas_kernels.attend_zones._bounds import zone_bounds
 from pallas_kernels.attend_zones._rest import attend_rest, what_remains
 from pallas_kernels.numerics import is_masked, log_count, log_sum_exp
 from pallas_kernels.types import MASKED, NO_ID, Estimate, Picks, SteadyRows, StoredRows, ZoneStates
@@ -77,6 +78,7 @@ def attend_zones(
     layer: Array | int,
     *,
     scale: float,
+    bounds: bool = False,
 ) -> ZoneStates:
     """See `pallas_kernels.attend_zones`."""
     batch, kv_heads = query.shape[:2]
@@ -106,17 +108,19 @@ def attend_zones(
     retrieved = attend_rows(query, read, tokens != NO_ID, scale=scale)
 
     if correction is None:
-        estimated = attend_clusters(estimate, layer)
+        rest, estimated = None, attend_clusters(estimate, layer)
     else:
         rest = what_remains(query, read, tokens != NO_ID, estimate, layer, scale=scale)
         estimated = attend_rest(rest, correction, layer)
 
     parts = (of_steady, retrieved, estimated)
-    return ZoneStates(
-        jnp.stack([output for output, _ in parts]),
-        jnp.stack([logsumexp for _, logsumexp in parts]),
-        cache_rows,
-    )
+    outputs = jnp.stack([output for output, _ in parts])
+    logsumexps = jnp.stack([logsumexp for _, logsumexp in parts])
+    if not bounds or rest is None:
+        return ZoneStates(outputs, logsumexps, cache_rows)
+    given = query, read, tokens != NO_ID, rest, estimate
+    certain = zone_bounds(*given, (outputs, logsumexps), layer, scale=scale)
+    return ZoneStates(outputs, logsumexps, cache_rows, certain)
 
 
 def attend_clusters(estimate: Estimate, layer: Array | int) -> tuple[Array, Array]:

@@ -26,6 +26,7 @@ def attend_zones(
     layer: Array | int,
     *,
     scale: float,
+    bounds: bool = False,
     config: Config | None = None,
     interpret: bool = False,
 ) -> ZoneStates:
@@ -44,7 +45,7 @@ def attend_zones(
     store, cache_rows = rows
     tokens, slots, hit = picks
     logits, value_means, offsets, remaining, correction = estimate
-    if correction is not None:
+    if correction is not None or bounds:
         raise NotImplementedError("attend_zones: there is no kernel for moments yet")
     by_name = {"sink": sink, "window": window, "store": store, "cache": cache_rows}
     for name, array in by_name.items():
