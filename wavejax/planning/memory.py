@@ -18,6 +18,7 @@ from wavejax.attention.dense import DenseAttention
 from wavejax.attention.wave import WaveAttention, WaveState
 from wavejax.engine.prompts import answer_room, bucket
 from wavejax.engine.sampling import Sampler
+from wavejax.planning import moments
 from wavejax.store.index import segments_at_once
 from wavejax.store.rows import StoreKind
 from wavejax.store.shape import CacheShape
@@ -36,7 +37,7 @@ class MemoryNeed:
 
     Attributes:
         weights: the parameters, on the device.
-        index: the wave index, on the device; 0 for full attention.
+        index: the wave index, its moments included, on the device; 0 for full attention.
         cache: the row cache and its table, on the device; where there is none, its counters.
         steady: the steady zone, on the device.
         rows: all tokens' keys and values: the row store, or full attention's cache.
@@ -133,7 +134,7 @@ def memory_need(
         rows_on=rows_on,  # type: ignore[arg-type]
         workspace=max(
             _prefill_workspace(model, attention, room, itemsize) + on_the_way[0],
-            _decode_workspace(model, state, batch, itemsize, sampler) + on_the_way[1],
+            _decode_workspace(model, attention, state, batch, itemsize, sampler) + on_the_way[1],
         ),
         loading=max(sizes) * itemsize,
         slots=slots,
@@ -207,8 +208,10 @@ def _cluster_workspace(
     plain = 4 * kv_heads * sizes[0] * (6 * head_dim + 3 * clusters)
     # Of all the call's segments: keys, values, centred keys, the same in cluster order, their
     # centroids; sums of the pieces; numbers.
-    tokens = sizes[0] * segments_at_once(len(sizes), kv_heads)
-    return plain + kv_heads * tokens * (head_dim * (5 * itemsize + 1) + 32)
+    at_once = segments_at_once(len(sizes), kv_heads)
+    tokens = sizes[0] * at_once
+    of_moments = moments.building_bytes(config, sizes[0], at_once, kv_heads, head_dim)
+    return plain + kv_heads * tokens * (head_dim * (5 * itemsize + 1) + 32) + of_moments
 
 
 def _drawing_workspace(model: ModelConfig, batch: int, sampler: Sampler | None) -> int:
@@ -223,7 +226,12 @@ def _drawing_workspace(model: ModelConfig, batch: int, sampler: Sampler | None) 
 
 
 def _decode_workspace(
-    model: ModelConfig, state: object, batch: int, itemsize: int, sampler: Sampler | None
+    model: ModelConfig,
+    attention: object,
+    state: object,
+    batch: int,
+    itemsize: int,
+    sampler: Sampler | None,
 ) -> int:
     """Bytes of a decode step's temporaries, in plain JAX; its kernels take less."""
     drawing = _drawing_workspace(model, batch, sampler)
@@ -238,6 +246,9 @@ def _decode_workspace(
         layer = 4 * clusters * (copies * head_dim + 4 * group)
         layer += 8 * state.index.token_ids.shape[-1]
         layer += 2 * window * 2 * head_dim * itemsize
+        config = attention.config  # type: ignore[attr-defined]
+        retrieved = config.most_retrieved(state.index.token_ids.shape[-1])
+        layer += moments.step_bytes(config, clusters, retrieved, group, head_dim)
     else:
         _, _, kv_heads, tokens, head_dim = state.keys.shape  # type: ignore[attr-defined]
         # A layer's keys and values, and its values in float32.
