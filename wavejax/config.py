@@ -66,6 +66,12 @@ class WaveConfig:
     moment_dtype: str = _setting(
         "model", "of these directions: model, the model's own; bfloat16; int8, a scale a vector"
     )
+    bounds: bool = _setting(
+        False, "keep what bounds of the estimate are made of, as attend_zones takes it"
+    )
+    audit: float = _setting(
+        0.0, "share of heads of each step that are also computed exactly, to tell the true error"
+    )
     cache_fraction: float = _setting(
         0.05,
         "slots of the row cache, if rows are in host memory, as a share of the tokens; where the "
@@ -96,10 +102,13 @@ class WaveConfig:
             "retrieval_fraction",
             "min_token_mass",
             "estimation_fraction",
+            "audit",
             "cache_fraction",
         ):
             _check_range(name, getattr(self, name), 0, 1)
         _check_known("moment_rank", self.moment_rank, MOMENT_RANKS)
+        if self.bounds and not self.moment_rank:
+            raise InputError("bounds want moments: give moment_rank 1, 2 or 4")
         _check_known("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         _check_range("admission_ratio", self.admission_ratio, 1, 10**9)
         _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)

@@ -18,7 +18,7 @@ COUNTS = (
 )
 SHARES = (
     *("candidate_fraction", "retrieval_fraction", "min_token_mass"),
-    *("estimation_fraction", "cache_fraction"),
+    *("estimation_fraction", "cache_fraction", "audit"),
 )
 
 OUT_OF_RANGE = [
@@ -43,6 +43,8 @@ def test_a_value_that_is_none_of_a_few_is_named_with_them():
         WaveConfig(moment_rank=3)
     with pytest.raises(InputError, match="moment_dtype is int4; it must be one of model, "):
         WaveConfig(moment_dtype="int4")
+    with pytest.raises(InputError, match="bounds want moments: give moment_rank 1, 2 or 4"):
+        WaveConfig(bounds=True)
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(WaveConfig), ids=lambda field: field.name)
@@ -67,7 +69,7 @@ def test_a_value_of_another_type_is_named_with_the_type(field):
 
 def test_every_field_is_checked_and_explained():
     checked = {*SIZES, *COUNTS, *SHARES, "max_cluster_size", "admission_ratio", "token_codes"}
-    checked |= {"moment_rank", "moment_dtype"}
+    checked |= {"moment_rank", "moment_dtype", "bounds"}
     assert checked == {field.name for field in dataclasses.fields(WaveConfig)}
     assert all(field.metadata["help"] for field in dataclasses.fields(WaveConfig))
 

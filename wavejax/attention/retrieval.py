@@ -232,7 +232,7 @@ def estimate_of(selection: Selection, index: WaveIndex) -> Estimate:
     if index.moments is not None:
         assert selection.products is not None
         assert selection.clusters is not None
-        correction = Correction(index.moments, selection.products, selection.clusters)
+        correction = Correction(index.moments, selection.products, selection.clusters, index.spread)
     return Estimate(
         selection.logits, index.value_means, index.offsets, selection.estimated, correction
     )

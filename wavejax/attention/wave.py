@@ -32,6 +32,7 @@ from pallas_kernels.types import (
     ZoneStates,
 )
 from wavejax.attention import retrieval
+from wavejax.attention.audit import audit
 from wavejax.attention.protocol import (
     Attention,
     Counts,
@@ -43,6 +44,7 @@ from wavejax.attention.protocol import (
 )
 from wavejax.config import WaveConfig
 from wavejax.store import prompt, room
+from wavejax.store.audit import errors_of, init_audit
 from wavejax.store.growth import grow
 from wavejax.store.index import init_index
 from wavejax.store.moments import check_staged
@@ -139,6 +141,7 @@ class WaveAttention(Attention[WaveState]):
             steady=init_steady(config, shape, batch, dtype),
             step=jnp.int32(0),
             attended=jnp.zeros(batch, jnp.float32),
+            audit=init_audit(config.audit),
         )
 
     def write_prompt(
@@ -197,6 +200,8 @@ class WaveAttention(Attention[WaveState]):
         zones, state = self.attend(layer, selection, state)
         # 8. Merge the zones' outputs, by their logsumexp.
         output, _ = ops.merge_states(zones.outputs, zones.logsumexps, dtype=query.dtype)
+        if state.audit is not None:
+            state = audit(self.config, layer, selection.query, output, state)
         return output.reshape(query.shape), state
 
     def select(
@@ -254,19 +259,17 @@ class WaveAttention(Attention[WaveState]):
         self, layer: Layer, selection: Selection, state: WaveState
     ) -> tuple[ZoneStates, WaveState]:
         """Attend to the zones, and admit missed KV rows to the row cache: step 7 of `decode`."""
-        # A full sequence's window has no room for the step's own row.
-        window_tokens = jnp.minimum(state.steady.window_tokens + 1, self.config.window_tokens)
+        steady, in_window = state.steady, room.window_tokens(self.config, state)
         # 7. Attend to the zones: an output and a logsumexp of each.
         zones = ops.attend_zones(
             selection.query,
-            SteadyRows(
-                state.steady.sink, state.steady.sink_tokens, state.steady.window, window_tokens
-            ),
+            SteadyRows(steady.sink, steady.sink_tokens, steady.window, in_window),
             StoredRows(state.store.rows, state.cache.rows),
             Picks(selection.tokens, selection.slots, selection.hit),
             retrieval.estimate_of(selection, state.index),
             layer,
             scale=scale_of(selection.query),
+            bounds=self.config.bounds,
         )
         cache = dataclasses.replace(state.cache, rows=zones.cache_rows)
         return zones, dataclasses.replace(state, cache=cache)
@@ -290,4 +293,5 @@ class WaveAttention(Attention[WaveState]):
         attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
         indexed = int(np.asarray(state.index.tokens, np.int64).sum())
         has_slots = table.token_of_slot.shape[-1] > 0
-        return Counts(hits + misses, hits if has_slots else None, attended, indexed)
+        errors = None if state.audit is None else errors_of(state.audit)
+        return Counts(hits + misses, hits if has_slots else None, attended, indexed, errors)
