@@ -1,7 +1,9 @@
 """The estimate by moments against float64, made of the clusters' members themselves."""
 
 import itertools
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 import pallas_kernels as ops
 from pallas_kernels.cluster_sums import sum_by_cluster
 from pallas_kernels.types import NO_ID
-from tests.support.moment_cases import BATCH, SCALE, SIZES, Case, attend, members_of
+from tests.support.moment_cases import BATCH, HEAD_DIM, SCALE, SIZES, Case, attend, members_of
 
 
 @pytest.mark.parametrize("picked", [0.0, 0.3])
@@ -114,3 +116,39 @@ def test_sums_by_cluster():
         for j in range(10):
             own = x[b, h].astype(np.float64)[(clusters[b, h] == j) & ~none[b, h]]
             np.testing.assert_allclose(found[b, h, j], own.sum(0), atol=1e-5)
+
+
+def test_on_a_gpu_it_is_told_that_there_are_no_kernels(monkeypatch):
+    case = Case(8, rank=2)
+    operands = case.operands()
+    query, *_, estimate = operands
+    directions = estimate.correction.moments.directions
+    keys = jnp.zeros((4, HEAD_DIM))
+    clusters = jax.eval_shape(
+        lambda: ops.build_clusters(
+            keys, keys, 4, cluster_size=2, max_cluster_size=4, iterations=1, implementation="xla"
+        )
+    )
+    device = types.SimpleNamespace(device_kind="NVIDIA H200", compute_capability="9.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    ops.forget()
+
+    def trace():
+        jax.eval_shape(lambda *x: ops.attend_zones(*x, 0, scale=SCALE), *operands)
+        jax.eval_shape(
+            lambda *x: ops.score_clusters(*x, 0, scale=SCALE, directions=directions),
+            *(query, directions[..., 0, :], estimate.offsets),
+        )
+        jax.eval_shape(lambda x: ops.build_moments(keys, keys, x, rank=1), clusters)
+        jax.eval_shape(lambda x: ops.build_spread(keys, keys, x), clusters)
+
+    with pytest.warns(ops.FallbackWarning) as warned:
+        trace()
+    told = ops.explain()
+    ops.forget()
+    assert [choice.op for choice in told] == [
+        *("attend_zones", "score_clusters", "build_moments", "build_spread")
+    ]
+    assert {choice.reason for choice in told} == {"there is no kernel for moments yet"}
+    assert len(warned) == 4
