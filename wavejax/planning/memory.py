@@ -210,8 +210,9 @@ def _cluster_workspace(
     # centroids; sums of the pieces; numbers.
     at_once = segments_at_once(len(sizes), kv_heads)
     tokens = sizes[0] * at_once
-    of_moments = moments.building_bytes(config, sizes[0], at_once, kv_heads, head_dim)
-    return plain + kv_heads * tokens * (head_dim * (5 * itemsize + 1) + 32) + of_moments
+    one, all_moments = moments.building_bytes(config, sizes[0], at_once, kv_heads, head_dim)
+    plain = max(plain, one)
+    return plain + kv_heads * tokens * (head_dim * (5 * itemsize + 1) + 32) + all_moments
 
 
 def _drawing_workspace(model: ModelConfig, batch: int, sampler: Sampler | None) -> int:
