@@ -89,13 +89,13 @@ class WaveAttention(Attention[WaveState]):
     cached: bool = False
 
     def __post_init__(self) -> None:
-        check_staged(self.config, self.store == "host" and self.fetch == "staged")
         for name, value, known in (
             ("store", self.store, get_args(StoreKind)),
             ("fetch", self.fetch, (None, *get_args(Fetch))),
         ):
             if value not in known:
                 raise InputError(f"{name} is {value!r}; it must be one of {known}")
+        check_staged(self.config, self.store == "host" and self.fetch == "staged")
 
     @property
     def state_type(self) -> type[WaveState]:

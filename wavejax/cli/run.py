@@ -135,15 +135,15 @@ class Run:
                 *([] if sampling is None else [f"sampling as the model has it: {sampling}"]),
                 "all tokens are exact" if exact else retrieved,
                 *([] if hits is None else [f"cache hits: {share(hits)}"]),
-                *_audit_text(facts),
+                *audit_text(facts),
                 f"KV cache: {bytes_text(facts.device_bytes)} on the device, "
                 f"{bytes_text(facts.host_bytes)} on the host",
             ]
         )
 
 
-def _audit_text(facts: Facts) -> list[str]:
-    """What an audit found; nothing without one."""
+def audit_text(facts: Facts) -> list[str]:
+    """Say what an audit found; nothing without one."""
     if facts.error_median is None or facts.error_99 is None:
         return []
     return [
