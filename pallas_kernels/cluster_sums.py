@@ -7,7 +7,7 @@ from pallas_kernels.types import NO_ID
 
 
 def sum_by_cluster(x: Array, clusters: Array, num_clusters: int) -> Array:
-    """Sums `[..., n, features]` by cluster: `[..., num_clusters, features]`; deterministic.
+    """Sum `[..., n, features]` by cluster: `[..., num_clusters, features]`; deterministic.
 
     By doubling: after k rounds an entry holds the sum of its cluster's last 2^k up to it. Floats
     that were added where they belong would come in the order in which a GPU happens to run.

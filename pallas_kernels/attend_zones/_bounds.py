@@ -87,7 +87,7 @@ def zone_bounds(
 
 
 def _bennett(square: Array, a: Array) -> Array:
-    """The logarithm of the most that the mean of e^x can be.
+    """Give the logarithm of the most that the mean of e^x can be.
 
     Of numbers x of mean zero, of at most `a`, whose mean square is at most `square`.
     """
@@ -98,7 +98,7 @@ def _bennett(square: Array, a: Array) -> Array:
 
 
 def _deviation(a: Array, b: Array, factor: Array) -> Array:
-    """The most that the standard deviation of e^x can be.
+    """Give the most that the standard deviation of e^x can be.
 
     Of numbers from -b to a whose exponentials' mean is from 1 to `factor`.
     """
@@ -117,7 +117,7 @@ def _retrieved_squares(
     *,
     scale: float,
 ) -> tuple[Array, Array]:
-    """Of the retrieved, the sums of squares of products with key residuals, and of value residuals.
+    """Sum the retrieved's squared products with key residuals, and squared value residuals.
 
     Returns:
         `[batch, kv_heads, group, clusters]` and `[batch, kv_heads, clusters]`.
@@ -149,7 +149,7 @@ def _value_spread(
     estimate: Estimate,
     layer: Array | int,
 ) -> Array:
-    """The root mean square distance of what remains' values from their own mean."""
+    """Give the root mean square distance of what remains' values from their own mean."""
     keeps = (rest.members > 0)[..., None]
     moved = rest.values - jnp.where(keeps, estimate.value_means[layer], 0).astype(jnp.float32)
     held = spread.value_square * size
@@ -158,7 +158,7 @@ def _value_spread(
 
 
 def _length(values: Array, correction: Correction, layer: Array | int, keeps: Array) -> Array:
-    """The length of what the moments add to the mean value."""
+    """Give the length of what the moments add to the mean value."""
     vectors = correction.moments.weights[layer].astype(jnp.float32)
     vectors = jnp.where(keeps.swapaxes(2, 3)[..., None], vectors, 0)
     products = jnp.einsum("bhcrd,bhcsd->bhcrs", vectors, vectors)
@@ -167,7 +167,7 @@ def _length(values: Array, correction: Correction, layer: Array | int, keeps: Ar
 
 
 def _distance(values: Array, output: Array) -> Array:
-    """Between mean values `[b, h, clusters, d]` and outputs `[b, h, group, d]`."""
+    """Measure from mean values `[b, h, clusters, d]` to outputs `[b, h, group, d]`."""
     product = jnp.einsum("bhgd,bhcd->bhgc", output, values)
     squares = jnp.sum(values**2, axis=-1)[:, :, None] + jnp.sum(output**2, axis=-1)[..., None]
     return jnp.sqrt(jnp.maximum(squares - 2 * product, 0) + _ROUNDING * squares)

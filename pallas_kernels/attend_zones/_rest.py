@@ -114,7 +114,7 @@ def attend_rest(rest: Rest, correction: Correction, layer: Array | int) -> tuple
 
 
 def corrections(rest: Rest, correction: Correction, layer: Array | int) -> tuple[Array, Array]:
-    """The second order's parts of what remains.
+    """Make the second order's parts of what remains.
 
     Returns:
         `[batch, kv_heads, group, clusters]` m, zero where nothing remains;
@@ -133,7 +133,7 @@ def corrections(rest: Rest, correction: Correction, layer: Array | int) -> tuple
 
 
 def share_of_moments(rest: Rest) -> Array:
-    """What of a cluster's moments is left with what remains of it: `[batch, kv_heads, clusters]`.
+    """Say what share of its moments a cluster keeps: `[batch, kv_heads, clusters]`.
 
     As if the retrieved were any of the members: the mean square of n' numbers about their own mean
     is (n' - 1) / n' of their variance. So one member alone, which is its own mean, has no moments.

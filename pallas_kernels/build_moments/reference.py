@@ -41,7 +41,7 @@ def build_moments_of_row(keys: Array, values: Array, clusters: Clusters, *, rank
     sound = (place < offsets[-1]) & ~spoilt[own]
 
     def residuals(x: Array, means: Array) -> Array:
-        """Of the members from their means, by index place."""
+        """Subtract each member's mean, by index place."""
         return jnp.where(sound[:, None], x[order].astype(jnp.float32) - means[own], 0)
 
     key_rest, value_rest = residuals(keys, centroids), residuals(values, value_means)
@@ -49,7 +49,7 @@ def build_moments_of_row(keys: Array, values: Array, clusters: Clusters, *, rank
     blocks = -(-jnp.max(sizes, initial=0) // BLOCK)
 
     def mean_over_members(part: Callable[[Array, Array], Array]) -> Array:
-        """The mean over each cluster's members of what `part` sums over a block of them."""
+        """Average over each cluster's members what `part` sums over a block of them."""
         zero = jnp.zeros_like(part(*(jnp.zeros((num_clusters, BLOCK, head_dim)),) * 2))
 
         def add(i: Array, total: Array) -> Array:
@@ -61,7 +61,7 @@ def build_moments_of_row(keys: Array, values: Array, clusters: Clusters, *, rank
         return lax.fori_loop(0, blocks, add, zero) / count
 
     def product(x: Array, y: Array, basis: Array) -> Array:
-        """X'Y times the columns of the basis `[clusters, head_dim, rank]`, of a block."""
+        """Multiply X'Y with the columns of the basis `[clusters, head_dim, rank]`, of a block."""
         return _times(x.swapaxes(1, 2), _times(y, basis))
 
     variance = mean_over_members(lambda _, e: jnp.sum(e * e, axis=(1, 2))[:, None, None])
@@ -140,7 +140,7 @@ def _rounded(x: Array) -> tuple[Array, Array]:
 
 
 def _unit(x: Array) -> tuple[Array, Array]:
-    """Vectors of length 1, or 0, and how long they were."""
+    """Give vectors of length 1, or 0, and how long they were."""
     # By the largest number first, so that squares neither overflow nor vanish.
     peak = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), _TINY)
     length = jnp.linalg.norm(x / peak, axis=-1, keepdims=True)
