@@ -31,8 +31,10 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def use_implementation(implementation: Implementation) -> Iterator[None]:
-    """Makes all ops that are traced inside take one implementation.
+def use_implementation(
+    implementation: Implementation, *, by: str = "use_implementation"
+) -> Iterator[None]:
+    """Make all ops that are traced inside take one implementation.
 
     It holds for the thread that enters it, and wins over `WAVEJAX_IMPLEMENTATION`. An op's own
     argument `implementation` wins over it. It is part of `jax.jit`'s cache key: a jitted function
@@ -41,6 +43,7 @@ def use_implementation(implementation: Implementation) -> Iterator[None]:
 
     Args:
         implementation: "xla", plain JAX; "triton", the kernels; or "auto", the platform's best.
+        by: who asks, for `explain`.
 
     Raises:
         ValueError: there is no implementation of that name.
@@ -51,12 +54,12 @@ def use_implementation(implementation: Implementation) -> Iterator[None]:
         ...     output = jax.jit(step)(query)  # without kernels
     """
     _check(implementation, "use_implementation")
-    with _in_force(implementation):
+    with _in_force(_Request(implementation, by)):
         yield
 
 
 def requested(implementation: Implementation | None) -> Implementation:
-    """Returns what holds: the argument, else the context manager's, else the variable's, or "auto".
+    """Return what holds: the argument, else the context manager's, else the variable's, or "auto".
 
     Args:
         implementation: an op's argument.
@@ -80,7 +83,7 @@ def explain() -> Explanation:
 
 
 def forget() -> None:
-    """Empties what `explain` tells. Warnings that were given before are then given again."""
+    """Empty what `explain` tells. Warnings that were given before are then given again."""
     with _lock:
         _choices.clear()
 
@@ -89,10 +92,10 @@ def call(
     op: str,
     implementation: Implementation | None,
     implementations: Mapping[str, Callable[..., Result]],
-    *operands: Any,
-    **settings: Any,
+    *operands: object,
+    **settings: object,
 ) -> Result:
-    """Calls the implementation asked for; with "auto" the platform's best that supports the case.
+    """Call the implementation asked for; with "auto" the platform's best that supports the case.
 
     "auto" takes the kernel on a CUDA GPU of compute capability 8.0 or later. It falls back to
     "xla" where the kernel raises NotImplementedError, and warns of it once for each reason.
@@ -162,12 +165,12 @@ class _Request(NamedTuple):
 
 
 def _request(argument: Implementation | None) -> _Request:
-    """What is asked for, and where it was."""
+    """Tell what is asked for, and where it was."""
     if argument is not None:
         return _Request(argument, "its argument")
-    in_force: Implementation | None = _in_force.value
+    in_force: _Request | None = _in_force.value
     if in_force is not None:
-        return _Request(in_force, "use_implementation")
+        return in_force
     return _Request(_check(os.environ.get(VARIABLE) or "auto", VARIABLE), VARIABLE)
 
 

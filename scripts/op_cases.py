@@ -21,6 +21,8 @@ from pallas_kernels.types import (
     Estimate,
     IndexedTokens,
     Picks,
+    RankedTokens,
+    Rows,
     RowTable,
     SteadyRows,
     StoredRows,
@@ -60,7 +62,7 @@ class OpCase:
 def names_from(
     parser: argparse.ArgumentParser, option: str, text: str, known: Collection[str]
 ) -> list[str]:
-    """The names between an option's commas; one that is not known ends the script in one line."""
+    """Return the names between an option's commas; an unknown one ends the script."""
     names = text.split(",")
     for name in names:
         if name not in known:
@@ -69,7 +71,7 @@ def names_from(
 
 
 def by_api(implementation: Implementation | None) -> Run:
-    """Runs ops by their public functions."""
+    """Run ops by their public functions."""
 
     def run(op: str, *operands: Any, **keywords: Any) -> Any:
         return getattr(ops, op)(*operands, **keywords, implementation=implementation)
@@ -99,7 +101,7 @@ class StepBench:
         self._made: dict[str, Any] = {}
 
     def made(self, op: str) -> Any:
-        """An op's result in the first layer, by the implementation in "xla" if the other fails."""
+        """Return an op's result in the first layer, by "xla" if the other way fails."""
         if op not in self._made:
             case = self.case(op)
 
@@ -114,7 +116,7 @@ class StepBench:
         return self._made[op]
 
     def case(self, op: str, run: Run | None = None) -> OpCase:
-        """The op's case; it may need the results of the ops before it."""
+        """Return the op's case; it may need the results of the ops before it."""
         made: OpCase = getattr(self, f"_{op}")(run or self.run)
         return made
 
@@ -163,24 +165,15 @@ class StepBench:
         x, shape = self.inputs, self.shape
 
         def call(layer: Array, operands: Any, table: RowTable) -> tuple[Any, Any]:
-            *first, step = operands
+            ranked, indexed, step = operands
             result = run(
-                "select_tokens",
-                *first,
-                table,
-                layer,
-                step,
-                max_tokens=shape.max_retrieved,
-                segment_tokens=shape.segment_tokens,
-                growth_tokens=shape.growth_tokens,
+                "select_tokens", ranked, indexed, table, layer, step, settings=shape.selection
             )
             kept = (result.tokens, result.slots, result.hit, result.remaining)
             return (*kept, result.hits, result.misses), result.table
 
-        operands = (
-            *(self.made("score_tokens"), self.made("select_clusters"), x.retrieved_budget),
-            *(_indexed(x), x.step),
-        )
+        made = self.made("score_tokens"), self.made("select_clusters")
+        operands = (RankedTokens(*made, x.retrieved_budget), _indexed(x), x.step)
         moved = shape.rows * (4 * shape.candidates + 8 * shape.cluster_room + 8 * shape.slots)
         return OpCase(call, operands, self.links, moved, _copy(x.table))
 
@@ -189,9 +182,10 @@ class StepBench:
 
         def call(layer: Array, operands: Any, cache_rows: Array) -> tuple[Any, Any]:
             (query, steady, store), (*picks, estimate) = operands
-            grouped = query, steady, StoredRows(store, cache_rows), Picks(*picks), estimate
+            stored = StoredRows(Rows(store), Rows(cache_rows))
+            grouped = query, steady, stored, Picks(*picks), estimate
             result = run("attend_zones", *grouped, layer, scale=shape.scale)
-            return (result.outputs, result.logsumexps), result.cache_rows
+            return (result.outputs, result.logsumexps), result.cache_rows.data
 
         before = (x.query, _steady(x), x.store)
         logits = self.made("score_clusters").logits
@@ -226,7 +220,7 @@ class StepBench:
         return OpCase(call, (x.query, keys, values, lengths), self.links[: len(keys)], moved)
 
     def zone_bytes(self) -> float:
-        """What `attend_zones` must read: mean values of clusters in use, and rows."""
+        """Return what `attend_zones` must read: mean values of clusters in use, and rows."""
         x, shape = self.inputs, self.shape
         row = 2 * shape.head_dim * x.store.dtype.itemsize
         means = shape.rows * shape.clusters * shape.head_dim * x.value_means.dtype.itemsize
@@ -259,22 +253,21 @@ class StepBench:
                 max_candidates=shape.max_candidates,
             )
             retrieved = run(
-                "select_tokens",
-                *(log_mass, chosen, x.retrieved_budget, _indexed(x), table, layer, x.step),
-                max_tokens=shape.max_retrieved,
-                segment_tokens=shape.segment_tokens,
-                growth_tokens=shape.growth_tokens,
+                *("select_tokens", RankedTokens(log_mass, chosen, x.retrieved_budget)),
+                *(_indexed(x), table, layer, x.step),
+                settings=shape.selection,
             )
             zones = run(
                 "attend_zones",
-                *(query, _steady(x), StoredRows(x.store, cache_rows), Picks(*retrieved[:3])),
+                *(query, _steady(x), StoredRows(Rows(x.store), Rows(cache_rows))),
+                Picks(*retrieved[:3]),
                 Estimate(scores[0], x.value_means, x.offsets, retrieved.remaining),
                 layer,
                 scale=shape.scale,
             )
             output, _ = run("merge_states", zones.outputs, zones.logsumexps, dtype=query.dtype)
             counts = (retrieved.hits, retrieved.misses)
-            return (output, *counts), (retrieved.table, zones.cache_rows)
+            return (output, *counts), (retrieved.table, zones.cache_rows.data)
 
         moved = self.case("score_clusters").bytes + self.zone_bytes()
         moved += shape.rows * shape.candidates * (4 * x.codes.shape[-1] + x.scales.dtype.itemsize)
@@ -291,10 +284,10 @@ def _indexed(x: StepInputs) -> IndexedTokens:
 
 
 def _anew(query: Array, layer: Array) -> Array:
-    """The query as one that only this layer has: else XLA rotates it once for all of a chain."""
+    """Return the query as this layer's own: else XLA rotates it once for all of a chain."""
     return jax.lax.optimization_barrier((query, layer))[0]
 
 
 def _copy(tree: Any) -> Any:
-    """A state that may be donated while the inputs stay."""
+    """Return a state that may be donated while the inputs stay."""
     return jax.tree.map(jnp.copy, tree)

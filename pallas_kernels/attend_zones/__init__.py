@@ -50,6 +50,7 @@ def attend_zones(
 
     Raises:
         ValueError: bounds are asked for, and the correction has no spread.
+        NotImplementedError: rows that have scales; or what `pallas_kernels.dispatch.call` raises.
     """
     if bounds and (estimate.correction is None or estimate.correction.spread is None):
         raise ValueError("attend_zones: bounds want a correction with a spread; give one")

@@ -7,7 +7,8 @@ import pytest
 from models.config import ModelConfig
 from tests.wavejax.planning.test_memory import compiled_workspace
 from wavejax import DenseAttention, WaveAttention, WaveConfig
-from wavejax.planning.memory import free_memory, memory_need
+from wavejax.planning.free_memory import free_memory
+from wavejax.planning.memory import memory_need
 from wavejax.store.rows import init_store
 
 pytestmark = pytest.mark.gpu
@@ -46,5 +47,5 @@ def test_a_store_in_host_memory_takes_nothing_of_the_device():
     jax.block_until_ready(store)
     # The program that makes it has a few numbers of its own there.
     assert device.memory_stats()["peak_bytes_in_use"] < before["peak_bytes_in_use"] + 2**20
-    assert store.rows.sharding.memory_kind == "pinned_host"
-    assert store.rows.nbytes >= size
+    assert store.rows.data.sharding.memory_kind == "pinned_host"
+    assert store.rows.data.nbytes >= size

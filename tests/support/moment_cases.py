@@ -12,6 +12,7 @@ from pallas_kernels.types import (
     Correction,
     Estimate,
     Picks,
+    Rows,
     SteadyRows,
     StoredRows,
 )
@@ -107,7 +108,9 @@ class Case:
         return (
             query,
             steady,
-            StoredRows(jnp.asarray(self.store), jnp.zeros((1, BATCH, HEADS, 0, 2, HEAD_DIM))),
+            StoredRows(
+                Rows(jnp.asarray(self.store)), Rows(jnp.zeros((1, BATCH, HEADS, 0, 2, HEAD_DIM)))
+            ),
             Picks(
                 jnp.asarray(tokens), jnp.full(tokens.shape, NO_ID), jnp.zeros(tokens.shape, bool)
             ),

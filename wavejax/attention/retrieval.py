@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -18,9 +19,11 @@ from pallas_kernels.types import (
     Retrieved,
     RowTable,
 )
+from wavejax.attention.protocol import Counts
 from wavejax.config import WaveConfig
+from wavejax.store.audit import errors_of
 from wavejax.store.index import WaveIndex
-from wavejax.store.state import Selection
+from wavejax.store.state import Selection, WaveState
 from wavejax.store.steady import SteadyZone
 
 
@@ -174,18 +177,18 @@ def select_tokens(
         worth = log_mass >= math.log(config.min_token_mass)
         budget = jnp.minimum(budget[:, None], jnp.sum(worth, axis=-1, dtype=jnp.int32))
     return ops.select_tokens(
-        log_mass,
-        chosen,
-        budget,
+        ops.RankedTokens(log_mass, chosen, budget),
         ops.IndexedTokens(index.offsets, index.token_ids, index.prompt_tokens),
         table,
         layer,
         step,
-        max_tokens=config.most_retrieved(index.token_ids.shape[-1]),
-        segment_tokens=config.segment_tokens,
-        growth_tokens=config.growth_tokens,
-        admission_ratio=config.admission_ratio,
-        with_clusters=index.moments is not None,
+        settings=ops.SelectionSettings(
+            config.most_retrieved(index.token_ids.shape[-1]),
+            config.segment_tokens,
+            config.growth_tokens,
+            config.admission_ratio,
+            index.moments is not None,
+        ),
     )
 
 
@@ -251,8 +254,20 @@ def budgets(
     return jnp.minimum(retrieved, tokens), jnp.minimum(candidates, tokens)
 
 
+def counts(state: WaveState) -> Counts:
+    """Read what decode steps have retrieved so far; see `Attention.counts`."""
+    table = state.cache.table
+    hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
+    layers, _, kv_heads = state.store.rows.shape[:3]
+    attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
+    indexed = int(np.asarray(state.index.tokens, np.int64).sum())
+    has_slots = table.token_of_slot.shape[-1] > 0
+    errors = None if state.audit is None else errors_of(state.audit)
+    return Counts(hits + misses, hits if has_slots else None, attended, indexed, errors)
+
+
 def _share(fraction: float, tokens: Array) -> Array:
-    """A share of the tokens, rounded up."""
+    """Count a share of the tokens, rounded up."""
     if fraction >= 1:
         return tokens
     # A millionth less, so that a product that should be whole, 0.3 * 170, is rounded up to itself

@@ -1,4 +1,4 @@
-"""Wave attention. One decode step of a layer, `WaveAttention.decode`, is eight steps:
+"""Wave attention. Its decode step of a layer, `WaveAttention.decode`, has eight steps.
 
 1. push the token's KV row onto the window,
 2. score the clusters,
@@ -16,23 +16,17 @@ import dataclasses
 from typing import get_args
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from models.errors import InputError
-from pallas_kernels.types import (
-    ClusterScores,
-    Picks,
-    Retrieved,
-    SteadyRows,
-    StoredRows,
-    ZoneStates,
-)
+from pallas_kernels import Implementation
 from wavejax.attention import retrieval
 from wavejax.attention.audit import audit
+from wavejax.attention.footprint import Footprint, wave_footprint
+from wavejax.attention.implementation import by_own_implementation, check_implementation
 from wavejax.attention.protocol import (
     Attention,
     Counts,
@@ -44,7 +38,7 @@ from wavejax.attention.protocol import (
 )
 from wavejax.config import WaveConfig
 from wavejax.store import prompt, room
-from wavejax.store.audit import errors_of, init_audit
+from wavejax.store.audit import init_audit
 from wavejax.store.growth import grow
 from wavejax.store.index import init_index
 from wavejax.store.moments import check_staged
@@ -77,29 +71,35 @@ class WaveAttention(Attention[WaveState]):
             layer to layer (`engine.staged`). None takes the best that the platform can.
         cached: whether a row store on the device has a row cache before it, which it does not
             need. One in host memory always has a row cache.
+        implementation: how its ops run: "xla", plain JAX; "triton", the kernels; "auto", the
+            platform's best. None leaves it to `use_implementation` and `WAVEJAX_IMPLEMENTATION`.
 
     Raises:
-        InputError: `store` or `fetch` is none of these; or the settings have moments, and KV rows
-            are staged.
+        InputError: `store`, `fetch` or `implementation` is none of these; or the settings have
+            moments or an audit, and KV rows are staged.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
     store: StoreKind = "host"
     fetch: Fetch | None = None
     cached: bool = False
+    implementation: Implementation | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("store", self.store, get_args(StoreKind)),
-            ("fetch", self.fetch, (None, *get_args(Fetch))),
-        ):
+        for name, known in (("store", get_args(StoreKind)), ("fetch", (None, *get_args(Fetch)))):
+            value = getattr(self, name)
             if value not in known:
-                raise InputError(f"{name} is {value!r}; it must be one of {known}")
+                raise InputError(f"`{name}` is {value!r}; it must be one of {known}")
+        check_implementation(self.implementation)
         check_staged(self.config, self.store == "host" and self.fetch == "staged")
 
     @property
     def state_type(self) -> type[WaveState]:
         return WaveState
+
+    @property
+    def on_device(self) -> "WaveAttention":
+        return dataclasses.replace(self, store="device", cached=self.has_cache)
 
     @property
     def has_index(self) -> bool:
@@ -144,6 +144,7 @@ class WaveAttention(Attention[WaveState]):
             audit=init_audit(config.audit),
         )
 
+    @by_own_implementation
     def write_prompt(
         self,
         layer: Layer,
@@ -156,6 +157,7 @@ class WaveAttention(Attention[WaveState]):
     ) -> WaveState:
         return prompt.write_prompt(self.config, layer, key, value, state, sequence, length)
 
+    @by_own_implementation
     def index_prompt(
         self,
         layer: Layer,
@@ -174,6 +176,7 @@ class WaveAttention(Attention[WaveState]):
     ) -> WaveState:
         return prompt.finish_prompt(self.config, state, sequence, length)
 
+    @by_own_implementation
     def grow(self, state: WaveState) -> WaveState:
         """Move the oldest `growth_tokens` of each full window into its index, if there is room.
 
@@ -192,6 +195,7 @@ class WaveAttention(Attention[WaveState]):
     def remaining(self, state: WaveState) -> Int[Array, " batch"]:
         return room.remaining(self.config, state)
 
+    @by_own_implementation
     def decode(
         self, layer: Layer, query: StepQuery, key: StepKV, value: StepKV, state: WaveState
     ) -> tuple[StepQuery, WaveState]:
@@ -200,10 +204,10 @@ class WaveAttention(Attention[WaveState]):
         zones, state = self.attend(layer, selection, state)
         # 8. Merge the zones' outputs, by their logsumexp.
         output, _ = ops.merge_states(zones.outputs, zones.logsumexps, dtype=query.dtype)
-        if state.audit is not None:
-            state = audit(self.config, layer, selection.query, output, state)
+        state = audit(self.config, layer, selection.query, output, state)
         return output.reshape(query.shape), state
 
+    @by_own_implementation
     def select(
         self, layer: Layer, query: StepQuery, key: StepKV, value: StepKV, state: WaveState
     ) -> tuple[Selection, WaveState]:
@@ -221,18 +225,18 @@ class WaveAttention(Attention[WaveState]):
         # 6. Decide how many tokens of each cluster to estimate.
         estimated = retrieval.to_estimate(self.config, scores, retrieved, state.index, layer)
         cache = RowCache(state.cache.rows, retrieved.table)
-        found = retrieved.tokens, retrieved.slots, retrieved.hit
-        more = scores.products, retrieved.clusters
+        found, more = retrieved[:3], (scores.products, retrieved.clusters)
         selection = Selection(grouped, *found, scores.logits, estimated, *more)
         return selection, dataclasses.replace(state, cache=cache)
 
+    @by_own_implementation
     def retrieve(
         self,
         layer: Layer,
         query: Float[Array, "batch kv_heads group head_dim"],
-        scores: ClusterScores,
+        scores: ops.ClusterScores,
         state: WaveState,
-    ) -> Retrieved:
+    ) -> ops.Retrieved:
         """Rank the best clusters' tokens and retrieve the best of them: steps 3 to 5 of `decode`.
 
         Args:
@@ -255,17 +259,18 @@ class WaveAttention(Attention[WaveState]):
         table, step = state.cache.table, state.step
         return retrieval.select_tokens(config, log_mass, chosen, index, table, layer, step)
 
+    @by_own_implementation
     def attend(
         self, layer: Layer, selection: Selection, state: WaveState
-    ) -> tuple[ZoneStates, WaveState]:
+    ) -> tuple[ops.ZoneStates, WaveState]:
         """Attend to the zones, and admit missed KV rows to the row cache: step 7 of `decode`."""
         steady, in_window = state.steady, room.window_tokens(self.config, state)
         # 7. Attend to the zones: an output and a logsumexp of each.
         zones = ops.attend_zones(
             selection.query,
-            SteadyRows(steady.sink, steady.sink_tokens, steady.window, in_window),
-            StoredRows(state.store.rows, state.cache.rows),
-            Picks(selection.tokens, selection.slots, selection.hit),
+            ops.SteadyRows(steady.sink, steady.sink_tokens, steady.window, in_window),
+            ops.StoredRows(state.store.rows, state.cache.rows),
+            ops.Picks(selection.tokens, selection.slots, selection.hit),
             retrieval.estimate_of(selection, state.index),
             layer,
             scale=scale_of(selection.query),
@@ -287,11 +292,9 @@ class WaveAttention(Attention[WaveState]):
         )
 
     def counts(self, state: WaveState) -> Counts:
-        table = state.cache.table
-        hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
-        layers, _, kv_heads = state.store.rows.shape[:3]
-        attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
-        indexed = int(np.asarray(state.index.tokens, np.int64).sum())
-        has_slots = table.token_of_slot.shape[-1] > 0
-        errors = None if state.audit is None else errors_of(state.audit)
-        return Counts(hits + misses, hits if has_slots else None, attended, indexed, errors)
+        return retrieval.counts(state)
+
+    def footprint(
+        self, state: WaveState, shape: CacheShape, heads: int, prompt_tokens: int
+    ) -> Footprint:
+        return wave_footprint(self.config, state, shape, heads, prompt_tokens)

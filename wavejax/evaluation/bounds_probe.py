@@ -147,7 +147,9 @@ def _follow(
     def one_step(i: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, found = carry
         state = generator.feed(params, state, jnp.maximum(answer[i], 0))
-        return state, found.at[i].set(state.attention_state.figures)
+        cache: Any = state.attention_state
+        return state, found.at[i].set(cache.figures)
 
-    room = jnp.zeros((CHUNK, *state.attention_state.figures.shape), jnp.float32)
+    first: Any = state.attention_state
+    room = jnp.zeros((CHUNK, *first.figures.shape), jnp.float32)
     return lax.fori_loop(0, steps, one_step, (state, room))

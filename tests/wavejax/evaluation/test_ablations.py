@@ -56,9 +56,9 @@ def first_query(stream):
 
 
 def cluster_scores(stream, state):
-    query, wave = first_query(stream), state.index
+    query, index = first_query(stream), state.index
     return ops.score_clusters(
-        query, wave.centroids, wave.offsets, jnp.int32(0), scale=scale_of(query)
+        query, index.centroids, index.offsets, jnp.int32(0), scale=scale_of(query)
     )
 
 
@@ -69,7 +69,7 @@ def ranked(attention, stream):
     found = attention._rank(jnp.int32(0), query, cluster_scores(stream, state), state)
     b, h = jnp.arange(len(LENGTHS))[:, None, None], jnp.arange(2)[None, :, None]
     tokens = attention._tokens(jnp.int32(0), found.positions, state)
-    keys = state.store.rows[0, b, h, tokens, 0]
+    keys = state.store.rows.data[0, b, h, tokens, 0]
     return found, scale * np.asarray(jnp.einsum("bhgd,bhmd->bhgm", query, keys))
 
 

@@ -1,4 +1,4 @@
-"""What moments take of the workspace: as a prompt's are built, and in a step."""
+"""Bytes of temporaries that moments take: as a prompt's are built, and in a step."""
 
 from pallas_kernels.build_clusters import capacity
 from pallas_kernels.build_moments.reference import BLOCK
