@@ -108,7 +108,7 @@ class WaveConfig:
             _check_range(name, getattr(self, name), 0, 1)
         _check_known("moment_rank", self.moment_rank, MOMENT_RANKS)
         if self.bounds and not self.moment_rank:
-            raise InputError("bounds want moments: give moment_rank 1, 2 or 4")
+            raise InputError("`bounds` want moments: give `moment_rank` of 1, 2 or 4")
         _check_known("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         _check_range("admission_ratio", self.admission_ratio, 1, 10**9)
         _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)
@@ -203,7 +203,7 @@ def _check_kind(name: str, value: Any, kind: type) -> None:
 def _check_known(name: str, value: Any, known: tuple[Any, ...]) -> None:
     if value not in known:
         listed = ", ".join(map(str, known))
-        raise InputError(f"{name} is {value}; it must be one of {listed}")
+        raise InputError(f"`{name}` is {value}; it must be one of {listed}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

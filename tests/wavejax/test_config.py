@@ -39,11 +39,11 @@ def test_a_value_out_of_range_is_named_with_its_range(name, value, low, high):
 
 
 def test_a_value_that_is_none_of_a_few_is_named_with_them():
-    with pytest.raises(InputError, match="moment_rank is 3; it must be one of 0, 1, 2, 4"):
+    with pytest.raises(InputError, match="`moment_rank` is 3; it must be one of 0, 1, 2, 4"):
         WaveConfig(moment_rank=3)
-    with pytest.raises(InputError, match="moment_dtype is int4; it must be one of model, "):
+    with pytest.raises(InputError, match="`moment_dtype` is int4; it must be one of model, "):
         WaveConfig(moment_dtype="int4")
-    with pytest.raises(InputError, match="bounds want moments: give moment_rank 1, 2 or 4"):
+    with pytest.raises(InputError, match="`bounds` want moments: give `moment_rank` of 1, 2 or 4"):
         WaveConfig(bounds=True)
 
 

@@ -77,7 +77,7 @@ class AblatedAttention(WaveAttention):
         if self.store != "device" or not self.config.token_codes:
             raise InputError("an ablation of the codes needs token_codes, and rows on the device")
         if self.corrected and self.config.moment_rank:
-            raise InputError("corrected masses and moments are two corrections; give one of them")
+            raise InputError("`corrected` and `moment_rank` are two corrections; give one of them")
         if self.config.min_token_mass:
             raise InputError("an ablation of the codes has no min_token_mass; leave it at 0")
 

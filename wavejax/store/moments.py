@@ -34,13 +34,13 @@ def check_staged(config: WaveConfig, staged: bool) -> None:
     """Raise InputError: there are to be moments, or an audit, and KV rows are staged."""
     if config.audit and staged:
         raise InputError(
-            "audit is not 0 and rows in host memory are staged, which no step has all of: give "
-            "audit 0, or keep the store on the device"
+            "`audit` is not 0 and rows in host memory are staged, which no step has all of: give "
+            "`audit=0`, or `store=device`"
         )
     if config.moment_rank and staged:
         raise InputError(
-            "moment_rank is not 0 and rows in host memory are staged, but the estimate needs all "
-            "retrieved rows at once: give moment_rank 0, or keep the store on the device"
+            "`moment_rank` is not 0 and rows in host memory are staged, but the estimate needs all "
+            "retrieved rows at once: give `moment_rank=0`, or `store=device`"
         )
 
 

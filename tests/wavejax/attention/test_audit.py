@@ -69,5 +69,5 @@ def test_without_one_the_state_has_no_log():
 
 
 def test_staged_rows_are_refused():
-    with pytest.raises(InputError, match="audit is not 0 and rows in host memory are staged"):
+    with pytest.raises(InputError, match="`audit` is not 0 and rows in host memory are staged"):
         WaveAttention(WaveConfig(audit=0.5), "host", "staged")

@@ -86,5 +86,7 @@ def test_each_retrieved_token_is_told_with_its_cluster():
 
 
 def test_staged_rows_are_refused():
-    with pytest.raises(InputError, match="moment_rank is not 0 and rows in host memory are staged"):
+    with pytest.raises(
+        InputError, match="`moment_rank` is not 0 and rows in host memory are staged"
+    ):
         WaveAttention(WaveConfig(moment_rank=1), "host", "staged")
