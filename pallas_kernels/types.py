@@ -223,7 +223,7 @@ class ZoneStates(NamedTuple):
         outputs: `[parts, batch, kv_heads, group, head_dim]` float32.
         logsumexps: `[parts, batch, kv_heads, group]` float32; about -1e30 for an empty part.
         cache_rows: as given, with the admitted rows written into their slots.
-        bounds: of the estimate, if they were asked for.
+        bounds: of the estimate, if its correction has a spread.
     """
 
     outputs: Array

@@ -17,7 +17,6 @@ def attend_zones(
     layer: Int[Array, ""] | int,
     *,
     scale: float,
-    bounds: bool = False,
     implementation: Implementation | None = None,
 ) -> ZoneStates:
     """Attend to the three zones (RetroInfer, section 4.2, tripartite attention).
@@ -32,7 +31,9 @@ def attend_zones(
 
     With an estimate's `correction` the third zone is that of `_rest.attend_rest`: what is retrieved
     leaves its cluster's mean key and mean value too, and moments correct mass and value to second
-    order in the residuals. Masses stay positive whatever the query.
+    order in the residuals. Masses stay positive whatever the query. If the correction has a spread,
+    the result has bounds: between which numbers each query head's estimated mass lies, and how far
+    the merged output may be from full attention's.
 
     NaN or infinity in what a query attends to makes its outputs NaN, or its logsumexps.
 
@@ -44,16 +45,11 @@ def attend_zones(
         estimate: what is left to the clusters.
         layer: which layer of the stacks.
         scale: as in `score_clusters`.
-        bounds: tell, for each query head, between which numbers the estimated mass lies, and how
-            far the merged output may be from full attention's. Wants a correction with a spread.
         implementation: see `pallas_kernels.dispatch.call`.
 
     Raises:
-        ValueError: bounds are asked for, and the correction has no spread.
         NotImplementedError: rows that have scales; or what `pallas_kernels.dispatch.call` raises.
     """
-    if bounds and (estimate.correction is None or estimate.correction.spread is None):
-        raise ValueError("attend_zones: bounds want a correction with a spread; give one")
     return dispatch.call(
         "attend_zones",
         implementation,
@@ -65,5 +61,4 @@ def attend_zones(
         estimate,
         layer,
         scale=scale,
-        bounds=bounds,
     )

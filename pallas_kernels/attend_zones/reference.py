@@ -88,7 +88,6 @@ def attend_zones(
     layer: Array | int,
     *,
     scale: float,
-    bounds: bool = False,
 ) -> ZoneStates:
     """See `pallas_kernels.attend_zones`."""
     batch, kv_heads = query.shape[:2]
@@ -126,7 +125,7 @@ def attend_zones(
     parts = (of_steady, retrieved, estimated)
     outputs = jnp.stack([output for output, _ in parts])
     logsumexps = jnp.stack([logsumexp for _, logsumexp in parts])
-    if not bounds or rest is None:
+    if rest is None or correction is None or correction.spread is None:
         return ZoneStates(outputs, logsumexps, Rows(cache_rows))
     given = query, read, tokens != NO_ID, rest, estimate
     certain = zone_bounds(*given, (outputs, logsumexps), layer, scale=scale)

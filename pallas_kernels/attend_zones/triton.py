@@ -26,7 +26,6 @@ def attend_zones(
     layer: Array | int,
     *,
     scale: float,
-    bounds: bool = False,
     config: Config | None = None,
     interpret: bool = False,
 ) -> ZoneStates:
@@ -46,7 +45,7 @@ def attend_zones(
     store, cache_rows = (held.plain("attend_zones") for held in rows)
     tokens, slots, hit = picks
     logits, value_means, offsets, remaining, correction = estimate
-    if correction is not None or bounds:
+    if correction is not None:
         raise NotImplementedError("attend_zones: there is no kernel for moments yet")
     by_name = {"sink": sink, "window": window, "store": store, "cache": cache_rows}
     for name, array in by_name.items():

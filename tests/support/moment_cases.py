@@ -25,7 +25,7 @@ CLUSTERS, TOKENS = 6, sum(SIZES[0])
 
 build = jax.jit(ops.build_moments, static_argnames="rank")
 build_spread = jax.jit(ops.build_spread)
-attend = jax.jit(ops.attend_zones, static_argnames=("scale", "bounds"))
+attend = jax.jit(ops.attend_zones, static_argnames="scale")
 
 
 def members_of(b):

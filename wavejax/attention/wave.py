@@ -274,7 +274,6 @@ class WaveAttention(Attention[WaveState]):
             retrieval.estimate_of(selection, state.index),
             layer,
             scale=scale_of(selection.query),
-            bounds=self.config.bounds,
         )
         cache = dataclasses.replace(state.cache, rows=zones.cache_rows)
         return zones, dataclasses.replace(state, cache=cache)

@@ -15,7 +15,7 @@ ROUNDING = 1e-4
 
 def check(case):
     """Holds the bounds to the truth; returns the output's error and its bound."""
-    found = attend(*case.operands(), 0, scale=SCALE, bounds=True)
+    found = attend(*case.operands(), 0, scale=SCALE)
     output, _ = ops.merge_states(found.outputs, found.logsumexps)
     output = np.asarray(output, np.float64)
     bounds = [np.asarray(x, np.float64) for x in found.bounds]
@@ -69,11 +69,14 @@ def test_without_anything_estimated_nothing_is_uncertain():
     assert not certain.any()
 
 
-def test_bounds_want_a_spread():
+def test_without_a_spread_there_are_no_bounds():
     *operands, estimate = Case(4, rank=2).operands()
-    without = estimate._replace(correction=estimate.correction._replace(spread=None))
-    with pytest.raises(ValueError, match="bounds want a correction with a spread"):
-        attend(*operands, without, 0, scale=SCALE, bounds=True)
+    found = attend(*operands, estimate, 0, scale=SCALE)
+    correction = estimate.correction._replace(spread=None)
+    plain = attend(*operands, estimate._replace(correction=correction), 0, scale=SCALE)
+    assert plain.bounds is None
+    for one, other in zip(found[:2], plain[:2], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_a_spread_is_of_each_clusters_members():
