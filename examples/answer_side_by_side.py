@@ -14,13 +14,13 @@ from wavejax.engine.batching import Event, Piece
 
 
 def show(name: str, event: Event) -> None:
-    """Prints an answer's text as it comes, with whose it is."""
+    """Print an answer's text as it comes, with whose it is."""
     if isinstance(event, Piece) and event.text:
         print(f"{name}: {event.text!r}")
 
 
 def main() -> None:
-    """Sends three requests to two slots, and ends a fourth."""
+    """Send three requests to two slots, and end a fourth."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder or file; the installed SmolLM2 unless given")
     arguments = parser.parse_args()

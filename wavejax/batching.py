@@ -10,7 +10,7 @@ from wavejax.engine.batching import BatchEngine, Room
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.language_model import LanguageModel
-from wavejax.planning.memory import free_memory
+from wavejax.planning.free_memory import free_memory
 from wavejax.planning.rooms import plan_rooms
 
 SMALLEST_ROOM = 8192  # Tokens of prompts in the first room; the next ones have four times as many.
@@ -54,10 +54,10 @@ def batch_engine(
         >>> [len(answer.token_ids) <= 4 for answer in answers]
         [True, True]
     """
-    whole_number("slots", slots, 1, MOST_INT32)
-    most = whole_number("max_new_tokens", max_new_tokens, 1, MOST_INT32)
+    whole_number("`slots`", slots, 1, MOST_INT32)
+    most = whole_number("`max_new_tokens`", max_new_tokens, 1, MOST_INT32)
     own = model.max_context or model.config.max_context
-    context = own if max_context is None else whole_number("max_context", max_context, 2)
+    context = own if max_context is None else whole_number("`max_context`", max_context, 2)
     most = min(most, context - 1)
     if rooms is None:
         sizes = [min(SMALLEST_ROOM, context)]

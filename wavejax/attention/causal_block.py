@@ -16,7 +16,7 @@ CUDNN_BLOCK = 2048  # Queries at a time where cuDNN attends: enough to keep a GP
 
 
 def block_tokens(tokens: int, heads: int, dtype: DTypeLike, head_dim: int) -> int:
-    """How many queries are attended to at a time: a divisor of the prompt's padded tokens.
+    """Count the queries attended to at a time: a divisor of the prompt's padded tokens.
 
     Args:
         tokens: the prompt's, padded.
@@ -29,7 +29,7 @@ def block_tokens(tokens: int, heads: int, dtype: DTypeLike, head_dim: int) -> in
 
 
 def section_blocks(blocks: int) -> int:
-    """How many blocks make a section: those of a section see the keys up to its end."""
+    """Count the blocks of a section: those of a section see the keys up to its end."""
     return -(-blocks // min(SECTIONS, blocks))
 
 
@@ -41,7 +41,7 @@ def attend_block(
     *,
     scale: float,
 ) -> Float[Array, "block heads head_dim"]:
-    """Attention of a block's tokens to themselves and all before; see `causal.causal_attention`.
+    """Attend with a block's tokens to themselves and all before; see `causal.causal_attention`.
 
     Args:
         query: the block's.

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
-from wavejax.attention.dense import DenseAttention
-from wavejax.attention.wave import WaveAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.batching.rooms import Room, as_rooms
-from wavejax.planning.memory import FreeMemory, MemoryNeed, free_memory, memory_need
+from wavejax.planning.free_memory import FreeMemory, free_memory
+from wavejax.planning.memory import MemoryNeed, memory_need
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan, shortage
 
 
@@ -28,14 +28,14 @@ class RoomPlan:
         memory: bytes that the states of rooms may take together.
     """
 
-    attention: WaveAttention | DenseAttention
+    attention: AnyAttention
     rooms: tuple[Room, ...]
     memory: int
 
 
 def plan_rooms(
     model: ModelConfig,
-    attention: WaveConfig | WaveAttention | DenseAttention,
+    attention: WaveConfig | AnyAttention,
     rooms: Sequence[Room],
     dtype: DTypeLike,
     *,
@@ -43,28 +43,26 @@ def plan_rooms(
     fetch: FetchChoice = "auto",
     free: FreeMemory | None = None,
 ) -> RoomPlan:
-    """Decides how many slots each room has, and where KV rows go; allocates nothing.
+    """Decide how many slots each room has, and where KV rows go; allocate nothing.
 
     Args:
         model: the model's sizes.
-        attention: the settings of wave attention, full attention, or a wave attention as it is.
+        attention: the settings of wave attention, or an attention that is taken as it is.
         rooms: as they are wanted: fewer slots where not all fit, each room by itself.
         dtype: of weights and states.
-        store, fetch: as of `make_plan`; of a wave attention its own.
+        store: as of `make_plan`.
+        fetch: as of `make_plan`.
         free: what there is, the weights' memory included; None asks the device.
 
     Raises:
         InputError: not one slot of the smallest room fits.
     """
-    if isinstance(attention, WaveAttention):
-        store, fetch = attention.store, attention.fetch or "auto"
-        attention = attention.config
-    settings, there_is, wanted = attention, free_memory() if free is None else free, as_rooms(rooms)
+    there_is, wanted = free_memory() if free is None else free, as_rooms(rooms)
 
     def plan(room: Room, slots: int) -> Plan:
         sizes = slots, room.prompt_tokens, room.new_tokens
         left = _without(there_is, _readings(model, room.prompt_tokens, dtype))
-        return make_plan(model, settings, *sizes, dtype, store=store, fetch=fetch, free=left)
+        return make_plan(model, attention, *sizes, dtype, store=store, fetch=fetch, free=left)
 
     def fits(plan: Plan) -> bool:
         return shortage(plan.need, plan.free) is None
@@ -96,25 +94,25 @@ def plan_rooms(
 
 
 def _most(slots: int, fits: Callable[[int], bool]) -> int:
-    """The most slots that fit, up to `slots`; 0 for none."""
+    """Count the slots that fit, up to `slots`; 0 for none."""
     return bisect.bisect_left(range(1, slots + 1), True, key=lambda count: not fits(count))
 
 
 def _without(free: FreeMemory, taken: int) -> FreeMemory:
-    """What is left of the memory where prompts are read."""
+    """Return what is left of the memory where prompts are read."""
     if free.device is None:
         return dataclasses.replace(free, host=max(0, free.host - taken))
     return dataclasses.replace(free, device=max(0, free.device - taken))
 
 
 def _readings(model: ModelConfig, tokens: int, dtype: DTypeLike) -> int:
-    """Bytes that two prompts hold between two parts of their reading, at most."""
+    """Count the bytes that two prompts hold between two parts of their reading, at most."""
     row = 2 * model.hidden_size + 2 * model.num_kv_heads * model.head_dim
     return 2 * tokens * row * jnp.dtype(dtype).itemsize
 
 
 def _limits(need: MemoryNeed, free: FreeMemory) -> tuple[int, int]:
-    """Bytes for states on the device, and for rows in host memory."""
+    """Return the bytes for states on the device, and for rows in host memory."""
     besides = need.weights + need.workspace
     if free.device is None:
         left = max(1, free.host - besides)
@@ -124,7 +122,7 @@ def _limits(need: MemoryNeed, free: FreeMemory) -> tuple[int, int]:
 
 
 def _bytes(need: MemoryNeed, limits: tuple[int, int]) -> int:
-    """A room's bytes: of the memory that is scarcer, as a share of the device's.
+    """Count a room's bytes: of the memory that is scarcer, as a share of the device's.
 
     So the sum of several rooms is never below what they take of either.
     """

@@ -71,11 +71,11 @@ class Answer:
         return self.reason is not None
 
     def tell(self, layers: int, of: int) -> None:
-        """Tells how far the prompt has been read."""
+        """Tell how far the prompt has been read."""
         self.channel.put(Progress(self.prompt_tokens * layers // of, self.prompt_tokens))
 
     def take(self, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
-        """Takes a token; the answer may end with it."""
+        """Take a token; the answer may end with it."""
         if self.first is None:
             self.first = now
         self.tokens += 1
@@ -92,7 +92,7 @@ class Answer:
         self._put(token, text, now, logprobs, reason)  # type: ignore[arg-type]
 
     def end(self, reason: FinishReason, now: float, error: Exception | None = None) -> None:
-        """Ends it without another token; of no effect on one that has ended."""
+        """End it without another token; of no effect on one that has ended."""
         if self.reason is None:
             self._put(None, self._flush(), now, None, reason, error)
 
@@ -127,7 +127,7 @@ class Answer:
 
 
 def decoder_of(tokenizer: Tokenizer | None, request: Request) -> TokenDecoder | None:
-    """What makes text of an answer's tokens; None without a tokenizer.
+    """Return what makes text of an answer's tokens; None without a tokenizer.
 
     Raises:
         InputError: a stop string is empty.

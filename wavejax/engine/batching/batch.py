@@ -86,7 +86,7 @@ class Batch:
         return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
 
     def allocate(self) -> None:
-        """Makes the state, if there is none."""
+        """Make the state, if there is none."""
         if self.state is None:
             room, dtype = self.room, self.params["params"]["embedding"].dtype
             sizes = room.slots, room.prompt_tokens, room.new_tokens
@@ -94,20 +94,20 @@ class Batch:
             self.state = slots.allocate(self.engine, *sizes, dtype, [])
 
     def drop(self) -> None:
-        """Gives the state's memory back."""
+        """Give the state's memory back."""
         self.state = None
         self.calls.clear()
         self._to_release.clear()
 
     def free_slot(self) -> int | None:
-        """A slot that a prompt may take; None if there is none."""
+        """Find a slot that a prompt may take; None if there is none."""
         for slot, answer in enumerate(self.seats):
             if answer is None and slot not in self.kept:
                 return slot
         return None
 
     def seat(self, slot: int, answer: Answer) -> None:
-        """An answer begins in a slot whose prompt has been read."""
+        """Begin an answer in a slot whose prompt has been read."""
         request: Any = answer.request
         self.kept.discard(slot)
         self._to_release.discard(slot)
@@ -126,7 +126,7 @@ class Batch:
         self.state = dataclasses.replace(state, **_set_row(rows, jnp.int32(slot), row))
 
     def leave(self, answer: Answer) -> None:
-        """Frees an answer's slot: before the next call."""
+        """Free an answer's slot: before the next call."""
         for slot, sitting in enumerate(self.seats):
             if sitting is answer:
                 self.seats[slot] = None
@@ -138,7 +138,7 @@ class Batch:
         return any(answer.request.constraint is not None for answer in self.answers)
 
     def dispatch(self, steps: int, now: float) -> list[Answer]:
-        """Calls the step; `collect` has the tokens. One step if anyone is watched.
+        """Call the step; `collect` has the tokens. One step if anyone is watched.
 
         Returns:
             the answers that ended before it: their constraints failed.
@@ -165,7 +165,7 @@ class Batch:
         return ended
 
     def collect(self, now: Callable[[], float]) -> list[Answer]:
-        """Hands the tokens of the oldest call out; waits for it.
+        """Hand the tokens of the oldest call out; waits for it.
 
         Args:
             now: gives the time, once the tokens are there.
@@ -190,7 +190,7 @@ class Batch:
         return ended
 
     def _allowed(self, now: float) -> tuple[dict[int, np.ndarray], list[Answer]]:
-        """By slot what constraints allow; and the answers whose constraints failed."""
+        """Ask, by slot, what constraints allow; and list the answers whose constraints failed."""
         allowed: dict[int, np.ndarray] = {}
         ended: list[Answer] = []
         for slot, answer in enumerate(self.seats):
@@ -215,14 +215,14 @@ class Batch:
         return self.state
 
     def release(self) -> None:
-        """Ends the sequences whose answers have left; `dispatch` does so too."""
+        """End the sequences whose answers have left; `dispatch` does so too."""
         for slot in sorted(self._to_release):
             self.state = slots.release(self.whole_state, slot)
         self._to_release.clear()
         self._set_sampling()
 
     def _set_sampling(self) -> None:
-        """The settings of those who sit here, at the lowest level that has all their fields."""
+        """Make the settings of those who sit here, at the lowest level that has their fields."""
         greedy = Sampler()
         samplers = [greedy if one is None else one.request.sampler for one in self.seats]
         if samplers == self._samplers:
@@ -241,7 +241,7 @@ class Batch:
 def _hand_out(
     answer: Answer, tokens: Sequence[int], told: TokenLogprobs | None, now: float
 ) -> None:
-    """Gives an answer its tokens of a call, up to its end."""
+    """Give an answer its tokens of a call, up to its end."""
     for token in tokens:
         if token == NO_TOKEN:
             # Its room holds what it may want, so it is not full.

@@ -71,15 +71,15 @@ class BatchEngine:
         clock: Callable[[], float] = time.perf_counter,
     ):
         check_params(params, generator.model_config)
-        stall = real_number("max_stall_ms", max_stall_ms)
+        stall = real_number("`max_stall_ms`", max_stall_ms)
         if not 0 < stall < float("inf"):
-            raise InputError(f"max_stall_ms is {max_stall_ms}; it must be above 0")
+            raise InputError(f"`max_stall_ms` is {max_stall_ms}; it must be above 0")
         self.rooms = as_rooms(rooms)
         context = generator.model_config.max_context if max_context is None else max_context
-        self.max_context = whole_number("max_context", context, 1)
-        self._memory = None if memory is None else whole_number("memory", memory, 0)
+        self.max_context = whole_number("`max_context`", context, 1)
+        self._memory = None if memory is None else whole_number("`memory`", memory, 0)
         self.stop_tokens = generator.stop_tokens
-        self._short = bucket(whole_number("short_tokens", short_tokens, 1))
+        self._short = bucket(whole_number("`short_tokens`", short_tokens, 1))
         self._tokenizer, self._clock = tokenizer, clock
         # Each request has its own stop tokens, which the host looks for.
         generator = dataclasses.replace(generator, stop_tokens=(), sampler=Sampler())
@@ -91,9 +91,9 @@ class BatchEngine:
             self.rooms,
             memory=self._memory,
             stall=stall / 1000,
-            queue_limit=whole_number("queue_limit", queue_limit, 1),
-            most_passes=whole_number("most_passes", most_passes, 0),
-            steps=whole_number("steps", steps, 1),
+            queue_limit=whole_number("`queue_limit`", queue_limit, 1),
+            most_passes=whole_number("`most_passes`", most_passes, 0),
+            steps=whole_number("`steps`", steps, 1),
             clock=clock,
             lock=self._changed,
         )
@@ -133,7 +133,7 @@ class BatchEngine:
             raise InputError(f"the request is of type {type(request).__name__}; give a Request")
         request = request.checked(self._generator.model_config.vocab_size, self.stop_tokens)
         if request.stop and self._tokenizer is None:
-            raise InputError("stop texts need a tokenizer: give the engine one, or stop_tokens")
+            raise InputError("stop texts need a tokenizer: give the engine one, or `stop_tokens`")
         prompt_tokens = len(request.prompt)
         check_context(self.max_context, prompt_tokens, request.max_new_tokens)
         check_fits(self.rooms, self._memory, prompt_tokens, request.max_new_tokens)
@@ -230,7 +230,7 @@ class BatchEngine:
         return self._thread is not None and self._thread.is_alive() and self.failure is None
 
     def stats(self) -> Stats:
-        """What it has done so far, and does; from any thread."""
+        """Return what it has done so far, and does; from any thread."""
         with self._changed:
             scheduler = self._scheduler
             return Stats(
@@ -272,7 +272,7 @@ class BatchEngine:
             self._wake()
 
     def _wait(self) -> bool:
-        """Waits for work; False when the engine is to end."""
+        """Wait for work; False when the engine is to end."""
         with self._changed:
             if not self._scheduler.busy:
                 self._changed.notify_all()  # who drains

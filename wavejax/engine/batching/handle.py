@@ -26,7 +26,7 @@ class Channel:
         self.wake: Callable[[], None] = lambda: None
 
     def put(self, event: Event) -> None:
-        """Hands an event to the reader."""
+        """Hand an event to the reader."""
         last = isinstance(event, Piece) and event.finish_reason is not None
         if last:
             # Before the reader hears of it: who asks then is told so.
@@ -40,7 +40,7 @@ class Channel:
                 self._gone = self.cancelled = True
 
     def cancel(self) -> None:
-        """Says that nobody wants the answer any more."""
+        """Say that nobody wants the answer any more."""
         if not self.cancelled and not self.ended.is_set():
             self.cancelled = True
             self.wake()

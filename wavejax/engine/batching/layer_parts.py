@@ -16,8 +16,8 @@ from models import decoder
 from models.config import ModelConfig
 from models.parameters import Params
 from wavejax.attention.causal_block import attend_block
+from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
-from wavejax.engine.interface import Attention
 from wavejax.engine.staged_state import StagedState
 
 
@@ -40,7 +40,7 @@ def enter(
     first: Array,
     count: Array,
 ) -> tuple[Array, Array]:
-    """Makes the keys and values of `count` blocks, from block `first` on."""
+    """Make the keys and values of `count` blocks, from block `first` on."""
     weights = decoder.pick_layer(params, layer)
 
     def one(number: Array, made: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -69,7 +69,7 @@ def attend(
     first: Array,
     count: Array,
 ) -> Array:
-    """Makes the layer's output of `count` blocks, from block `first` on: attention and MLP."""
+    """Make the layer's output of `count` blocks, from block `first` on: attention and MLP."""
     weights = decoder.pick_layer(params, layer)
     scale = 1.0 / math.sqrt(model_config.head_dim)
 
@@ -86,7 +86,7 @@ def attend(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="attention_state")
 def write(
-    attention: Attention,
+    attention: AnyAttention,
     layer: Array,
     key: Array,
     value: Array,
@@ -94,7 +94,7 @@ def write(
     length: Array,
     attention_state: Any,
 ) -> Any:
-    """Writes the layer's cache of the whole prompt."""
+    """Write the layer's cache of the whole prompt."""
     key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
     return attention.write_prompt(
         layer, key, value, attention_state, sequence=sequence, length=length
@@ -102,7 +102,7 @@ def write(
 
 
 def _block(hidden: Array, number: Array, block: int) -> tuple[Array, Array]:
-    """A block's rows of the layer's input, and their positions."""
+    """Cut out a block's rows of the layer's input, and number their positions."""
     part = lax.dynamic_slice_in_dim(hidden, number * block, block, axis=1)
     return part, (number * block + jnp.arange(block, dtype=jnp.int32))[None]
 
@@ -134,11 +134,11 @@ def write_layer(
     length: Array,
     attention_state: Any,
 ) -> Any:
-    """Writes the layer's cache, wherever the rows are; `attention_state` as the engine holds it."""
+    """Write the layer's cache, wherever the rows are; `attention_state` as the engine holds it."""
     given = layer, key, value, sequence, length
     if not isinstance(attention_state, StagedState):
         return write(attention, *given, attention_state)
-    rows, wave = write_staged(attention, *given, attention_state.wave)
+    rows, on_device = write_staged(attention, *given, attention_state.on_device)
     stored = attention_state.rows
     stored.put((int(layer), int(sequence), slice(None), slice(0, rows.shape[1])), rows)
-    return StagedState(wave, stored)
+    return StagedState(on_device, stored)

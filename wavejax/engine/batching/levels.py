@@ -24,7 +24,7 @@ class Level:
     penalises: bool = False
 
     def settings(self, samplers: Sequence[Sampler], vocab: int) -> SamplingSettings:
-        """The settings of a batch: a sampler for each slot, none above this level."""
+        """Make the settings of a batch: a sampler for each slot, none above this level."""
         also = [Sampler(1.0)] if self.draws else []
         if self.ranks:
             also.append(Sampler(1.0, top_k=self.ranks))
@@ -34,7 +34,7 @@ class Level:
 
 
 def level_of(samplers: Sequence[Sampler], vocab: int) -> Level:
-    """The lowest level that has the fields for all samplers."""
+    """Return the lowest level that has the fields for all samplers."""
     widths = [one.width(vocab) for one in samplers if one.ranks_tokens]
     ranks = 0
     if widths:
@@ -47,7 +47,7 @@ def level_of(samplers: Sequence[Sampler], vocab: int) -> Level:
 
 
 def all_levels(vocab: int) -> list[Level]:
-    """Every level that there can be, the lowest first."""
+    """List every level that there can be, the lowest first."""
     widths = [0, *sorted({min(NARROW, vocab), vocab})]
     drawing = [Level(True, ranks) for ranks in widths]
     levels = [Level(), *drawing]

@@ -42,7 +42,7 @@ class Line:
         return iter(tuple(self._waiting))
 
     def push(self, answer: Answer) -> None:
-        """Puts a request at the end of the line.
+        """Put a request at the end of the line.
 
         Raises:
             QueueFull: there is no place left.
@@ -53,11 +53,11 @@ class Line:
         self._waiting.append(answer)
 
     def remove(self, answer: Answer) -> None:
-        """Takes a request out of the line, wherever it stands."""
+        """Take a request out of the line, wherever it stands."""
         self._waiting.remove(answer)
 
     def take(self, place: Callable[[Answer], T | Blocked]) -> tuple[Answer, T] | None:
-        """Takes the request that goes next; None if none can go.
+        """Take the request that goes next; None if none can go.
 
         Args:
             place: finds a request its place, or says why it has none now. It is called for each

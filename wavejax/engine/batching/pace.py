@@ -19,7 +19,7 @@ class Pace:
         self._seconds: dict[Hashable, float] = {}
 
     def note(self, key: Hashable, units: int, seconds: float) -> None:
-        """Takes in that `units` of a key's work took so long."""
+        """Take in that `units` of a key's work took so long."""
         program, each = _program(key), seconds / units
         if program not in self._first:
             self._first[program] = each
@@ -29,7 +29,7 @@ class Pace:
         self._seconds[key] = max(each, old + WEIGHT * (each - old))
 
     def seconds(self, key: Hashable) -> float | None:
-        """Of one unit; None before its first run.
+        """Return the seconds of one unit; None before its first run.
 
         Of a section of attention: by the section before it, whose queries see fewer keys.
         """
@@ -40,7 +40,7 @@ class Pace:
         return self._first.get(_program(key)) if own is None else own
 
     def measured(self, kind: str) -> dict[int, float]:
-        """By number, the seconds of all keys (kind, number) that were measured."""
+        """Return, by number, the seconds of all keys (kind, number) that were measured."""
         return {
             key[1]: each
             for key, each in self._seconds.items()
@@ -48,7 +48,7 @@ class Pace:
         }
 
     def units(self, key: Hashable, seconds: float, most: int) -> int:
-        """How many units fit the time: at most `most`; 0 where not one fits.
+        """Count the units that fit the time: at most `most`; 0 where not one fits.
 
         One, where nothing is known.
         """
@@ -59,12 +59,12 @@ class Pace:
 
 
 def _program(key: Hashable) -> Hashable:
-    """What is compiled for a key: sections of attention share a program."""
+    """Return what is compiled for a key: sections of attention share a program."""
     return key[:2] if isinstance(key, tuple) and key[0] == "attend" else key
 
 
 def layer_work(config: ModelConfig, tokens: int) -> float:
-    """Multiplications of one layer over a prompt, for comparing lengths."""
+    """Count the multiplications of one layer over a prompt, for comparing lengths."""
     query = config.num_heads * config.head_dim
     weights = config.hidden_size * (
         2 * query + 2 * config.num_kv_heads * config.head_dim + 3 * config.intermediate_size

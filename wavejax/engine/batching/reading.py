@@ -19,12 +19,13 @@ from models import unstacked
 from models.parameters import Params
 from wavejax.attention.causal_block import block_tokens, section_blocks
 from wavejax.attention.dense import DenseAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.engine import compiled
 from wavejax.engine.batching import layer_parts
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
-from wavejax.engine.interface import Attention, Engine
+from wavejax.engine.interface import Engine
 from wavejax.engine.prefill import read_prompt
 from wavejax.engine.prompts import bucket
 from wavejax.engine.staged_state import StagedState
@@ -80,12 +81,12 @@ class Reading:
         return self.padded // self._block
 
     def abandon(self) -> None:
-        """Leaves the slot: free at once. What was written is written over by the next prompt."""
+        """Leave the slot: free at once. What was written is written over by the next prompt."""
         self.batch.kept.discard(self.slot)
         self._kind, self._hidden, self._made = "done", None, None
 
     def part(self) -> Part:
-        """What comes next."""
+        """Say what comes next."""
         if self._kind == "enter":
             return Part(("enter", self.padded), self.blocks - self._done)
         if self._kind == "attend":
@@ -96,7 +97,7 @@ class Reading:
         return Part((self._kind, self.padded), 1)
 
     def run(self, units: int) -> None:
-        """Does so many units of `part`, and waits for them. `error` has what goes wrong."""
+        """Do so many units of `part`, and waits for them. `error` has what goes wrong."""
         runs = {
             "all": self._all,
             "begin": self._begin,
@@ -113,7 +114,7 @@ class Reading:
             self.abandon()
 
     def skip(self) -> None:
-        """Leaves out the rest of a layer's blocks: for warming up."""
+        """Leave out the rest of a layer's blocks: for warming up."""
         if self._kind in ("enter", "attend"):
             self._done = 0
             self._kind = "attend" if self._kind == "enter" else "write"
@@ -176,7 +177,7 @@ class Reading:
         return logits
 
     def _all(self, _: int) -> Any:
-        """An attention that knows no parking: the prompt at once."""
+        """Read the prompt at once: its attention knows no parking."""
         engine, state = self.batch.engine, self.batch.whole_state
         prompt: Any = self.answer.request.prompt
         given = prompt, self.slot, state.attention_state, state.logits
@@ -187,7 +188,7 @@ class Reading:
         return logits
 
     def _leave_layer(self, cache: Any) -> Any:
-        """Goes on to the next layer; returns what to wait for."""
+        """Go on to the next layer; return what to wait for."""
         batch = self.batch
         batch.state = dataclasses.replace(batch.whole_state, attention_state=cache)
         self._layer += 1
@@ -199,7 +200,7 @@ class Reading:
         return jnp.int32(self._done), jnp.int32(units)
 
     def _step(self, units: int, after: str) -> None:
-        """Counts blocks; goes on to the next kind after the last one."""
+        """Count blocks; go on to the next kind after the last one."""
         self._done += units
         if self._done == self.blocks:
             self._done, self._kind = 0, after
@@ -213,13 +214,16 @@ class Reading:
         return unstacked.without_layers(self.batch.params)
 
 
-def parks(attention: Any) -> bool:
-    """Whether slots of an attention can be parked: of those that are known to allow it."""
-    return isinstance(attention, WaveAttention | DenseAttention)
+def parks(attention: AnyAttention) -> bool:
+    """Whether slots of an attention can be parked: of those that are known to allow it.
+
+    A class of one's own may read prompts in its own way, also one made of these.
+    """
+    return type(attention) in (WaveAttention, DenseAttention)
 
 
 def park(engine: Engine, attention_state: Any, slot: Array, length: Array) -> Any:
-    """Parks a slot for a prompt of `length` tokens; `attention_state` as held, and donated.
+    """Park a slot for a prompt of `length` tokens; `attention_state` as held, and donated.
 
     With full attention a step writes at the sequence's length: the new prompt's, past all its
     tokens. With wave attention it writes at the window's end: in the last place, which a prompt
@@ -236,5 +240,5 @@ def park(engine: Engine, attention_state: Any, slot: Array, length: Array) -> An
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _park(attention: Attention, state: Any, slot: Array, length: Array) -> Any:
+def _park(attention: AnyAttention, state: Any, slot: Array, length: Array) -> Any:
     return attention.finish_prefill(state, slot, length)

@@ -27,7 +27,7 @@ class QueueFull(RuntimeError):
     def __init__(self, waiting: int, limit: int):
         super().__init__(
             f"{waiting} requests wait, and {limit} may: send the request again later, or give the "
-            "engine a larger queue_limit"
+            "engine a larger `queue_limit`"
         )
         self.waiting, self.limit = waiting, limit
 
@@ -45,7 +45,7 @@ class Constraint(Protocol):
     """
 
     def allowed(self) -> np.ndarray:
-        """Tokens that may come next: `[vocab]` bool, at least one of them."""
+        """Return the tokens that may come next: `[vocab]` bool, at least one of them."""
 
     def accept(self, token: int) -> None:
         """Take in the token that came."""
@@ -82,7 +82,7 @@ class Request:
     constraint: Constraint | None = None
 
     def checked(self, vocab: int, stop_tokens: tuple[int, ...]) -> "Request":
-        """The same request with its numbers as Python's, its prompt as an array.
+        """Return the same request with numbers of Python's own, its prompt as an array.
 
         Args:
             vocab: how many tokens the model has.
@@ -93,16 +93,16 @@ class Request:
         """
         own = self.stop_tokens
         if not isinstance(self.sampler, Sampler):
-            raise InputError(f"sampler is of type {type(self.sampler).__name__}; give a Sampler")
+            raise InputError(f"`sampler` is of type {type(self.sampler).__name__}; give a Sampler")
         logprobs = self.logprobs
         if logprobs is not None:
-            logprobs = whole_number("logprobs", logprobs, 0, min(MOST_LOGPROBS, vocab))
+            logprobs = whole_number("`logprobs`", logprobs, 0, min(MOST_LOGPROBS, vocab))
         return dataclasses.replace(
             self,
             prompt=as_prompts([self.prompt], vocab)[0],
-            max_new_tokens=whole_number("max_new_tokens", self.max_new_tokens, 1, MOST_INT32),
-            seed=whole_number("seed", self.seed, -MOST_INT32 - 1, MOST_INT32),
-            sequence=whole_number("sequence", self.sequence, 0, MOST_INT32),
+            max_new_tokens=whole_number("`max_new_tokens`", self.max_new_tokens, 1, MOST_INT32),
+            seed=whole_number("`seed`", self.seed, -MOST_INT32 - 1, MOST_INT32),
+            sequence=whole_number("`sequence`", self.sequence, 0, MOST_INT32),
             stop_tokens=stop_tokens if own is None else as_stop_tokens(own, vocab),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             logprobs=logprobs,
@@ -203,7 +203,7 @@ class Completion:
 
 
 def completion_of(pieces: Sequence[Piece]) -> Completion:
-    """Joins an answer's pieces, the last of which has a finish reason.
+    """Join an answer's pieces, the last of which has a finish reason.
 
     Raises:
         Exception: the error of the finish reason "error".

@@ -40,7 +40,7 @@ class Room:
 
 
 def as_rooms(rooms: Sequence[Room]) -> tuple[Room, ...]:
-    """Rooms, the smallest first.
+    """Return the rooms, the smallest first.
 
     Raises:
         InputError: there is none, or one is no `Room`.
@@ -54,12 +54,12 @@ def as_rooms(rooms: Sequence[Room]) -> tuple[Room, ...]:
 
 
 def check_context(context: int, prompt_tokens: int, new_tokens: int) -> None:
-    """Raises InputError, with both numbers, for a request of more tokens than a context has."""
+    """Raise InputError, with both numbers, for a request of more tokens than a context has."""
     needed = prompt_tokens + new_tokens
     if needed > context:
         raise InputError(
             f"the prompt has {prompt_tokens} tokens, {needed} with {new_tokens} new ones; the "
-            f"context is {context} tokens: shorten the prompt, or lower max_new_tokens"
+            f"context is {context} tokens: shorten the prompt, or lower `max_new_tokens`"
         )
 
 
@@ -87,8 +87,8 @@ def check_fits(
             )
         most = max(room.new_tokens for room in rooms if bucket(prompt_tokens) <= room.prompt_tokens)
         raise InputError(
-            f"max_new_tokens is {new_tokens}, and beside a prompt of {prompt_tokens} tokens there "
-            f"is room for {most}: lower it, or give the engine a larger room"
+            f"`max_new_tokens` is {new_tokens}, and beside a prompt of {prompt_tokens} tokens "
+            f"there is room for {most}: lower it, or give the engine a larger room"
         )
     least = min(room.bytes for room in fitting)
     if memory is not None and least > memory:

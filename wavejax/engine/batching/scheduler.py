@@ -21,7 +21,9 @@ Place = tuple[Batch, int]
 
 
 class Scheduler:
-    """What `BatchEngine` does in its thread. One turn:
+    """What `BatchEngine` does in its thread, turn after turn.
+
+    One turn:
 
     1. Requests that nobody wants any more leave.
     2. Those in line take free slots, by the line's rule: one short prompt and one long one are read
@@ -72,14 +74,14 @@ class Scheduler:
         return bool(len(self.line) or self.readings or self.running)
 
     def turn(self) -> None:
-        """Does one turn; see the class."""
+        """Do one turn; see the class."""
         self._sweep()
         self._admit()
         self._decode()
         self._read()
 
     def end_all(self, reason: FinishReason, error: Exception | None) -> None:
-        """Ends all requests, and gives all memory back."""
+        """End all requests, and gives all memory back."""
         reading = [one.answer for one in self.readings.values()]
         for answer in [*self.line, *reading, *self.running]:
             self._end(answer, reason, error)
@@ -87,14 +89,14 @@ class Scheduler:
             batch.drop()
 
     def _sweep(self) -> None:
-        """Ends those that nobody wants any more."""
+        """End those that nobody wants any more."""
         reading = [one.answer for one in self.readings.values()]
         for answer in [*self.line, *reading, *self.running]:
             if answer.channel.cancelled:
                 self._end(answer, "interrupted")
 
     def _admit(self) -> None:
-        """Those in line whose turn it is begin to be read."""
+        """Begin to read those in line whose turn it is."""
         while True:
             with self._lock:
                 taken = self.line.take(self._place)
@@ -112,7 +114,7 @@ class Scheduler:
                 self._end(answer, "error", error)
 
     def _place(self, answer: Answer) -> Place | Blocked:
-        """The smallest room's slot that holds a request, or why there is none now."""
+        """Find the smallest room's slot that holds a request, or say why there is none now."""
         if answer.short in self.readings:
             return "reading"
         for batch in self.batches:
@@ -142,7 +144,7 @@ class Scheduler:
         batch.allocate()
 
     def _decode(self) -> None:
-        """Calls each room's step, and hands tokens out: a call behind, while nothing is read."""
+        """Call each room's step, and hand tokens out: a call behind, while nothing is read."""
         for batch in self.batches:
             # A prompt's parts are timed, so the device must have nothing else to do.
             behind = not self.readings and not batch.waits_for_tokens
@@ -158,7 +160,7 @@ class Scheduler:
             self._collect(batch, 1 if behind else 0)
 
     def _collect(self, batch: Batch, left: int) -> None:
-        """Hands the tokens of a room's calls out, but for the newest `left` while anyone sits."""
+        """Hand the tokens of a room's calls out, but for the newest `left` while anyone sits."""
         while len(batch.calls) > (left if batch.answers else 0):
             call, last = batch.calls[0], self._came.get(id(batch))
             try:
@@ -184,7 +186,7 @@ class Scheduler:
             self._finish(answer, answer.reason)
 
     def _steps_of(self, batch: Batch) -> int:
-        """How many steps the next call has: one for a first token, else as many as time allows.
+        """Choose the steps of the next call: one for a first token, else as many as time allows.
 
         A power of two: of how many tokens are taken out of a call's result is a tiny program.
         """
@@ -199,7 +201,7 @@ class Scheduler:
         return max(n for n in self.step_sizes if n == 1 or (n <= steps and n * each <= seconds))
 
     def _read(self) -> None:
-        """Reads prompts, for as long as answers may wait; short ones one after another."""
+        """Read prompts, for as long as answers may wait; short ones one after another."""
         seconds, start = self.stall * MARGIN, self.clock()
         for batch in self.batches:
             if batch.answers:
@@ -221,7 +223,7 @@ class Scheduler:
             self._admit()
 
     def _seated(self, reading: Reading) -> None:
-        """A prompt has been read: its answer runs; or it failed."""
+        """Let the answer run whose prompt has been read, or end it if that failed."""
         if reading.error is not None:
             self._fail(reading, reading.error)
             return
@@ -233,13 +235,13 @@ class Scheduler:
             self.counts["prompt_tokens"] += answer.prompt_tokens
 
     def _fail(self, reading: Reading, error: Exception) -> None:
-        """Ends the answer of a prompt that could not be read; the others if their state is lost."""
+        """End the answer of a prompt that could not be read; the others if their state is lost."""
         self._end(reading.answer, "error", error)
         if reading.batch.lost:
             self._fail_batch(reading.batch, error)
 
     def _fail_batch(self, batch: Batch, error: Exception) -> None:
-        """Ends all whose state is lost."""
+        """End all whose state is lost."""
         called = {one for call in batch.calls for one in call.seats if one is not None}
         reading = {one.answer for one in self.readings.values() if one.batch is batch}
         for answer in {*batch.answers, *called} & self.running | reading:
@@ -248,7 +250,7 @@ class Scheduler:
         self._came.pop(id(batch), None)
 
     def _end(self, answer: Answer, reason: FinishReason, error: Exception | None = None) -> None:
-        """Ends an answer, wherever it is: in line, being read, or running."""
+        """End an answer, wherever it is: in line, being read, or running."""
         reading = self.readings.get(answer.short)
         if reading is not None and reading.answer is answer:
             reading.abandon()
@@ -258,7 +260,7 @@ class Scheduler:
         answer.end(reason, self.clock(), error)
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        """Counts an answer's end: it is in none of the places any more."""
+        """Count an answer's end: it is in none of the places any more."""
         with self._lock:
             if answer in self.line:
                 self.line.remove(answer)

@@ -16,10 +16,10 @@ class Readable(Protocol):
         """Whether there is nothing left to read."""
 
     def part(self) -> Part:
-        """What comes next."""
+        """Say what comes next."""
 
     def run(self, units: int) -> None:
-        """Does so many units of it, and waits for them."""
+        """Do so many units of it, and waits for them."""
 
 
 def read_some(
@@ -30,7 +30,7 @@ def read_some(
     *,
     at_least_one: bool = True,
 ) -> int:
-    """Reads parts of a prompt until the time is up, as measured parts say.
+    """Read parts of a prompt until the time is up, as measured parts say.
 
     Args:
         reading: the prompt.
@@ -62,7 +62,7 @@ def read_some(
 def read_all(
     readings: Sequence[Readable], seconds: float, pace: Pace, clock: Callable[[], float]
 ) -> int:
-    """Reads of several prompts, in equal shares of the time.
+    """Read of several prompts, in equal shares of the time.
 
     What one leaves of its share is the next one's; the last one's is the first one's again.
 

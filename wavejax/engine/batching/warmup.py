@@ -24,7 +24,7 @@ def warm(
     prompt_tokens: Sequence[int] | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Runs every program that requests will need, twice; see `BatchEngine.warmup`."""
+    """Run every program that requests will need, twice; see `BatchEngine.warmup`."""
     vocab = scheduler.generator.model_config.vocab_size
     by_level: dict[Level, Sampler] = {level_of([one], vocab): one for one in samplers}
     work = [
@@ -61,7 +61,7 @@ def warm(
 def _lengths(
     batches: Sequence[Batch], number: int, prompt_tokens: Sequence[int] | None
 ) -> list[int]:
-    """Padded lengths of the prompts that a room gets: longer ones than the next smaller room's."""
+    """List the padded lengths of a room's prompts: longer ones than the next smaller room's."""
     most = batches[number].room.prompt_tokens
     smaller = [one.room.prompt_tokens for one in batches[:number]]
     least = max((size for size in smaller if size < most), default=0)
@@ -81,7 +81,7 @@ def _run(
     whole: bool,
     calls: Sequence[int] = (),
 ) -> None:
-    """Reads a prompt of zeros, and calls the step with so many steps each."""
+    """Read a prompt of zeros, and call the step with so many steps each."""
     request = Request(np.zeros(length, np.int32), max_new_tokens=1 << 20, sampler=sampler)
     request = request.checked(scheduler.generator.model_config.vocab_size, ())
     answer = Answer(-1, request, Channel(lambda event: None), scheduler.clock())

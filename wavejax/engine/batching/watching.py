@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
 
 def allowed(answer: Answer, vocab: int) -> np.ndarray:
-    """What an answer's constraint allows next: `[vocab]` bool.
+    """Ask what an answer's constraint allows next: `[vocab]` bool.
 
     Raises:
         ValueError: nothing, or it is no such array. Whatever the constraint raises.
@@ -48,7 +48,7 @@ def allowed(answer: Answer, vocab: int) -> np.ndarray:
 
 
 def enter(state: DecodeState, masks: Mapping[int, np.ndarray]) -> tuple[Array, DecodeState]:
-    """Takes the logits out for `score`, and forbids what constraints do.
+    """Take the logits out for `score`, and forbid what constraints do.
 
     Args:
         state: to draw from.
@@ -67,7 +67,7 @@ def enter(state: DecodeState, masks: Mapping[int, np.ndarray]) -> tuple[Array, D
 
 
 def of_slot(scores: Scores | None, slot: int, answer: Answer) -> TokenLogprobs | None:
-    """What an answer asked for of a step's scores; waits for them."""
+    """Return what an answer asked for of a step's scores; wait for them."""
     asked = answer.request.logprobs
     if scores is None or asked is None:
         return None
@@ -78,7 +78,7 @@ def of_slot(scores: Scores | None, slot: int, answer: Answer) -> TokenLogprobs |
 
 @jax.jit
 def score(logits: Array, tokens: Array) -> Scores:
-    """Log-probabilities of one step's tokens `[batch]`, and the largest of all."""
+    """Return the log-probabilities of one step's tokens `[batch]`, and the largest of all."""
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     own = jnp.take_along_axis(logprobs, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
     return Scores(own, *jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logprobs.shape[-1])))

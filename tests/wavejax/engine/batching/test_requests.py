@@ -39,12 +39,12 @@ def test_what_cannot_be_is_refused_at_submit_with_both_numbers():
 
     assert "the prompt has 129 tokens, and there is room for 128" in refused(prompt=[1] * 129)
     said = refused(max_new_tokens=65)
-    assert "max_new_tokens is 65" in said
+    assert "`max_new_tokens` is 65" in said
     assert "there is room for 64" in said
     assert "prompt 1 has token 50; the model has 0 to 49" in refused(prompt=[50])
     assert "prompt 1 is empty" in refused(prompt=[])
-    assert "max_new_tokens is 0" in refused(max_new_tokens=0)
-    assert "logprobs is 21" in refused(logprobs=21, max_new_tokens=8)
+    assert "`max_new_tokens` is 0" in refused(max_new_tokens=0)
+    assert "`logprobs` is 21" in refused(logprobs=21, max_new_tokens=8)
     assert "stop texts need a tokenizer" in refused(stop="a", max_new_tokens=8)
     short = make_engine(max_context=100)
     with pytest.raises(InputError, match=r"99 tokens, 107 with 8 new ones; the context is 100"):

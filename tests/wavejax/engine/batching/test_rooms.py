@@ -8,7 +8,8 @@ from tests.wavejax.engine.test_compiled_programs import CompileLog
 from wavejax import DenseAttention, InputError, Sampler
 from wavejax.engine import compiled
 from wavejax.engine.batching import EngineClosed, Request, Room
-from wavejax.planning.memory import FreeMemory, memory_need
+from wavejax.planning.free_memory import FreeMemory
+from wavejax.planning.memory import memory_need
 from wavejax.planning.rooms import plan_rooms
 
 GIB = 2**30
