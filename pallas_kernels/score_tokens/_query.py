@@ -172,7 +172,7 @@ def rotate_and_pack(
     query = plt.load(query_ref.at[b, h, g, d[None, :]], mask=exists, other=0)
     halves = [query]
     if query.dtype != jnp.bfloat16:
-        halves = launch.split_bfloat16(query.astype(jnp.float32), 2)
+        halves = _halves(query)
     n = jnp.arange(rotations_ref.shape[-1])[None, :]
     mask = jnp.broadcast_to((d < head_dim)[:, None], (d.size, n.size))
     parts = []
@@ -186,6 +186,15 @@ def rotate_and_pack(
         products = (launch.dot(half, table) for table in tables for half in halves)
         parts.append(functools.reduce(jnp.add, products))
     write_packed(parts, refs, b, h, scale=scale)
+
+
+def _halves(query: Any) -> list[Any]:
+    """Two bfloat16 whose sum a float16 is: in a kernel, where Triton rounds to no precision."""
+    exact = query.astype(jnp.float32)
+    # The upper half of the bits is a bfloat16 as it is; XLA could drop a cast and its way back.
+    upper = lax.bitcast_convert_type(exact, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    first = lax.bitcast_convert_type(upper, jnp.float32)
+    return [first.astype(jnp.bfloat16), (exact - first).astype(jnp.bfloat16)]
 
 
 def split(query: Array) -> Array:

@@ -80,7 +80,11 @@ MODULES = {
 @pytest.mark.parametrize("op", MODULES)
 def test_lowers(op, platform):
     function = functools.partial(getattr(MODULES[op], op), **KEYWORDS[op])
-    for changes in ({}, {"group": 7, "head_dim": 96, "dtype": "float32", "slots": 0}):
+    for changes in (
+        {},
+        {"group": 7, "head_dim": 96, "dtype": "float32", "slots": 0},
+        {"dtype": "float16"},
+    ):
         text = lower_for(platform, function, *shapes(**changes)[op])
         assert "triton" in text
         # No slice of a stack is made for a kernel.
