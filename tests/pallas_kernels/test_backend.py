@@ -90,6 +90,13 @@ def test_the_same_trace_is_lowered_for_both():
     assert not any(texts["rocm"].values())
 
 
+def test_a_packed_query_is_unpacked_for_amd_only():
+    case = kernel_cases(ALL_HEADS[0])["score_tokens-packed"]
+    for platform, unpacked in (("cuda", False), ("rocm", True)):
+        text = lower_for(platform, case.function, *case.operands)
+        assert ("stablehlo.transpose" in text) == unpacked
+
+
 def asks():
     """A function of the platform: 1 where CUDA's assembly is taken, else 2; and how often asked."""
     asked = []
