@@ -2,6 +2,8 @@
 
 import collections
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Commands keep compiled programs in the user's cache folder, which tests should not fill; nor
 # should a test run what another left there. Must come before JAX is imported.
@@ -21,6 +23,20 @@ install_import_hook(
 
 # float32 matmuls are otherwise rounded to fewer bits on some platforms.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# Linux gives a process 65,530 memory maps. Each compiled program takes some, and XLA ends the
+# process where there are no more.
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """After a module, drops all compiled programs if they have come to take many memory maps."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module", autouse=True)
