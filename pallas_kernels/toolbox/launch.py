@@ -138,7 +138,7 @@ def split_bfloat16(x: Any, parts: int) -> list[Any]:
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """That of JAX's default device, if it is one of NVIDIA's GPUs; else None."""
+    """Return that of JAX's default device, if it is one of NVIDIA's GPUs; else None."""
     # Asked of an NVIDIA GPU only: of others JAX gives other strings.
     if not backend.on_nvidia():
         return None
@@ -147,7 +147,7 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def takes_assembly(interpret: bool) -> bool:
-    """Whether a kernel may hold CUDA's assembly: not interpreted, nor lowered for others' GPUs."""
+    """Say whether a kernel may hold CUDA's assembly: not interpreted, nor for others' GPUs."""
     return not interpret and backend.takes_assembly()
 
 
