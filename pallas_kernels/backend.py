@@ -142,7 +142,8 @@ _per_platform.multiple_results = True
 
 @_per_platform.def_impl
 def _run(*operands: Any, **parameters: Any) -> Any:
-    return jax.jit(functools.partial(_per_platform.bind, **parameters))(*operands)
+    with jax.disable_jit(False):  # or else it would come here again
+        return jax.jit(functools.partial(_per_platform.bind, **parameters))(*operands)
 
 
 @_per_platform.def_abstract_eval
