@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import backend
 from pallas_kernels.score_tokens import _query
@@ -125,7 +126,7 @@ def test_a_function_is_traced_for_the_platform_it_is_lowered_for():
 
 
 def test_a_function_per_platform_is_one_of_jax():
-    """Without `jit`, under `vmap`, in a loop, of Python's numbers; and nothing is left behind."""
+    """Without `jit`, under `vmap`, in a loop and in `shard_map`; and nothing is left behind."""
     function, _ = asks()
     call = functools.partial(function, factor=3)
     assert call({"x": 2.0})["y"] == 6
@@ -133,6 +134,15 @@ def test_a_function_per_platform_is_one_of_jax():
     np.testing.assert_array_equal(
         jax.vmap(call, in_axes=1, out_axes=1)({"x": jnp.ones((2, 3))})["y"], 3 * np.ones((2, 3))
     )
+    with jax.disable_jit():
+        assert call({"x": 2.0})["y"] == 6
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    for check_vma in (False, True):
+        sharded = jax.shard_map(
+            call, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"),
+            check_vma=check_vma,
+        )  # fmt: skip
+        np.testing.assert_array_equal(jax.jit(sharded)({"x": jnp.arange(3.0)})["y"], [0, 3, 6])
     found = jax.lax.fori_loop(0, 3, lambda _, x: call({"x": x})["y"], jnp.float32(1))
     assert found == 27
     jitted = jax.jit(lambda x: call({"x": x})["y"]).lower(2.0).as_text()
