@@ -32,7 +32,7 @@ _traced_for = jax.make_user_context(default_value=None)
 def pallas_call(
     kernel: Callable[..., None], *, num_warps: int, num_stages: int, **settings: Any
 ) -> Callable[..., Any]:
-    """`pl.pallas_call` for this backend.
+    """Return what `pl.pallas_call` does, for this backend.
 
     Args:
         kernel: of refs.
@@ -44,7 +44,7 @@ def pallas_call(
 
 
 def inline_assembly(text: str, *operands: Any, dtype: Any) -> Any:
-    """What a piece of CUDA's assembly makes of vectors, element by element.
+    """Compute what a piece of CUDA's assembly makes of vectors, element by element.
 
     Args:
         text: PTX; $0 is the result, $1 and so on are the operands.
@@ -75,12 +75,12 @@ def inline_assembly(text: str, *operands: Any, dtype: Any) -> Any:
 
 
 def on_nvidia() -> bool:
-    """Whether JAX's default device is one of NVIDIA's GPUs."""
+    """Say whether JAX's default device is one of NVIDIA's GPUs."""
     return jax.default_backend() == "gpu" and jax.devices()[0].device_kind.startswith("NVIDIA")
 
 
 def takes_assembly() -> bool:
-    """Whether what is traced may hold CUDA's assembly.
+    """Say whether what is traced may hold CUDA's assembly.
 
     Before it is lowered that is a guess: no, if JAX's default device is a GPU of another maker.
     Inside of `per_platform` a wrong guess is put right. What asks outside must be right everywhere,
@@ -90,12 +90,12 @@ def takes_assembly() -> bool:
 
 
 def is_for_default_device() -> bool:
-    """Whether what is traced is for JAX's default device, or may be."""
+    """Say whether what is traced is for JAX's default device, or may be."""
     return _platform() == _guess()
 
 
 def per_platform(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes of a function one that is traced for the platform that it is lowered for.
+    """Make of a function one that is traced for the platform that it is lowered for.
 
     `lax.platform_dependent` would trace all of its branches and leave a conditional around the one
     that is taken. This one is traced once where the first guess is right, as on every GPU, and
@@ -125,7 +125,7 @@ def per_platform(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _platform() -> str:
-    """What is lowered for, where that is known; else what most likely will be."""
+    """Return the platform that is lowered for, where that is known; else the likely one."""
     known: str | None = _traced_for.value
     return _guess() if known is None else known
 

@@ -109,7 +109,7 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> PackedQuery:
 
 
 def unpack(packed: PackedQuery, head_dim: int, *, scale: float) -> Array:
-    """The rotated query that was packed, to the int8 that it was rounded to.
+    """Return the rotated query that was packed, to the int8 that it was rounded to.
 
     In plain JAX, for GPUs that multiply codes with floats.
 
@@ -191,7 +191,7 @@ def rotate_and_pack(
 
 
 def _halves(query: Any) -> list[Any]:
-    """Two bfloat16 whose sum a float16 is: in a kernel, where Triton rounds to no precision."""
+    """Return two bfloat16 whose sum a float16 is: in a kernel, where none is rounded away."""
     exact = query.astype(jnp.float32)
     # The upper half of the bits is a bfloat16 as it is; XLA could drop a cast and its way back.
     upper = lax.bitcast_convert_type(exact, jnp.uint32) & jnp.uint32(0xFFFF0000)

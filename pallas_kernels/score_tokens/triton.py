@@ -184,7 +184,7 @@ def _score(
     config: Config | None,
     interpret: bool,
 ) -> Any:
-    """The kernel's call, and what makes of the query the form that it takes.
+    """Call the kernel, with the query in the form that it takes.
 
     Args:
         query: None without codes.

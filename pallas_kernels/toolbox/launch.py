@@ -147,7 +147,7 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def takes_assembly(interpret: bool) -> bool:
-    """Whether a kernel may hold CUDA's assembly: not interpreted, nor lowered for others' GPUs."""
+    """Say whether a kernel may hold CUDA's assembly: not interpreted, nor for others' GPUs."""
     return not interpret and backend.takes_assembly()
 
 
