@@ -6,10 +6,10 @@ A decode step's ops, in their order:
   rotated query too, a `PackedQuery`.
 - `select_clusters`: the clusters whose tokens are looked at one by one, `Candidates`.
 - `score_tokens`: the candidates' tokens by their one-bit codes.
-- `select_tokens`: the best of these `IndexedTokens`, `Retrieved`; updates the row cache's
-  `RowTable`.
+- `select_tokens`: the best of the `RankedTokens`, `Retrieved`; updates the row cache's `RowTable`.
+  Which `IndexedTokens` they are tells the store's rows; `SelectionSettings` are static.
 - `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`. It takes
-  `SteadyRows`, `StoredRows`, `Picks` and an `Estimate`.
+  `SteadyRows`, `StoredRows` (a store and a row cache of `Rows`), `Picks` and an `Estimate`.
 - `merge_states`: attention over disjoint sets of tokens to attention over their union.
 - `attend_dense`: attention to all tokens, what the others together are compared with.
 
@@ -17,7 +17,7 @@ Ops that make what a decode step reads:
 
 - `build_clusters`: a segment's tokens by their keys, `Clusters`.
 - `encode_tokens`: one bit a dimension of each key, `TokenCodes`.
-- `append_rows`: new rows into the row store.
+- `append_rows`: new rows into the row store, `Rows` too.
 
 `use_implementation` chooses between plain JAX and the kernels for what is traced inside. So does
 the environment variable `WAVEJAX_IMPLEMENTATION` for a process, and each op's own argument
@@ -25,11 +25,12 @@ the environment variable `WAVEJAX_IMPLEMENTATION` for a process, and each op's o
 one `Choice` each. `forget` empties it. A `FallbackWarning` says that an op runs in plain JAX on a
 GPU.
 
-`MASKED` is the logit of what is not there, `NO_ID` the token, cluster or slot that is none.
+`MASKED` is the logit of what is not there, `NO_ID` the token, cluster or slot that is none, `EMPTY`
+the same in a row table.
 
 Each op is a folder: `__init__.py` (its signature), `reference.py` (its meaning, in plain JAX) and
-`triton.py` (its kernels for GPUs). `types.py` holds what ops hand to each other. `shapes.py` names
-the real shapes that tests and benchmarks share; `testing.py` makes inputs of them.
+`triton.py` (its kernels for GPUs). `types.py` has what ops hand to each other. `shapes.py` names
+the real shapes that tests and benchmarks share; `testing` makes inputs of them.
 """
 
 from pallas_kernels.append_rows import append_rows
@@ -45,6 +46,7 @@ from pallas_kernels.score_tokens import score_tokens
 from pallas_kernels.select_clusters import select_clusters
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.types import (
+    EMPTY,
     MASKED,
     NO_ID,
     Candidates,
@@ -54,8 +56,11 @@ from pallas_kernels.types import (
     IndexedTokens,
     PackedQuery,
     Picks,
+    RankedTokens,
     Retrieved,
+    Rows,
     RowTable,
+    SelectionSettings,
     SteadyRows,
     StoredRows,
     TokenCodes,
@@ -63,6 +68,7 @@ from pallas_kernels.types import (
 )
 
 __all__ = [
+    "EMPTY",
     "MASKED",
     "NO_ID",
     "Candidates",
@@ -76,8 +82,11 @@ __all__ = [
     "IndexedTokens",
     "PackedQuery",
     "Picks",
+    "RankedTokens",
     "Retrieved",
     "RowTable",
+    "Rows",
+    "SelectionSettings",
     "SteadyRows",
     "StoredRows",
     "TokenCodes",

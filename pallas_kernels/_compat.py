@@ -10,7 +10,7 @@ JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
 
 def run_on_host(function: Callable[..., jax.Array], *operands: Any) -> jax.Array:
-    """Runs `function` on the host's processor, inside the program that calls this.
+    """Run `function` on the host's processor, inside the program that calls this.
 
     Args:
         function: from arrays in host memory to one array in host memory. It may use `jax.lax` only:

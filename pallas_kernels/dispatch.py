@@ -5,7 +5,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax
 
@@ -32,7 +32,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def use_implementation(implementation: Implementation) -> Iterator[None]:
-    """Makes all ops that are traced inside take one implementation.
+    """Make all ops that are traced inside take one implementation.
 
     It holds for the thread that enters it, and wins over `WAVEJAX_IMPLEMENTATION`. An op's own
     argument `implementation` wins over it. It is part of `jax.jit`'s cache key: a jitted function
@@ -56,7 +56,7 @@ def use_implementation(implementation: Implementation) -> Iterator[None]:
 
 
 def requested(implementation: Implementation | None) -> Implementation:
-    """Returns what holds: the argument, else the context manager's, else the variable's, or "auto".
+    """Return what holds: the argument, else the context manager's, else the variable's, or "auto".
 
     Args:
         implementation: an op's argument.
@@ -80,7 +80,7 @@ def explain() -> Explanation:
 
 
 def forget() -> None:
-    """Empties what `explain` tells. Warnings that were given before are then given again."""
+    """Empty what `explain` tells. Warnings that were given before are then given again."""
     with _lock:
         _choices.clear()
 
@@ -89,10 +89,10 @@ def call(
     op: str,
     implementation: Implementation | None,
     implementations: Mapping[str, Callable[..., Result]],
-    *operands: Any,
-    **settings: Any,
+    *operands: object,
+    **settings: object,
 ) -> Result:
-    """Calls the implementation asked for; with "auto" the platform's best that supports the case.
+    """Call the implementation asked for; with "auto" the platform's best that supports the case.
 
     "auto" takes the kernel on a CUDA GPU of compute capability 8.0 or later. It falls back to
     "xla" where the kernel raises NotImplementedError, and warns of it once for each reason.
@@ -146,7 +146,7 @@ class _Request(NamedTuple):
 
 
 def _request(argument: Implementation | None) -> _Request:
-    """What is asked for, and where it was."""
+    """Tell what is asked for, and where it was."""
     if argument is not None:
         return _Request(argument, "its argument")
     in_force: Implementation | None = _in_force.value

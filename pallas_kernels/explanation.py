@@ -34,7 +34,7 @@ class Explanation(tuple[Choice, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        """Returns a table of one choice a line, under a line of titles."""
+        """Return a table of one choice a line, under a line of titles."""
         names = [field.name for field in fields(Choice)]
         rows = [names, *([getattr(choice, name) for name in names] for choice in self)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

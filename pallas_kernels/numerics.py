@@ -1,11 +1,10 @@
 """The few numeric conventions that all ops share."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from pallas_kernels.types import MASKED, NO_ID
 
@@ -13,13 +12,13 @@ from pallas_kernels.types import MASKED, NO_ID
 LOG2_E = math.log2(math.e)
 
 
-def is_masked(x: Any) -> Any:
-    """Whether a logit stands for nothing; NaN does not."""
+def is_masked(x: Array) -> Array:
+    """Say which logits, floats of any shape, stand for nothing: bool; NaN does not."""
     return x <= MASKED / 2
 
 
-def log_sum_exp(x: Any, axis: int) -> Any:
-    """log(sum(exp(x))) in float32; MASKED where everything along the axis is masked.
+def log_sum_exp(x: Array, axis: int) -> Array:
+    """Take log(sum(exp(x))), in float32; MASKED where everything along the axis is masked.
 
     NaN where anything along the axis is NaN or +inf.
     """
@@ -29,20 +28,20 @@ def log_sum_exp(x: Any, axis: int) -> Any:
     return log_total(jnp.squeeze(peak, axis), total)
 
 
-def log_total(peak: Any, total: Any) -> Any:
-    """The log of a sum that was taken relative to its peak; MASKED for an empty one, of total 0."""
+def log_total(peak: Array, total: Array) -> Array:
+    """Compute the log of a sum taken relative to its peak; MASKED for an empty one, of total 0."""
     empty = total == 0
     return jnp.where(empty, MASKED, peak + jnp.log(jnp.where(empty, 1.0, total)))
 
 
-def log_count(count: Any) -> Any:
-    """log of an integer count in float32; MASKED for zero."""
+def log_count(count: Array) -> Array:
+    """Take the log of an integer count, in float32; MASKED for zero."""
     count = count.astype(jnp.float32)
     return jnp.where(count > 0, jnp.log(jnp.maximum(count, 1.0)), MASKED)
 
 
-def ordered_bits(x: Any) -> Any:
-    """float32 to uint32, in the same order; -0.0 counts as 0.0, and any NaN as less than -inf.
+def ordered_bits(x: Array) -> Array:
+    """Map float32 to uint32, in the same order; -0.0 counts as 0.0, and any NaN as less than -inf.
 
     No key is 0, which is left for what does not exist, nor 2^32 - 1.
     """
@@ -52,14 +51,14 @@ def ordered_bits(x: Any) -> Any:
     return jnp.where(x == x, keys, jnp.uint32(1))
 
 
-def from_ordered_bits(key: Any) -> Any:
-    """The float32 that `ordered_bits` made the key of; a NaN of NaN's."""
+def from_ordered_bits(key: Array) -> Array:
+    """Return the float32 that `ordered_bits` made the key of; a NaN of NaN's."""
     bits = jnp.where(key >> 31 == 1, key ^ (jnp.uint32(1) << 31), ~key)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def heaviest(key: Any, weights: Any, budget: Any) -> Any:
-    """Marks the elements of largest key, until their weights reach the budget.
+def heaviest(key: Array, weights: Array, budget: Array) -> Array:
+    """Mark the elements of largest key, until their weights reach the budget.
 
     Exact: in the order of falling key, ties by rising place, the shortest prefix whose weights
     add up to `budget`, or everything that has a weight if all of it is less. By bisection on the
@@ -75,7 +74,7 @@ def heaviest(key: Any, weights: Any, budget: Any) -> Any:
     """
     budget = budget[..., None]
 
-    def halve(i: Any, threshold: Any) -> Any:
+    def halve(i: Array, threshold: Array) -> Array:
         higher = threshold | (jnp.uint32(1) << (31 - i))
         held = jnp.sum(jnp.where(key >= higher, weights, 0), axis=-1, keepdims=True)
         return jnp.where(held >= budget, higher, threshold)
@@ -88,12 +87,12 @@ def heaviest(key: Any, weights: Any, budget: Any) -> Any:
     return (above > 0) | ((equal > 0) & (held < budget))
 
 
-def list_places(mark: Any, room: int) -> Any:
-    """Lists where `mark` holds, rising: `[..., n]` bool to `[..., room]` int32, NO_ID after."""
+def list_places(mark: Array, room: int) -> Array:
+    """List where `mark` holds, rising: `[..., n]` bool to `[..., room]` int32, NO_ID after."""
     n = mark.shape[-1]
     place = jnp.where(mark, jnp.cumsum(mark, axis=-1) - 1, NO_ID)
 
-    def of_row(place: Any) -> Any:
+    def of_row(place: Array) -> Array:
         empty = jnp.full((room,), NO_ID, jnp.int32)
         return empty.at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
 

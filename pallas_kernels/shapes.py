@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from pallas_kernels.types import SelectionSettings
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -51,6 +53,11 @@ class StepShape:
     def scale(self) -> float:
         """What multiplies every product of a query and a key."""
         return 1 / math.sqrt(self.head_dim)
+
+    @property
+    def selection(self) -> SelectionSettings:
+        """What `select_tokens` is compiled for."""
+        return SelectionSettings(self.max_retrieved, self.segment_tokens, self.growth_tokens)
 
     @property
     def cluster_room(self) -> int:

@@ -14,8 +14,8 @@ TABLE = Path(__file__).with_name("tuned_configs.json")
 ConfigT = TypeVar("ConfigT")
 
 
-def key(**shape: Any) -> str:
-    """A shape's name in the table. Large numbers count by their power of two."""
+def key(**shape: object) -> str:
+    """Make a shape's name in the table. Large numbers count by their power of two."""
     parts = []
     for name, value in sorted(shape.items()):
         if isinstance(value, int):
@@ -31,12 +31,12 @@ def _table() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
 
 @functools.cache
 def device_kind() -> str | None:
-    """The GPU's name, as the table has it; None without a GPU."""
+    """Return the GPU's name, as the table has it; None without a GPU."""
     return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
 
 
-def config(op: str, heuristic: ConfigT, **shape: Any) -> ConfigT:
-    """The tuned config for this device kind and shape, or else the heuristic one.
+def config(op: str, heuristic: ConfigT, **shape: object) -> ConfigT:
+    """Return the tuned config for this device kind and shape, or else the heuristic one.
 
     Args:
         op: the op's name.

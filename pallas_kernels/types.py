@@ -1,12 +1,20 @@
 """Every value that ops hand to each other, and the constants of their contract.
 
 Shapes name their axes: `layers`, `batch` (sequences), `kv_heads`, `group` (query heads that share
-a kv head), `head_dim`, `clusters`, `tokens`, `slots` (of the row cache).
+a kv head), `head_dim`, `clusters`, `tokens`, `slots` (of the row cache). Values of KV rows are in
+`rows.py`; import them from here.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, UInt16
+
+from pallas_kernels.rows import EMPTY as EMPTY
+from pallas_kernels.rows import Rows as Rows
+from pallas_kernels.rows import RowTable as RowTable
+from pallas_kernels.rows import SteadyRows as SteadyRows
+from pallas_kernels.rows import StoredRows as StoredRows
 
 # Masks are finite: -inf minus -inf is NaN, and rows with nothing in them do occur. Half of it is
 # still far below any logit, so `numerics.is_masked` tells a mask from a real value. Empty and NaN
@@ -14,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 MASKED = -1e30
 
 # Stands for no token, no cluster, no slot in an int32 list: past the end of every array, so that a
-# scatter in "drop" mode leaves it out and none has to be masked apart.
+# scatter in "drop" mode leaves it out and none has to be masked apart. In a row table `EMPTY` does.
 NO_ID = 2**31 - 1
 
 # Places of the list that one entry of `Candidates.granules` stands for.
@@ -87,6 +95,40 @@ class Candidates(NamedTuple):
     granules: Array
 
 
+class RankedTokens(NamedTuple):
+    """The candidates by mass, and how many of them are wanted.
+
+    Attributes:
+        log_mass: `[batch, kv_heads, candidates]` float32, from `score_tokens`.
+        candidates: from `select_clusters`.
+        budget: `[batch]` or `[batch, kv_heads]` int32: tokens wanted, for each sequence or each
+            of its kv heads; no more than `SelectionSettings.max_tokens` are taken.
+    """
+
+    log_mass: Float[Array, "batch kv_heads candidates"]
+    candidates: Candidates
+    budget: Int[Array, " batch"] | Int[Array, "batch kv_heads"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionSettings:
+    """What `select_tokens` is compiled for: no array, so it is hashable and static.
+
+    Attributes:
+        max_tokens: the length of `Retrieved`'s lists.
+        segment_tokens: the length of a prompt's segments, in tokens.
+        growth_tokens: the length of a growth's segments, in tokens.
+        admission_ratio: how many times the mass of the least row selected a row must have to be
+            read from the store; 1 or more. 1 reads all that is selected. Of no effect without
+            slots.
+    """
+
+    max_tokens: int
+    segment_tokens: int
+    growth_tokens: int
+    admission_ratio: float = 1.0
+
+
 class IndexedTokens(NamedTuple):
     """Which token stands at each index position.
 
@@ -102,29 +144,6 @@ class IndexedTokens(NamedTuple):
     offsets: Int[Array, "layers batch kv_heads clusters+1"]
     token_ids: UInt16[Array, "layers batch kv_heads tokens"]
     prompt_tokens: Int[Array, " batch"]
-
-
-class RowTable(NamedTuple):
-    """Which row of the store each slot of the row cache holds; the cache's own fields.
-
-    Without slots there is no cache: every row is read from the store.
-
-    Attributes:
-        slot_of_token: `[layers, batch, kv_heads, tokens]` int32, -1 where the row is not cached;
-            without slots of no tokens.
-        token_of_slot: `[layers, batch, kv_heads, slots]` int32, -1 where the slot is empty; the
-            inverse of `slot_of_token`.
-        last_used: `[layers, batch, kv_heads, slots]` int32, the step that last read the slot;
-            -1 where it is empty.
-        hits, misses: `[layers, batch, kv_heads]` uint32, rows that were found in the cache and that
-            were not, in all steps; they wrap around at 2^32.
-    """
-
-    slot_of_token: Array
-    token_of_slot: Array
-    last_used: Array
-    hits: Array
-    misses: Array
 
 
 class Retrieved(NamedTuple):
@@ -148,36 +167,6 @@ class Retrieved(NamedTuple):
     table: RowTable
     hits: Array
     misses: Array
-
-
-class SteadyRows(NamedTuple):
-    """The steady zone's KV rows: the first tokens, and those that are not in the index yet.
-
-    Attributes:
-        sink: `[layers, batch, kv_heads, sinks, 2, head_dim]`, the first tokens' keys and values.
-        sink_tokens: `[batch]` int32, how many there are; all for more than there is room for.
-        window: `[layers, batch, kv_heads, window, 2, head_dim]`, the other rows, oldest first.
-        window_tokens: `[batch]` int32, likewise.
-    """
-
-    sink: Float[Array, "layers batch kv_heads sinks 2 head_dim"]
-    sink_tokens: Int[Array, " batch"]
-    window: Float[Array, "layers batch kv_heads window 2 head_dim"]
-    window_tokens: Int[Array, " batch"]
-
-
-class StoredRows(NamedTuple):
-    """The KV rows of the indexed tokens.
-
-    Attributes:
-        store: `[layers, batch, kv_heads, tokens, 2, head_dim]`, all of them in token order; may
-            lie in `pinned_host` memory.
-        cache: `[layers, batch, kv_heads, slots, 2, head_dim]`, those in the row cache's slots.
-            With no slots all rows are read from the store.
-    """
-
-    store: Float[Array, "layers batch kv_heads tokens 2 head_dim"]
-    cache: Float[Array, "layers batch kv_heads slots 2 head_dim"]
 
 
 class Picks(NamedTuple):
@@ -225,7 +214,7 @@ class ZoneStates(NamedTuple):
 
     outputs: Array
     logsumexps: Array
-    cache_rows: Array
+    cache_rows: Rows
 
 
 class Clusters(NamedTuple):

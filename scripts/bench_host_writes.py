@@ -22,6 +22,7 @@ from gpu_timing import device_facts
 from jax import Array
 
 from pallas_kernels.append_rows import reference, triton
+from pallas_kernels.types import Rows
 from wavejax.evaluation.files import write_growing
 
 HEADS, HEAD_DIM, DTYPE = 8, 128, jnp.bfloat16
@@ -44,7 +45,7 @@ def seconds_of(run: Any, state: Any, calls: int, repeats: int = 3) -> tuple[floa
 
 def appended(program: Any, rows: Array, at: tuple[Array, ...], store: Array) -> Array:
     """The store with the rows in it."""
-    written: Array = program(store, rows, *at)
+    written: Array = program(Rows(store), rows, *at).data
     return written
 
 

@@ -86,13 +86,13 @@ def bytes_of_step(
         read = layers * kv_heads * row * tokens
     else:
         staged, cache = isinstance(cache, StagedState), wave_of(cache)
-        row = 2 * cache.store.rows.shape[-1] * cache.store.rows.dtype.itemsize
+        row = cache.store.rows.row_bytes
         read = _wave_bytes(attention, cache) + row * counts.hits / steps
         missed = row * counts.misses / steps
         if isinstance(attention, WaveAttention) and not attention.has_cache:
             # Read where they are, and written nowhere.
             read, missed = read + missed, 0.0
-        elif staged or cache.store.rows.sharding.memory_kind == "pinned_host":
+        elif staged or cache.store.rows.data.sharding.memory_kind == "pinned_host":
             host = missed
         else:
             read += missed
@@ -108,8 +108,8 @@ def bytes_of_step(
 def _wave_bytes(attention: Any, cache: WaveState) -> float:
     """Bytes that a step of wave attention reads besides the retrieved rows."""
     index, steady = cache.index, cache.steady
-    layers, _, kv_heads, _, _, head_dim = cache.store.rows.shape
-    row = 2 * head_dim * cache.store.rows.dtype.itemsize
+    layers, _, kv_heads = cache.store.rows.shape[:3]
+    row = cache.store.rows.row_bytes
     windows = int(np.asarray(steady.sink_tokens + steady.window_tokens).sum())
     clusters = int(np.asarray(index.num_clusters, np.int64).sum())
     # A centroid, a sum of values and an edge of each cluster.

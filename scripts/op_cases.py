@@ -21,6 +21,8 @@ from pallas_kernels.types import (
     Estimate,
     IndexedTokens,
     Picks,
+    RankedTokens,
+    Rows,
     RowTable,
     SteadyRows,
     StoredRows,
@@ -163,24 +165,15 @@ class StepBench:
         x, shape = self.inputs, self.shape
 
         def call(layer: Array, operands: Any, table: RowTable) -> tuple[Any, Any]:
-            *first, step = operands
+            ranked, indexed, step = operands
             result = run(
-                "select_tokens",
-                *first,
-                table,
-                layer,
-                step,
-                max_tokens=shape.max_retrieved,
-                segment_tokens=shape.segment_tokens,
-                growth_tokens=shape.growth_tokens,
+                "select_tokens", ranked, indexed, table, layer, step, settings=shape.selection
             )
             kept = (result.tokens, result.slots, result.hit, result.remaining)
             return (*kept, result.hits, result.misses), result.table
 
-        operands = (
-            *(self.made("score_tokens"), self.made("select_clusters"), x.retrieved_budget),
-            *(_indexed(x), x.step),
-        )
+        made = self.made("score_tokens"), self.made("select_clusters")
+        operands = (RankedTokens(*made, x.retrieved_budget), _indexed(x), x.step)
         moved = shape.rows * (4 * shape.candidates + 8 * shape.cluster_room + 8 * shape.slots)
         return OpCase(call, operands, self.links, moved, _copy(x.table))
 
@@ -189,9 +182,10 @@ class StepBench:
 
         def call(layer: Array, operands: Any, cache_rows: Array) -> tuple[Any, Any]:
             (query, steady, store), (*picks, estimate) = operands
-            grouped = query, steady, StoredRows(store, cache_rows), Picks(*picks), estimate
+            stored = StoredRows(Rows(store), Rows(cache_rows))
+            grouped = query, steady, stored, Picks(*picks), estimate
             result = run("attend_zones", *grouped, layer, scale=shape.scale)
-            return (result.outputs, result.logsumexps), result.cache_rows
+            return (result.outputs, result.logsumexps), result.cache_rows.data
 
         before = (x.query, _steady(x), x.store)
         logits = self.made("score_clusters").logits
@@ -259,22 +253,21 @@ class StepBench:
                 max_candidates=shape.max_candidates,
             )
             retrieved = run(
-                "select_tokens",
-                *(log_mass, chosen, x.retrieved_budget, _indexed(x), table, layer, x.step),
-                max_tokens=shape.max_retrieved,
-                segment_tokens=shape.segment_tokens,
-                growth_tokens=shape.growth_tokens,
+                *("select_tokens", RankedTokens(log_mass, chosen, x.retrieved_budget)),
+                *(_indexed(x), table, layer, x.step),
+                settings=shape.selection,
             )
             zones = run(
                 "attend_zones",
-                *(query, _steady(x), StoredRows(x.store, cache_rows), Picks(*retrieved[:3])),
+                *(query, _steady(x), StoredRows(Rows(x.store), Rows(cache_rows))),
+                Picks(*retrieved[:3]),
                 Estimate(scores[0], x.value_means, x.offsets, retrieved.remaining),
                 layer,
                 scale=shape.scale,
             )
             output, _ = run("merge_states", zones.outputs, zones.logsumexps, dtype=query.dtype)
             counts = (retrieved.hits, retrieved.misses)
-            return (output, *counts), (retrieved.table, zones.cache_rows)
+            return (output, *counts), (retrieved.table, zones.cache_rows.data)
 
         moved = self.case("score_clusters").bytes + self.zone_bytes()
         moved += shape.rows * shape.candidates * (4 * x.codes.shape[-1] + x.scales.dtype.itemsize)

@@ -8,33 +8,40 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.append_rows import reference, triton
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.types import Rows
 
 
 def append_rows(
-    store: Float[Array, "layers batch kv_heads tokens 2 head_dim"],
+    store: Rows,
     rows: Float[Array, "kv_heads new 2 head_dim"],
     layer: Int[Array, ""] | int,
     sequence: Int[Array, ""] | int,
     start: Int[Array, ""] | int,
     *,
     implementation: Implementation | None = None,
-) -> Float[Array, "layers batch kv_heads tokens 2 head_dim"]:
-    """Writes one sequence's new rows into the row store, from token `start` on.
+) -> Rows:
+    """Write one sequence's new rows into the row store, from token `start` on.
 
     In place where the store is donated, in host memory as on the device. `start` + new must not
     pass the store's end: XLA would move the whole block back, the kernel would not write it all.
 
     Args:
-        store: keys and values side by side, in token order; may lie in `pinned_host` memory.
-        rows: on the device; converted to the store's dtype.
-        layer, sequence: where in the stack.
-        start: the first row to write.
+        store: all rows, in token order; may lie in `pinned_host` memory.
+        rows: the new ones, on the device; converted to the store's dtype.
+        layer, sequence: int32, where in the stack.
+        start: int32, the first row to write.
         implementation: see `pallas_kernels.dispatch.call`. With "auto" the kernel writes to host
             memory only: XLA's update there was slow in the program that reads a prompt
             (docs/lab/benchmarks.md); on the device XLA does well.
+
+    Returns:
+        the store with the new rows.
+
+    Raises:
+        NotImplementedError: a store that has scales; or what `pallas_kernels.dispatch.call` raises.
     """
-    implementations: dict[str, Callable[..., Array]] = {"xla": reference.append_rows}
-    on_host = jax.typeof(store).memory_space == jax.memory.Space.Host
+    implementations: dict[str, Callable[..., Rows]] = {"xla": reference.append_rows}
+    on_host = jax.typeof(store.data).memory_space == jax.memory.Space.Host
     if on_host or dispatch.requested(implementation) != "auto":
         implementations["triton"] = triton.append_rows
     return dispatch.call(

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import backend as plt
 from pallas_kernels.toolbox import launch
+from pallas_kernels.types import Rows
 
 # So many programs fill the bus, with room to spare; where rows are few, so many share them.
 PROGRAMS = 128
@@ -37,7 +38,7 @@ class Config:
 
 
 def heuristic(kv_heads: int, new: int, head_dim: int, itemsize: int) -> Config:
-    """Runs of `RUN_BYTES`, or shorter ones where that would leave programs without any.
+    """Run of `RUN_BYTES`, or shorter ones where that would leave programs without any.
 
     Args:
         kv_heads, new: heads, and rows of each.
@@ -53,7 +54,7 @@ def heuristic(kv_heads: int, new: int, head_dim: int, itemsize: int) -> Config:
 # Also by itself, outside a program, the result is then given as one in host memory.
 @functools.partial(jax.jit, static_argnames=("config", "interpret"), inline=True)
 def append_rows(
-    store: Array,
+    store: Rows,
     rows: Array,
     layer: Array | int,
     sequence: Array | int,
@@ -61,25 +62,27 @@ def append_rows(
     *,
     config: Config | None = None,
     interpret: bool = False,
-) -> Array:
+) -> Rows:
     """See `pallas_kernels.append_rows`. What would pass the store's end is not written.
 
     Raises:
-        NotImplementedError: see `_pallas.check_heads`; or there are no rows, or more than fit.
+        NotImplementedError: see `launch.check_heads`; or there are no rows, or more than fit; or
+            the store's have scales.
     """
+    data = store.plain("append_rows")
     kv_heads, new, _, head_dim = rows.shape
-    launch.check_heads("append_rows", 1, head_dim, store.dtype, rows.dtype)
-    if not 0 < new <= store.shape[3]:
+    launch.check_heads("append_rows", 1, head_dim, data.dtype, rows.dtype)
+    if not 0 < new <= data.shape[3]:
         raise NotImplementedError(
-            f"append_rows: {new} rows for a store of {store.shape[3]}; the kernel wants 1 or more, "
+            f"append_rows: {new} rows for a store of {data.shape[3]}; the kernel wants 1 or more, "
             "and room for them"
         )
-    config = config or heuristic(kv_heads, new, head_dim, store.dtype.itemsize)
+    config = config or heuristic(kv_heads, new, head_dim, data.dtype.itemsize)
     # One result and no tuple: XLA takes it to be where its operand is only then.
     written = launch.call(
         functools.partial(_kernel, config=config),
-        (store, rows, *(launch.scalar(i) for i in (layer, sequence, start))),
-        jax.ShapeDtypeStruct(store.shape, store.dtype),
+        (data, rows, *(launch.scalar(i) for i in (layer, sequence, start))),
+        jax.ShapeDtypeStruct(data.shape, data.dtype),
         (pl.cdiv(new, config.tokens), kv_heads),
         name="append_rows",
         num_warps=config.num_warps,
@@ -88,11 +91,11 @@ def append_rows(
         aliases={0: 0},
         interpret=interpret,
     )
-    if jax.typeof(store).memory_space == jax.memory.Space.Host:
+    if jax.typeof(data).memory_space == jax.memory.Space.Host:
         # Pallas says of all results that they are on the device. This one's buffer is the
         # operand's, which XLA follows from the program's input on: it drops the transfer.
         written = jax.device_put(written, jax.memory.Space.Host)
-    return written
+    return Rows(written)
 
 
 def _kernel(
@@ -105,7 +108,7 @@ def _kernel(
     *,
     config: Config,
 ) -> None:
-    """Copies a run of one head's rows, which lie as closely in the store as they are given."""
+    """Copy a run of one head's rows, which lie as closely in the store as they are given."""
     new, head_dim = rows_ref.shape[1], rows_ref.shape[3]
     head, first, start = pl.program_id(1), pl.program_id(0) * config.tokens, start_ref[...]
     to = layer_ref[...], sequence_ref[...], head

@@ -114,7 +114,7 @@ def attend_dense(
     """See `pallas_kernels.attend_dense`.
 
     Raises:
-        NotImplementedError: see `_pallas.check_heads`; or query, keys and values differ in dtype.
+        NotImplementedError: see `launch.check_heads`; or query, keys and values differ in dtype.
     """
     batch, kv_heads, group, head_dim = query.shape
     tokens = keys.shape[3]

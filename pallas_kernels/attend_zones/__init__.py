@@ -40,6 +40,9 @@ def attend_zones(
         layer: which layer of the stacks.
         scale: as in `score_clusters`.
         implementation: see `pallas_kernels.dispatch.call`.
+
+    Raises:
+        NotImplementedError: rows that have scales; or what `pallas_kernels.dispatch.call` raises.
     """
     return dispatch.call(
         "attend_zones",

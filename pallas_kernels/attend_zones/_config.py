@@ -52,7 +52,7 @@ class Config:
 def heuristic(
     rows: int, head_dim: int, itemsize: int, retrieved: int, clusters: int, window: int
 ) -> Config:
-    """A config that gives each program about as many tiles, and each processor a few programs.
+    """Choose a config: each program gets about as many tiles, each processor a few programs.
 
     Args:
         rows: sequences times kv heads.

@@ -39,7 +39,7 @@ def by_processor(store: Any, missed: int) -> bool:
 
 
 def choose_part(claims_ref: Any, missed: int, others: int, threads: int, interpret: bool) -> Array:
-    """The part that this program takes, of `missed + others`: each is taken by one program.
+    """Take the part that this program takes, of `missed + others`: each is taken by one program.
 
     Args:
         claims_ref: `[missed + 1]` int32, zero before the first program begins: how many have asked
@@ -83,7 +83,7 @@ def choose_part(claims_ref: Any, missed: int, others: int, threads: int, interpr
 
 
 def _processor(number: Any, threads: int, interpret: bool) -> Any:
-    """The number of the processor that runs this program; interpreted, any number."""
+    """Read the number of the processor that runs this program; interpreted, any number."""
     if interpret:
         return lax.rem(number * 89 + 5, jnp.int32(PROCESSORS))
     lane = jnp.arange(threads, dtype=jnp.int32)

@@ -1,15 +1,14 @@
-"""What one program of the kernel of `attend_zones` does."""
+"""What one program of the kernel of `attend_zones` does in each of the zones."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import backend as plt
-from pallas_kernels.attend_zones._config import Config
-from pallas_kernels.attend_zones._roles import choose_part
+from pallas_kernels.attend_zones._program import ProgramOfRow, State
 from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import MASKED, NO_ID
@@ -17,61 +16,9 @@ from pallas_kernels.types import MASKED, NO_ID
 # How many tiles' logits are read at once to find the greatest.
 LOGIT_TILES = 4
 
-# Output `[g, d]`, peak `[g]` and masses `[g, n]` of a running softmax, float32. The masses are
-# summed over n in the end only: each sum over the warps would stop all of them.
-State = tuple[Array, Array, Array]
 
-
-class Refs(NamedTuple):
-    """The kernel's operands and results, in order."""
-
-    query: Any
-    sink: Any
-    sink_tokens: Any
-    window: Any
-    window_tokens: Any
-    store: Any
-    cache_before: Any
-    tokens: Any
-    slots: Any
-    hit: Any
-    logits: Any
-    value_means: Any
-    offsets: Any
-    remaining: Any
-    layer: Any
-    claims_before: Any
-    outputs: Any
-    logsumexps: Any
-    cache: Any
-    missed_tokens: Any
-    missed_slots: Any
-    claims: Any
-
-
-class Program:
+class Program(ProgramOfRow):
     """One program: its part of one zone of one row."""
-
-    def __init__(
-        self, refs: Refs, config: Config, with_sink: bool, scale: float, interpret: bool
-    ) -> None:
-        self.refs, self.config, self.with_sink, self.scale = refs, config, with_sink, scale
-        self.interpret = interpret
-        batch, kv_heads, group, head_dim = refs.query.shape
-        number, rows = pl.program_id(0), batch * kv_heads
-        if refs.claims is not None:
-            missed = config.missed_splits * rows
-            others = sum(config.splits) * rows - missed
-            threads = 32 * config.num_warps
-            number = choose_part(refs.claims, missed, others, threads, interpret)
-        self.part = number // rows
-        row = number % rows
-        self.b, self.h = row // kv_heads, row % kv_heads
-        self.row = (refs.layer[...], self.b, self.h)
-        self.d = jnp.arange(launch.tile(head_dim))[None, :]
-        self.g = jnp.arange(launch.MAX_GROUP)
-        self.head_dim = head_dim
-        self.in_group = self.g < group
 
     def run(self) -> None:
         # What is read from the store may take the longest, so these programs come first.
@@ -85,7 +32,8 @@ class Program:
             first += splits
 
     def missed(self, split: Array) -> None:
-        refs, size, splits = self.refs, self.config.missed_tile, self.config.missed_splits
+        refs, out = self.refs, self.out
+        size, splits = self.config.missed_tile, self.config.missed_splits
         room = refs.tokens.shape[2]
         share = pl.cdiv(room, splits)
         lane = jnp.arange(launch.tile(share))
@@ -104,8 +52,8 @@ class Program:
         @pl.when(count > 0)
         def list_missed() -> None:
             at = jnp.where(missed, first + jnp.cumsum(number) - 1, NO_ID)
-            plt.store(refs.missed_tokens.at[self.b, self.h, at], token, mask=missed)
-            plt.store(refs.missed_slots.at[self.b, self.h, at], slot, mask=missed)
+            plt.store(out.missed_tokens.at[self.b, self.h, at], token, mask=missed)
+            plt.store(out.missed_slots.at[self.b, self.h, at], slot, mask=missed)
             launch.barrier(self.interpret)
 
         def read(ids: Any, i: Array) -> Array:
@@ -117,13 +65,13 @@ class Program:
         def step(carry: tuple[Array, Array, Array, State]) -> tuple[Array, Array, Array, State]:
             i, token, slot, state = carry
             # The next ones' places are on their way while these ones' rows are.
-            following = read(refs.missed_tokens, i + 1), read(refs.missed_slots, i + 1)
+            following = read(out.missed_tokens, i + 1), read(out.missed_slots, i + 1)
             valid = token != NO_ID
             rows = self.load_rows(refs.store, token, valid)
             # What is admitted in a step is no hit in it, so no order matters.
-            admitted = self.of_rows((slot >= 0) & (slot < refs.cache.shape[3]))
+            admitted = self.of_rows((slot >= 0) & (slot < out.cache.shape[3]))
             for kv, vectors in enumerate(rows):
-                into = refs.cache.at[*self.row, slot[:, None], kv, self.d]
+                into = out.cache.at[*self.row, slot[:, None], kv, self.d]
                 plt.store(into, vectors, mask=admitted)
             # The query is read again for each tile: else it holds 32 registers of each thread.
             return i + 1, *following, self.attend(state, self.load_query(), rows, valid)
@@ -133,8 +81,8 @@ class Program:
         zero = jnp.int32(0)
         start = (
             zero,
-            read(refs.missed_tokens, zero),
-            read(refs.missed_slots, zero),
+            read(out.missed_tokens, zero),
+            read(out.missed_slots, zero),
             self.start(size),
         )
         *_, state = lax.while_loop(lambda carry: carry[0] < steps, step, start)
@@ -143,8 +91,8 @@ class Program:
     def hits(self, split: Array) -> None:
         size, splits = self.config.hit_tile, self.config.hit_splits
         steps, places = self.hits_of_share(split, splits, size)
-        query, cached = self.load_query(), self.refs.cache is not None
-        source = self.refs.cache if cached else self.refs.store
+        query, cached = self.load_query(), self.out.cache is not None
+        source = self.out.cache if cached else self.refs.store
 
         def step(i: Array, state: State) -> State:
             place = _row(places, i)
@@ -237,68 +185,13 @@ class Program:
         tile = jnp.arange(launch.tile(pl.cdiv(pl.cdiv(room, size), splits)))[:, None]
         at = (split + tile * splits) * size + jnp.arange(size)[None, :]
         where, inside = (self.b, self.h, at), at < room
-        if refs.cache is None:
+        if self.out.cache is None:
             places = plt.load(refs.tokens.at[*where], mask=inside, other=NO_ID)
         else:
             hit = plt.load(refs.hit.at[*where], mask=inside, other=False)
             slots = plt.load(refs.slots.at[*where], mask=inside, other=NO_ID)
             places = jnp.where(hit, slots, NO_ID)
         return jnp.max(jnp.where(places != NO_ID, tile + 1, 0)), places
-
-    def start(self, size: int) -> State:
-        return (
-            jnp.zeros((launch.MAX_GROUP, self.d.size), jnp.float32),
-            jnp.full((launch.MAX_GROUP,), MASKED, jnp.float32),
-            jnp.zeros((launch.MAX_GROUP, size), jnp.float32),
-        )
-
-    def of_rows(self, valid: Array) -> Array:
-        """What of vectors `[n, d]` is to be read or written, if `[n]` of them are."""
-        if self.d.size == self.head_dim:
-            return jnp.broadcast_to(valid[:, None], (valid.size, self.d.size))
-        return valid[:, None] & (self.d < self.head_dim)
-
-    def load_query(self) -> Array:
-        """`[g, d]`, zero outside the group and the head."""
-        at = self.refs.query.at[self.b, self.h, self.g[:, None], self.d]
-        return plt.load(at, mask=self.of_rows(self.in_group), other=0)
-
-    def load_rows(self, rows: Any, places: Array, valid: Array) -> list[Array]:
-        """Keys and values `[n, d]` of the row's `[n]` places, zero where not valid."""
-        mask = self.of_rows(valid)
-        # The values first: what makes the keys ready for a product waits for them, so the values'
-        # loads must be on their way by then.
-        values, keys = (
-            plt.load(rows.at[*self.row, places[:, None], kv, self.d], mask=mask, other=0)
-            for kv in (1, 0)
-        )
-        return [keys, values]
-
-    def attend(self, state: State, query: Array, rows: list[Array], valid: Array) -> State:
-        """Attends to a tile of keys and values."""
-        output, peak, masses = state
-        keys, values = rows
-        exponents = (self.scale * LOG2_E) * launch.dot(query, keys, (1, 1))
-        exponents = jnp.where(valid[None, :], exponents, MASKED)
-        higher = jnp.maximum(peak, jnp.max(exponents, axis=1))
-        weights = jnp.where(valid[None, :], jnp.exp2(exponents - higher[:, None]), 0.0)
-        shrink = jnp.exp2(peak - higher)[:, None]
-        output = output * shrink + launch.dot(weights.astype(values.dtype), values, (1, 0))
-        return output, higher, masses * shrink + weights
-
-    def finish(self, state: State) -> None:
-        output, peak, masses = state
-        total = jnp.sum(masses, axis=1)
-        empty = total == 0
-        total = jnp.where(empty, 1.0, total)
-        logsumexp = jnp.where(empty, MASKED, (peak + jnp.log2(total)) / LOG2_E)
-        at = (self.part, self.b, self.h)
-        plt.store(
-            self.refs.outputs.at[*at, self.g[:, None], self.d],
-            output / total[:, None],
-            mask=self.of_rows(self.in_group),
-        )
-        plt.store(self.refs.logsumexps.at[*at, self.g], logsumexp, mask=self.in_group)
 
 
 def _row(matrix: Array, i: Array) -> Array:

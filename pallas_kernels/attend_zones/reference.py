@@ -6,11 +6,20 @@ from jax import Array, lax
 
 from pallas_kernels import _compat
 from pallas_kernels.numerics import is_masked, log_count, log_sum_exp
-from pallas_kernels.types import MASKED, NO_ID, Estimate, Picks, SteadyRows, StoredRows, ZoneStates
+from pallas_kernels.types import (
+    MASKED,
+    NO_ID,
+    Estimate,
+    Picks,
+    Rows,
+    SteadyRows,
+    StoredRows,
+    ZoneStates,
+)
 
 
 def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:
-    """Reads rows of the store: `[batch, kv_heads, n, 2, head_dim]`, on the device.
+    """Read rows of the store: `[batch, kv_heads, n, 2, head_dim]`, on the device.
 
     A store in host memory is read by the host's processor, since XLA does not gather across
     memories; the rows it gathered then go to the device in one transfer.
@@ -44,12 +53,13 @@ def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:
 
 
 def attend_rows(query: Array, rows: Array, valid: Array, *, scale: float) -> tuple[Array, Array]:
-    """Exact attention over rows of keys and values.
+    """Attend to rows of keys and values, exactly.
 
     Args:
         query: `[batch, kv_heads, group, head_dim]`.
         rows: `[batch, kv_heads, n, 2, head_dim]`.
         valid: `[batch, kv_heads or 1, n]` bool.
+        scale: multiplies every product of query and key.
     """
     # A row that is not valid may hold anything, NaN included.
     rows = jnp.where(valid[..., None, None], rows, 0)
@@ -81,7 +91,7 @@ def attend_zones(
     batch, kv_heads = query.shape[:2]
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     sink, sink_tokens, window, window_tokens = steady
-    store, cache_rows = rows
+    store, cache_rows = (held.plain("attend_zones") for held in rows)
     tokens, slots, hit = picks
     logits, value_means, offsets, remaining = estimate
 
@@ -114,5 +124,5 @@ def attend_zones(
     return ZoneStates(
         jnp.stack([output for output, _ in parts]),
         jnp.stack([logsumexp for _, logsumexp in parts]),
-        cache_rows,
+        Rows(cache_rows),
     )

@@ -1,7 +1,6 @@
 """`attend_zones` as one Pallas (Triton) kernel: all three zones in one launch."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,11 @@ from jax import Array
 
 from pallas_kernels import backend, tuning
 from pallas_kernels.attend_zones._config import Config, heuristic
+from pallas_kernels.attend_zones._program import Operands, Results
 from pallas_kernels.attend_zones._roles import by_processor
-from pallas_kernels.attend_zones._zones import Program, Refs
+from pallas_kernels.attend_zones._zones import Program
 from pallas_kernels.toolbox import launch
-from pallas_kernels.types import Estimate, Picks, SteadyRows, StoredRows, ZoneStates
+from pallas_kernels.types import Estimate, Picks, Rows, SteadyRows, StoredRows, ZoneStates
 
 __all__ = ["Config", "attend_zones", "heuristic"]
 
@@ -30,10 +30,11 @@ def attend_zones(
     config: Config | None = None,
     interpret: bool = False,
 ) -> ZoneStates:
-    """See `pallas_kernels.attend_zones`. Each part is one program's share of one zone:
-    first the parts of the missed rows, then of the hits, the estimated and the steady zone.
-    Which program takes which matters where missed rows come from host memory: see `_roles`.
-    Without a row cache the store's rows are read as hits are.
+    """See `pallas_kernels.attend_zones`.
+
+    Each part is one program's share of one zone: first the parts of the missed rows, then of the
+    hits, the estimated and the steady zone. Which program takes which matters where missed rows
+    come from host memory: see `_roles`. Without a row cache the store's rows are read as hits are.
 
     Raises:
         NotImplementedError: see `launch.check_heads`; or rows of several dtypes, no room for
@@ -41,7 +42,7 @@ def attend_zones(
     """
     batch, kv_heads, group, head_dim = query.shape
     sink, sink_tokens, window, window_tokens = steady
-    store, cache_rows = rows
+    store, cache_rows = (held.plain("attend_zones") for held in rows)
     tokens, slots, hit = picks
     logits, value_means, offsets, remaining = estimate
     by_name = {"sink": sink, "window": window, "store": store, "cache": cache_rows}
@@ -81,7 +82,7 @@ def attend_zones(
     choosing = cached and by_processor(store, missed)
 
     with_sink = sink.size > 0
-    operands = [
+    operands = Operands(
         query,
         sink if with_sink else window,  # an operand cannot be empty
         sink_tokens,
@@ -98,31 +99,32 @@ def attend_zones(
         remaining,
         launch.scalar(layer),
         jnp.zeros(missed + 1, jnp.int32) if choosing else None,
-    ]
-    results = [
+    )
+    results = Results(
         jax.ShapeDtypeStruct((parts, *query.shape), jnp.float32),
         jax.ShapeDtypeStruct((parts, *query.shape[:3]), jnp.float32),
-    ]
-    aliases: dict[int, int] = {}
+    )
+    in_place: list[str] = []
     if cached:
-        # The missed rows' tokens and slots, without the hits between them.
+        kept = jax.ShapeDtypeStruct(cache_rows.shape, cache_rows.dtype)
         scratch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
-        cache = jax.ShapeDtypeStruct(cache_rows.shape, cache_rows.dtype)
-        results += [cache, scratch, scratch]
-        aliases[Refs._fields.index("cache_before")] = 2
+        results = results._replace(cache=kept, missed_tokens=scratch, missed_slots=scratch)
+        in_place.append("cache")
     if choosing:
-        results.append(jax.ShapeDtypeStruct((missed + 1,), jnp.int32))
-        aliases[Refs._fields.index("claims_before")] = len(results) - 1
+        results = results._replace(claims=jax.ShapeDtypeStruct((missed + 1,), jnp.int32))
+        in_place.append("claims")
 
-    def kernel(*refs: Any) -> None:
-        # Results that are not there leave no refs behind.
-        missing = (None,) * (len(Refs._fields) - len(refs))
-        Program(Refs(*refs, *missing), config, with_sink, scale, interpret).run()
+    def kernel(operands: Operands, results: Results) -> None:
+        Program(operands, results, config, scale, with_sink, interpret).run()
 
-    outputs, logsumexps, *rest = launch.call(
+    # By number: all operands and results that come before these are there.
+    aliases = {
+        Operands._fields.index(f"{name}_before"): Results._fields.index(name) for name in in_place
+    }
+    [found] = launch.call(
         kernel,
-        operands,
-        tuple(results),
+        (operands,),
+        (results,),
         (parts * batch * kv_heads,),
         name="attend_zones",
         num_warps=config.num_warps,
@@ -130,4 +132,5 @@ def attend_zones(
         aliases=aliases,
         interpret=interpret,
     )
-    return ZoneStates(outputs, logsumexps, rest[0] if cached else cache_rows)
+    cache = Rows(found.cache) if cached else rows.cache
+    return ZoneStates(found.outputs, found.logsumexps, cache)

@@ -40,6 +40,7 @@ def build_clusters(
         max_cluster_size: most tokens a cluster; likewise.
         iterations: of k-means, before the last assignment.
         least_sizes: where both sizes are arrays, what they are at least: these make the room.
+        implementation: see `pallas_kernels.dispatch.call`.
 
     Returns:
         Clusters, with room for `build_clusters.capacity(tokens, *least_sizes)` of them.

@@ -31,7 +31,7 @@ def assign_kernel(
     shape: tuple[int, int, int],
     max_clusters: int,
 ) -> None:
-    """The best centroid of each of a block's tokens, ties to the lower id."""
+    """Find the best centroid of each of a block's tokens, ties to the lower id."""
     block, clusters, width = shape
     row, begin = pl.program_id(1), pl.program_id(0) * block
     count, used = plt.load(counts_ref.at[row]), plt.load(used_ref.at[row])
@@ -66,7 +66,7 @@ def move_kernel(
     *,
     shape: tuple[int, int, int],
 ) -> None:
-    """Moves centroids to their members' direction; those without members stay.
+    """Move centroids to their members' direction; those without members stay.
 
     A product with a one-hot matrix, made on the fly: sums in a fixed order, on the tensor cores.
     """

@@ -10,7 +10,7 @@ POWER_ITERATIONS = 4
 
 
 def capacity(tokens: int, cluster_size: int, max_cluster_size: int) -> int:
-    """The most clusters a segment of so many tokens can have.
+    """Count the most clusters a segment of so many tokens can have.
 
     k clusters of n_j tokens are cut into sum(ceil(n_j / max)) <= k + n / max pieces.
     """
@@ -20,7 +20,7 @@ def capacity(tokens: int, cluster_size: int, max_cluster_size: int) -> int:
 def check_sizes(
     cluster_size: Array | int, max_cluster_size: Array | int, least_sizes: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """The least of both sizes, which make the room for clusters; see `build_clusters`.
+    """Return the least of both sizes, which make the room for clusters; see `build_clusters`.
 
     Raises:
         ValueError: the sizes are arrays, and `least_sizes` is not given.
@@ -45,7 +45,7 @@ def _sum_members(assignment: Array, x: Array, num_clusters: int) -> Array:
 def _spherical_k_means(
     x: Array, count: Array | int, num_clusters: Array | int, max_clusters: int, iterations: int
 ) -> Array:
-    """Assigns each centred key to a cluster (RetroInfer, section 4.3)."""
+    """Assign each centred key to a cluster (RetroInfer, section 4.3)."""
     tokens = x.shape[0]
     cluster = jnp.arange(max_clusters)
     # In int32, since `num_clusters` times `tokens` stays far below 2^31 for any segment.

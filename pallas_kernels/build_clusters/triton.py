@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels import tuning
 from pallas_kernels.build_clusters import _kernels
@@ -50,8 +51,8 @@ class Config:
     sum_warps: int = 4
 
 
-def heuristic(rows: int, clusters: int, head_dim: int, dtype: Any) -> Config:
-    """A config of tiles that fit in registers and, for few rows, of more and smaller programs."""
+def heuristic(rows: int, clusters: int, head_dim: int, dtype: DTypeLike) -> Config:
+    """Choose tiles that fit in registers and, for few rows, more and smaller programs."""
     if dtype == jnp.float32:
         # Exact products of float32 are not the tensor cores' work, and take more registers.
         return Config(
@@ -152,7 +153,7 @@ def k_means(
     sizes: Array,
     iterations: int,
 ) -> Array:
-    """Assigns each centred key to a cluster: `[rows, tokens]` int32, `max_clusters` for padding."""
+    """Assign each centred key to a cluster: `[rows, tokens]` int32, `max_clusters` for padding."""
     rows, tokens, width = x.shape
     clusters = max_clusters + -max_clusters % config.move_clusters
     used = -(-counts // sizes)
@@ -197,8 +198,12 @@ def k_means(
 
 
 def sort_by_cluster(assignment: Array, max_clusters: int) -> tuple[Array, Array]:
-    """The tokens by cluster and then by number: `[rows, tokens]` int32, and each cluster's first
-    place in that order: `[rows, max_clusters + 1]` int32."""
+    """Sort the tokens by cluster and then by number.
+
+    Returns:
+        the tokens in that order, `[rows, tokens]` int32, and each cluster's first place in it,
+        `[rows, max_clusters + 1]` int32.
+    """
     tokens = assignment.shape[1]
     # One key of 32 bits for both: the sort that XLA does fastest on a GPU.
     token = jnp.arange(tokens, dtype=jnp.uint32)

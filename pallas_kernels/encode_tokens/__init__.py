@@ -17,7 +17,7 @@ def encode_tokens(
     *,
     implementation: Implementation | None = None,
 ) -> TokenCodes:
-    """Encodes each key's residual from its centroid in one bit a dimension.
+    """Encode each key's residual from its centroid in one bit a dimension.
 
     With r = R(k - c): the code is sign(r), the scale |r|^2 / |r|_1, so that for a query q
     q.k is estimated without bias by q.c + scale * (Rq . sign(r)) (RaBitQ, arXiv 2405.12497,
@@ -26,7 +26,8 @@ def encode_tokens(
     Args:
         keys: post-RoPE keys.
         centroids: each token's own centroid, as stored: rounding it changes what is encoded.
-        rotation_matrix: R, orthogonal; `rotation(head_dim)`.
+        rotation_matrix: R, float32, orthogonal; `rotation(head_dim)`.
+        implementation: see `pallas_kernels.dispatch.call`.
     """
     return dispatch.call(
         "encode_tokens",

@@ -11,7 +11,7 @@ from pallas_kernels.types import WORD_BITS, TokenCodes
 
 @functools.cache
 def rotation(head_dim: int) -> np.ndarray:
-    """The fixed random rotation R of all codes: `[head_dim, head_dim]` float32, orthogonal.
+    """Make the fixed random rotation R of all codes: `[head_dim, head_dim]` float32, orthogonal.
 
     Uniform over the orthogonal group: the QR decomposition of a Gaussian matrix, its signs fixed
     (Mezzadri, arXiv math-ph/0609050).
@@ -40,7 +40,7 @@ def pack_signs(x: Array) -> Array:
 
 
 def unpack_signs(codes: Array, head_dim: int) -> Array:
-    """The inverse of `pack_signs`: +1 or -1, int8 `[..., head_dim]`."""
+    """Invert `pack_signs`: +1 or -1, int8 `[..., head_dim]`."""
     bits = (codes[..., None] >> jnp.arange(WORD_BITS, dtype=jnp.uint32)) & 1
     bits = bits.reshape(*codes.shape[:-1], -1)[..., :head_dim]
     return (2 * bits.astype(jnp.int8) - 1).astype(jnp.int8)

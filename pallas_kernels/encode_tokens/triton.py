@@ -84,7 +84,7 @@ def _kernel(
     shape: tuple[int, int, int],
     head_dim: int,
 ) -> None:
-    """Encodes one block of tokens, 32 dimensions at a time."""
+    """Encode one block of tokens, 32 dimensions at a time."""
     block, words, width = shape
     token = pl.program_id(0) * block + jnp.arange(block)
     dims = jnp.arange(width)

@@ -19,13 +19,14 @@ def merge_states(
     Float[Array, "batch kv_heads group head_dim"],
     Float[Array, "batch kv_heads group"],
 ]:
-    """Merges attention over disjoint sets of tokens into attention over their union.
+    """Merge attention over disjoint sets of tokens into attention over their union.
 
     Args:
         outputs: float32, each part's softmax-weighted mean of values.
         logsumexps: float32, each part's log of the sum of exponentials; about -1e30 for a part
             with nothing in it, whose output is not read. NaN in either reaches the union.
         dtype: of the union's output.
+        implementation: see `pallas_kernels.dispatch.call`.
 
     Returns:
         output, logsumexp: in `dtype` and float32, of the union; zeros and about -1e30 where all

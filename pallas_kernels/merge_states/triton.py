@@ -49,7 +49,7 @@ def merge_states(
     """See `pallas_kernels.merge_states`.
 
     Raises:
-        NotImplementedError: see `_pallas.check_heads`; or the arrays are not float32.
+        NotImplementedError: see `launch.check_heads`; or the arrays are not float32.
     """
     parts, batch, kv_heads, group, head_dim = outputs.shape
     if {outputs.dtype.name, logsumexps.dtype.name} != {"float32"}:

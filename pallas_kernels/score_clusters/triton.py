@@ -35,7 +35,7 @@ class Config:
 
 
 def heuristic(rows: int, clusters: int, head_dim: int, dtype: str) -> Config:
-    """A config for shapes that were not tuned."""
+    """Choose a config for shapes that were not tuned."""
     block = 128 if head_dim <= 128 else 64
     if dtype == "float32":
         # Its products are made one by one, in registers.
@@ -53,30 +53,46 @@ def _kernel(
     rotations_ref: Any,
     logits_ref: Any,
     partial_ref: Any,
-    *packed_refs: Any,
+    packed: PackedQuery | None,
+    *,
     scale: float,
     config: Config,
 ) -> None:
+    """Scores a run of clusters; or rotates and packs the query, where that is asked for."""
     kv_heads = query_ref.shape[1]
     part, row = pl.program_id(0), pl.program_id(1)
-    refs = query_ref, centroids_ref, offsets_ref, layer_ref, logits_ref, partial_ref
-    if rotations_ref is None:
-        _score(refs, part, row, scale=scale, config=config)
+
+    def score(part: Any) -> None:
+        refs = query_ref, centroids_ref, offsets_ref, layer_ref, logits_ref, partial_ref
+        _score(*refs, part=part, row=row, scale=scale, config=config)
+
+    if packed is None:
+        score(part)
         return
 
     # First, since it takes longer to begin than the others.
     @pl.when(part == 0)
     def turn() -> None:
         at = row // kv_heads, row % kv_heads
-        packed = PackedQuery(*packed_refs)
         rotate_and_pack(query_ref, rotations_ref, packed, *at, scale=scale)
 
-    pl.when(part > 0)(lambda: _score(refs, part - 1, row, scale=scale, config=config))
+    pl.when(part > 0)(lambda: score(part - 1))
 
 
-def _score(refs: tuple[Any, ...], part: Any, row: Any, *, scale: float, config: Config) -> None:
+def _score(
+    query_ref: Any,
+    centroids_ref: Any,
+    offsets_ref: Any,
+    layer_ref: Any,
+    logits_ref: Any,
+    partial_ref: Any,
+    *,
+    part: Any,
+    row: Any,
+    scale: float,
+    config: Config,
+) -> None:
     """Scores a run of a row's clusters."""
-    query_ref, centroids_ref, offsets_ref, layer_ref, logits_ref, partial_ref = refs
     _, kv_heads, group, head_dim = query_ref.shape
     clusters = centroids_ref.shape[3]
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
@@ -163,8 +179,7 @@ def score_clusters(
     # As `score_tokens` multiplies codes: with float32 scales it takes the query as it is.
     floats = dtype == "float32" or query.dtype == jnp.float32
     packs = rotated and not floats and plt.takes_assembly()
-    shapes = packed_shapes(*query.shape) if packs else ()
-    logits, partial, *packed = launch.call(
+    logits, partial, packed = launch.call(
         functools.partial(_kernel, scale=scale, config=config),
         (
             *(query.astype(centroids.dtype), centroids, offsets, launch.scalar(layer)),
@@ -173,7 +188,7 @@ def score_clusters(
         (
             jax.ShapeDtypeStruct((*heads, clusters), jnp.float32),
             jax.ShapeDtypeStruct((*heads, parts), jnp.float32),
-            *shapes,
+            packed_shapes(*query.shape) if packs else None,
         ),
         (parts + packs, rows),
         name="score_clusters",
@@ -181,7 +196,7 @@ def score_clusters(
         num_stages=config.num_stages,
         interpret=interpret,
     )
-    turned: Array | PackedQuery | None = PackedQuery(*packed) if packs else None
+    turned: Array | PackedQuery | None = packed
     if rotated and not packs:
         turned = rotate(query)
     # One kernel, where XLA would make three of it.

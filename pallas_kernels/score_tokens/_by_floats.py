@@ -26,7 +26,7 @@ def score(
     scale: float,
     head_dim: int,
 ) -> Any:
-    """The masses' logarithms of a block of a row's candidates: `[block]` float32.
+    """Compute the masses' logarithms of a block of a row's candidates: `[block]` float32.
 
     Args:
         query_ref: `[batch, kv_heads, parts, group, head_dim]` bfloat16, from `_query.split`.
@@ -67,10 +67,14 @@ def _products(
     valid: Any,
     head_dim: int,
 ) -> Any:
-    """Products of codes and query in the matrix units: `[block, DOT_TILE]` float32.
+    """Multiply codes and query in the matrix units: `[block, DOT_TILE]` float32.
 
     Args:
         query_ref: `[batch, kv_heads, parts, group, head_dim]` bfloat16, from `_query.split`.
+        codes_ref: as `score_tokens` has them.
+        layer, b, h: which head's.
+        position, valid: `[block]` int32 and bool, index positions, and which of them to read.
+        head_dim: of the codes.
     """
     _, _, parts, group, _ = query_ref.shape
     dim = jnp.arange(launch.tile(head_dim))

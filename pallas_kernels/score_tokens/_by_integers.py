@@ -31,7 +31,7 @@ def score(
     *,
     emulate: bool,
 ) -> list[Any]:
-    """The masses' logarithms of slices of a row's candidates: `[threads]` float32 each.
+    """Compute the masses' logarithms of slices of a row's candidates: `[threads]` float32 each.
 
     A slice has one candidate for each thread; all of them share what is read of the query.
 
@@ -82,7 +82,7 @@ def score(
 
 
 def _read_query(fragments_ref: Any, at: tuple[Any, Any, Any], threads: int) -> list[list[Any]]:
-    """What lanes hold of the query, as `_products.products` takes it."""
+    """Read what lanes hold of the query, as `_products.products` takes it."""
     _, b, h = at
     lane = warp.lanes(threads)
 

@@ -30,7 +30,7 @@ def find_members(
     place: Any,
     valid: Any,
 ) -> tuple[Any, Any, Any]:
-    """The clusters and index positions of places in a row's list of candidates.
+    """Find the clusters and index positions of places in a row's list of candidates.
 
     Args:
         members: the candidates.
@@ -73,7 +73,7 @@ def find_members_of_granules(
     at: tuple[Any, Any, Any],
     places: list[Any],
 ) -> list[tuple[Any, Any]]:
-    """What `find_members` finds, without a search, where each warp holds a granule.
+    """Find what `find_members` finds, without a search, where each warp holds a granule.
 
     Each thread reads of one of the clusters after the granule's first where it begins. All of them
     together mark these places in a word: the clusters up to a place are as many as the bits up to

@@ -23,7 +23,7 @@ ROWS = 2
 
 
 def rows_of_quad(position: Any, *, emulate: bool) -> list[Any]:
-    """The positions of the four tokens of each lane's quad: `[threads]` int32 each.
+    """Find the positions of the four tokens of each lane's quad: `[threads]` int32 each.
 
     Args:
         position: `[threads]` int32, each lane's own token's.
@@ -35,7 +35,7 @@ def rows_of_quad(position: Any, *, emulate: bool) -> list[Any]:
 def products(
     words: list[list[Any]], query: list[list[Any]], group: int, *, emulate: bool
 ) -> list[Any]:
-    """The sums of each head's int8 query over the set bits of the lanes' own tokens' codes.
+    """Compute the sums of each head's int8 query over the set bits of the lanes' own tokens' codes.
 
     Args:
         words: for every four words of a code, and each token of the quad, the lane's one of them:
@@ -111,7 +111,7 @@ def _multiply(left: list[list[Any]], right: list[Any], columns: int) -> list[Any
 
 
 def _emulated(left: list[list[Any]], right: list[Any], columns: int) -> list[Any]:
-    """What `_multiply` gives, in plain JAX."""
+    """Compute what `_multiply` gives, in plain JAX."""
     sums = [jnp.zeros_like(right[0])] * 4
     for phase in range(PHASES):
         sums = [2 * x for x in sums]
@@ -152,7 +152,7 @@ def _of_own_tokens(lower: Any, upper: Any, *, emulate: bool) -> list[Any]:
 
 
 def log_sum_exp2(heads: list[Any], *, emulate: bool) -> Any:
-    """The natural logarithm of the heads' summed powers of 2: `[n]` float32.
+    """Compute the natural logarithm of the heads' summed powers of 2: `[n]` float32.
 
     Args:
         heads: each `[n]` float32.
@@ -169,7 +169,7 @@ def log_sum_exp2(heads: list[Any], *, emulate: bool) -> Any:
 
 
 def multiply_add(x: Any, y: Any, z: Any, *, emulate: bool) -> Any:
-    """x * y + z in float32, for `[n]` and numbers, by one instruction: Triton makes two of it."""
+    """Compute x * y + z, for `[n]` float32 and numbers, in one instruction: Triton makes it two."""
     if emulate:
         return x * y + z
     y, z = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), x.shape) for a in (y, z))

@@ -28,7 +28,7 @@ ROUND, WORDS = 8, QUAD
 
 
 def packed_shapes(batch: int, kv_heads: int, group: int, head_dim: int) -> PackedQuery:
-    """The arrays' shapes, as `jax.ShapeDtypeStruct`."""
+    """Return the arrays' shapes, as `jax.ShapeDtypeStruct`."""
     rounds, fours = pl.cdiv(group, ROUND), pl.cdiv(head_dim, WORDS * WORD_BITS)
     heads = (batch, kv_heads, group)
     words = (*heads[:2], rounds, fours, PHASES, 2, LANES)
@@ -37,7 +37,7 @@ def packed_shapes(batch: int, kv_heads: int, group: int, head_dim: int) -> Packe
 
 
 def dimensions(head_dim: int, arange: Callable[[int], Any] = jnp.arange) -> list[Any]:
-    """The dimensions that a word's four bytes are of: four of `[words * 8]`, by word and bit."""
+    """List the dimensions of a word's four bytes: four of `[words * 8]`, by word and bit."""
     nth = arange(BYTE * WORDS * pl.cdiv(head_dim, WORDS * WORD_BITS))
     return [WORD_BITS * (nth // BYTE) + BYTE * i + nth % BYTE for i in range(4)]
 
@@ -81,11 +81,11 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> PackedQuery:
     Args:
         query: `[batch, kv_heads, group, head_dim]`.
         scale: multiplies every product of query and key.
-        interpret: see `_pallas.call`.
+        interpret: see `launch.call`.
     """
     batch, kv_heads, group, head_dim = query.shape
 
-    def kernel(query_ref: Any, *refs: Any) -> None:
+    def kernel(query_ref: Any, packed: PackedQuery) -> None:
         b, h = pl.program_id(0) // kv_heads, pl.program_id(0) % kv_heads
         g = jnp.arange(launch.MAX_GROUP)[:, None]
         parts = []
@@ -93,18 +93,19 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> PackedQuery:
             exists = (g < group) & (dim < head_dim)[None, :]
             part = plt.load(query_ref.at[b, h, g, dim[None, :]], mask=exists, other=0)
             parts.append(part.astype(jnp.float32))
-        write_packed(parts, PackedQuery(*refs), b, h, scale=scale)
+        write_packed(parts, packed, b, h, scale=scale)
 
-    packed: PackedQuery = launch.call(
+    [packed] = launch.call(
         kernel,
         (query,),
-        packed_shapes(batch, kv_heads, group, head_dim),
+        (packed_shapes(batch, kv_heads, group, head_dim),),
         (batch * kv_heads,),
         name="pack_query",
         num_warps=4,
         interpret=interpret,
     )
-    return packed
+    found: PackedQuery = packed
+    return found
 
 
 def unpack(packed: PackedQuery, head_dim: int, *, scale: float) -> Array:
@@ -141,9 +142,10 @@ def unpack(packed: PackedQuery, head_dim: int, *, scale: float) -> Array:
 
 @functools.cache
 def rotations(head_dim: int) -> np.ndarray:
-    """The rotation's rows by the bytes that they end in: `[2, 4, head_dim, words * 8]` bfloat16.
+    """Sort the rotation's rows by the bytes that they end in.
 
-    As a sum of two parts, which hold 16 bits of a float32.
+    Returns:
+        `[2, 4, head_dim, words * 8]` bfloat16: a sum of two parts, which hold 16 bits of a float32.
     """
     matrix, tables = rotation(head_dim), []
     for dim in dimensions(head_dim, np.arange):
@@ -198,9 +200,9 @@ def _halves(query: Any) -> list[Any]:
 
 
 def split(query: Array) -> Array:
-    """The query as a sum of bfloat16 parts: `[batch, kv_heads, parts, group, head_dim]`.
+    """Split the query into bfloat16 parts: `[batch, kv_heads, parts, group, head_dim]`.
 
-    Three of them hold all bits of a float32, one those of a bfloat16.
+    It is their sum. Three of them hold all bits of a float32, one those of a bfloat16.
     """
     parts = {"bfloat16": 1, "float16": 2}.get(query.dtype.name, 3)
     return jnp.stack(launch.split_bfloat16(query.astype(jnp.float32), parts), axis=2)

@@ -12,7 +12,7 @@ from pallas_kernels.types import MASKED, NO_ID, Candidates, ClusterScores, Packe
 def list_members(
     candidates: Candidates, offsets: Array, max_candidates: int
 ) -> tuple[Array, Array]:
-    """Lists the candidates' tokens by rising index position.
+    """List the candidates' tokens by rising index position.
 
     Args:
         candidates: from `select_clusters`.
@@ -39,7 +39,7 @@ def list_members(
 
 
 def query_of(scores: ClusterScores) -> Array | PackedQuery:
-    """The rotated query.
+    """Return the rotated query.
 
     Raises:
         ValueError: there is none.

@@ -48,7 +48,7 @@ class Config:
 
 
 def heuristic(rows: int, candidates: int, dtype: str) -> Config:
-    """A config for shapes that were not tuned.
+    """Choose a config for shapes that were not tuned.
 
     Args:
         rows, candidates: how many rows, and room for how many candidates of each.

@@ -19,7 +19,7 @@ def select_clusters(
     max_candidates: int,
     implementation: Implementation | None = None,
 ) -> Candidates:
-    """Selects the clusters of most group mass per token, until they hold `budget` tokens.
+    """Select the clusters of most group mass per token, until they hold `budget` tokens.
 
     Group mass per token: exp(logit - logsumexp), summed over the query heads that share the kv
     head. The order is exact, ties to the lower id; the last cluster taken is the one with which
@@ -27,11 +27,12 @@ def select_clusters(
     size tokens, and fewer than the budget only if it holds all.
 
     Args:
-        logits, logsumexp: from `score_clusters`.
-        offsets: as there.
-        layer: which layer of `offsets`.
-        budget: tokens wanted, for each sequence.
+        logits, logsumexp: float32, from `score_clusters`.
+        offsets: int32, as there.
+        layer: int32, which layer of `offsets`.
+        budget: int32, tokens wanted, for each sequence.
         max_candidates: room for candidates a row, which the ops that read them must have too.
+        implementation: see `pallas_kernels.dispatch.call`.
     """
     return dispatch.call(
         "select_clusters",

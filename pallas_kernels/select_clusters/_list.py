@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.toolbox.block_sums import scan_together
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.toolbox.sampled_split import Load, places_of_threads
 from pallas_kernels.toolbox.selection_end import End
 from pallas_kernels.types import GRANULE, NO_ID
@@ -20,7 +20,7 @@ RUN = 4
 
 
 def list_chunk(
-    row: Row,
+    row: HeadView,
     load: Load,
     end: End,
     some: Any,
@@ -29,7 +29,7 @@ def list_chunk(
     chunk: int,
     threads: int,
 ) -> None:
-    """Lists a chunk's selected clusters, from where those of the chunks before it end.
+    """List a chunk's selected clusters, from where those of the chunks before it end.
 
     Args:
         row: whose clusters.

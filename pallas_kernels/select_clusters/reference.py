@@ -9,7 +9,7 @@ from pallas_kernels.types import GRANULE, MASKED, NO_ID, Candidates
 
 
 def list_candidates(selected: Array, sizes: Array, max_candidates: int) -> Candidates:
-    """The candidates that the selected clusters make.
+    """List the candidates that the selected clusters make.
 
     Args:
         selected, sizes: `[batch, kv_heads, clusters]`, bool and int32.

@@ -1,28 +1,29 @@
 """The op `select_tokens`. Its meaning is in `reference.py`, its kernels are in `triton.py`."""
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.select_tokens import reference, triton
 from pallas_kernels.select_tokens.reference import empty_table as empty_table
 from pallas_kernels.select_tokens.reference import segment_start as segment_start
-from pallas_kernels.types import Candidates, IndexedTokens, Retrieved, RowTable
+from pallas_kernels.types import (
+    IndexedTokens,
+    RankedTokens,
+    Retrieved,
+    RowTable,
+    SelectionSettings,
+)
 
 
 def select_tokens(
-    log_mass: Float[Array, "batch kv_heads candidates"],
-    candidates: Candidates,
-    budget: Int[Array, " batch"] | Int[Array, "batch kv_heads"],
+    ranked: RankedTokens,
     indexed: IndexedTokens,
     table: RowTable,
     layer: Int[Array, ""] | int,
     step: Int[Array, ""],
     *,
-    max_tokens: int,
-    segment_tokens: int,
-    growth_tokens: int,
-    admission_ratio: float = 1.0,
+    settings: SelectionSettings,
     implementation: Implementation | None = None,
 ) -> Retrieved:
     """Select the tokens of most group mass and find, or make, their slots in the row cache.
@@ -38,31 +39,25 @@ def select_tokens(
     cache fills with all that is selected. See docs/lab/host-rows.md for what it gains.
 
     Args:
-        log_mass: from `score_tokens`.
-        candidates: from `select_clusters`.
-        budget: tokens wanted, for each sequence, or each of its kv heads; at most `max_tokens`.
+        ranked: the candidates, their masses, and how many tokens are wanted.
         indexed: the token at each index position.
         table: the row table, updated at `layer`; one without slots where there is no row cache.
-        layer: which layer of the stacks.
-        step: this step's number, greater than all before it.
-        max_tokens: length of the result's lists.
-        segment_tokens, growth_tokens: length of a prompt's segments and of those of growth.
-        admission_ratio: 1 or more; 1 retrieves all that is selected. Of no effect without slots.
+        layer: int32, which layer of the stacks.
+        step: int32, this step's number, greater than all before it.
+        settings: lengths of the lists and of the segments, and the `admission_ratio`.
         implementation: see `pallas_kernels.dispatch.call`.
+
+    Raises:
+        NotImplementedError: see `pallas_kernels.dispatch.call`.
     """
     return dispatch.call(
         "select_tokens",
         implementation,
         {"xla": reference.select_tokens, "triton": triton.select_tokens},
-        log_mass,
-        candidates,
-        budget,
+        ranked,
         indexed,
         table,
         layer,
         step,
-        max_tokens=max_tokens,
-        segment_tokens=segment_tokens,
-        growth_tokens=growth_tokens,
-        admission_ratio=admission_ratio,
+        settings=settings,
     )

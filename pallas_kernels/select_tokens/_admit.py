@@ -5,14 +5,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.rows import is_held
 from pallas_kernels.select_tokens._dropped import Dropped
 from pallas_kernels.select_tokens._look_up import count
 from pallas_kernels.select_tokens._pick import limits
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.bisection import threshold
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.toolbox.packed_counts import list_selected
-from pallas_kernels.types import NO_ID
+from pallas_kernels.types import EMPTY, NO_ID
 
 # Slots' ages that a thread looks at at once.
 SLOTS_A_THREAD = 4
@@ -59,7 +60,7 @@ class Admit(NamedTuple):
 
 
 def admit_rows(refs: Admit, *, candidates: int, threads: int, interpret: bool) -> None:
-    """Gives a row's missed rows the least recently used slots, by rising slot, if there are any.
+    """Give a row's missed rows the least recently used slots, by rising slot, if there are any.
 
     Args:
         refs: see there.
@@ -67,7 +68,7 @@ def admit_rows(refs: Admit, *, candidates: int, threads: int, interpret: bool) -
         threads: of the program.
         interpret: whether the kernel is interpreted.
     """
-    row = Row(
+    row = HeadView(
         pl.program_id(1),
         *(refs.tokens.shape[1], refs.layer[...]),
         interpret=interpret,
@@ -85,12 +86,12 @@ def admit_rows(refs: Admit, *, candidates: int, threads: int, interpret: bool) -
     count(row, refs.misses, refs.miss_count, retrieved - hits)
 
 
-def _admit(row: Row, refs: Admit, listed: Any, wanted: Any, step: Any) -> None:
-    """Gives the first `wanted` missed rows, at least one, of so many listed ones their slots."""
+def _admit(row: HeadView, refs: Admit, listed: Any, wanted: Any, step: Any) -> None:
+    """Give the first `wanted` missed rows, at least one, of so many listed ones their slots."""
     slots = refs.token_of_slot.shape[-1]
 
     def age(slot: Any, exists: Any) -> Any:
-        # Zero for a slot used in this step; the largest one is an empty slot's, step + 1.
+        # Zero for a slot used in this step; the largest one is an EMPTY slot's, step + 1.
         used = row.load(refs.last_used, slot, mask=exists, stacked=True)
         return jnp.where(exists, step - used, 0).astype(jnp.uint32)
 
@@ -135,8 +136,8 @@ def _admit(row: Row, refs: Admit, listed: Any, wanted: Any, step: Any) -> None:
         enters = (miss > 0) & (nth < wanted)
         victim = row.load(refs.victims, nth, mask=enters)
         evicted = row.load(refs.token_of_slot, victim, mask=enters, stacked=True)
-        gone = enters & (evicted >= 0)
-        row.store(refs.slot_of_token, jnp.full_like(i, -1), evicted, mask=gone, stacked=True)
+        gone = enters & is_held(evicted)
+        row.store(refs.slot_of_token, jnp.full_like(i, EMPTY), evicted, mask=gone, stacked=True)
         row.store(refs.slot_of_token, victim, token, mask=enters, stacked=True)
         row.store(refs.slots, victim, i, mask=enters)
         # A slot's old owner was read by the lane that now writes its new one.

@@ -39,7 +39,7 @@ MOST_IN_REGISTERS = 16384
 
 
 def heuristic(candidates: int, max_tokens: int) -> Config:
-    """A config for shapes that were not tuned.
+    """Choose a config for shapes that were not tuned.
 
     Args:
         candidates, max_tokens: room for candidates and for retrieved ones, a row.

@@ -29,15 +29,18 @@ def most_expected(budget: int, candidates: int, sample: int) -> int:
     return min(candidates, math.ceil((wanted + 3 * math.sqrt(wanted)) * candidates / sample))
 
 
-def draw_sample(*refs: Any, sample: int, block: int) -> None:
-    """Draws a block of a row's sample: one program alone waits long for so many scattered reads.
+def draw_sample(
+    log_mass_ref: Any, starts_ref: Any, drawn_ref: Any, *, sample: int, block: int
+) -> None:
+    """Draw a block of a row's sample: one program alone waits long for so many scattered reads.
 
-    Refs:
-        log_mass: `[batch, kv_heads, candidates]` float32.
-        starts: `Candidates.starts`.
-        drawn: `[batch, kv_heads, sample]` uint32, out.
+    Args:
+        log_mass_ref: `[batch, kv_heads, candidates]` float32.
+        starts_ref: `Candidates.starts`.
+        drawn_ref: `[batch, kv_heads, sample]` uint32, out.
+        sample: candidates drawn, a row.
+        block: how many of them are a program's.
     """
-    log_mass_ref, starts_ref, drawn_ref = refs
     row = pl.program_id(1)
     b, h = row // log_mass_ref.shape[1], row % log_mass_ref.shape[1]
     i = pl.program_id(0) * block + jnp.arange(block)
@@ -58,21 +61,33 @@ def _sampled(log_mass_ref: Any, b: Any, h: Any, at: Any, count: Any) -> Any:
     return jnp.where(at < count, ordered_bits(log_mass), 0)
 
 
-def estimate_threshold(*refs: Any, sample: int, threads: int, interpret: bool) -> None:
-    """A key that more candidates should reach than the budget, from a sample of the row.
+def estimate_threshold(
+    log_mass_ref: Any,
+    starts_ref: Any,
+    budget_ref: Any,
+    drawn_ref: Any,
+    lowest_ref: Any,
+    *,
+    sample: int,
+    threads: int,
+    interpret: bool,
+) -> None:
+    """Set a key that more candidates should reach than the budget, from a sample of the row.
 
     It is set so low that more than the budget should reach it, by four standard deviations of the
     sample's count. Whether they do is for `pick_rows` to check: it selects among all candidates if
     not.
 
-    Refs:
-        log_mass: `[batch, kv_heads, candidates]` float32.
-        starts: `Candidates.starts`.
-        budget: `[batch, kv_heads]` int32.
-        drawn: from `draw_sample`, or None.
-        lowest: `[batch, kv_heads]` uint32, out.
+    Args:
+        log_mass_ref: `[batch, kv_heads, candidates]` float32.
+        starts_ref: `Candidates.starts`.
+        budget_ref: `[batch, kv_heads]` int32.
+        drawn_ref: from `draw_sample`, or None.
+        lowest_ref: `[batch, kv_heads]` uint32, out.
+        sample: candidates in the sample, a row.
+        threads: of the program.
+        interpret: whether the kernel is interpreted.
     """
-    log_mass_ref, starts_ref, budget_ref, drawn_ref, lowest_ref = refs
     row = pl.program_id(1)
     b, h = row // log_mass_ref.shape[1], row % log_mass_ref.shape[1]
     stride, count = _stride(log_mass_ref, starts_ref, b, h, sample)
@@ -93,21 +108,36 @@ def estimate_threshold(*refs: Any, sample: int, threads: int, interpret: bool) -
     plt.store(lowest_ref.at[here], lowest)
 
 
-def list_contenders(*refs: Any, chunk: int, threads: int, interpret: bool) -> None:
-    """Lists a chunk's candidates of the lowest key or a larger one.
+def list_contenders(
+    log_mass_ref: Any,
+    starts_ref: Any,
+    lowest_ref: Any,
+    offsets_ref: Any,
+    layer_ref: Any,
+    keys_ref: Any,
+    places_ref: Any,
+    counts_ref: Any,
+    sizes_ref: Any,
+    *,
+    chunk: int,
+    threads: int,
+    interpret: bool,
+) -> None:
+    """List a chunk's candidates of the lowest key or a larger one.
 
-    Refs:
-        log_mass, starts: as above.
-        lowest: `[batch, kv_heads]` uint32.
-        offsets: `[layers, batch, kv_heads, clusters + 1]` int32.
-        layer: int32 scalar.
-        keys, places: `[batch, kv_heads, chunks, chunk]` uint32 and int32, out: the contenders of
-            each chunk by rising place.
-        counts: `[batch, kv_heads, chunks]` int32, out: how many there are.
-        sizes: `[batch, kv_heads, clusters]` int32, out: the clusters' sizes.
+    Args:
+        log_mass_ref, starts_ref: as above.
+        lowest_ref: `[batch, kv_heads]` uint32.
+        offsets_ref: `[layers, batch, kv_heads, clusters + 1]` int32.
+        layer_ref: int32 scalar.
+        keys_ref, places_ref: `[batch, kv_heads, chunks, chunk]` uint32 and int32, out: the
+            contenders of each chunk by rising place.
+        counts_ref: `[batch, kv_heads, chunks]` int32, out: how many there are.
+        sizes_ref: `[batch, kv_heads, clusters]` int32, out: the clusters' sizes.
+        chunk: candidates that are a program's.
+        threads: of the program.
+        interpret: whether the kernel is interpreted.
     """
-    log_mass_ref, starts_ref, lowest_ref, offsets_ref, layer_ref, *results = refs
-    keys_ref, places_ref, counts_ref, sizes_ref = results
     kv_heads, room = log_mass_ref.shape[1:]
     part, row = pl.program_id(0), pl.program_id(1)
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
@@ -154,16 +184,25 @@ def list_contenders(*refs: Any, chunk: int, threads: int, interpret: bool) -> No
         plt.store(counts_ref.at[*here], number)
 
 
-def join_contenders(*refs: Any, block: int) -> None:
-    """Moves a chunk's contenders behind those of the chunks before: then none has to be sought.
+def join_contenders(
+    keys_ref: Any,
+    places_ref: Any,
+    counts_ref: Any,
+    all_keys_ref: Any,
+    all_places_ref: Any,
+    count_ref: Any,
+    *,
+    block: int,
+) -> None:
+    """Move a chunk's contenders behind those of the chunks before: then none has to be sought.
 
-    Refs:
-        keys, places, counts: from `list_contenders`.
-        keys, places: `[batch, kv_heads, 1, chunks * chunk]`, out: those of all chunks.
-        count: `[batch, kv_heads, 1]` int32, out: how many there are.
+    Args:
+        keys_ref, places_ref, counts_ref: from `list_contenders`.
+        all_keys_ref, all_places_ref: `[batch, kv_heads, 1, chunks * chunk]`, out: those of all
+            chunks.
+        count_ref: `[batch, kv_heads, 1]` int32, out: how many there are.
+        block: how many are moved at once.
     """
-    keys_ref, places_ref, counts_ref, *results = refs
-    all_keys_ref, all_places_ref, count_ref = results
     _, kv_heads, chunks, _ = keys_ref.shape
     part, row = pl.program_id(0), pl.program_id(1)
     b, h, first = row // kv_heads, row % kv_heads, jnp.int32(0)

@@ -8,11 +8,11 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.numerics import from_ordered_bits
 from pallas_kernels.toolbox import launch
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_view import HeadView
 
 
 def worth_reading(
-    row: Row, log_mass: Any, least_ref: Any, filling: Any, admission_ratio: float
+    row: HeadView, log_mass: Any, least_ref: Any, filling: Any, admission_ratio: float
 ) -> Any:
     """Which picks to read although they are not cached: bool `[block]`.
 
@@ -38,7 +38,7 @@ class Dropped:
             of those belong to a cluster whose picks begin in an earlier block; and that cluster.
     """
 
-    def __init__(self, row: Row, through: Any, blocks: Any) -> None:
+    def __init__(self, row: HeadView, through: Any, blocks: Any) -> None:
         self.row, self.through, self.blocks = row, through, blocks
 
     def count(self, left: Any, picks: tuple[Any, Any, Any], first: Any, last: Any) -> Any:
@@ -74,7 +74,7 @@ class Dropped:
         return back
 
     def finish(self, remaining_ref: Any) -> Any:
-        """Gives clusters back what later blocks dropped of theirs; returns how many are dropped.
+        """Give clusters back what later blocks dropped of theirs; returns how many are dropped.
 
         Args:
             remaining_ref: `[batch, kv_heads, clusters]` int32; as the blocks' programs left it.

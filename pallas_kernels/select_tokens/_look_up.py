@@ -7,10 +7,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import backend as plt
+from pallas_kernels.rows import is_held
 from pallas_kernels.score_tokens._members import Members, find_members
 from pallas_kernels.select_tokens._dropped import Dropped, worth_reading
 from pallas_kernels.select_tokens._pick import limits
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.types import NO_ID
 
 
@@ -70,11 +71,11 @@ def look_up_rows(
     admission_ratio: float,
     interpret: bool,
 ) -> None:
-    """Looks up a block of a row's picks.
+    """Look up a block of a row's picks.
 
     At an `admission_ratio` of 1 every pick is retrieved.
     """
-    row = Row(pl.program_id(1), refs.log_mass.shape[1], refs.layer[...], interpret=interpret)
+    row = HeadView(pl.program_id(1), refs.log_mass.shape[1], refs.layer[...], interpret=interpret)
     part, room = pl.program_id(0), refs.tokens.shape[-1]
     _, budget = limits(row, refs.starts, refs.budget, (refs.log_mass.shape[-1], room))
 
@@ -95,7 +96,7 @@ def look_up_rows(
     # While the slots are on their way.
     runs = _find_runs(row, refs.starts, refs.picked, i, number, budget)
     if slots:
-        hit = valid & (found >= 0)
+        hit = valid & is_held(found)
         slot = jnp.where(hit, found, NO_ID)
         used = jnp.full_like(i, refs.step[...])
         row.store(refs.last_used, used, found, mask=hit, stacked=True)
@@ -119,15 +120,15 @@ def look_up_rows(
         pl.when(part == 0)(lambda: count(row, refs.misses, refs.miss_count, budget))
 
 
-def count(row: Row, number_ref: Any, total_ref: Any, number: Any) -> None:
-    """Writes how many of a row's rows hit or missed, and adds it to the row table's counter."""
+def count(row: HeadView, number_ref: Any, total_ref: Any, number: Any) -> None:
+    """Write how many of a row's rows hit or missed, and adds it to the row table's counter."""
     row.store(number_ref, number)
     total = row.load(total_ref, stacked=True) + number.astype(jnp.uint32)
     row.store(total_ref, total, stacked=True)
 
 
 def _find_runs(
-    row: Row, starts_ref: Any, picked_ref: Any, i: Any, number: Any, budget: Any
+    row: HeadView, starts_ref: Any, picked_ref: Any, i: Any, number: Any, budget: Any
 ) -> tuple[Any, Any, Any]:
     """Where the picks of a cluster end: they are listed by cluster, so a cluster's are a run.
 

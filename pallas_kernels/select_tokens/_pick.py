@@ -15,7 +15,7 @@ from pallas_kernels.toolbox import launch, warp
 from pallas_kernels.toolbox.bisection import threshold
 from pallas_kernels.toolbox.block_select import last_key
 from pallas_kernels.toolbox.block_sums import scan_together
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.toolbox.packed_counts import halves, list_selected
 
 # Contenders that follow each other and are one thread's: one sum over the threads serves all of
@@ -25,8 +25,8 @@ RUN = 4
 LARGEST = 2**32 - 1  # of keys
 
 
-def _take_all(row: Row, lists: tuple[Any, Any], log_mass_ref: Any, total: Any) -> None:
-    """Makes every candidate a contender: where too few are, the sample misled."""
+def _take_all(row: HeadView, lists: tuple[Any, Any], log_mass_ref: Any, total: Any) -> None:
+    """Make every candidate a contender: where too few are, the sample misled."""
     keys_ref, places_ref = lists
     chunk = keys_ref.shape[-1]
 
@@ -51,7 +51,7 @@ class _Contenders(NamedTuple):
         count: int32, of all chunks.
     """
 
-    row: Row
+    row: HeadView
     keys_ref: Any
     places_ref: Any
     prefix_ref: Any
@@ -62,7 +62,7 @@ class _Contenders(NamedTuple):
         return int(self.keys_ref.shape[-2])
 
     def count_before(self, counts: Any) -> None:
-        """Writes how many come before each chunk's, given how many each has."""
+        """Write how many come before each chunk's, given how many each has."""
         nth = jnp.arange(counts.shape[0])
         if self.chunks > 1:
             before = jnp.cumsum(counts) - counts
@@ -108,7 +108,7 @@ class _Picked(NamedTuple):
 def _pick_in_registers(
     contenders: _Contenders, budget: Any, out: _Picked, tile: int, threads: int
 ) -> None:
-    """Picks the contenders of the `budget` largest keys, of no more than `tile` of them."""
+    """Pick the contenders of the `budget` largest keys, of no more than `tile` of them."""
     row = contenders.row
     run = min(max(tile // threads, 1), RUN)
     block = run * jnp.arange(threads)
@@ -144,7 +144,7 @@ def _pick_in_registers(
 
 
 def _pick_in_memory(contenders: _Contenders, budget: Any, out: _Picked, tile: int) -> None:
-    """The same of any number: each round of a bisection reads them again, `tile` at a time."""
+    """Pick the same of any number: each round of a bisection reads them again, `tile` at a time."""
     row = contenders.row
 
     def each(visit: Any, state: Any) -> Any:
@@ -185,28 +185,47 @@ def _pick_in_memory(contenders: _Contenders, budget: Any, out: _Picked, tile: in
         row.store(out.least_ref, least)
 
 
-def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret: bool) -> None:
-    """Lists one row's best contenders: which candidates are retrieved.
+def pick_rows(
+    keys_before: Any,
+    places_before: Any,
+    counts_ref: Any,
+    log_mass_ref: Any,
+    starts_ref: Any,
+    budget_ref: Any,
+    picked_ref: Any,
+    keys_ref: Any,
+    places_ref: Any,
+    least_ref: Any | None,
+    prefix_ref: Any,
+    *,
+    tile: int,
+    threads: int,
+    interpret: bool,
+) -> None:
+    """List one row's best contenders: which candidates are retrieved.
 
-    Refs:
-        keys, places, counts: from `list_contenders`, the first two written in place.
-        log_mass: `[batch, kv_heads, candidates]` float32.
-        starts: `Candidates.starts`.
-        budget: `[batch, kv_heads]` int32.
-        picked: `[batch, kv_heads, max_tokens]` int32, out: the places, rising.
-        least: `[batch, kv_heads]` uint32, out if `needs_least`: the least key that is picked.
-        prefix: `[batch, kv_heads, chunks]` int32, scratch.
-
-    Up to `tile` contenders are held in registers; if there are more, they are read again and again.
+    Args:
+        keys_before, places_before: `keys_ref` and `places_ref`, which are written in place.
+        counts_ref: from `list_contenders`.
+        log_mass_ref: `[batch, kv_heads, candidates]` float32.
+        starts_ref: `Candidates.starts`.
+        budget_ref: `[batch, kv_heads]` int32.
+        picked_ref: `[batch, kv_heads, max_tokens]` int32, out: the places, rising.
+        keys_ref, places_ref: from `list_contenders`, in place.
+        least_ref: `[batch, kv_heads]` uint32, out: the least key that is picked. None where nobody
+            asks for it.
+        prefix_ref: `[batch, kv_heads, chunks]` int32, scratch.
+        tile: so many contenders are held in registers; if there are more, they are read again and
+            again.
+        threads: of the program.
+        interpret: whether the kernel is interpreted.
     """
-    counts_ref, log_mass_ref, starts_ref, budget_ref, picked_ref, *lists = refs[2:-1]
-    prefix_ref, least_ref = refs[-1], lists.pop() if needs_least else None
-    row = Row(
+    del keys_before, places_before
+    row = HeadView(
         pl.program_id(1), log_mass_ref.shape[1], None, interpret=interpret, block=min(tile, 2048)
     )
     rooms = log_mass_ref.shape[-1], picked_ref.shape[-1]
     total, budget = limits(row, starts_ref, budget_ref, rooms)
-    keys_ref, places_ref = lists
     nth = jnp.arange(launch.tile(counts_ref.shape[-1]))
     counts = row.load(counts_ref, nth, mask=nth < counts_ref.shape[-1])
     found = jnp.sum(counts)
@@ -225,8 +244,10 @@ def pick_rows(*refs: Any, tile: int, threads: int, needs_least: bool, interpret:
         pl.when(count > tile)(lambda: _pick_in_memory(contenders, budget, out, tile))
 
 
-def limits(row: Row, starts_ref: Any, budget_ref: Any, rooms: tuple[int, int]) -> tuple[Any, Any]:
-    """A row's candidates, and how many of them are retrieved: int32 both.
+def limits(
+    row: HeadView, starts_ref: Any, budget_ref: Any, rooms: tuple[int, int]
+) -> tuple[Any, Any]:
+    """Read a row's candidates, and how many of them are retrieved: int32 both.
 
     Args:
         row: whose.

@@ -21,8 +21,14 @@ from pallas_kernels.select_tokens._look_up import LookUp, look_up_rows
 from pallas_kernels.select_tokens._pick import pick_rows
 from pallas_kernels.select_tokens.reference import row_budgets
 from pallas_kernels.toolbox import launch
-from pallas_kernels.toolbox.head_calls import Rows
-from pallas_kernels.types import Candidates, IndexedTokens, Retrieved, RowTable
+from pallas_kernels.toolbox.head_calls import HeadCalls
+from pallas_kernels.types import (
+    IndexedTokens,
+    RankedTokens,
+    Retrieved,
+    RowTable,
+    SelectionSettings,
+)
 
 __all__ = ["Config", "heuristic", "select_tokens"]
 
@@ -31,23 +37,20 @@ DRAWN = MOVED = 256
 
 
 def select_tokens(
-    log_mass: Array,
-    candidates: Candidates,
-    budget: Array,
+    ranked: RankedTokens,
     indexed: IndexedTokens,
     table: RowTable,
     layer: Array | int,
     step: Array,
     *,
-    max_tokens: int,
-    segment_tokens: int,
-    growth_tokens: int,
-    admission_ratio: float = 1.0,
+    settings: SelectionSettings,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Retrieved:
     """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them."""
     offsets, token_ids, prompt_tokens = indexed
+    log_mass, candidates, budget = ranked
+    max_tokens = settings.max_tokens
     batch, kv_heads, room = log_mass.shape
     slots = table.token_of_slot.shape[-1]
     config = config or tuning.config(
@@ -57,13 +60,13 @@ def select_tokens(
         candidates=room,
         max_tokens=max_tokens,
     )
-    rows, budget = Rows((batch, kv_heads), interpret), row_budgets(budget, kv_heads)
+    rows, budget = HeadCalls((batch, kv_heads), interpret), row_budgets(budget, kv_heads)
     layer, step = launch.scalar(layer), launch.scalar(step)
     # Only then a pick may be left out.
-    choosy = slots > 0 and admission_ratio > 1
-    ranked = log_mass, candidates.starts
-    lists, sizes = _contenders(rows, config, ranked, budget, offsets, layer)
-    picked, least = _pick(rows, config, ranked, lists, budget, max_tokens, choosy)
+    choosy = slots > 0 and settings.admission_ratio > 1
+    masses = log_mass, candidates.starts
+    lists, sizes = _contenders(rows, config, masses, budget, offsets, layer)
+    picked, least = _pick(rows, config, masses, lists, budget, max_tokens, choosy)
     reads = {
         "picked": picked,
         "least": least,
@@ -80,11 +83,11 @@ def select_tokens(
     }
     look_up = functools.partial(
         look_up_rows,
-        segment_tokens=segment_tokens,
-        growth_tokens=growth_tokens,
+        segment_tokens=settings.segment_tokens,
+        growth_tokens=settings.growth_tokens,
         block=config.block,
         slots=slots,
-        admission_ratio=admission_ratio,
+        admission_ratio=settings.admission_ratio,
         interpret=interpret,
     )
     found = _look_up(rows, config, look_up, reads, sizes, table)
@@ -104,15 +107,15 @@ Contenders = tuple[Array, Array, Array]
 
 
 def _contenders(
-    rows: Rows,
+    rows: HeadCalls,
     config: Config,
-    ranked: tuple[Array, Array],
+    masses: tuple[Array, Array],
     budget: Array,
     offsets: Array,
     layer: Array,
 ) -> tuple[Contenders, Array]:
-    """The contenders of each row, and the clusters' sizes."""
-    log_mass, starts = ranked
+    """Find the contenders of each row, and the clusters' sizes."""
+    log_mass, starts = masses
     drawn = None
     if config.spread:
         block = min(DRAWN, config.sample)
@@ -170,29 +173,28 @@ def _contenders(
 
 
 def _pick(
-    rows: Rows,
+    rows: HeadCalls,
     config: Config,
-    ranked: tuple[Array, Array],
+    masses: tuple[Array, Array],
     lists: Contenders,
     budget: Array,
     max_tokens: int,
     needs_least: bool,
 ) -> tuple[Array, Array | None]:
-    """The places of what is picked, rising, and the least key of these if it is needed."""
+    """Find the places of what is picked, rising, and the least key of these if it is needed."""
     pick = functools.partial(
         pick_rows,
         tile=config.tile,
         threads=32 * config.pick_warps,
-        needs_least=needs_least,
         interpret=rows.interpret,
     )
-    picked, *rest = rows.call(
+    picked, _, _, least, _ = rows.call(
         pick,
-        (*lists, *ranked, budget),
+        (*lists, *masses, budget),
         (
             rows.of(max_tokens),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in lists[:2]),
-            *([rows.of(dtype=jnp.uint32)] if needs_least else []),
+            rows.of(dtype=jnp.uint32) if needs_least else None,
             rows.of(lists[-1].shape[-1]),  # scratch: the chunks' prefix sums
         ),
         1,
@@ -200,18 +202,18 @@ def _pick(
         num_warps=config.pick_warps,
         aliases={0: 1, 1: 2},
     )
-    return picked, rest[2] if needs_least else None
+    return picked, least
 
 
 def _look_up(
-    rows: Rows,
+    rows: HeadCalls,
     config: Config,
     look_up: functools.partial[None],
     reads: dict[str, Any],
     sizes: Array,
     table: RowTable,
 ) -> dict[str, Array]:
-    """What `look_up_rows` writes, by the names of `LookUp`."""
+    """Find what `look_up_rows` writes, by the names of `LookUp`."""
     max_tokens = reads["picked"].shape[-1]
     parts = pl.cdiv(max_tokens, config.block)
     in_place = {"remaining": sizes}
@@ -235,13 +237,13 @@ def _look_up(
 
 
 def _admit(
-    rows: Rows,
+    rows: HeadCalls,
     config: Config,
     given: dict[str, Any],
     found: dict[str, Array],
     table: RowTable,
 ) -> dict[str, Array]:
-    """What `admit_rows` writes, by the names of `Admit`; the rest `_look_up` was given or found."""
+    """Find what `admit_rows` writes, by the names of `Admit`."""
     reads: dict[str, Any] = {name: found[name] for name in ("tokens", "hit", "block_hits")}
     reads |= {name: given[name] for name in ("starts", "budget", "layer", "step")}
     in_place = {

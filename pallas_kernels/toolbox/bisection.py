@@ -24,7 +24,7 @@ def threshold(
     *,
     largest_below: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """The largest key whose holders, with all of a larger key, reach the budget.
+    """Find the largest key whose holders, with all of a larger key, reach the budget.
 
     The in-kernel counterpart of `_numerics.heaviest`. It ends as soon as a key is found at which
     the budget is held exactly: for distinct keys of equal weight that is after some 14 rounds.

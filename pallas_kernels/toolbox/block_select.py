@@ -67,7 +67,7 @@ def last_key(
 
 
 def _by_bisection(keys: Sequence[Any], weights: Sequence[Any] | None, budget: Any) -> Last:
-    """The same in plain JAX, to any fineness."""
+    """Find the same in plain JAX, to any fineness."""
     most, budget = jnp.uint32(2**32 - 1), jnp.max(budget)
     weights = weights or [jnp.ones(key.shape, jnp.int32) for key in keys]
 

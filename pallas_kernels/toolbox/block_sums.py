@@ -13,7 +13,7 @@ from pallas_kernels.toolbox import launch, warp
 
 
 def sum_together(values: Sequence[Any], *, interpret: bool) -> list[Any]:
-    """Sums over the program's threads of several numbers, with one barrier for all.
+    """Sum over the program's threads of several numbers, with one barrier for all.
 
     Args:
         values: `[threads]` int32 each, at most 32.
@@ -62,7 +62,7 @@ def sum_together(values: Sequence[Any], *, interpret: bool) -> list[Any]:
 
 
 def scan_together(values: Sequence[Any], *, interpret: bool) -> list[tuple[Any, Any]]:
-    """Sums of several numbers over the threads before each, with one barrier for all.
+    """Sum of several numbers over the threads before each, with one barrier for all.
 
     Args:
         values: `[threads]` int32 each.

@@ -12,23 +12,23 @@ from pallas_kernels.toolbox import launch
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class HeadCalls:
     """Calls kernels with so many programs a row; a row is a sequence and a kv head.
 
     Attributes:
         shape: sequences and kv heads.
-        interpret: see `_pallas.call`.
+        interpret: see `launch.call`.
     """
 
     shape: tuple[int, int]
     interpret: bool
 
     def of(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """An array with so much for each row."""
+        """Describe an array with so much for each row."""
         return jax.ShapeDtypeStruct((*self.shape, *shape), dtype)
 
     def call(self, kernel: Any, operands: Any, out_shape: Any, parts: int, **how: Any) -> Any:
-        """`_pallas.call` with `parts` programs a row."""
+        """`launch.call` with `parts` programs a row."""
         how = {"num_stages": 1, "interpret": self.interpret} | how
         return launch.call(kernel, operands, out_shape, (parts, math.prod(self.shape)), **how)
 
@@ -42,7 +42,7 @@ class Rows:
         parts: int,
         **how: Any,
     ) -> dict[str, Any]:
-        """The same of a kernel that takes its refs as a named tuple, None for what is not there.
+        """Call a kernel that takes its refs as a named tuple, None for what is not there.
 
         Args:
             kernel: takes `kind`.
@@ -50,7 +50,7 @@ class Rows:
             reads, in_place: operands; of those written in place the kernel gets the result's ref.
             writes: what else it writes, as `jax.ShapeDtypeStruct`.
             parts: programs a row.
-            how: see `_pallas.call`.
+            how: see `launch.call`.
 
         Returns:
             What is written, by name.
@@ -58,11 +58,14 @@ class Rows:
         kept = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in in_place.items()}
         results, absent = kept | writes, dict.fromkeys(kind._fields)
 
-        def with_names(*refs: Any) -> None:
-            named = zip((*reads, *results), refs[len(in_place) :], strict=True)
+        def with_names(
+            before: tuple[Any, ...], read: tuple[Any, ...], written: tuple[Any, ...]
+        ) -> None:
+            del before  # What is written in place has a result's ref, too.
+            named = zip((*reads, *results), (*read, *written), strict=True)
             kernel(kind(**absent | dict(named)))
 
-        operands, places = (*in_place.values(), *reads.values()), range(len(in_place))
+        operands, places = (tuple(in_place.values()), tuple(reads.values())), range(len(in_place))
         how |= {"name": kernel.func.__name__, "aliases": {i: i for i in places}}
-        found = self.call(with_names, operands, tuple(results.values()), parts, **how)
+        [found] = self.call(with_names, operands, (tuple(results.values()),), parts, **how)
         return dict(zip(results, found, strict=True))

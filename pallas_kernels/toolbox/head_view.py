@@ -10,7 +10,7 @@ from pallas_kernels.toolbox import launch
 from pallas_kernels.types import NO_ID
 
 
-class Row:
+class HeadView:
     """One row's view of the kernel's refs, and the loops that all parts share."""
 
     def __init__(self, row: Any, kv_heads: int, layer: Any, *, interpret: bool, block: int = 1):
@@ -28,6 +28,7 @@ class Row:
         self.lane = jnp.arange(block)
 
     def load(self, ref: Any, *at: Any, mask: Any = None, stacked: bool = False) -> Any:
+        """Load what the head has at `at`, zero where masked; of `layer` where refs are stacked."""
         prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)
         other = None if mask is None else jnp.zeros((), ref.dtype)
         return plt.load(ref.at[*prefix, *at], mask=mask, other=other)
@@ -35,6 +36,7 @@ class Row:
     def store(
         self, ref: Any, value: Any, *at: Any, mask: Any = None, stacked: bool = False
     ) -> None:
+        """Store what the head has at `at`; what is masked, or past the last axis, is left out."""
         prefix = (self.layer, self.b, self.h) if stacked else (self.b, self.h)
         if mask is not None:
             # A place that was computed is held to the array, whatever it was computed of.
@@ -44,14 +46,16 @@ class Row:
         plt.store(ref.at[*prefix, *at], value, mask=mask)
 
     def add(self, ref: Any, value: Any, *at: Any) -> Any:
-        """Adds to one int32 atomically; returns what was there before."""
+        """Add to one int32 atomically; returns what was there before."""
         value = jnp.asarray(value, jnp.int32)
         return launch.add_atomically(ref, (self.b, self.h, *at), value, self.interpret)
 
     def barrier(self) -> None:
+        """Make the program's stores visible to all of its threads' later loads."""
         launch.barrier(self.interpret)
 
     def blocks(self, count: Any) -> Any:
+        """Count the blocks that hold `count` elements."""
         return lax.div(count + (self.block - 1), jnp.int32(self.block))
 
     def each(self, count: Any, visit: Any, state: Any = None) -> Any:
@@ -64,7 +68,7 @@ class Row:
         return lax.fori_loop(0, self.blocks(count), of_block, state)
 
     def search(self, ref: Any, size: int, values: list[Any], masks: list[Any]) -> list[Any]:
-        """The last i with ref[i] <= value, for each lane, in a rising list of `size`.
+        """Find the last i with ref[i] <= value, for each lane, in a rising list of `size`.
 
         Of several vectors at once, so that none waits for the reads of another.
         """

@@ -31,7 +31,7 @@ def call(
     aliases: Mapping[int, int] | None = None,
     interpret: bool = False,
 ) -> Any:
-    """Runs a kernel whose operands and results are whole arrays: it finds its own part of them.
+    """Run a kernel whose operands and results are whole arrays: it finds its own part of them.
 
     Args:
         kernel: takes a ref for each operand, then one for each result.
@@ -68,13 +68,13 @@ def call(
 
 
 def barrier(interpret: bool) -> None:
-    """Makes a program's stores visible to all of its threads' later loads."""
+    """Make a program's stores visible to all of its threads' later loads."""
     if not interpret:
         backend.debug_barrier()
 
 
 def add_atomically(ref: Any, at: tuple[Any, ...], value: Any, interpret: bool) -> Any:
-    """Adds to one integer in place, as one of many programs that do; returns what was there before.
+    """Add to one integer in place, as one of many programs that do; returns what was there before.
 
     One, not a vector of them: with jax 0.11.2 on an H100 a vector's atomic additions went astray.
 
@@ -95,12 +95,12 @@ assembly = backend.inline_assembly
 
 
 def tile(size: int, least: int = 1) -> int:
-    """The tile that holds so many: a power of two."""
+    """Return the tile that holds so many: a power of two."""
     return max(pl.next_power_of_2(size), least)
 
 
 def scalar(x: Any) -> jax.Array:
-    """A number as an operand: Triton's kernels take arrays."""
+    """Make a number as an operand: Triton's kernels take arrays."""
     return jnp.asarray(x, jnp.int32)
 
 
@@ -126,7 +126,7 @@ def head_of(program: Any, kv_heads: int, group: int) -> tuple[Any, Any, Any]:
 
 
 def split_bfloat16(x: Any, parts: int) -> list[Any]:
-    """The bfloat16 numbers whose sum is x to 8 bits a part: three hold all of a float32."""
+    """Find the bfloat16 numbers whose sum is x to 8 bits a part: three hold all of a float32."""
     found: list[Any] = []
     while len(found) < parts:
         # Not a cast to bfloat16 and back, which XLA may simplify away.
@@ -152,7 +152,7 @@ def takes_assembly(interpret: bool) -> bool:
 
 
 def check_heads(op: str, group: int, head_dim: int, *dtypes: Any) -> None:
-    """Raises NotImplementedError for heads that the kernels are not made for."""
+    """Raise NotImplementedError for heads that the kernels are not made for."""
     if head_dim not in HEAD_DIMS:
         known = ", ".join(str(d) for d in HEAD_DIMS)
         raise NotImplementedError(f"{op}: head_dim is {head_dim}; the kernel knows {known}")

@@ -7,7 +7,7 @@ from jax import lax
 
 
 def halves(pair: Any) -> tuple[Any, Any]:
-    """The lower and the upper 16 bits of int32, as numbers that are not negative."""
+    """Return the lower and the upper 16 bits of int32, as numbers that are not negative."""
     return pair & 0xFFFF, lax.shift_right_logical(pair, jnp.full_like(pair, 16))
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.toolbox.block_select import last_key
-from pallas_kernels.toolbox.head_calls import Rows
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_calls import HeadCalls
+from pallas_kernels.toolbox.head_view import HeadView
 
 # How many standard deviations of what the sample holds the bracket is wide, each way, and how many
 # of the heaviest elements more: one row in some ten thousand is misjudged, or fewer.
@@ -51,7 +51,7 @@ class Lists(NamedTuple):
 
 
 def find_bracket(
-    row: Row,
+    row: HeadView,
     bracket_ref: Any,
     number_ref: Any,
     load: Callable[[Any], tuple[Any, Any]],
@@ -60,7 +60,7 @@ def find_bracket(
     sample: int,
     threads: int,
 ) -> None:
-    """Writes a row's bracket and resets the number of its contenders; one program a row.
+    """Write a row's bracket and resets the number of its contenders; one program a row.
 
     Args:
         row: whose elements.
@@ -107,9 +107,9 @@ def places_of_threads(tile: int, threads: int) -> list[Any]:
 
 
 def split(
-    row: Row, part: Any, lists: Lists, bracket_ref: Any, load: Load, total: Any, chunk: int
+    row: HeadView, part: Any, lists: Lists, bracket_ref: Any, load: Load, total: Any, chunk: int
 ) -> None:
-    """Splits this program's chunk of a row's elements.
+    """Split this program's chunk of a row's elements.
 
     Args:
         row: whose elements.
@@ -136,8 +136,8 @@ def split(
     row.store(lists.held, jnp.sum(jnp.where(sure, weights, 0)), part)
 
 
-def list_shapes(rows: Rows, elements: int, chunks: int) -> Lists:
-    """The arrays of `Lists`, as `jax.ShapeDtypeStruct`."""
+def list_shapes(rows: HeadCalls, elements: int, chunks: int) -> Lists:
+    """Return the arrays of `Lists`, as `jax.ShapeDtypeStruct`."""
     return Lists(
         keys=rows.of(elements, dtype=jnp.uint32),
         places=rows.of(elements),

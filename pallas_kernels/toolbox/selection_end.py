@@ -12,7 +12,7 @@ from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.bisection import ANY_PLACE, Each, cut
 from pallas_kernels.toolbox.block_select import last_key
 from pallas_kernels.toolbox.block_sums import sum_together
-from pallas_kernels.toolbox.head_view import Row
+from pallas_kernels.toolbox.head_view import HeadView
 from pallas_kernels.toolbox.sampled_split import Lists, Load, places_of_threads
 
 # Contenders that `read_end` reads at once.
@@ -47,9 +47,9 @@ def _selects(key: Any, last: Any, keys: Any, places: Any) -> Any:
 
 
 def find_end(
-    row: Row, lists: Lists, load: Load, total: Any, budget: Any, tile: int, threads: int
+    row: HeadView, lists: Lists, load: Load, total: Any, budget: Any, tile: int, threads: int
 ) -> None:
-    """Finds the end of a row's selection; one program a row.
+    """Find the end of a row's selection; one program a row.
 
     Args:
         row: whose elements.
@@ -111,9 +111,9 @@ def find_end(
 
 
 def read_end(
-    row: Row, part: Any, lists: Lists, load: Load, total: Any, chunk: int, threads: int
+    row: HeadView, part: Any, lists: Lists, load: Load, total: Any, chunk: int, threads: int
 ) -> End:
-    """The end that `find_end` found, with what is selected before this program's chunk.
+    """Read the end that `find_end` found, with what is selected before this program's chunk.
 
     Args:
         row: whose.
@@ -163,7 +163,7 @@ def _count_selected(sums: Any, key: Any, last: Any, elements: list[Any], start: 
     return list(sums)
 
 
-def _contenders(row: Row, lists: Lists, listed: Any) -> Callable[..., Any]:
+def _contenders(row: HeadView, lists: Lists, listed: Any) -> Callable[..., Any]:
     def contenders(i: Any) -> tuple[Any, Any, Any]:
         fields = lists.keys, lists.weights, lists.places
         keys, weights, places = (row.load(ref, i, mask=i < listed) for ref in fields)
@@ -191,8 +191,8 @@ def _by_blocks(elements: Callable[..., Any], count: Any, tile: int) -> Each:
     return each
 
 
-def end_of_all(row: Row, part: Any, elements: list[Any], budget: Any, chunk: int) -> End:
-    """The end of a row's selection, found in registers and by every program for itself.
+def end_of_all(row: HeadView, part: Any, elements: list[Any], budget: Any, chunk: int) -> End:
+    """Find the end of a row's selection, found in registers and by every program for itself.
 
     Args:
         row: whose elements.
@@ -207,7 +207,7 @@ def end_of_all(row: Row, part: Any, elements: list[Any], budget: Any, chunk: int
     return End(key, last, *sum_together(sums, interpret=row.interpret))
 
 
-def _cut_in_registers(row: Row, elements: list[Any], budget: Any) -> tuple[Any, Any]:
+def _cut_in_registers(row: HeadView, elements: list[Any], budget: Any) -> tuple[Any, Any]:
     """`cut` of elements of which each thread has some: `[threads]`, the same in all threads.
 
     Args:

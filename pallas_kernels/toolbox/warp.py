@@ -26,13 +26,13 @@ def lanes(threads: int) -> Any:
 
 
 def from_lane(x: Any, lane: Any) -> Any:
-    """What the warp's lane of that number has: `[threads]` int32, as x and `lane`."""
+    """Read what the warp's lane of that number has: `[threads]` int32, as x and `lane`."""
     shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
     return launch.assembly(shuffle, x, lane, dtype=jnp.int32)
 
 
 def from_quad(x: Any, nth: int, *, emulate: bool) -> Any:
-    """What the nth lane of each lane's quad has: `[threads]` int32."""
+    """Read what the nth lane of each lane's quad has: `[threads]` int32."""
     if emulate:
         return jnp.repeat(x.reshape(-1, QUAD)[:, nth], QUAD)
     # The segment's mask keeps the quad's number, and lanes are clamped to it.
@@ -42,7 +42,7 @@ def from_quad(x: Any, nth: int, *, emulate: bool) -> Any:
 
 
 def exchange(x: Any, distance: int, *, emulate: bool) -> Any:
-    """What the lane has whose number differs by one bit, the one that is worth `distance`."""
+    """Read what the lane has whose number differs by one bit, the one that is worth `distance`."""
     if emulate:
         return jnp.flip(x.reshape(-1, 2, distance), axis=1).reshape(x.shape)
     text = f"shfl.sync.bfly.b32 $0, $1, {distance}, {LANES - 1}, 0xffffffff;"
@@ -50,7 +50,7 @@ def exchange(x: Any, distance: int, *, emulate: bool) -> Any:
 
 
 def join_halves(x: Any, y: Any, upper: Any, *, emulate: bool) -> Any:
-    """The lower halves of x and y in one word; or, in `upper` lanes, the upper ones of y and x.
+    """Put the lower halves of x and y in one word; or, in `upper` lanes, the upper ones of y and x.
 
     Args:
         x, y: `[threads]` int32.
@@ -66,14 +66,14 @@ def join_halves(x: Any, y: Any, upper: Any, *, emulate: bool) -> Any:
 
 
 def half(x: Any, nth: int, *, emulate: bool) -> Any:
-    """The lower or the upper half of a word, with its sign: `[threads]` int32."""
+    """Return the lower or the upper half of a word, with its sign: `[threads]` int32."""
     if emulate:
         return lax.shift_right_arithmetic(x << (16 * (1 - nth)), jnp.int32(16))
     return launch.assembly(f"prmt.b32 $0, $1, 0, {SIGNED_HALVES[nth]};", x, dtype=jnp.int32)
 
 
 def after(x: Any, read: list[Any]) -> Any:
-    """x as it is, but not before all that is read is there, so that no load waits for another.
+    """Return x, but not before all that is read is there, so that no load waits for another.
 
     Left to itself, CUDA's compiler loads late, to save registers, and waits for each load in turn.
 
@@ -106,7 +106,7 @@ def multiply_bytes(left: list[Any], right: list[Any]) -> list[Any]:
     """
 
     def unpack(word: Any, signed: bool) -> Any:
-        """The four bytes of each word, the lowest first: `[warps, 8, 16]` int32."""
+        """Return the four bytes of each word, the lowest first: `[warps, 8, 16]` int32."""
         shift = jnp.arange(0, 32, 8, dtype=jnp.int32)
         each = lax.shift_right_logical(word[:, None], jnp.broadcast_to(shift, (*word.shape, 4)))
         each = each & 0xFF

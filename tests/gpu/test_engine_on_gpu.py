@@ -165,4 +165,4 @@ def test_the_compiled_step_copies_no_cache_and_asks_nothing_of_the_host(store, m
     state, _ = program(params, state, jnp.int32(steps))
     assert state.attention_state.index.tokens.tolist() == [CONFIG.growth_tokens] * 2
     assert pointers(state) == before
-    assert state.attention_state.store.rows.sharding.memory_kind == memory
+    assert state.attention_state.store.rows.data.sharding.memory_kind == memory

@@ -90,16 +90,16 @@ def test_nan_is_selected_last(budget):
     for head, nan in enumerate(NANS):
         mass.view(np.uint32)[0, head, 17::500] = nan
     found = ops.select_tokens(
-        jnp.asarray(mass),
-        list_candidates(jnp.ones((1, heads, clusters), bool), jnp.diff(offsets[0]), tokens),
-        jnp.array([budget]),
+        ops.RankedTokens(
+            jnp.asarray(mass),
+            list_candidates(jnp.ones((1, heads, clusters), bool), jnp.diff(offsets[0]), tokens),
+            jnp.array([budget]),
+        ),
         ops.IndexedTokens(offsets, ids, jnp.array([tokens])),
         empty_table((1, 1, heads), tokens, 8),
         0,
         jnp.int32(0),
-        max_tokens=1000,
-        segment_tokens=tokens,
-        growth_tokens=tokens,
+        settings=ops.SelectionSettings(1000, tokens, tokens),
         implementation=KERNEL,
     )
     order = np.argsort(np.nan_to_num(-mass[0], nan=np.inf), axis=-1, kind="stable")

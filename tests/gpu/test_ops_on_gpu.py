@@ -1,13 +1,13 @@
 """Every op's kernel on a CUDA GPU against plain JAX in float32, on random inputs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels.encode_tokens import rotation
-from pallas_kernels.encode_tokens.reference import unpack_signs
 from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.testing import make_step
 from pallas_kernels.types import MASKED, NO_ID
@@ -82,15 +82,16 @@ class TestOps:
     def test_only_rows_worth_reading_are_selected(self, case):
         if not case.cached:
             pytest.skip("no row cache, so nothing is missed")
-        operands, sizes = arguments("select_tokens", case, inputs_of(case), references_of(case))
-        table = operands[4]
+        operands, _ = arguments("select_tokens", case, inputs_of(case), references_of(case))
+        ranked, indexed, table, *at = operands
         # Its slots have all been given away.
         full = table._replace(misses=jnp.full_like(table.misses, table.token_of_slot.shape[-1]))
-        operands = (*operands[:4], full, *operands[5:])
+        operands = (ranked, indexed, full, *at)
+        settings = dataclasses.replace(case.shape.selection, admission_ratio=4.0)
 
         def select(implementation):
-            settings = sizes | {"admission_ratio": 4.0, "implementation": implementation}
-            return lambda *a: ops.select_tokens(*a, **settings)
+            keywords = {"settings": settings, "implementation": implementation}
+            return lambda *a: ops.select_tokens(*a, **keywords)
 
         found = run_twice(select(KERNEL), *operands)
         assert_same(found, jax.jit(select("xla"))(*operands))
@@ -110,12 +111,12 @@ class TestOps:
         assert_close(logsumexp, total, case.shape.dtype, "logsumexp")
         # Rows are copied, not computed: the cache is equal to the bit, NaN included.
         dtype = found.cache_rows.dtype
-        admitted = np.asarray(expected.cache_rows.astype(dtype))
+        admitted = np.asarray(expected.cache_rows.data.astype(dtype))
         np.testing.assert_array_equal(
-            found.cache_rows[LAYER].astype(np.float32), admitted.astype(np.float32)
+            found.cache_rows.data[LAYER].astype(np.float32), admitted.astype(np.float32)
         )
         np.testing.assert_array_equal(
-            found.cache_rows[1 - LAYER].astype(np.float32),
+            found.cache_rows.data[1 - LAYER].astype(np.float32),
             np.asarray(inputs_of(case).cache_rows[1 - LAYER].astype(jnp.float32)),
         )
 
@@ -160,19 +161,15 @@ def test_ties_go_to_the_lower_id(name):
     coarse = jax.random.randint(key, (s.batch, s.kv_heads, s.max_candidates), -4, 4) / 4
     listed = jnp.arange(s.max_candidates) < chosen.starts[..., -1:]
     log_mass = jnp.where(listed, coarse.astype(jnp.float32), MASKED)
-    sizes = {
-        "max_tokens": s.max_retrieved,
-        "segment_tokens": s.segment_tokens,
-        "growth_tokens": s.growth_tokens,
-    }
     operands = (
-        *(log_mass, jax.tree.map(jnp.asarray, chosen), x.retrieved_budget),
+        ops.RankedTokens(log_mass, jax.tree.map(jnp.asarray, chosen), x.retrieved_budget),
         ops.IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens),
         *(x.table, jnp.int32(0), x.step),
     )
 
     def select(implementation):
-        return lambda *a: ops.select_tokens(*a, **sizes, implementation=implementation)
+        keywords = {"settings": s.selection, "implementation": implementation}
+        return lambda *a: ops.select_tokens(*a, **keywords)
 
     found = run_twice(select(KERNEL), *operands)
     assert_same(found, jax.jit(select("xla"))(*operands))
@@ -222,89 +219,3 @@ def test_merge_states(parts, head_dim):
     assert_close(found[0], expected[0], "float32", "output")
     assert_close(found[1], expected[1], "float32", "logsumexp")
     np.testing.assert_array_equal(found[0][:, :, 2], 0)
-
-
-@pytest.mark.parametrize(
-    "dtype, head_dim, count",
-    [("bfloat16", 128, 8192), ("float32", 64, 1000), ("float16", 96, 2048)],
-)
-def test_build_clusters(dtype, head_dim, count):
-    """What clusters promise, and no worse clusters than plain JAX makes of the same keys."""
-    rows, size = 3, 8192 if count > 2048 else 2048
-    keys = jax.random.split(jax.random.key(SEED), 4)
-    # Keys lie around centres, as real ones do; past `count` they are poison.
-    centres = jax.random.normal(keys[0], (rows, 64, head_dim))
-    around = jax.random.randint(keys[1], (rows, size), 0, 64)
-    x = jnp.take_along_axis(centres, around[..., None], axis=1)
-    x = x + 0.5 * jax.random.normal(keys[2], x.shape)
-    values = jax.random.normal(keys[3], x.shape)
-    valid = (jnp.arange(size) < count)[:, None]
-    x, values = (jnp.where(valid, y, jnp.nan).astype(dtype) for y in (x, values))
-    settings = {"cluster_size": 32, "max_cluster_size": 64, "iterations": 10}
-
-    def build(implementation):
-        return lambda k, v, n: ops.build_clusters(
-            k, v, n, **settings, implementation=implementation
-        )
-
-    found = run_twice(build(KERNEL), x, values, jnp.int32(count))
-    expected = jax.jit(build("xla"))(x, values, jnp.int32(count))
-
-    def spread(clusters):
-        """Sum of the squared distances to the centroids, by float64, and the means themselves."""
-        total = 0.0
-        for row in range(rows):
-            offsets, order = (np.asarray(y[row]) for y in (clusters.offsets, clusters.order))
-            sizes = np.diff(offsets)
-            assert offsets[0] == 0
-            assert offsets[-1] == count
-            assert sizes.max() <= 64
-            used = int((sizes > 0).sum())
-            assert (sizes[:used] > 0).all()
-            assert sorted(order[:count]) == list(range(count))
-            owner = np.repeat(np.arange(used), sizes[:used])
-            assert (np.diff(order[:count])[np.diff(owner) == 0] > 0).all()
-            for given, means in ((x, clusters.centroids), (values, clusters.value_means)):
-                members = np.asarray(given[row].astype(jnp.float32), np.float64)[order[:count]]
-                exact = np.add.reduceat(members, offsets[:used]) / sizes[:used, None]
-                assert_close(np.asarray(means[row])[:used], exact, "float32", "means")
-                if given is x:
-                    total += float(((members - exact[owner]) ** 2).sum())
-        return total
-
-    assert spread(found) <= 1.01 * spread(expected)
-
-
-def test_build_clusters_of_many_segments():
-    """Every segment's clusters are those it has alone, whatever is built beside it."""
-    shape = 5, 2, 1024, 128
-    keys, values = jax.random.normal(jax.random.key(SEED), (2, *shape), jnp.bfloat16)
-    counts = jnp.array([1024, 1024, 700, 0, 0], jnp.int32)
-
-    @jax.jit
-    def build(keys, values, count):
-        settings = {"cluster_size": 32, "max_cluster_size": 64, "iterations": 10}
-        return ops.build_clusters(keys, values, count, **settings, implementation=KERNEL)
-
-    together = build(keys, values, counts[:, None])
-    for i, count in enumerate(counts):
-        own = jax.tree.map(lambda x, i=i: x[i], together)
-        jax.tree.map(np.testing.assert_array_equal, own, build(keys[i], values[i], count))
-
-
-@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 128), ("float32", 96), ("float16", 64)])
-def test_encode_tokens(dtype, head_dim):
-    keys = jax.random.split(jax.random.key(SEED))
-    x = jax.random.normal(keys[0], (3, 1000, head_dim)).astype(dtype)
-    centroids = (x + jax.random.normal(keys[1], x.shape)).astype(dtype)
-    centroids = centroids.at[:, 7].set(x[:, 7])  # no residual at all
-    matrix = jnp.asarray(rotation(head_dim))
-    found = run_twice(lambda *a: ops.encode_tokens(*a, implementation=KERNEL), x, centroids, matrix)
-    # Residuals are taken in float32 of what is stored, whatever its dtype.
-    expected = ops.encode_tokens(x, centroids, matrix, implementation="xla")
-    assert_close(found.scales, expected.scales, dtype, "scales")
-    assert (found.scales[:, 7] == 0).all()
-    signs = [unpack_signs(jnp.asarray(y), head_dim) for y in (found.codes, expected.codes)]
-    wrong = float(jnp.mean(signs[0] != signs[1]))
-    # A rotated residual near zero may round to either side.
-    assert wrong < (1e-4 if dtype == "float32" else 5e-3), f"{wrong:.1e}, WAVEJAX_SEED={SEED}"

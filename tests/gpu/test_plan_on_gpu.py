@@ -46,5 +46,5 @@ def test_a_store_in_host_memory_takes_nothing_of_the_device():
     jax.block_until_ready(store)
     # The program that makes it has a few numbers of its own there.
     assert device.memory_stats()["peak_bytes_in_use"] < before["peak_bytes_in_use"] + 2**20
-    assert store.rows.sharding.memory_kind == "pinned_host"
-    assert store.rows.nbytes >= size
+    assert store.rows.data.sharding.memory_kind == "pinned_host"
+    assert store.rows.data.nbytes >= size

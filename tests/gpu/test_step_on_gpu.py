@@ -10,7 +10,7 @@ import pytest
 import pallas_kernels as ops
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.testing import make_step
-from pallas_kernels.types import MASKED, NO_ID
+from pallas_kernels.types import EMPTY, MASKED, NO_ID
 from tests.support.gpu_cases import SEED, assert_close, assert_table_is_inverse, shape, upcast
 from tests.support.zone_operands import zone_operands
 
@@ -46,12 +46,10 @@ def step(x, table, cache_rows, layer, now, *, shape, implementation):
         **named,
     )
     retrieved = ops.select_tokens(
-        *(log_mass, chosen, x.retrieved_budget),
+        ops.RankedTokens(log_mass, chosen, x.retrieved_budget),
         ops.IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens),
         *(table, layer, now),
-        max_tokens=shape.max_retrieved,
-        segment_tokens=shape.segment_tokens,
-        growth_tokens=shape.growth_tokens,
+        settings=shape.selection,
         **named,
     )
     picks = (retrieved.tokens, retrieved.slots, retrieved.hit, retrieved.remaining)
@@ -69,7 +67,7 @@ def attend(x, cache_rows, logits, picks, layer, shape, implementation):
     )
     operands = zone_operands(arrays._asdict() | {"logits": logits})
     zones = ops.attend_zones(*operands, layer, scale=shape.scale, **named)
-    return *ops.merge_states(zones.outputs, zones.logsumexps, **named), zones.cache_rows
+    return *ops.merge_states(zones.outputs, zones.logsumexps, **named), zones.cache_rows.data
 
 
 def differing(found, expected):
@@ -146,7 +144,7 @@ def test_steps_in_one_program(name, store):
 
     assert_table_is_inverse(table)
     owner = np.asarray(table.token_of_slot)
-    assert (owner[0] == -1).all()
+    assert (owner[0] == EMPTY).all()
     rows = np.asarray(x.store.astype(jnp.float32) if store == "device" else x.store)
     rows, cached = rows.astype(np.float32), np.asarray(cache_rows).astype(np.float32)
     for layer, b, h in np.ndindex(owner.shape[:3]):

@@ -152,7 +152,7 @@ def test_explain_is_a_table_of_what_ops_took():
     for _ in range(2):
         jax.jit(lambda *x: ops.merge_states(*x))(outputs, logsumexps)
     with ops.use_implementation("xla"):
-        ops.append_rows(jnp.zeros((1, 1, 1, 8, 2, 4)), jnp.ones((1, 2, 2, 4)), 0, 0, 0)
+        ops.append_rows(ops.Rows(jnp.zeros((1, 1, 1, 8, 2, 4))), jnp.ones((1, 2, 2, 4)), 0, 0, 0)
     platform = jax.default_backend()
     first, second = ops.explain()
     assert first == ops.Choice(

@@ -18,7 +18,7 @@ from pallas_kernels.select_clusters.reference import list_candidates
 from pallas_kernels.select_tokens.reference import empty_table
 from pallas_kernels.select_tokens.reference import select_tokens as select_plain
 from pallas_kernels.select_tokens.triton import select_tokens as select_kernel
-from pallas_kernels.types import MASKED, IndexedTokens
+from pallas_kernels.types import MASKED, IndexedTokens, RankedTokens, SelectionSettings
 from tests.pallas_kernels.attend_zones.test_kernel import (
     COUNTS,
     HEADS,
@@ -188,9 +188,7 @@ def test_a_centroid_of_nan_shows_in_its_rows_sum(score):
 
 
 SELECT = {
-    name: jax.jit(
-        functools.partial(select, max_tokens=63, segment_tokens=64, growth_tokens=64), **QUICKLY
-    )
+    name: jax.jit(functools.partial(select, settings=SelectionSettings(63, 64, 64)), **QUICKLY)
     for name, select in (
         ("plain", select_plain),
         ("kernel", functools.partial(select_kernel, interpret=True)),
@@ -210,9 +208,11 @@ def test_nan_is_selected_last(nan, budget):
     mass.view(np.uint32)[0, 0, 17] = nan
     mass[0, 1, 5] = -np.inf
     operands = (
-        jnp.asarray(mass),
-        list_candidates(chosen, jnp.diff(offsets[0]), tokens),
-        jnp.array([budget]),
+        RankedTokens(
+            jnp.asarray(mass),
+            list_candidates(chosen, jnp.diff(offsets[0]), tokens),
+            jnp.array([budget]),
+        ),
         IndexedTokens(offsets, ids, jnp.array([tokens])),
         empty_table((1, 1, heads), tokens, 8),
         0,

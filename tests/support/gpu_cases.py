@@ -106,12 +106,8 @@ def arguments(op: str, case: Case, x: StepInputs, made: dict[str, Any]) -> tuple
         }
     if op == "select_tokens":
         indexed = ops.IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens)
-        operands = (made["score_tokens"], chosen, x.retrieved_budget, indexed)
-        return (*operands, x.table, layer, x.step), {
-            "max_tokens": s.max_retrieved,
-            "segment_tokens": s.segment_tokens,
-            "growth_tokens": s.growth_tokens,
-        }
+        ranked = ops.RankedTokens(made["score_tokens"], chosen, x.retrieved_budget)
+        return (ranked, indexed, x.table, layer, x.step), {"settings": s.selection}
     if op == "attend_zones":
         # The inputs' are the first layer's: this layer's clusters may have fewer members, or none.
         remaining = jnp.minimum(x.remaining, jnp.diff(x.offsets[layer], axis=-1))
@@ -140,7 +136,7 @@ def references_of(case: Case) -> dict[str, Any]:
         operands, keywords = arguments("attend_zones", case, x, made)
         zones = ops.attend_zones(*operands, **keywords, implementation="xla")
         # Only what the layer's own rows hold: the stack's other layers are not to change.
-        made["attend_zones"] = zones._replace(cache_rows=zones.cache_rows[LAYER])
+        made["attend_zones"] = zones._replace(cache_rows=ops.Rows(zones.cache_rows.data[LAYER]))
         return made
 
     return jax.block_until_ready(run(upcast(inputs_of(case))))

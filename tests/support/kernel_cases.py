@@ -19,7 +19,15 @@ from pallas_kernels.score_tokens import triton as score_tokens
 from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.select_tokens import triton as select_tokens
-from pallas_kernels.types import Candidates, ClusterScores, IndexedTokens, TokenCodes
+from pallas_kernels.types import (
+    Candidates,
+    ClusterScores,
+    IndexedTokens,
+    RankedTokens,
+    Rows,
+    SelectionSettings,
+    TokenCodes,
+)
 from tests.support.zone_operands import zone_operands
 
 BATCH, HEADS, LAYERS = 8, 8, 2
@@ -98,8 +106,8 @@ def _selection(heads: Heads) -> dict[str, Any]:
     }
     scored = {"scale": 0.1, "max_candidates": most}
     score = functools.partial(score_tokens.score_tokens, **scored)
-    cut = {"max_tokens": RETRIEVED, "segment_tokens": 8192, "growth_tokens": 1024}
-    select = functools.partial(select_tokens.select_tokens, **cut)
+    settings = SelectionSettings(RETRIEVED, 8192, 1024)
+    select = functools.partial(select_tokens.select_tokens, settings=settings)
     spread = functools.partial(select, config=select_tokens.Config(512, 256, spread=True))
     clusters = functools.partial(select_clusters.select_clusters, max_candidates=most)
     ranked = (logits, logsumexp, offsets, layer, _of(BATCH))
@@ -111,7 +119,8 @@ def _selection(heads: Heads) -> dict[str, Any]:
 
     def of_table(slots: int) -> tuple[Any, ...]:
         log_mass = _of(*row, most, dtype=floats)
-        return (log_mass, candidates, _of(BATCH), indexed, tables[slots], layer, layer)
+        ranked = RankedTokens(log_mass, candidates, _of(BATCH))
+        return ranked, indexed, tables[slots], layer, layer
 
     calls: dict[str, Any] = {
         "score_clusters": (
@@ -179,7 +188,7 @@ def _attention(heads: Heads) -> dict[str, Any]:
         return attend_zones.attend_zones(*zone_operands(arrays), layer, scale=0.1)
 
     def append(store: Any, *others: Any) -> Any:
-        return append_rows.append_rows(jax.device_put(store, HOST), *others)
+        return append_rows.append_rows(Rows(jax.device_put(store, HOST)), *others)
 
     cache = _of(*row, TOKENS, d, dtype=dtype)
     state = (81, *own, heads.group)

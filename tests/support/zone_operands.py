@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pallas_kernels.types import Estimate, Picks, SteadyRows, StoredRows
+from pallas_kernels.types import Estimate, Picks, Rows, SteadyRows, StoredRows
 
 
 def zone_operands(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
     """The operands but for the layer: the query and the groups.
 
     Args:
-        arrays: by the names of the groups' fields, and `query`; `cache_rows` is the row cache's.
+        arrays: by the names of the groups' fields, and `query`; `cache_rows` are the row cache's.
+            All rows are plain.
     """
-    stored = StoredRows(arrays["store"], arrays["cache_rows"])
+    stored = StoredRows(Rows(arrays["store"]), Rows(arrays["cache_rows"]))
     steady, picks, estimate = (
         group(*(arrays[name] for name in group._fields)) for group in (SteadyRows, Picks, Estimate)
     )

@@ -20,7 +20,7 @@ LARGEST_HEAD = 128  # On every such GPU.
 
 
 def query_block(tokens: int, heads: int) -> int:
-    """Queries attended to at a time: fewer for prompts so long that their logits take much room."""
+    """Count the queries attended to at a time: fewer where the logits would take much room."""
     block = QUERY_BLOCK
     while block > SMALLEST_BLOCK and block * heads * tokens > LOGITS:
         block //= 2

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 from jax.typing import DTypeLike
@@ -186,7 +186,7 @@ class Attention(abc.ABC, Generic[State]):
         return None
 
     @property
-    def state_type(self) -> type[Any]:
+    def state_type(self) -> type[object]:
         """The class of the states that `init_state` makes; any by default."""
         return object
 
@@ -212,5 +212,5 @@ class Attention(abc.ABC, Generic[State]):
 
 
 def scale_of(query: jax.Array) -> float:
-    """What multiplies every product of query and key: 1 / sqrt(head_dim)."""
+    """Return what multiplies every product of query and key: 1 / sqrt(head_dim)."""
     return 1.0 / math.sqrt(query.shape[-1])

@@ -158,17 +158,17 @@ def select_tokens(
         worth = log_mass >= math.log(config.min_token_mass)
         budget = jnp.minimum(budget[:, None], jnp.sum(worth, axis=-1, dtype=jnp.int32))
     return ops.select_tokens(
-        log_mass,
-        chosen,
-        budget,
+        ops.RankedTokens(log_mass, chosen, budget),
         ops.IndexedTokens(index.offsets, index.token_ids, index.prompt_tokens),
         table,
         layer,
         step,
-        max_tokens=config.most_retrieved(index.token_ids.shape[-1]),
-        segment_tokens=config.segment_tokens,
-        growth_tokens=config.growth_tokens,
-        admission_ratio=config.admission_ratio,
+        settings=ops.SelectionSettings(
+            config.most_retrieved(index.token_ids.shape[-1]),
+            config.segment_tokens,
+            config.growth_tokens,
+            config.admission_ratio,
+        ),
     )
 
 
@@ -218,7 +218,7 @@ def budgets(
 
 
 def _share(fraction: float, tokens: Array) -> Array:
-    """A share of the tokens, rounded up."""
+    """Count a share of the tokens, rounded up."""
     if fraction >= 1:
         return tokens
     # A millionth less, so that a product that should be whole, 0.3 * 170, is rounded up to itself

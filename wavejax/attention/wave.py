@@ -1,4 +1,4 @@
-"""Wave attention. One decode step of a layer, `WaveAttention.decode`, is eight steps:
+"""Wave attention. Its decode step of a layer, `WaveAttention.decode`, has eight steps.
 
 1. push the token's KV row onto the window,
 2. score the clusters,

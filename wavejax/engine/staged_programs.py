@@ -13,7 +13,7 @@ from models.config import ModelConfig
 from models.parameters import Params
 from pallas_kernels.attend_zones.reference import attend_rows
 from pallas_kernels.numerics import list_places
-from pallas_kernels.types import NO_ID, ZoneStates
+from pallas_kernels.types import NO_ID, Rows, ZoneStates
 from wavejax.attention.causal import causal_attention
 from wavejax.attention.wave import WaveAttention, scale_of
 from wavejax.engine import compiled
@@ -96,11 +96,11 @@ def attend(
 ) -> tuple[ZoneStates, WaveState]:
     """Attends to all that is on the device."""
     # Nothing is missed, so nothing is read of what stands for the store.
-    stored = dataclasses.replace(wave, store=RowStore(wave.steady.window))
+    stored = dataclasses.replace(wave, store=RowStore(Rows(wave.steady.window)))
     zones, stored = attention.attend(layer, selection, stored)
     wave = dataclasses.replace(stored, store=wave.store)
     # The cache is the state's; no array may come out twice, to be donated twice.
-    return zones._replace(cache_rows=jnp.zeros(0, wave.cache.rows.dtype)), wave
+    return zones._replace(cache_rows=Rows(jnp.zeros(0, wave.cache.rows.dtype))), wave
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames=("hidden", "wave"))
@@ -126,8 +126,9 @@ def finish(
     )
     output, _ = ops.merge_states(*parts, dtype=query.dtype)
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    cached = wave.cache.rows.at[layer, b, h, slots].set(block, mode="drop")
-    wave = dataclasses.replace(wave, cache=dataclasses.replace(wave.cache, rows=cached))
+    cached = wave.cache.rows.plain('fetch="staged"').at[layer, b, h, slots].set(block, mode="drop")
+    cache = dataclasses.replace(wave.cache, rows=Rows(cached))
+    wave = dataclasses.replace(wave, cache=cache)
     output = output.reshape(batch, 1, -1, query.shape[-1])
     return decoder.leave_layer(
         model_config, decoder.pick_layer(params, layer), hidden, output

@@ -28,8 +28,9 @@ def wave_of(cache: Any) -> Any:
 
 def hold_rows(attention: WaveAttention, wave: WaveState) -> StagedState:
     """The state of an empty cache whose rows are staged."""
-    layers, batch, kv_heads, _, *row = wave.store.rows.shape
+    rows = wave.store.rows.plain('fetch="staged"')
+    layers, batch, kv_heads, _, *row = rows.shape
     room = wave.index.token_ids.shape[-1]
     shape = (layers, batch, kv_heads, room, *row)
     widest = attention.config.most_retrieved(room)
-    return StagedState(wave, HostRows(shape, widest, wave.store.rows.dtype))
+    return StagedState(wave, HostRows(shape, widest, rows.dtype))

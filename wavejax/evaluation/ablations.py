@@ -125,7 +125,8 @@ class AblatedAttention(WaveAttention):
         batch, kv_heads, _ = positions.shape
         b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
         at = jnp.where(listed, clusters, 0)
-        keys = state.store.rows[layer, b, h, self._tokens(layer, positions, state), 0]
+        rows = state.store.rows.plain("ablations")
+        keys = rows[layer, b, h, self._tokens(layer, positions, state), 0]
         residual = keys.astype(jnp.float32) - wave.centroids[layer, b, h, at].astype(jnp.float32)
         turned = rotate if self.rotated else jnp.float32
         residual, turned_query = turned(residual), turned(query)

@@ -147,8 +147,9 @@ def _bytes(tree: object) -> int:
 
 def _on_the_way(attention: WaveAttention, state: WaveState) -> tuple[int, int]:
     """Bytes on the device of staged rows on their way: as a prompt is read, and in a step."""
-    layers, batch, kv_heads, tokens, *row = state.store.rows.shape
-    token = kv_heads * math.prod(row) * state.store.rows.dtype.itemsize
+    rows = state.store.rows
+    layers, batch, kv_heads, tokens = rows.shape[:4]
+    token = kv_heads * rows.row_bytes
     # A layer's rows leave while the next one is computed.
     prompt = tokens * token
     # Those of two layers, and one layer's as they are attended to, values in float32.

@@ -10,5 +10,5 @@ numbers say where a token of a head is:
 - candidate place: in the list of tokens that one step ranks (`score_tokens`, `select_tokens`).
 - slot: in the row cache, whose table maps store rows to slots and back.
 
-`NO_ID` stands for none of them, and for no cluster; only the row cache's table has -1.
+`NO_ID` stands for none of them, and for no cluster; only the row cache's table has `EMPTY`.
 """

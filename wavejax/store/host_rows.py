@@ -1,7 +1,5 @@
 """KV rows in the host's own memory, gathered there for the device."""
 
-from typing import Any
-
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
@@ -33,14 +31,14 @@ class HostRows:
         block = (batch * kv_heads * widest, *row)
         # One to fill while the last one may be on its way.
         self._blocks = [np.zeros(block, dtype), np.zeros(block, dtype)]
-        self._coming: list[tuple[Any, Array]] = []
+        self._coming: list[tuple[tuple[int | slice, ...], Array]] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
         return self.rows.nbytes
 
-    def put(self, where: tuple[Any, ...], rows: Array) -> None:
+    def put(self, where: tuple[int | slice, ...], rows: Array) -> None:
         """Write `rows` to `self.rows[where]`, once they are there: waits for those put before."""
         rows.copy_to_host_async()
         self.take_in()

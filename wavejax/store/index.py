@@ -81,7 +81,7 @@ def init_index(
     growths: int,
     dtype: DTypeLike,
 ) -> WaveIndex:
-    """An empty index.
+    """Make an empty index.
 
     Args:
         config: the settings.
@@ -132,6 +132,10 @@ def append_prompt(
     have work, and temporaries stay bounded whatever the prompt's length.
 
     Args:
+        index: before this layer; emptied for this sequence.
+        config: the settings.
+        layer: int32, which layer.
+        sequence: int32, whose index to write.
         rows: the prompt's KV rows, by store row, padded to `segment_sizes`; anything past `count`.
         count: int32, tokens to index.
     """
@@ -187,6 +191,10 @@ def append_segments(
     all layers.
 
     Args:
+        index: before these segments.
+        config: the settings.
+        layer: int32, which layer.
+        sequence: int32, whose index to write.
         start: the first segment's first store row: the tokens that the index holds already.
         rows: the segments' KV rows, by store row; anything past a segment's count.
         counts: int32, how many tokens each segment has: all `new` of them before one that has

@@ -48,11 +48,11 @@ class CacheShape:
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> "CacheShape":
-        """The shape of a model's KV cache."""
+        """Describe the shape of a model's KV cache."""
         return cls(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim)
 
     def stack(self, batch: int) -> tuple[int, int, int]:
-        """The first axes of every array of the cache: layers, sequences, kv heads.
+        """Return the first axes of every array of the cache: layers, sequences, kv heads.
 
         Only layers that attend to all tokens have one.
         """

@@ -34,7 +34,7 @@ def cluster_capacity(config: WaveConfig, segments: list[int], growths: int) -> i
 
 
 def _clusters_grown(config: WaveConfig, tokens: int, growths: int) -> int:
-    """The most clusters that an index of so many tokens gets by growing so many times."""
+    """Count the most clusters that an index of so many tokens gets by growing so many times."""
     size, clusters, left = config.growth_tokens, 0, growths
     for mean, most, least in config.size_steps:
         # Those whose tokens reach this size come last: counted, not gone through one by one.

@@ -38,7 +38,7 @@ class SteadyZone:
 
 
 def init_steady(config: WaveConfig, shape: CacheShape, batch: int, dtype: DTypeLike) -> SteadyZone:
-    """An empty steady zone, with room for the settings' sinks and window."""
+    """Make an empty steady zone, with room for the settings' sinks and window."""
     stack, row = shape.stack(batch), (2, shape.head_dim)
     return SteadyZone(
         sink=jnp.zeros((*stack, config.sink_tokens, *row), dtype),

@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 
 from models.errors import InputError
 from models.text.tokenizer import Tokenizer, load_tokenizer
-from tests.models.text.test_gguf_tokenizer import finish
+from tests.support.gguf_tokenizers import finish
 from tests.support.small_tokenizers import CHATML, SPECIAL, byte_level, pieces, save
 
 TURN = {"role": "user", "content": "ab"}

@@ -7,7 +7,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from models.text.pre_tokenizers import PRE_TOKENIZERS
 from models.text.tokenizer import load_tokenizer
-from tests.models.text.test_gguf_tokenizer import CORPUS, train, write_gguf
+from tests.support.gguf_tokenizers import CORPUS, train, write_gguf
 
 # How each cuts this text, from its published description, worked out by hand.
 TEXT = "It's 12345 naïve CamelCase漢字かな\n\n  don't! ա /x"

@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 
 from models.errors import InputError
 from models.text.tokenizer import load_tokenizer
-from tests.models.text.test_gguf_tokenizer import CORPUS, SPECIAL, train
+from tests.support.gguf_tokenizers import CORPUS, SPECIAL, train
 
 
 def letters() -> dict[str, int]:

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 
 import models.text.text_stream
 from models.text.tokenizer import Tokenizer
-from tests.models.text.test_gguf_tokenizer import write_sentencepiece
+from tests.support.gguf_tokenizers import write_sentencepiece
 from tests.support.small_tokenizers import KINDS, byte_level, pieces, save
 
 

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 
 from models.errors import InputError
 from models.text.tokenizer import load_tokenizer
-from tests.models.text.test_gguf_tokenizer import CORPUS, train
+from tests.support.gguf_tokenizers import CORPUS, train
 
 TEXTS = [
     "It's a small  text, with words and 1234 numbers.",

@@ -22,7 +22,7 @@ def case(seed, head_dim, dtype, rows_dtype, new):
     """A store full of NaN and rows to append to it."""
     rng = np.random.default_rng(seed)
     store = jnp.full((LAYERS, BATCH, HEADS, TOKENS, 2, head_dim), jnp.nan, dtype)
-    return store, jnp.asarray(rng.normal(size=(HEADS, new, 2, head_dim)), rows_dtype)
+    return ops.Rows(store), jnp.asarray(rng.normal(size=(HEADS, new, 2, head_dim)), rows_dtype)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,16 @@ def test_rows_are_written_and_nothing_else(head_dim, dtype, rows_dtype, new, con
         at = (jnp.int32(layer), jnp.int32(sequence), jnp.int32(start))
         found, expected = append(store, rows, *at), reference.append_rows(store, rows, *at)
         assert found.dtype == store.dtype
-        np.testing.assert_array_equal(np.asarray(found, np.float32), expected.astype(np.float32))
+        found, expected = (np.asarray(x.data, np.float32) for x in (found, expected))
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_what_passes_the_end_is_not_written():
     store, rows = case(0, 64, "float32", "float32", 9)
     found = jax.jit(functools.partial(kernel.append_rows, interpret=True))(store, rows, 0, 1, 75)
-    expected = np.asarray(store).copy()
+    expected = np.asarray(store.data).copy()
     expected[0, 1, :, 75:] = rows[:, :5]
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found.data, expected)
 
 
 def test_the_result_is_where_the_store_is():
@@ -62,7 +63,7 @@ def test_the_result_is_where_the_store_is():
 
         def run(store, rows, space=space):
             written = append(jax.device_put(store, space), rows, 0, 1, 2)
-            assert jax.typeof(written).memory_space == space
+            assert jax.typeof(written.data).memory_space == space
             return written
 
         jax.jit(run)(store, rows)
@@ -80,8 +81,8 @@ def test_lowers(platform, space, head_dim, dtype):
     number = jax.ShapeDtypeStruct((), jnp.int32)
 
     def run(store, rows, *at):
-        written = kernel.append_rows(jax.device_put(store, space), rows, *at)
-        assert jax.typeof(written).memory_space == space
+        written = kernel.append_rows(ops.Rows(jax.device_put(store, space)), rows, *at)
+        assert jax.typeof(written.data).memory_space == space
         return written
 
     text = lower_for(platform, run, store, rows, *[number] * 3)
@@ -132,6 +133,6 @@ def test_heuristic(head_dim, itemsize):
     ],
 )
 def test_says_what_it_does_not_support(head_dim, new, dtype, match):
-    store = jnp.zeros((LAYERS, BATCH, HEADS, TOKENS, 2, head_dim), dtype)
+    store = ops.Rows(jnp.zeros((LAYERS, BATCH, HEADS, TOKENS, 2, head_dim), dtype))
     with pytest.raises(NotImplementedError, match=match):
         kernel.append_rows(store, jnp.zeros((HEADS, new, 2, head_dim)), 0, 0, 0)

@@ -121,7 +121,7 @@ def test_attend_zones(group, slots, space):
                 row = c["cache_rows"][slot] if hit else c["store"][token]
                 rows.append(row)
                 if slot != NO_ID:  # admitted, or there before
-                    np.testing.assert_array_equal(found.cache_rows[1, b, h, slot], row)
+                    np.testing.assert_array_equal(found.cache_rows.data[1, b, h, slot], row)
             steady = [
                 *c["sink"][: original["sink_tokens"][b]],
                 *c["window"][: original["window_tokens"][b]],
@@ -140,7 +140,7 @@ def test_attend_zones(group, slots, space):
                     output[b, h, g], mass @ values / mass.sum(), atol=2e-6, rtol=2e-5
                 )
                 assert logsumexp[b, h, g] == pytest.approx(np.log(mass.sum()), abs=1e-5)
-    np.testing.assert_array_equal(found.cache_rows[0], original["cache_rows"][0])
+    np.testing.assert_array_equal(found.cache_rows.data[0], original["cache_rows"][0])
 
 
 def test_merge_states_of_parts_is_attention_over_all():
@@ -173,7 +173,7 @@ def test_append_rows_writes_in_place(space):
     address = store.unsafe_buffer_pointer()
     rows = jax.random.normal(jax.random.key(0), (3, 5, 2, 8))
     append = jax.jit(ops.append_rows, donate_argnums=0)
-    written = append(store, rows, jnp.int32(1), jnp.int32(0), jnp.int32(7))
+    written = append(ops.Rows(store), rows, jnp.int32(1), jnp.int32(0), jnp.int32(7)).data
     expected = np.zeros((2, 2, 3, 20, 2, 8), np.float32)
     expected[1, 0, :, 7:12] = rows
     np.testing.assert_array_equal(written, expected)

@@ -19,7 +19,15 @@ from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.select_tokens import reference as select_tokens_reference
 from pallas_kernels.select_tokens import triton as select_tokens
-from pallas_kernels.types import MASKED, Candidates, ClusterScores, IndexedTokens, TokenCodes
+from pallas_kernels.types import (
+    MASKED,
+    Candidates,
+    ClusterScores,
+    IndexedTokens,
+    RankedTokens,
+    SelectionSettings,
+    TokenCodes,
+)
 
 LAYERS, BATCH, HEADS, LAYER = 2, 2, 3, 1
 
@@ -160,9 +168,8 @@ def test_score_tokens(group, head_dim, dtype, coded):
     assert error < limit * jnp.linalg.norm(jnp.where(listed, expected, 0))
 
 
-SIZES = ("max_tokens", "segment_tokens", "growth_tokens", "admission_ratio")
-select = jax.jit(select_tokens.select_tokens, static_argnames=(*SIZES, "config", "interpret"))
-select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames=SIZES)
+select = jax.jit(select_tokens.select_tokens, static_argnames=("settings", "config", "interpret"))
+select_plainly = jax.jit(select_tokens_reference.select_tokens, static_argnames="settings")
 
 
 # More contenders, or more slots, than registers hold; a cache of few slots, of one and of none; a
@@ -194,8 +201,7 @@ def test_select_tokens_exactly(slots, most, config, admission_ratio):
     ids = rng.permuted(np.broadcast_to(np.arange(tokens), (*row, tokens)), axis=-1)
     table = empty_table(row, tokens, slots)
     room = 140
-    settings = {"max_tokens": most, "segment_tokens": 4096, "growth_tokens": 8}
-    settings["admission_ratio"] = admission_ratio
+    settings = SelectionSettings(most, 4096, 8, admission_ratio)
     dropped = 0
     for step in range(7):
         selected = jnp.asarray(rng.random((BATCH, HEADS, clusters)) < 0.6)
@@ -206,10 +212,12 @@ def test_select_tokens_exactly(slots, most, config, admission_ratio):
         if step == 4:
             log_mass[:] = -2  # nothing but ties: no sample tells them apart
         listed = jnp.arange(room) < candidates.starts[..., -1:]
+        budget = rng.integers(0, most + 1, (BATCH, HEADS)[: 1 + step % 2])
+        ranked = RankedTokens(
+            jnp.where(listed, log_mass, MASKED), candidates, jnp.asarray(budget, jnp.int32)
+        )
         operands = (
-            jnp.where(listed, log_mass, MASKED),
-            candidates,
-            jnp.asarray(rng.integers(0, most + 1, (BATCH, HEADS)[: 1 + step % 2]), jnp.int32),
+            ranked,
             IndexedTokens(
                 offsets, jnp.asarray(ids, jnp.uint16), jnp.full(BATCH, tokens - 20, jnp.int32)
             ),
@@ -217,13 +225,13 @@ def test_select_tokens_exactly(slots, most, config, admission_ratio):
             LAYER,
             jnp.int32(step),
         )
-        found = select(*operands, **settings, config=config, interpret=True)
-        expected = select_plainly(*operands, **settings)
+        found = select(*operands, settings=settings, config=config, interpret=True)
+        expected = select_plainly(*operands, settings=settings)
         for path, x in jax.tree_util.tree_leaves_with_path(found):
             y = functools.reduce(lambda tree, key: getattr(tree, key.name), path, expected)
             np.testing.assert_array_equal(x, y, err_msg=f"{path}, step {step}")
         table = expected.table
-        wanted = jnp.minimum(operands[2].reshape(BATCH, -1), candidates.starts[..., -1])
+        wanted = jnp.minimum(ranked.budget.reshape(BATCH, -1), candidates.starts[..., -1])
         dropped += int(jnp.sum(jnp.minimum(wanted, room) - expected.hits - expected.misses))
     # While a cache still fills, every row is read.
     assert (dropped > 0) == (admission_ratio > 1 and slots < 300)

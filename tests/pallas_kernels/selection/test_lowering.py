@@ -12,7 +12,14 @@ from pallas_kernels.score_tokens import triton as score_tokens
 from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.select_tokens import triton as select_tokens
-from pallas_kernels.types import Candidates, ClusterScores, IndexedTokens, TokenCodes
+from pallas_kernels.types import (
+    Candidates,
+    ClusterScores,
+    IndexedTokens,
+    RankedTokens,
+    SelectionSettings,
+    TokenCodes,
+)
 from tests.support.lowering import lower_for
 
 
@@ -55,7 +62,7 @@ def shapes(
             number,
         ),
         "select_tokens": (
-            *(of((*row, 1024), f32), candidates, numbers),
+            RankedTokens(of((*row, 1024), f32), candidates, numbers),
             IndexedTokens(offsets, of((3, *row, tokens), jnp.uint16), numbers),
             *(table, number, number),
         ),
@@ -66,7 +73,7 @@ KEYWORDS = {
     "score_clusters": {"scale": 0.1, "rotated": True},
     "select_clusters": {"max_candidates": 1024},
     "score_tokens": {"scale": 0.1, "max_candidates": 1024},
-    "select_tokens": {"max_tokens": 100, "segment_tokens": 2048, "growth_tokens": 256},
+    "select_tokens": {"settings": SelectionSettings(100, 2048, 256)},
 }
 MODULES = {
     "score_clusters": score_clusters,
@@ -97,8 +104,7 @@ def test_lowers(op, platform):
 def test_long_rows_have_kernels_of_many_programs(platform, slots, admission_ratio):
     function = functools.partial(
         select_tokens.select_tokens,
-        **KEYWORDS["select_tokens"],
-        admission_ratio=admission_ratio,
+        settings=SelectionSettings(100, 2048, 256, admission_ratio),
         config=select_tokens.Config(512, 256, spread=True),
     )
     text = lower_for(platform, function, *shapes(slots=slots)["select_tokens"])

@@ -13,7 +13,7 @@ import pallas_kernels as ops
 from pallas_kernels.numerics import heaviest, list_places, ordered_bits
 from pallas_kernels.select_clusters import list_candidates
 from pallas_kernels.select_tokens import empty_table, segment_start
-from pallas_kernels.types import GRANULE, MASKED, NO_ID
+from pallas_kernels.types import EMPTY, GRANULE, MASKED, NO_ID
 
 few_values = st.sampled_from([-3.0, -1.5, -0.0, 0.0, 0.25, 2.0, 2.0000002, 1e30, -1e30])
 
@@ -93,7 +93,7 @@ class PlainCache:
     """The row table in plain Python: one row of (sequence, head)."""
 
     def __init__(self, slots):
-        self.owner, self.used = [-1] * slots, [-1] * slots
+        self.owner, self.used = [EMPTY] * slots, [EMPTY] * slots
 
     def step(self, tokens, now):
         """Returns each token's slot (None for none) and whether it was a hit."""
@@ -111,10 +111,7 @@ class PlainCache:
         return [(slots.get(token), token in hits) for token in tokens]
 
 
-select = jax.jit(
-    ops.select_tokens,
-    static_argnames=("max_tokens", "segment_tokens", "growth_tokens", "admission_ratio"),
-)
+select = jax.jit(ops.select_tokens, static_argnames="settings")
 
 
 @settings(max_examples=40, deadline=None)
@@ -135,19 +132,14 @@ def test_row_table_follows_a_plain_model(seed, slots, ratio):
         mass = rng.normal(size=(batch, heads, tokens)).astype(np.float32)
         budget = rng.integers(0, room + 1, batch)
         result = select(
-            jnp.asarray(mass),
-            every,
-            jnp.asarray(budget, jnp.int32),
+            ops.RankedTokens(jnp.asarray(mass), every, jnp.asarray(budget, jnp.int32)),
             ops.IndexedTokens(
                 offsets, jnp.asarray(ids, jnp.uint16), jnp.full(batch, tokens, jnp.int32)
             ),
             table,
             jnp.int32(1),
             jnp.int32(now),
-            max_tokens=room,
-            segment_tokens=64,
-            growth_tokens=8,
-            admission_ratio=ratio,
+            settings=ops.SelectionSettings(room, 64, 8, ratio),
         )
         table = result.table
         hits, retrieved = 0, np.zeros(batch, int)
@@ -177,7 +169,7 @@ def test_row_table_follows_a_plain_model(seed, slots, ratio):
                 kept = np.bincount(best // 4, minlength=6)
                 np.testing.assert_array_equal(result.remaining[b, h], 4 - kept)
                 owner = np.asarray(table.token_of_slot[1, b, h])
-                inverse = np.full(tokens, -1)
+                inverse = np.full(tokens, EMPTY)
                 inverse[owner[owner >= 0]] = np.flatnonzero(owner >= 0)
                 np.testing.assert_array_equal(table.slot_of_token[1, b, h], inverse)
         assert int(result.hits.sum()) == hits
@@ -186,7 +178,7 @@ def test_row_table_follows_a_plain_model(seed, slots, ratio):
             assert retrieved.tolist() == (budget * heads).tolist()
         counted += np.stack([result.hits, result.misses])
         np.testing.assert_array_equal(np.stack([table.hits[1], table.misses[1]]), counted)
-    assert (np.asarray(table.slot_of_token[0]) == -1).all()  # the other layer
+    assert (np.asarray(table.slot_of_token[0]) == EMPTY).all()  # the other layer
     assert not np.asarray(table.hits[0]).any()
     assert not np.asarray(table.misses[0]).any()
 

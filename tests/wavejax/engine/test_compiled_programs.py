@@ -153,4 +153,4 @@ def test_decoding_works_in_place_and_asks_nothing_of_the_host(store, memory):
     assert state.attention_state.index.tokens.tolist() == [CONFIG.growth_tokens] * 2
     # Every array of the state, whatever its size, is where it was.
     assert pointers(state) == before
-    assert state.attention_state.store.rows.sharding.memory_kind == memory
+    assert state.attention_state.store.rows.data.sharding.memory_kind == memory

@@ -68,7 +68,7 @@ def test_nothing_retrieved_has_a_share_but_no_hit_ratio():
 @pytest.mark.parametrize("store", ["host", "device"])
 def test_bytes_by_memory(store):
     state = state_with(np.zeros((2, 2)), np.zeros((2, 2)), [0, 0], store)
-    rows = state.store.rows.nbytes
+    rows = state.store.rows.data.nbytes
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     facts = facts_of(ATTENTIONS["wave"], state)
     assert facts.host_bytes == (rows if store == "host" else 0)

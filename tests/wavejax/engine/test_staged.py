@@ -65,13 +65,13 @@ def test_a_ragged_batch_gets_the_tokens_that_rows_in_place_give(config):
     for b in range(3):
         indexed = int(wave.index.tokens[b])
         stored = staged.attention_state.rows.rows[:, b, :, :indexed]
-        expected = np.asarray(in_place.store.rows)[:, b, :, :indexed]
+        expected = np.asarray(in_place.store.rows.data)[:, b, :, :indexed]
         np.testing.assert_allclose(stored, expected, atol=1e-4)
         # A slot that holds a row holds that very row.
         owners = np.asarray(wave.cache.table.token_of_slot[:, b])
         for layer, head, slot in zip(*np.nonzero(owners >= 0), strict=True):
             np.testing.assert_array_equal(
-                wave.cache.rows[layer, b, head, slot],
+                wave.cache.rows.data[layer, b, head, slot],
                 stored[layer, head, owners[layer, head, slot]],
             )
     facts = facts_of(WaveAttention(config), staged.attention_state)

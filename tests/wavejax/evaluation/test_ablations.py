@@ -69,7 +69,7 @@ def ranked(attention, stream):
     found = attention._rank(jnp.int32(0), query, cluster_scores(stream, state), state)
     b, h = jnp.arange(len(LENGTHS))[:, None, None], jnp.arange(2)[None, :, None]
     tokens = attention._tokens(jnp.int32(0), found.positions, state)
-    keys = state.store.rows[0, b, h, tokens, 0]
+    keys = state.store.rows.data[0, b, h, tokens, 0]
     return found, scale * np.asarray(jnp.einsum("bhgd,bhmd->bhgm", query, keys))
 
 

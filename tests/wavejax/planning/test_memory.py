@@ -139,7 +139,7 @@ def device_with(monkeypatch, stats):
 
 def test_a_store_in_host_memory():
     store = init_store((1, 2, 3, 12_345, 2, 16), jnp.bfloat16, "host")
-    assert store.rows.sharding.memory_kind == "pinned_host"
+    assert store.rows.data.sharding.memory_kind == "pinned_host"
     assert store.rows.shape == (1, 2, 3, 12_345, 2, 16)
     assert store.rows.dtype == jnp.bfloat16
 
@@ -149,10 +149,10 @@ def test_a_store_in_host_memory_can_be_donated():
     zeros = jnp.int32(0)
     for tokens in range(1000, 1020):
         store = init_store((1, 1, 2, tokens, 2, 16), jnp.float32, "host").rows
-        address = store.unsafe_buffer_pointer()
+        address = store.data.unsafe_buffer_pointer()
         append = jax.jit(ops.append_rows, donate_argnums=0)
         store = append(store, jnp.ones((2, 5, 2, 16)), zeros, zeros, zeros)
-        assert store.unsafe_buffer_pointer() == address
+        assert store.data.unsafe_buffer_pointer() == address
 
 
 def test_what_is_free_is_what_xla_set_aside_less_what_is_in_use(monkeypatch):

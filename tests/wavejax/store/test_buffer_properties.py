@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import pallas_kernels as ops
 from pallas_kernels.select_clusters import list_candidates
 from pallas_kernels.select_tokens import empty_table
-from pallas_kernels.types import MASKED, NO_ID, RowTable
+from pallas_kernels.types import EMPTY, MASKED, NO_ID, RowTable
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import WaveAttention, WaveConfig
 from wavejax.store.shape import CacheShape
@@ -56,21 +56,21 @@ def check_table(table: RowTable, layer: int, caches: dict, tokens: int) -> None:
     slot_of_token, token_of_slot, last_used = (np.asarray(part[layer]) for part in table[:3])
     for (b, h), cache in caches.items():
         owners = token_of_slot[b, h]
-        assert owners.tolist() == [cache.held.get(slot, (-1,))[0] for slot in range(cache.slots)]
-        ages = [cache.held.get(slot, (-1, -1))[1] for slot in range(cache.slots)]
+        assert owners.tolist() == [cache.held.get(slot, (EMPTY,))[0] for slot in range(cache.slots)]
+        ages = [cache.held.get(slot, (EMPTY, EMPTY))[1] for slot in range(cache.slots)]
         assert last_used[b, h].tolist() == ages
         check_inverse(slot_of_token[b, h], owners, tokens)
 
 
 def check_inverse(slot_of_token: np.ndarray, token_of_slot: np.ndarray, tokens: int) -> None:
     """Asserts that two tables of one row are inverse to each other, and hold known tokens only."""
-    inverse = np.full_like(slot_of_token, -1)
+    inverse = np.full_like(slot_of_token, EMPTY)
     owned = np.flatnonzero(token_of_slot >= 0)
     inverse[token_of_slot[owned]] = owned
     np.testing.assert_array_equal(slot_of_token, inverse)
     # Of two slots with one token, the inverse would name one alone.
     assert len(set(token_of_slot[owned].tolist())) == len(owned)
-    assert (slot_of_token[tokens:] == -1).all()
+    assert (slot_of_token[tokens:] == EMPTY).all()
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -83,15 +83,18 @@ def step_of_ops(slots, mass, budget, ids, prompt_tokens, used, table, store, cac
     every = list_candidates(sizes > 0, sizes, max_candidates=TOKENS)
     mass = jnp.where(jnp.arange(TOKENS) < used[:, None, None], mass, MASKED)
     found = ops.select_tokens(
-        mass, every, budget, ops.IndexedTokens(offsets, ids, prompt_tokens), table, LAYER, now,
-        max_tokens=ROOM, segment_tokens=SEGMENT, growth_tokens=GROWTH, implementation="xla",
-    )  # fmt: skip
+        ops.RankedTokens(mass, every, budget),
+        ops.IndexedTokens(offsets, ids, prompt_tokens),
+        *(table, LAYER, now),
+        settings=ops.SelectionSettings(ROOM, SEGMENT, GROWTH),
+        implementation="xla",
+    )
     nothing = jnp.zeros((LAYERS, BATCH, HEADS, 1, 2, DIM))
     # A query of zeros: the output is the mean of the values read.
     zones = ops.attend_zones(
         jnp.zeros((BATCH, HEADS, 1, DIM)),
         ops.SteadyRows(nothing, jnp.zeros(BATCH, int), nothing, jnp.zeros(BATCH, int)),
-        ops.StoredRows(store, cache_rows),
+        ops.StoredRows(ops.Rows(store), ops.Rows(cache_rows)),
         ops.Picks(found.tokens, found.slots, found.hit),
         ops.Estimate(
             jnp.full((BATCH, HEADS, 1, clusters), MASKED),
@@ -102,7 +105,7 @@ def step_of_ops(slots, mass, budget, ids, prompt_tokens, used, table, store, cac
         scale=1.0, implementation="xla",
     )  # fmt: skip
     read, _ = ops.merge_states(zones.outputs, zones.logsumexps, implementation="xla")
-    return found, read[:, :, 0], zones.cache_rows
+    return found, read[:, :, 0], zones.cache_rows.data
 
 
 steps = st.lists(
@@ -191,7 +194,7 @@ def test_ops_read_the_right_rows(slots, seed, steps):
                 cache_rows[LAYER, b, h, slot], store[LAYER, b, h, owners[b, h, slot]]
             )
         other = 1 - LAYER
-        assert all((np.asarray(part[other]) == -1).all() for part in table[:3])
+        assert all((np.asarray(part[other]) == EMPTY).all() for part in table[:3])
         assert not np.asarray(table.hits[other] + table.misses[other]).any()
         assert (np.asarray(cache_rows[other]) == 2.0**20).all()
 
@@ -242,14 +245,14 @@ def test_a_caches_size_changes_nothing_but_what_is_missed(lengths, cache_fractio
         table = state.cache.table
         for b, h in np.ndindex(2, 2):
             indexed = int(state.index.tokens[b])
-            stored = np.asarray(state.store.rows[0, b, h, :indexed])
+            stored = np.asarray(state.store.rows.data[0, b, h, :indexed])
             sinks = min(4, lengths[b])  # a shorter prompt is all of them
             own = rows[b, h, sinks : sinks + indexed]
             np.testing.assert_array_equal(stored, own)
             owners = np.asarray(table.token_of_slot[0, b, h])
             check_inverse(np.asarray(table.slot_of_token[0, b, h]), owners, indexed)
             held = np.flatnonzero(owners >= 0)
-            cached = np.asarray(state.cache.rows[0, b, h, held])
+            cached = np.asarray(state.cache.rows.data[0, b, h, held])
             np.testing.assert_array_equal(cached, own[owners[held]])
         tables = [s.cache.table for s in (state, complete)]
         retrieved = [int((table.hits + table.misses).sum()) for table in tables]

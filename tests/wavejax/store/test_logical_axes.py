@@ -61,7 +61,7 @@ def test_the_names_are_what_flax_maps_to_a_mesh():
     rules = [("kv_heads", "model"), ("sequences", "data")]
     found = logical_to_mesh(logical_axes(state_of(WaveAttention(CONFIG, "device"))), rules)
     assert isinstance(found, WaveState)
-    assert found.store.rows == PartitionSpec(None, "data", "model", None, None, None)
+    assert found.store.rows.data == PartitionSpec(None, "data", "model", None, None, None)
     assert found.index.tokens == PartitionSpec("data")
     assert found.step == PartitionSpec()
 

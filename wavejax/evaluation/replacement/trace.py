@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from models.errors import InputError
 from models.parameters import Params
+from pallas_kernels.rows import is_held
 from pallas_kernels.select_tokens import segment_start
 from pallas_kernels.types import RowTable
 from wavejax.attention.wave import WaveAttention, WaveState
@@ -110,7 +111,7 @@ def _used(table: RowTable, step: Int[Array, ""]) -> Bool[Array, "layers batch kv
     """Marks the rows whose slots were last used in that step."""
     slots = table.slot_of_token
     last = jnp.take_along_axis(table.last_used, jnp.maximum(slots, 0), axis=-1)
-    return (slots >= 0) & (last == step)
+    return is_held(slots) & (last == step)
 
 
 def _list_rows(steps: list[np.ndarray]) -> np.ndarray:

@@ -1,23 +1,22 @@
 """Random but realistic inputs of a decode step, for tests and benchmarks."""
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.encode_tokens import rotate
-from pallas_kernels.select_tokens import segment_start
 from pallas_kernels.shapes import StepShape
+from pallas_kernels.testing._index import lengths_of, offsets_of, token_ids_of
+from pallas_kernels.testing._reads import STEP, rows_to_read
 from pallas_kernels.types import NO_ID, RowTable
 
 # With unit normals for keys the logits then have this standard deviation: a softmax's tail as
 # trained models have it.
 QUERY_SIZE = 2.5
-
-# The decode step that the inputs are for: later than any slot's last use.
-STEP = 1000
 
 
 class StepInputs(NamedTuple):
@@ -73,7 +72,7 @@ def make_step(
     miss_share: float = 0.0,
     store: Literal["device", "host"] = "device",
 ) -> StepInputs:
-    """Makes a step's inputs on the device, in one program.
+    """Make a step's inputs on the device, in one program.
 
     Args:
         shape: their shape.
@@ -98,11 +97,11 @@ def make_step(
 def with_misses(
     inputs: StepInputs, shape: StepShape, seed: int, miss_share: float | Array
 ) -> StepInputs:
-    """The same inputs with other rows in the cache and other rows to read, nothing poisoned."""
+    """Make the same inputs with other rows cached and other rows to read, nothing poisoned."""
     key = jax.random.key(seed, impl="unsafe_rbg")
     row = inputs.table.token_of_slot.shape[:3]
     count = inputs.retrieved_budget
-    table, reads = _rows_to_read(key, shape, row, inputs.lengths, count, miss_share)
+    table, reads = rows_to_read(key, shape, row, inputs.lengths, count, miss_share)
     return inputs._replace(table=table, tokens=reads[0], slots=reads[1], hit=reads[2])
 
 
@@ -117,8 +116,8 @@ def _make(
     def normal(*size: int) -> Array:
         return _normal(next(keys), size, dtype)
 
-    lengths, prompt_tokens = _lengths(shape, ragged)
-    offsets = _offsets(next(keys), shape, layers, lengths)
+    lengths, prompt_tokens = lengths_of(shape, ragged)
+    offsets = offsets_of(next(keys), shape, layers, lengths)
     sizes = jnp.diff(offsets, axis=-1)
     held = jnp.arange(shape.tokens) < lengths[:, None, None]
 
@@ -133,7 +132,7 @@ def _make(
         window_tokens = window_tokens.at[-1].set(0)
 
     retrieved = jnp.minimum(shape.retrieved, lengths)
-    table, reads = _rows_to_read(next(keys), shape, row, lengths, retrieved, miss_share)
+    table, reads = rows_to_read(next(keys), shape, row, lengths, retrieved, miss_share)
     remaining = sizes[0] - jax.random.randint(next(keys), sizes[0].shape, 0, 3)
     # A mask of what each row of the cache and of the store may be read for.
     store_key, cache_key = next(keys), next(keys)
@@ -144,7 +143,7 @@ def _make(
     scales = 0.05 * (1 + jnp.abs(normal(*row, shape.tokens)))
     sink = normal(*row, shape.sinks, 2, shape.head_dim)
     window = normal(*row, shape.window, 2, shape.head_dim)
-    token_ids = _token_ids(next(keys), shape, row, lengths, prompt_tokens)
+    token_ids = token_ids_of(next(keys), shape, row, lengths, prompt_tokens)
     if poison:
         tokens, slots, hit = reads
         missed = _mark(shape.tokens, jnp.where(hit, NO_ID, tokens)).at[..., 0].set(True)
@@ -185,12 +184,12 @@ def _make(
     )
 
 
-def _normal(key: Array, size: tuple[int, ...], dtype: Any) -> Array:
+def _normal(key: Array, size: tuple[int, ...], dtype: DTypeLike) -> Array:
     return jax.random.normal(key, size, jnp.float32).astype(dtype)
 
 
-def _rows(key: Array, size: tuple[int, ...], dtype: Any) -> Array:
-    """Normals, made a row at a time: random bits take several times the result's memory."""
+def _rows(key: Array, size: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Draw normals, a row at a time: random bits take several times the result's memory."""
     layers, batch, kv_heads, *rest = size
     keys = jax.random.split(key, layers * batch * kv_heads)
     return lax.map(lambda key: _normal(key, tuple(rest), dtype), keys).reshape(size)
@@ -209,117 +208,3 @@ def _mark(size: int, places: Array) -> Array:
         return jnp.zeros(size, bool).at[places].set(True, mode="drop")
 
     return jax.vmap(jax.vmap(of_row))(places)
-
-
-def _lengths(shape: StepShape, ragged: bool) -> tuple[Array, Array]:
-    """Indexed tokens of each sequence, and how many of them came with the prompt."""
-    full = jnp.full(shape.batch, shape.tokens, jnp.int32)
-    if not ragged:
-        return full, full
-    # Odd lengths of one half to all of the room, and a quarter of each grown after the prompt.
-    nth = jnp.arange(shape.batch, dtype=jnp.int32)
-    lengths = shape.tokens - nth * (shape.tokens // (2 * shape.batch)) - nth % 2 * 7
-    grown = lengths // 4 // shape.growth_tokens * shape.growth_tokens
-    if shape.batch > 1:
-        lengths = lengths.at[-1].set(0)
-    return lengths, jnp.maximum(lengths - grown, 0)
-
-
-def _offsets(key: Array, shape: StepShape, layers: int, lengths: Array) -> Array:
-    """Clusters of 1 to `max_cluster_size` tokens that add up to each sequence's length."""
-    mean = -(-shape.tokens // shape.clusters)
-    spread = min(mean - 1, shape.max_cluster_size - mean)
-    size = (layers, shape.batch, shape.kv_heads, -(-shape.clusters // 2), 1)
-    # In pairs that add up to twice the mean, so that the total is exact.
-    change = jax.random.randint(key, size, -spread, spread + 1)
-    sizes = mean + jnp.concatenate([change, -change], axis=-1)
-    ends = jnp.cumsum(sizes.reshape(*size[:3], -1), axis=-1, dtype=jnp.int32)
-    ends = jnp.pad(ends, [(0, 0)] * 3 + [(1, shape.cluster_room)])
-    ends = ends[..., : shape.cluster_room + 1]
-    edge = jnp.arange(shape.cluster_room + 1)
-    ends = jnp.where(edge < shape.clusters, ends, shape.tokens)
-    return jnp.minimum(ends, lengths[:, None, None]).astype(jnp.int32)
-
-
-def _shuffle(key: Array, groups: Array) -> Array:
-    """Lists the places `0 ... n` of the last axis by group, in random order in each."""
-    bits = jax.random.bits(key, groups.shape, jnp.uint32)
-    place = jnp.broadcast_to(jnp.arange(groups.shape[-1], dtype=jnp.int32), groups.shape)
-    return lax.sort((groups, bits, place), num_keys=2)[2]
-
-
-def _token_ids(
-    key: Array, shape: StepShape, row: tuple[int, ...], lengths: Array, prompt_tokens: Array
-) -> Array:
-    """A random order of each segment's tokens, counted from its start."""
-    positions = jnp.broadcast_to(
-        jnp.arange(shape.tokens, dtype=jnp.int32), (*row[1:], shape.tokens)
-    )
-    start = segment_start(positions, prompt_tokens, shape.segment_tokens, shape.growth_tokens)
-    start = jnp.where(positions < lengths[:, None, None], start, NO_ID)
-    start = jnp.broadcast_to(start, (*row, shape.tokens))
-    return jnp.where(start < NO_ID, _shuffle(key, start) - start, 0)
-
-
-def _rows_to_read(
-    key: Array,
-    shape: StepShape,
-    row: tuple[int, ...],
-    lengths: Array,
-    retrieved: Array,
-    miss_share: float | Array,
-) -> tuple[RowTable, tuple[Array, Array, Array]]:
-    """A full row cache in every layer, and random rows to read, hits in it and misses.
-
-    The lists hold for every layer: all layers' caches hold the same tokens.
-    """
-    batch, kv_heads = row[1:]
-    slots, room = shape.slots, shape.max_retrieved
-    places = jnp.broadcast_to(
-        jnp.arange(shape.tokens, dtype=jnp.int32), (batch, kv_heads, shape.tokens)
-    )
-    order = _shuffle(key, jnp.where(places < lengths[:, None, None], 0, 1))
-    # The n-th token of that order lies in a slot that is anywhere: a stride with no factor of
-    # `slots` visits every slot once.
-    stride = next(p for p in (7919, 6007, 104729, 1) if slots % p) if slots > 1 else 1
-    slot = (jnp.arange(slots, dtype=jnp.uint32) * (stride % slots) % slots).astype(jnp.int32)
-    cached = jnp.arange(slots) < lengths[:, None, None]
-    used = jnp.where(cached, order[..., :slots], -1)
-    owner = jnp.zeros((batch, kv_heads, slots), jnp.int32).at[..., slot].set(used)
-
-    def invert(owner: Array) -> Array:
-        places = jnp.where(owner >= 0, owner, NO_ID)
-        slots_of = jnp.arange(slots, dtype=jnp.int32)
-        return jnp.full(shape.tokens, -1, jnp.int32).at[places].set(slots_of, mode="drop")
-
-    last_used = jnp.where(owner >= 0, jax.random.randint(key, owner.shape, 0, STEP), -1)
-    slots_of, owners, uses = (
-        jnp.broadcast_to(field, (*row, field.shape[-1]))
-        for field in (jax.vmap(jax.vmap(invert))(owner), owner, last_used)
-    )
-    # One counter about to wrap around.
-    hits, misses = (jnp.full(row, count, jnp.uint32) for count in (2**32 - 3, 7))
-    table = RowTable(slots_of, owners, uses, hits, misses)
-
-    nth = jnp.arange(room, dtype=jnp.int32)
-    count = jnp.minimum(retrieved, room)[:, None, None]
-    hits = jnp.minimum(count - jnp.ceil(miss_share * count).astype(jnp.int32), slots)
-    hit = jnp.broadcast_to(nth < hits, (batch, kv_heads, room))
-    # Misses come from beyond the slots, as far as there are tokens beyond them, and displace the
-    # slots after the hits'.
-    beyond = jnp.where(lengths[:, None, None] >= slots + count - hits, slots, hits)
-    place = jnp.where(hit, nth, beyond + nth - hits)
-    tokens = jnp.take_along_axis(order, jnp.minimum(place, shape.tokens - 1), axis=-1)
-    listed = jnp.where(nth < slots, slot[jnp.minimum(nth, slots - 1)], NO_ID)
-    valid = nth < count
-    tokens = jnp.where(valid, tokens, NO_ID)
-    slots_read = jnp.where(valid, listed, NO_ID)
-    # By segments and in random order in each, as a list by position has them; past the last one
-    # there is nothing.
-    segment = jnp.where(valid, tokens // shape.segment_tokens, NO_ID)
-    mixed = _shuffle(key, segment)
-    mixed_reads = (
-        jnp.take_along_axis(x, mixed, axis=-1) for x in (tokens, slots_read, hit & valid)
-    )
-    first, second, third = mixed_reads
-    return table, (first, second, third)

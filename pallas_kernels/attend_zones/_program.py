@@ -1,0 +1,159 @@
+"""What every program of the kernel of `attend_zones` does: its part, and a running softmax."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_kernels import backend as plt
+from pallas_kernels.attend_zones._config import Config
+from pallas_kernels.attend_zones._roles import choose_part
+from pallas_kernels.numerics import LOG2_E
+from pallas_kernels.toolbox import launch
+from pallas_kernels.types import MASKED
+
+# Output `[g, d]`, peak `[g]` and masses `[g, n]` of a running softmax, float32. The masses are
+# summed over n in the end only: each sum over the warps would stop all of them.
+State = tuple[Array, Array, Array]
+
+
+class Operands(NamedTuple):
+    """The kernel's operands, in order.
+
+    Attributes:
+        query: `[batch, kv_heads, group, head_dim]`.
+        sink, sink_tokens, window, window_tokens: as in `SteadyRows`; where there is no room
+            for sinks, the window stands in their place.
+        store, cache_before: the data of `StoredRows`; no row cache is None.
+        tokens, slots, hit: as in `Picks`.
+        logits, value_means, offsets, remaining: as in `Estimate`.
+        layer: int32 scalar.
+        claims_before: see `choose_part`; None where parts are taken in order.
+    """
+
+    query: Any
+    sink: Any
+    sink_tokens: Any
+    window: Any
+    window_tokens: Any
+    store: Any
+    cache_before: Any
+    tokens: Any
+    slots: Any
+    hit: Any
+    logits: Any
+    value_means: Any
+    offsets: Any
+    remaining: Any
+    layer: Any
+    claims_before: Any
+
+
+class Results(NamedTuple):
+    """The kernel's results, in order; None for what is not there.
+
+    Attributes:
+        outputs, logsumexps: as in `ZoneStates`.
+        cache: the row cache, in place of `cache_before`.
+        missed_tokens, missed_slots: `[batch, kv_heads, retrieved]` int32, scratch: the missed
+            rows', without the hits between them.
+        claims: in place of `claims_before`.
+    """
+
+    outputs: Any
+    logsumexps: Any
+    cache: Any = None
+    missed_tokens: Any = None
+    missed_slots: Any = None
+    claims: Any = None
+
+
+class ProgramOfRow:
+    """One program of the kernel: which part of which row it has, and attention to its rows.
+
+    A row is a sequence's kv head.
+    """
+
+    def __init__(
+        self,
+        refs: Operands,
+        out: Results,
+        config: Config,
+        scale: float,
+        with_sink: bool,
+        interpret: bool,
+    ) -> None:
+        self.refs, self.out, self.config, self.scale = refs, out, config, scale
+        self.with_sink = with_sink
+        self.interpret = interpret
+        batch, kv_heads, group, head_dim = refs.query.shape
+        number, rows = pl.program_id(0), batch * kv_heads
+        if out.claims is not None:
+            missed = config.missed_splits * rows
+            others = sum(config.splits) * rows - missed
+            threads = 32 * config.num_warps
+            number = choose_part(out.claims, missed, others, threads, interpret)
+        self.part = number // rows
+        row = number % rows
+        self.b, self.h = row // kv_heads, row % kv_heads
+        self.row = (refs.layer[...], self.b, self.h)
+        self.d = jnp.arange(launch.tile(head_dim))[None, :]
+        self.g = jnp.arange(launch.MAX_GROUP)
+        self.head_dim = head_dim
+        self.in_group = self.g < group
+
+    def start(self, size: int) -> State:
+        return (
+            jnp.zeros((launch.MAX_GROUP, self.d.size), jnp.float32),
+            jnp.full((launch.MAX_GROUP,), MASKED, jnp.float32),
+            jnp.zeros((launch.MAX_GROUP, size), jnp.float32),
+        )
+
+    def of_rows(self, valid: Array) -> Array:
+        """Tell what of vectors `[n, d]` is to be read or written, if `[n]` of them are."""
+        if self.d.size == self.head_dim:
+            return jnp.broadcast_to(valid[:, None], (valid.size, self.d.size))
+        return valid[:, None] & (self.d < self.head_dim)
+
+    def load_query(self) -> Array:
+        """`[g, d]`, zero outside the group and the head."""
+        at = self.refs.query.at[self.b, self.h, self.g[:, None], self.d]
+        return plt.load(at, mask=self.of_rows(self.in_group), other=0)
+
+    def load_rows(self, rows: Any, places: Array, valid: Array) -> list[Array]:
+        """Keys and values `[n, d]` of the row's `[n]` places, zero where not valid."""
+        mask = self.of_rows(valid)
+        # The values first: what makes the keys ready for a product waits for them, so the values'
+        # loads must be on their way by then.
+        values, keys = (
+            plt.load(rows.at[*self.row, places[:, None], kv, self.d], mask=mask, other=0)
+            for kv in (1, 0)
+        )
+        return [keys, values]
+
+    def attend(self, state: State, query: Array, rows: list[Array], valid: Array) -> State:
+        """Attends to a tile of keys and values."""
+        output, peak, masses = state
+        keys, values = rows
+        exponents = (self.scale * LOG2_E) * launch.dot(query, keys, (1, 1))
+        exponents = jnp.where(valid[None, :], exponents, MASKED)
+        higher = jnp.maximum(peak, jnp.max(exponents, axis=1))
+        weights = jnp.where(valid[None, :], jnp.exp2(exponents - higher[:, None]), 0.0)
+        shrink = jnp.exp2(peak - higher)[:, None]
+        output = output * shrink + launch.dot(weights.astype(values.dtype), values, (1, 0))
+        return output, higher, masses * shrink + weights
+
+    def finish(self, state: State) -> None:
+        output, peak, masses = state
+        total = jnp.sum(masses, axis=1)
+        empty = total == 0
+        total = jnp.where(empty, 1.0, total)
+        logsumexp = jnp.where(empty, MASKED, (peak + jnp.log2(total)) / LOG2_E)
+        at = (self.part, self.b, self.h)
+        plt.store(
+            self.out.outputs.at[*at, self.g[:, None], self.d],
+            output / total[:, None],
+            mask=self.of_rows(self.in_group),
+        )
+        plt.store(self.out.logsumexps.at[*at, self.g], logsumexp, mask=self.in_group)
