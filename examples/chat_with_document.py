@@ -20,7 +20,7 @@ LINE = "The town lies in a wide valley, and its market is held on the first day 
 
 
 def main() -> None:
-    """Reads a document, asks, and prints the answer."""
+    """Read a document, ask, and print the answer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder or file; the installed SmolLM2 unless given")
     parser.add_argument("--document", type=Path, help="UTF-8 text; one made here unless given")

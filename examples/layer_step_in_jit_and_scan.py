@@ -42,7 +42,7 @@ def random_tokens(key, tokens):
 
 @jax.jit
 def read_prompt(query, key, value):
-    """A state that holds the prompt."""
+    """Return a state that holds the prompt."""
     state = ATTENTION.init_state(SHAPES, 1, PROMPT, STEPS, jnp.float32)
     where = {"sequence": SEQUENCE, "length": jnp.int32(PROMPT)}
     _, state = ATTENTION.prefill(LAYER, query, key, value, state, **where)
@@ -51,7 +51,7 @@ def read_prompt(query, key, value):
 
 @functools.partial(jax.jit, donate_argnums=0)  # the state is updated in place
 def decode_all(state, query, key, value):
-    """Outputs `[STEPS, 1, 1, HEADS, HEAD_DIM]` of as many steps, and the new state."""
+    """Return outputs `[STEPS, 1, 1, HEADS, HEAD_DIM]` of as many steps, and the new state."""
 
     def step(state, token):
         state = ATTENTION.grow(state)
@@ -64,7 +64,7 @@ def decode_all(state, query, key, value):
 
 
 def main() -> None:
-    """Reads a prompt, decodes 32 steps in one program, and compares them with full attention."""
+    """Read a prompt, decode 32 steps in one program, and compare them with full attention."""
     prompt, answer = (
         random_tokens(jax.random.key(seed), n) for seed, n in ((0, PROMPT), (1, STEPS))
     )

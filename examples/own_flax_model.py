@@ -96,7 +96,7 @@ def answer(model, params, attention, prompt):
 
 
 def main() -> None:
-    """The same model by full attention, by wave attention of all tokens, and of some."""
+    """Return the same model by full attention, by wave attention of all tokens, and of some."""
     model = OwnModel()
     prompt = jax.random.randint(jax.random.key(1), (PROMPT,), 0, VOCAB)
 

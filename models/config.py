@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +131,7 @@ class ModelConfig:
                 f"{self.head_dim // 2}"
             )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain values that `from_json` turns back into an equal config."""
         values = dataclasses.asdict(self)
         if self.rope_layers is None:  # as older folders have it: the same model, the same text
@@ -138,16 +139,20 @@ class ModelConfig:
         return values
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
-        """The config that `to_json` described. Raises InputError where a field does not fit."""
+    def from_json(cls, values: Mapping[str, object]) -> "ModelConfig":
+        """Return the config that `to_json` described.
+
+        Raise InputError where a field does not fit.
+        """
         try:
-            scaling = values.get("rope_scaling")
+            stored: dict[str, Any] = dict(values)
+            scaling = stored.get("rope_scaling")
             if scaling is not None:
                 scaling = RopeScaling(**{**scaling, "divisors": tuple(scaling["divisors"])})
-            lists = {"stop_token_ids": tuple(values["stop_token_ids"])}
-            if values.get("rope_layers") is not None:
-                lists["rope_layers"] = tuple(values["rope_layers"])
-            return cls(**{**values, "rope_scaling": scaling, **lists})
+            lists = {"stop_token_ids": tuple(stored["stop_token_ids"])}
+            if stored.get("rope_layers") is not None:
+                lists["rope_layers"] = tuple(stored["rope_layers"])
+            return cls(**{**stored, "rope_scaling": scaling, **lists})
         except InputError:
             raise
         except (TypeError, KeyError, AttributeError) as error:
@@ -174,7 +179,10 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
 
 
 def scaled_context(context: int, scaling: RopeScaling | None, where: str) -> int:
-    """The tokens of context that YaRN makes of `context`; InputError where that is absurd."""
+    """Return the tokens of context that YaRN makes of `context`.
+
+    Raise InputError where that is absurd.
+    """
     if scaling is None or scaling.kind != "yarn":
         return context
     return max(context, times_longer(scaling.original_context, scaling.factor, where))

@@ -7,11 +7,12 @@ layer's cache). The halves of `apply_layer` are in `models.layer`, and can be ha
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
@@ -30,6 +31,7 @@ __all__ = [
     "MLP_BLOCK",
     "Attend",
     "Decoder",
+    "State",
     "apply_layer",
     "apply_model",
     "embed",
@@ -41,7 +43,10 @@ __all__ = [
     "unembed",
 ]
 
-Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
+State = TypeVar("State")
+NewState = TypeVar("NewState")
+
+Attend = Callable[[Array, Array, Array, Array, State], tuple[Array, State]]
 """``attend(layer, query, key, value, state) -> (output, state)``: the attention of every layer.
 
 It is called once a layer, in the order of the layers, with what the tokens of this call make:
@@ -102,12 +107,15 @@ class Decoder(nn.Module):
     config: ModelConfig
     attend: Attend
     unroll: bool = False
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"], state: Any
-    ) -> tuple[Float[Array, "batch tokens hidden"], Any]:
+        self,
+        tokens: Int[Array, "batch tokens"],
+        positions: Int[Array, "batch tokens"],
+        state: State,
+    ) -> tuple[Float[Array, "batch tokens hidden"], State]:
         """Run tokens through the model.
 
         Args:
@@ -126,7 +134,7 @@ class Decoder(nn.Module):
         )
 
     def _parameter(self, name: str, below: Any) -> Any:
-        """The parameter `name`, or the group of that name: `below` holds the full paths."""
+        """Return the parameter `name`, or the group of that name: `below` holds the full paths."""
         shapes = parameter_shapes(self.config)
 
         def init(key: Array) -> Any:
@@ -146,11 +154,11 @@ def apply_model(
     params: Params,
     tokens: Int[Array, "batch tokens"],
     positions: Int[Array, "batch tokens"],
-    attend: Attend,
-    state: Any,
+    attend: Attend[State],
+    state: State,
     unroll: bool = False,
-) -> tuple[Float[Array, "batch tokens hidden"], Any]:
-    """Runs tokens at their positions (both int32) through the embedding, all layers and the norm.
+) -> tuple[Float[Array, "batch tokens hidden"], State]:
+    """Run tokens at their positions (both int32) through the embedding, all layers and the norm.
 
     Args:
       config: the model's.
@@ -189,7 +197,7 @@ def apply_model(
 def embed(
     config: ModelConfig, params: Params, tokens: Int[Array, "batch tokens"]
 ) -> Float[Array, "batch tokens {config.hidden_size}"]:
-    """Looks up the tokens' embeddings, in the parameters' dtype."""
+    """Look up the tokens' embeddings, in the parameters' dtype."""
     return params["params"]["embedding"][tokens]
 
 
@@ -199,10 +207,10 @@ def apply_layer(
     layer: Int[Array, ""] | int,
     hidden: Float[Array, "batch tokens hidden"],
     positions: Int[Array, "batch tokens"],
-    attend: Attend,
-    state: Any,
-) -> tuple[Float[Array, "batch tokens hidden"], Any]:
-    """Runs one layer.
+    attend: Callable[[Array, Array, Array, Array, State], tuple[Array, NewState]],
+    state: State,
+) -> tuple[Float[Array, "batch tokens hidden"], NewState]:
+    """Run one layer.
 
     Args:
       config: the model's.
@@ -222,8 +230,8 @@ def apply_layer(
     """
     weights = pick_layer(params, layer)
     query, key, value = enter_layer(config, weights, layer, hidden, positions)
-    attended, state = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
-    return leave_layer(config, weights, hidden, attended), state
+    attended, new = attend(jnp.asarray(layer, jnp.int32), query, key, value, state)
+    return leave_layer(config, weights, hidden, attended), new
 
 
 def final_norm(

@@ -83,7 +83,7 @@ class Family:
     includes: tuple[str, ...] = ()
 
     def unnamed_pre_tokenizer(self, num_tokens: int) -> str | None:
-        """The pre-tokenizer of a byte-level GGUF file that names none, as old files do."""
+        """Return the pre-tokenizer of a byte-level GGUF file that names none, as old files do."""
         return dict(self.pre_tokenizer_of_size).get(num_tokens, self.pre_tokenizer)
 
 
@@ -152,13 +152,16 @@ FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
 
 
 def family_of_hf_class(name: str) -> Family | None:
-    """The family of a class that `architectures` names, whatever its case; None if unknown."""
+    """Return the family of a class that `architectures` names, whatever its case.
+
+    None if unknown.
+    """
     wanted, rows = short_class_name(name), FAMILIES.values()
     return next((row for row in rows if short_class_name(row.hf_class) == wanted), None)
 
 
 def family_of_gguf(architecture: object) -> Family | None:
-    """The family of a GGUF file's `general.architecture`; None if unknown or not there."""
+    """Return the family of a GGUF file's `general.architecture`; None if unknown or not there."""
     if architecture is None:
         return None
     return next((row for row in FAMILIES.values() if row.gguf_architecture == architecture), None)
@@ -182,7 +185,7 @@ def short_class_name(name: str) -> str:
 
 
 def unknown_architecture(name: str) -> str:
-    """The message for a model of a family that has no row."""
+    """Return the message for a model of a family that has no row."""
     included = "; ".join(
         f"{other} is {row.name}" for row in FAMILIES.values() for other in row.includes
     )

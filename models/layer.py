@@ -138,7 +138,7 @@ def mlp_block(tokens: int) -> int:
 
 
 def _by_blocks(function: Callable[[Array], Array], hidden: Array) -> Array:
-    """Applies what treats each token alone, to blocks of a long prompt's tokens one after another.
+    """Apply what treats each token alone, to blocks of a long prompt's tokens one after another.
 
     The MLP's inner width is several times the model's: of a whole long prompt at once it would be
     the largest array of all.

@@ -72,7 +72,7 @@ def parameter_shapes(config: ModelConfig) -> dict[Path, Shape]:
 
 
 def nest(leaves: dict[Path, Any]) -> dict[str, Any]:
-    """Turns ``{("layers", "query"): x}`` into ``{"layers": {"query": x}}``."""
+    """Turn ``{("layers", "query"): x}`` into ``{"layers": {"query": x}}``."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         branch = tree

@@ -15,7 +15,9 @@ _LFS_POINTERS = (
 
 
 def stat_of(path: Path, follow_symlinks: bool = True) -> os.stat_result | None:
-    """What the system knows of a path, None if nothing is there; InputError if it will not tell.
+    """Return what the system knows of a path, None if nothing is there.
+
+    Raise InputError if it will not tell.
 
     `Path.exists` and its like raise or say no, as Python's version has it, where a folder may not
     be looked into or a name is too long.
@@ -36,7 +38,7 @@ def is_file(path: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none where it cannot be looked into."""
+    """Return the names in a folder, sorted; none where it cannot be looked into."""
     try:
         return sorted(entry.name for entry in os.scandir(folder))
     except (OSError, ValueError):
@@ -44,7 +46,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """The first `count` bytes of a file, fewer where it is shorter or cannot be read."""
+    """Return the first `count` bytes of a file, fewer where it is shorter or cannot be read."""
     if not is_file(path):  # to open a pipe might wait for ever
         return b""
     try:

@@ -41,7 +41,7 @@ def rotate(
     cosines: Float[Array, "batch tokens half_head_dim"],
     sines: Float[Array, "batch tokens half_head_dim"],
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Turns each head's dimensions (i, i + head_dim / 2) by their angle; keeps the dtype."""
+    """Turn each head's dimensions (i, i + head_dim / 2) by their angle; keep the dtype."""
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     cosines, sines = cosines[:, :, None, :], sines[:, :, None, :]
     rotated = (first * cosines - second * sines, second * cosines + first * sines)

@@ -10,7 +10,7 @@ _FORMS = "yarn:FACTOR, yarn:FACTOR:ORIGINAL_CONTEXT or linear:FACTOR, as in yarn
 
 
 def with_rope_scaling(config: ModelConfig, text: str) -> ModelConfig:
-    """The config of the same model with RoPE scaled, and the longer context that this gives.
+    """Return the config of the same model with RoPE scaled, and the longer context that this gives.
 
     Args:
       config: of a model that does not scale RoPE.
@@ -56,7 +56,7 @@ def with_rope_scaling(config: ModelConfig, text: str) -> ModelConfig:
 
 
 def suggest_rope_scaling(config: ModelConfig, tokens: int) -> str | None:
-    """The text for `with_rope_scaling` that makes room for `tokens`; None where none would.
+    """Return the text for `with_rope_scaling` that makes room for `tokens`; None where none would.
 
     The factor is the smallest power of two that does: YaRN is made for the factors 2 to 32.
     """

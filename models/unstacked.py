@@ -13,7 +13,7 @@ from models.parameters import Params
 
 
 def unstack_layers(params: Params) -> Params:
-    """Gives every layer arrays of its own; consumes `params`.
+    """Give every layer arrays of its own; consume `params`.
 
     Each stack is deleted from the device as soon as its slices are made, so that the parameters
     and one more stack are the most that is held: `params` must not be used any more. All other
@@ -40,7 +40,7 @@ def unstack_layers(params: Params) -> Params:
 
 
 def only_layer(params: Params, layer: int) -> Params:
-    """What `decoder.apply_layer` reads of parameters, to run one layer by a traced number.
+    """Return what `decoder.apply_layer` reads of parameters, to run one layer by a traced number.
 
     Of unstacked layers, the one: it has the same shapes for every layer, and so the same compiled
     program. Of stacks, all.
@@ -50,7 +50,7 @@ def only_layer(params: Params, layer: int) -> Params:
 
 
 def without_layers(params: Params) -> Params:
-    """What is read before the first layer and after the last: hundreds of arrays fewer."""
+    """Return what is read before the first layer and after the last: hundreds of arrays fewer."""
     return {"params": {name: x for name, x in params["params"].items() if name != "layers"}}
 
 

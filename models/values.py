@@ -27,6 +27,9 @@ def token_id(value: Any, where: str) -> int:
 
 
 def token_ids(value: Any, where: str) -> list[int]:
-    """The token ids that a JSON file states: none (null), one, or a list; else InputError."""
+    """Return the token ids that a JSON file states: none (null), one, or a list.
+
+    Raise InputError for anything else.
+    """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     return [token_id(index, where) for index in ids]

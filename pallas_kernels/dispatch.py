@@ -31,7 +31,9 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def use_implementation(implementation: Implementation) -> Iterator[None]:
+def use_implementation(
+    implementation: Implementation, *, by: str = "use_implementation"
+) -> Iterator[None]:
     """Make all ops that are traced inside take one implementation.
 
     It holds for the thread that enters it, and wins over `WAVEJAX_IMPLEMENTATION`. An op's own
@@ -41,6 +43,7 @@ def use_implementation(implementation: Implementation) -> Iterator[None]:
 
     Args:
         implementation: "xla", plain JAX; "triton", the kernels; or "auto", the platform's best.
+        by: who asks, for `explain`.
 
     Raises:
         ValueError: there is no implementation of that name.
@@ -51,7 +54,7 @@ def use_implementation(implementation: Implementation) -> Iterator[None]:
         ...     output = jax.jit(step)(query)  # without kernels
     """
     _check(implementation, "use_implementation")
-    with _in_force(implementation):
+    with _in_force(_Request(implementation, by)):
         yield
 
 
@@ -149,9 +152,9 @@ def _request(argument: Implementation | None) -> _Request:
     """Tell what is asked for, and where it was."""
     if argument is not None:
         return _Request(argument, "its argument")
-    in_force: Implementation | None = _in_force.value
+    in_force: _Request | None = _in_force.value
     if in_force is not None:
-        return _Request(in_force, "use_implementation")
+        return in_force
     return _Request(_check(os.environ.get(VARIABLE) or "auto", VARIABLE), VARIABLE)
 
 

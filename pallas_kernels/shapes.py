@@ -93,12 +93,12 @@ class StepShape:
 
 
 _SHAPES = (
-    # Llama-3-8B at 128K tokens, the shape that the project's targets name: batch 8 and batch 1.
-    StepShape("A", 8, 8, 4, 128, 131_072, 4096),
-    StepShape("A1", 1, 8, 4, 128, 131_072, 4096),
-    StepShape("1M", 1, 8, 4, 128, 1_048_576, 32_768),
+    # Llama-3-8B's heads at 131,072 and 1,048,576 tokens: the project's targets name these.
+    StepShape("batch8-128k", 8, 8, 4, 128, 131_072, 4096),
+    StepShape("batch1-128k", 1, 8, 4, 128, 131_072, 4096),
+    StepShape("batch1-1m", 1, 8, 4, 128, 1_048_576, 32_768),
     # A million tokens a row in less memory, for tests.
-    StepShape("1M2", 1, 2, 4, 128, 1_048_576, 32_768),
+    StepShape("batch1-1m-2heads", 1, 2, 4, 128, 1_048_576, 32_768),
     # The heads of models that the project runs.
     StepShape("llama", 2, 2, 4, 128, 16_384, 512),
     StepShape("qwen", 4, 2, 7, 64, 32_768, 1024),
@@ -119,3 +119,5 @@ _SHAPES = (
 )  # fmt: skip
 
 SHAPES = {shape.name: shape for shape in _SHAPES}
+# What benchmarks and tuning run by default.
+BENCHMARKED = ("batch8-128k", "batch1-128k", "batch1-1m")

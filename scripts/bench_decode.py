@@ -20,7 +20,6 @@ import jax
 from decode_configurations import CALLS, Bench, pinned_bytes
 from decode_model import SHAPES, memory_of, random_params, with_smooth_embedding
 from decode_report import add_ratios, plot, print_table
-from decode_state import Attention
 from decode_timing import steps_needed
 from gpu_timing import copy_ceiling, device_facts
 
@@ -28,11 +27,13 @@ from models.checkpoints.open import open_checkpoint
 from models.errors import InputError
 from models.unstacked import unstack_layers
 from wavejax import DenseAttention, WaveAttention, WaveConfig
+from wavejax.attention.protocol import AnyAttention
 from wavejax.cli.entry import exit_process
+from wavejax.cli.explaining import HELP, check_variable, print_explanation
 from wavejax.cli.guard import main_guard
 from wavejax.cli.options import fields_of, options_from
 from wavejax.evaluation.files import write_growing
-from wavejax.planning.memory import free_memory, set_memory_limits
+from wavejax.planning.free_memory import free_memory, set_memory_limits
 
 
 def parse_numbers(option: str, text: str, words: tuple[str, ...] = ()) -> list[int | str]:
@@ -50,7 +51,7 @@ def parse_numbers(option: str, text: str, words: tuple[str, ...] = ()) -> list[i
 
 
 def parse_words(option: str, text: str, words: tuple[str, ...]) -> list[str]:
-    """Some of the words, between commas; raises InputError."""
+    """Return some of the words, between commas; raise InputError."""
     found = text.split(",")
     for part in found:
         if part not in words:
@@ -119,6 +120,7 @@ IDENTITY = ("context", "batch", "attention", "store")
     help="auto: float32 on a CPU, bfloat16 on a GPU.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write all figures here, as JSON.")
+@click.option("--explain", "explained", is_flag=True, help=HELP)
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Tokens/s by context.")
 @options_from(WaveConfig)
 def command(
@@ -137,10 +139,12 @@ def command(
     traces: Path | None,
     dtype: str,
     out: Path | None,
+    explained: bool,
     plot_path: Path | None,
     **settings: Any,
 ) -> None:
     """Time whole decode steps of full and of wave attention."""
+    check_variable()
     config: WaveConfig = fields_of(WaveConfig, settings)
     lengths = [int(x) for x in parse_numbers("--contexts", contexts)]
     sizes = parse_numbers("--batches", batches, ("max", "common"))
@@ -152,7 +156,7 @@ def command(
     sizes_of = SHAPES[shape] if checkpoint is None else checkpoint.config
     if model_layers is not None:
         sizes_of = dataclasses.replace(sizes_of, num_layers=model_layers)
-    choices: list[tuple[str, str | None, Attention]] = []
+    choices: list[tuple[str, str | None, AnyAttention]] = []
     if "full" in kinds:
         choices.append(("full", None, DenseAttention()))
     if "wave" in kinds:
@@ -229,6 +233,8 @@ def command(
     if out is not None:
         write_growing(out, json.dumps(report, indent=1), whole=True)
     print_table(results)
+    if explained:
+        print_explanation()
     if plot_path is not None:
         plot(results, plot_path)
 

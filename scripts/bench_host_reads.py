@@ -46,7 +46,7 @@ def _kernel(rows_ref: Any, numbers_ref: Any, sums_ref: Any) -> None:
 
 @jax.jit
 def read(rows: Array, numbers: list[Array]) -> list[Array]:
-    """Sums of the rows of these numbers, a kernel for each array of them.
+    """Return sums of the rows of these numbers, a kernel for each array of them.
 
     Args:
         rows: `[rows, ROW]`, maybe in host memory.
@@ -91,7 +91,7 @@ def draw(
     wanted = tiles * programs * tile // together
 
     def fill(windows: np.ndarray) -> np.ndarray:
-        """The rows read of each window: one of each of as many equal parts of it."""
+        """Return the rows read of each window: one of each of as many equal parts of it."""
         parts = np.arange(together) * within // together
         somewhere = rng.integers(0, within // together, (*windows.shape, together))
         return windows[..., None] * within + parts + somewhere
@@ -109,7 +109,7 @@ def draw(
 
 
 def main() -> None:
-    """Prints the rate for every combination of what the options list."""
+    """Print the rate for every combination of what the options list."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", default="0.5,1,2,4.3")
     parser.add_argument("--together", default="1,2,4,8", help="rows of one window")

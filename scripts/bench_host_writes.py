@@ -44,13 +44,13 @@ def seconds_of(run: Any, state: Any, calls: int, repeats: int = 3) -> tuple[floa
 
 
 def appended(program: Any, rows: Array, at: tuple[Array, ...], store: Array) -> Array:
-    """The store with the rows in it."""
+    """Return the store with the rows in it."""
     written: Array = program(Rows(store), rows, *at).data
     return written
 
 
 def kinds_of(new: int, arguments: argparse.Namespace) -> list[tuple[dict[str, Any], Any]]:
-    """What to time: what it is, and the function."""
+    """Return what to time: what it is, and the function."""
 
     def kernel(config: triton.Config) -> tuple[dict[str, Any], Any]:
         programs = -(-new // config.tokens) * HEADS
@@ -69,7 +69,7 @@ def kinds_of(new: int, arguments: argparse.Namespace) -> list[tuple[dict[str, An
 
 
 def main() -> None:
-    """Prints the rate of each way to write, for each number of rows."""
+    """Print the rate of each way to write, for each number of rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=131_072, help="room for rows, of a head")
     parser.add_argument("--layers", type=int, default=16, help="of the store: 16 are 4.3 GB")

@@ -1,6 +1,6 @@
 """Times every op of a decode step at real shapes, beside a copy and full attention.
 
-    python scripts/bench_kernels.py --shapes A,A1,1M --out results.json
+    python scripts/bench_kernels.py --shapes batch8-128k,batch1-128k,batch1-1m --out results.json
 
 All figures of a table come from one run. Whatever fails is reported and the rest goes on.
 """
@@ -21,7 +21,7 @@ from jax import Array
 from op_cases import OTHER_OPS, STEP_OPS, OpCase, Run, StepBench, by_api, names_from
 
 from pallas_kernels.encode_tokens import rotation
-from pallas_kernels.shapes import SHAPES, StepShape
+from pallas_kernels.shapes import BENCHMARKED, SHAPES, StepShape
 from pallas_kernels.testing import make_step, with_misses
 from wavejax.evaluation.files import write_growing
 
@@ -39,13 +39,17 @@ TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "misses": {"gb_per_s": (42, 47)},
     "build": {"ms": (8, 4)},
 }
-STEP_TARGETS = {"A": (5.0, 9.0), "A1": (2.5, 5.0), "1M": (6.0, 12.0)}
+STEP_TARGETS = {
+    "batch8-128k": (5.0, 9.0),
+    "batch1-128k": (2.5, 5.0),
+    "batch1-1m": (6.0, 12.0),
+}
 # The figures but for the step's are for this shape.
-TARGET_SHAPE = "A"
+TARGET_SHAPE = "batch8-128k"
 
 
 def bench_case(case: OpCase, ceiling: float, **timing: Any) -> dict[str, float]:
-    """An op's time, and its rate by the bytes that it must move."""
+    """Return an op's time, and its rate by the bytes that it must move."""
     took, _ = time_calls(case.call, case.operands, case.state, links=case.links, **timing)
     rate = case.bytes / took.median
     return {
@@ -155,7 +159,7 @@ def bench_build(shape: StepShape, run: Run) -> dict[str, float]:
 def record_attempt(
     results: dict[str, Any], name: str, measure: Callable[[], dict[str, Any]]
 ) -> None:
-    """Records what `measure` finds, or how it fails."""
+    """Record what `measure` finds, or how it fails."""
     start = time.perf_counter()
     try:
         results[name] = measure()
@@ -210,7 +214,7 @@ def verdict(value: float, must: float, aim: float) -> str:
 
 
 def tables(shapes: dict[str, dict[str, Any]]) -> str:
-    """The figures, and which targets they meet."""
+    """Return the figures, and which targets they meet."""
     lines = [f"{'shape':8}{'op':17}{'us':>10}{'GB/s':>8}{'ceiling':>9}{'vs full':>9}"]
     marks = []
     for shape, results in shapes.items():
@@ -244,7 +248,7 @@ def main() -> None:
     Until all are done, the JSON is `NAME.unfinished.json`.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="A,A1,1M", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", default=",".join(BENCHMARKED), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--ops", default=",".join(SECTIONS), help="sections to run")
     parser.add_argument("--implementation", choices=["triton", "xla"], default="triton")
     parser.add_argument("--seconds", type=float, default=0.25, help="of measurements, an op")

@@ -27,6 +27,8 @@ from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import load_tokenizer
 from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
+from wavejax.attention.dense import DenseState
+from wavejax.cli.flags import in_flags
 from wavejax.engine.prompts import bucket
 from wavejax.engine.state import DecodeState, commit
 from wavejax.evaluation.files import write_growing
@@ -34,8 +36,9 @@ from wavejax.evaluation.haystack import MANUAL, load_haystack
 from wavejax.evaluation.setup import check_context, make_room_for
 from wavejax.evaluation.shared_prefill import build_index
 from wavejax.evaluation.summary import tabulate
-from wavejax.planning.memory import host_available, set_memory_limits
-from wavejax.store.rows import init_cache
+from wavejax.planning.free_memory import host_available, set_memory_limits
+from wavejax.store.rows import RowCache, init_cache
+from wavejax.store.state import WaveState
 
 # Of the host's memory, what may be pinned.
 PINNED_SHARE = 0.5
@@ -57,7 +60,7 @@ def settings(budgets: list[float], ratios: list[float]) -> dict[str, WaveConfig]
 
 
 def start(state: DecodeState, generator: Generator, room: int, new: int, slots: int) -> DecodeState:
-    """A state of the generator's own after full attention's prefill, its cache empty.
+    """Return a state of the generator's own after full attention's prefill, its cache empty.
 
     Its index is its own, too: `SharedPrefill` copies one for each state, and rows in host memory
     are not to be copied by JAX.
@@ -65,18 +68,27 @@ def start(state: DecodeState, generator: Generator, room: int, new: int, slots: 
     Args:
         state: full attention's; not donated.
         generator: of wave attention.
-        room, new: for tokens, as `build_index` takes them.
+        room: for the prompt's tokens.
+        new: room for tokens to come.
         slots: of the row cache; 0: as many as the settings make.
     """
     attention = generator.attention
     assert isinstance(attention, WaveAttention)
-    wave = build_index(attention, generator, state.attention_state, room, new)
+    full = state.attention_state
+    assert isinstance(full, DenseState)
+    own = build_index(attention, generator, full, room, new)
     if slots:
-        shape, tokens = wave.cache.rows.shape, wave.cache.table.slot_of_token.shape[-1]
-        cache = init_cache((*shape[:3], slots, *shape[4:]), tokens, wave.cache.rows.dtype)
-        wave = dataclasses.replace(wave, cache=cache)
+        shape, tokens = own.cache.rows.shape, own.cache.table.slot_of_token.shape[-1]
+        cache = init_cache((*shape[:3], slots, *shape[4:]), tokens, own.cache.rows.dtype)
+        own = dataclasses.replace(own, cache=cache)
     rest = dataclasses.replace(state, attention_state=None)
-    return commit(dataclasses.replace(jax.tree.map(jnp.copy, rest), attention_state=wave))
+    return commit(dataclasses.replace(jax.tree.map(jnp.copy, rest), attention_state=own))
+
+
+def cache_of(state: DecodeState) -> RowCache:
+    """Return the row cache of wave attention's state."""
+    assert isinstance(state.attention_state, WaveState)
+    return state.attention_state.cache
 
 
 def measure(
@@ -87,17 +99,21 @@ def measure(
     expected: Array,
     warm_up: int,
 ) -> dict[str, Any]:
-    """Runs an answer's tokens `[steps, 1]`; donates the state.
+    """Run an answer's tokens `[steps, 1]`; donate the state.
 
     Args:
+        generator: of wave attention.
+        params: the model's.
+        state: of `start`.
+        answer: the tokens to run.
         expected: full attention's logits, `[steps, 1, vocab]`.
         warm_up: steps not counted.
     """
-    slots = state.attention_state.cache.rows.shape[3]
+    slots = cache_of(state).rows.shape[3]
     counts, logits = [], []
     for tokens in (answer[:warm_up], answer[warm_up:]):
         state, some = generator.force(params, state, tokens)
-        table = state.attention_state.cache.table
+        table = cache_of(state).table
         counts.append([np.asarray(x).astype(np.int64).sum() for x in (table.hits, table.misses)])
         logits.append(some)
     # A row is a layer's, too: as many as the table has counters.
@@ -155,7 +171,7 @@ def main() -> int:
         set_memory_limits(int(PINNED_SHARE * host_available()))
         params = checkpoint.load_params(arguments.dtype)
     except InputError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", in_flags(str(error)), file=sys.stderr)
         return 2
     tokens = jnp.asarray(answer)[:, None]
     full = Generator(checkpoint.config, DenseAttention(), SAMPLER)

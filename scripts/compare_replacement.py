@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.errors import InputError
+from wavejax.cli.flags import in_flags
 from wavejax.evaluation.files import replacing, write_growing
 from wavejax.evaluation.replacement import study
 from wavejax.evaluation.replacement.policies import policies
@@ -24,7 +25,7 @@ from wavejax.evaluation.setup import make_room_for
 
 
 def main() -> int:
-    """Runs the simulations; returns the exit status."""
+    """Run the simulations; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("traces", type=Path, nargs="+", help="files, or folders of them")
     parser.add_argument(
@@ -46,12 +47,12 @@ def main() -> int:
     try:
         return compare(arguments)
     except InputError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", in_flags(str(error)), file=sys.stderr)
         return 2
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Simulates, prints and writes."""
+    """Simulate, print and write."""
     known = [*policies(), study.OPTIMUM]
     for name in arguments.unit_policies:
         if name not in known:

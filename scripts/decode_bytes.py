@@ -7,10 +7,10 @@ import numpy as np
 from decode_model import memory_of
 
 from models.parameters import Params
-from wavejax import DenseAttention, WaveAttention
 from wavejax.attention.dense import DenseState
+from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveState
-from wavejax.engine.staged_state import StagedState, wave_of
+from wavejax.engine.staged_state import StagedState, on_device_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Counts:
 
     @classmethod
     def of(cls, cache: Any) -> "Counts":
-        """Reads them off a state; waits for it."""
-        cache = wave_of(cache)
+        """Read them off a state; wait for it."""
+        cache = on_device_of(cache)
         if not isinstance(cache, WaveState):
             return cls()
         layers, _, kv_heads = cache.store.rows.shape[:3]
@@ -43,7 +43,7 @@ class Counts:
         return cls(hits, misses, attended, int(np.asarray(cache.index.tokens).sum()))
 
     def since(self, before: "Counts") -> "Counts":
-        """What was counted between the two."""
+        """Return what was counted between the two."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)
         return Counts(*(after - then for after, then in pairs))
 
@@ -56,7 +56,7 @@ class Counts:
 
 def bytes_of_step(
     params: Params,
-    attention: WaveAttention | DenseAttention,
+    attention: AnyAttention,
     cache: Any,
     counts: Counts,
     steps: int,
@@ -85,11 +85,11 @@ def bytes_of_step(
         tokens = int(np.asarray(cache.tokens).sum()) - len(cache.tokens) * (steps - 1) / 2
         read = layers * kv_heads * row * tokens
     else:
-        staged, cache = isinstance(cache, StagedState), wave_of(cache)
+        staged, cache = isinstance(cache, StagedState), on_device_of(cache)
         row = cache.store.rows.row_bytes
         read = _wave_bytes(attention, cache) + row * counts.hits / steps
         missed = row * counts.misses / steps
-        if isinstance(attention, WaveAttention) and not attention.has_cache:
+        if not attention.has_cache:
             # Read where they are, and written nowhere.
             read, missed = read + missed, 0.0
         elif staged or cache.store.rows.data.sharding.memory_kind == "pinned_host":

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from decode_state import Attention, fill
+from decode_state import fill
 from decode_timing import Decoder, profile, time_decoding, time_growth
 
 from models.config import ModelConfig
 from models.parameters import Params
-from wavejax import Generator, WaveAttention
-from wavejax.planning.memory import FreeMemory, MemoryNeed, host_available, memory_need
+from wavejax import Generator
+from wavejax.attention.protocol import AnyAttention
+from wavejax.planning.free_memory import FreeMemory, host_available
+from wavejax.planning.memory import MemoryNeed, memory_need
 from wavejax.planning.plan import STAGING_BYTES
 
 LARGEST_BATCH = 1024
@@ -54,16 +56,18 @@ class Bench:
     ceiling: float
     free: FreeMemory
 
-    def need(self, attention: Attention, batch: int, context: int) -> MemoryNeed:
+    def need(self, attention: AnyAttention, batch: int, context: int) -> MemoryNeed:
         """See `memory_need`."""
         return memory_need(self.model, attention, batch, context, self.new_tokens, self.dtype)
 
-    def largest(self, attention: Attention, context: int) -> int:
-        """The most sequences that fit; 0 if one does not."""
+    def largest(self, attention: AnyAttention, context: int) -> int:
+        """Return the most sequences that fit; 0 if one does not."""
         return largest_batch(lambda batch: fits(self.need(attention, batch, context), self.free))
 
-    def measure(self, attention: Attention, batch: int, context: int, name: str) -> dict[str, Any]:
-        """Fills a state, decodes, and returns all figures."""
+    def measure(
+        self, attention: AnyAttention, batch: int, context: int, name: str
+    ) -> dict[str, Any]:
+        """Fill a state, decode, and return all figures."""
         generator = Generator(self.model, attention, unroll=self.unroll)
         start = time.perf_counter()
         filled = fill(
@@ -91,12 +95,14 @@ class Bench:
         found |= time_decoding(decoder, self.steps, CALLS, self.hit_ratio, self.ceiling)
         if self.profile is not None:
             found["profile"] = profile(decoder, self.profile, name)
-        if self.growth and isinstance(attention, WaveAttention):
+        if self.growth and attention.has_index:
             found["growth"] = time_growth(decoder, self.dtype)
         return found
 
-    def attempt(self, attention: Attention, batch: int, context: int, name: str) -> dict[str, Any]:
-        """What `measure` finds, or `error`: how it failed."""
+    def attempt(
+        self, attention: AnyAttention, batch: int, context: int, name: str
+    ) -> dict[str, Any]:
+        """Return what `measure` finds, or `error`: how it failed."""
         start = time.perf_counter()
         try:
             if batch == 0:
@@ -130,7 +136,7 @@ def fits(need: MemoryNeed, free: FreeMemory) -> bool:
 
 
 def largest_batch(fits: Callable[[int], bool], most: int = LARGEST_BATCH) -> int:
-    """The largest batch that fits, by bisection; 0 if one sequence does not."""
+    """Return the largest batch that fits, by bisection; 0 if one sequence does not."""
     low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -140,15 +146,14 @@ def largest_batch(fits: Callable[[int], bool], most: int = LARGEST_BATCH) -> int
 
 def pinned_bytes(
     model: ModelConfig,
-    attentions: Sequence[Attention],
+    attentions: Sequence[AnyAttention],
     context: int,
     batches: Sequence[int | str],
     new_tokens: int,
     dtype: str,
 ) -> int:
     """Host memory that XLA should be allowed to pin, at a longest context and these batches."""
-    waves = [one for one in attentions if isinstance(one, WaveAttention)]
-    pinned = [one for one in waves if one.store == "host" and not one.staged]
+    pinned = [one for one in attentions if one.store == "host" and not one.staged]
     if not pinned:
         return STAGING_BYTES
     numbers = [batch for batch in batches if isinstance(batch, int)]

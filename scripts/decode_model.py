@@ -54,7 +54,7 @@ MEMBERS = 64  # tokens that share a centre
 
 
 def new_key(seed: int) -> Array:
-    """A key of the generator that is fast on GPUs."""
+    """Return a key of the generator that is fast on GPUs."""
     return jax.random.key(seed, impl="unsafe_rbg")
 
 
@@ -88,7 +88,7 @@ def _random_stack(shape: tuple[int, ...], dtype: str, key: Array) -> Array:
 
 
 def with_smooth_embedding(model: ModelConfig, params: Params, seed: int = 0) -> Params:
-    """A checkpoint's parameters, their embedding replaced by a smooth one of the same size."""
+    """Return a checkpoint's parameters with a smooth embedding of the same size."""
     old = params["params"]["embedding"]
     scale = jnp.std(old.astype(jnp.float32))
     smooth = smooth_embedding(model, old.dtype.name, seed) * scale.astype(old.dtype)

@@ -20,13 +20,13 @@ STYLES = ("-", ":", "--", "-.")
 
 
 def label(result: dict[str, Any]) -> str:
-    """The attention's name, and where wave attention's rows are."""
+    """Return the attention's name, and where wave attention's rows are."""
     store = result["store"]
     return result["attention"] + (f", {store}" if store else "")
 
 
 def add_ratios(results: Sequence[dict[str, Any]]) -> None:
-    """Adds to each result its tokens a second over others' at the same context.
+    """Add to each result its tokens a second over others' at the same context.
 
     `full_ratio` over full attention's at the same batch, `best_ratio` over full attention's best
     batch; wave attention's `host_ratio` over that of rows in host memory, read in place, at the
@@ -49,7 +49,7 @@ def add_ratios(results: Sequence[dict[str, Any]]) -> None:
 
 
 def print_table(results: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Prints a line for each result, failures with what they failed of."""
+    """Print a line for each result, failures with what they failed of."""
     table = Table(*COLUMNS, box=None, pad_edge=False)
     failures = []
     for one in sorted(results, key=lambda one: (one["context"], one["batch"])):

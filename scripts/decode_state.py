@@ -13,15 +13,13 @@ from jax import Array, lax
 
 from models.config import ModelConfig
 from models.parameters import Params
-from wavejax import DenseAttention, Generator, WaveAttention
-from wavejax.attention.dense import DenseState
+from wavejax import Generator
+from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.generator import DecodeState
 from wavejax.engine.prompts import bucket
-from wavejax.engine.staged_state import StagedState, hold_rows, wave_of
+from wavejax.engine.staged_state import StagedState, hold_rows, on_device_of
 from wavejax.store.shape import CacheShape
 from wavejax.store.steady import SteadyZone
-
-Attention = WaveAttention | DenseAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +46,13 @@ def fill(
     *,
     real: bool,
 ) -> Filled:
-    """Makes a state with room for so many new tokens.
+    """Make a state with room for so many new tokens.
 
     Args:
         generator: gives model and attention.
         params: read by a real prefill only.
-        batch, context: sequences, and tokens of each.
+        batch: sequences.
+        context: tokens of each.
         new_tokens: room for so many more.
         dtype: of the caches.
         real: read random prompts, instead of writing random keys and values.
@@ -97,8 +96,9 @@ def _write_rows(
     )
     length = jnp.int32(context)
     stored = None
-    if isinstance(attention, WaveAttention) and attention.staged:
-        stored = hold_rows(attention, cache).rows
+    if attention.staged:
+        staging: Any = attention
+        stored = hold_rows(staging, cache).rows
 
     def write(cache: Any, layer: int, sequence: int) -> Any:
         at = jnp.int32(layer), jnp.int32(sequence)
@@ -128,7 +128,7 @@ def _write_rows(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="cache")
 def _write_layer(
     model: ModelConfig,
-    attention: Attention,
+    attention: AnyAttention,
     room: int,
     dtype: str,
     cache: Any,
@@ -136,37 +136,30 @@ def _write_layer(
     sequence: Array,
     length: Array,
 ) -> tuple[Any, Array | None]:
-    """The cache, and the rows that are not written to it, if they are staged."""
+    """Return the cache, and the rows that are not written to it, if they are staged."""
     key = jax.random.fold_in(jax.random.fold_in(new_key(1), layer), sequence)
     keys, values = clustered_rows(model, room, dtype, key)
-    if isinstance(attention, WaveAttention):
-        where = {"sequence": sequence, "length": length}
-        if attention.staged:
-            rows, cache = attention.index_prompt(layer, keys, values, cache, **where)
-            return cache, rows
-        return attention.write_prompt(layer, keys, values, cache, **where), None
-    at = (layer, sequence, 0, 0, 0)
-    cache = DenseState(
-        lax.dynamic_update_slice(cache.keys, jnp.swapaxes(keys, 0, 1)[None, None], at),
-        lax.dynamic_update_slice(cache.values, jnp.swapaxes(values, 0, 1)[None, None], at),
-        cache.tokens,
-    )
-    return cache, None
+    where = {"sequence": sequence, "length": length}
+    if attention.staged:
+        staging: Any = attention
+        rows, cache = staging.index_prompt(layer, keys, values, cache, **where)
+        return cache, rows
+    return attention.write_prompt(layer, keys, values, cache, **where), None
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def _finish(attention: Attention, cache: Any, sequence: Array, length: Array) -> Any:
+def _finish(attention: AnyAttention, cache: Any, sequence: Array, length: Array) -> Any:
     return attention.finish_prefill(cache, sequence, length)
 
 
 def about_to_grow(generator: Generator, state: DecodeState, dtype: str) -> DecodeState:
-    """Fills every sequence's window: the next step makes the index grow."""
-    cache = wave_of(state.attention_state)
+    """Fill every sequence's window: the next step makes the index grow."""
+    cache = on_device_of(state.attention_state)
     cache = dataclasses.replace(
         cache, steady=_fill_window(generator.model_config, dtype, cache.steady)
     )
     if isinstance(state.attention_state, StagedState):
-        cache = dataclasses.replace(state.attention_state, wave=cache)
+        cache = dataclasses.replace(state.attention_state, on_device=cache)
     return dataclasses.replace(state, attention_state=cache)
 
 

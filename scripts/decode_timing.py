@@ -17,10 +17,10 @@ from jax import Array, lax
 from profile_step import kernel_times
 
 from models.parameters import Params
-from wavejax import Generator, WaveAttention
+from wavejax import Generator
 from wavejax.engine.generator import DecodeState
 from wavejax.engine.sampling import step_keys
-from wavejax.engine.staged_state import wave_of
+from wavejax.engine.staged_state import on_device_of
 
 WARM_UPS = 2  # The first compiles, the second tells how long that took.
 PROBES = 8  # at most, of strides that might give the hit ratio
@@ -31,15 +31,16 @@ PROFILED_STEPS = 4
 
 
 def steps_needed(steps: int, calls: int) -> int:
-    """The most steps that one state is decoded for, but for growth."""
+    """Return the most steps that one state is decoded for, but for growth."""
     return (
         steps * (WARM_UPS + PROBES + calls) + SETTLE * (PROBES + 1) + 2 * GROWTHS + PROFILED_STEPS
     )
 
 
 class Decoder:
-    """A state that is decoded step by step: in one compiled program for all numbers of steps, but
-    for staged rows, whose steps Python runs.
+    """A state that is decoded step by step.
+
+    One compiled program runs all numbers of steps, but for staged rows, whose steps Python runs.
 
     Each step's token is the last one's plus `stride` (see `decode_model.smooth_embedding`). A token
     is also drawn from every step's logits, as generation does, and forgotten.
@@ -54,7 +55,7 @@ class Decoder:
         self.stride = 0
 
     def run(self, steps: int) -> float:
-        """Decodes, waits, and returns the seconds."""
+        """Decode, wait, and return the seconds."""
         start = time.perf_counter()
         decode = _decode_staged if self.generator.staged else _decode
         self.state, self.tokens, drawn = decode(
@@ -112,14 +113,14 @@ def _decode_staged(
 def _sample(
     generator: Generator, logits: Array, step: Array, tokens: Array, stride: Array, drawn: Array
 ) -> tuple[Array, Array]:
-    """The tokens to feed next, and what was drawn so far."""
+    """Return the tokens to feed next, and what was drawn so far."""
     keys = step_keys(jnp.int32(0), step, jnp.arange(logits.shape[0], dtype=jnp.int32))
     sampled = generator.sampler.sample(logits, keys)
     return (tokens + stride) % generator.model_config.vocab_size, drawn ^ sampled
 
 
 def reach_hit_ratio(decoder: Decoder, wanted: float, steps: int) -> list[tuple[int, float]]:
-    """Sets the decoder's stride so that the cache's hit ratio is what is wanted, or near it.
+    """Set the decoder's stride so that the cache's hit ratio is what is wanted, or near it.
 
     By bisection: the larger the stride, the less alike are successive queries.
 
@@ -161,8 +162,7 @@ def time_decoding(
     """
     first, second = (decoder.run(steps) for _ in range(WARM_UPS))
     attention = decoder.generator.attention
-    wave = isinstance(attention, WaveAttention)
-    cached = isinstance(attention, WaveAttention) and attention.has_cache
+    cached = attention.has_cache
     tried = reach_hit_ratio(decoder, hit_ratio, steps) if cached else []
     indexed = Counts.of(decoder.state.attention_state).indexed
     seconds, counts = decoder.counted(steps, calls)
@@ -188,7 +188,7 @@ def time_decoding(
         "floor_ms": 1e3 * on_device / ceiling,
         "grew": grew,
     }
-    if wave:
+    if attention.has_index:
         retrieved = counts.hits + counts.misses
         found |= {
             "hit_ratio": counts.hit_ratio if cached else None,
@@ -202,19 +202,19 @@ def time_decoding(
 
 
 def time_growth(decoder: Decoder, dtype: str) -> dict[str, float]:
-    """A step in which every sequence's index grows, beside one step without.
+    """Return a step in which every sequence's index grows, beside one step without.
 
     Leaves the state with that many more random tokens.
     """
     alone, growing = [], []
     for _ in range(GROWTHS):
         decoder.state = about_to_grow(decoder.generator, decoder.state, dtype)
-        jax.block_until_ready(wave_of(decoder.state.attention_state))
+        jax.block_until_ready(on_device_of(decoder.state.attention_state))
         before = Counts.of(decoder.state.attention_state).indexed
         growing.append(decoder.run(1))
         assert Counts.of(decoder.state.attention_state).indexed > before, "the index did not grow"
         alone.append(decoder.run(1))
-    every = decoder.generator.attention.config.growth_tokens  # type: ignore[union-attr]
+    every = decoder.generator.attention.config.growth_tokens  # type: ignore[attr-defined]
     more = statistics.median(growing) - statistics.median(alone)
     return {
         "step_ms": 1e3 * statistics.median(alone),
@@ -224,7 +224,7 @@ def time_growth(decoder: Decoder, dtype: str) -> dict[str, float]:
 
 
 def profile(decoder: Decoder, folder: Path, name: str) -> dict[str, Any]:
-    """Writes a profiler's trace of a few steps; adds up the kernels of a step.
+    """Write a profiler's trace of a few steps; add up the kernels of a step.
 
     While the profiler watches, XLA launches kernels one by one: their sum may be compared with the
     time of a step that nobody watches, and the gaps between them may not.

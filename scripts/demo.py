@@ -45,16 +45,18 @@ class Tee(io.TextIOBase):
         self.text = ""
 
     def write(self, text: str) -> int:
+        """Keep the text and pass it on."""
         self.text += text
         return sys.__stdout__.write(text) if sys.__stdout__ else len(text)
 
     def flush(self) -> None:
+        """Flush what was passed on."""
         if sys.__stdout__:
             sys.__stdout__.flush()
 
 
 def main() -> int:
-    """Returns the exit status: 0 if the answer names the number."""
+    """Return the exit status: 0 if the answer names the number."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=3500, help="least length of the text")
     parser.add_argument("--depth", type=float, default=0.4, help="where the number stands, 0 to 1")

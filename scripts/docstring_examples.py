@@ -16,6 +16,6 @@ class ExampleSections(griffe.Extension):
     """Reads "Example:" as "Examples:"."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called with each object that is collected."""
+        """Read an object that is collected."""
         if obj.docstring is not None:
             obj.docstring.value = HEADING.sub("Examples:", obj.docstring.value)

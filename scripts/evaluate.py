@@ -190,14 +190,14 @@ def command(
 
 
 def batch_of(task: Task) -> int:
-    """The most samples of a task that are run side by side."""
+    """Return the most samples of a task that are run side by side."""
     return LONG_ANSWER_BATCH if task.new_tokens >= LONG_ANSWER else 2**31
 
 
 def load_bench(
     subject: Subject, attentions: dict, answers: bool, unroll: bool, shown: bool
 ) -> Bench:
-    """Reads the weights."""
+    """Read the weights."""
     with progress_bar("loading the model", shown) as progress:
         params = subject.checkpoint.load_params(subject.dtype, progress)
     return Bench(
@@ -212,7 +212,7 @@ def load_bench(
 
 
 def report(records: Records, out: Path, tasks: dict, lengths: list[int], plotted: bool) -> None:
-    """Prints and writes the tables, and the plots."""
+    """Print and write the tables, and the plots."""
     text = summarise(records.records)
     print(text, end="")
     write_text(out / "summary.md", text)

@@ -21,7 +21,8 @@ def full_attention(
 
     Args:
         query: `[batch, kv_heads, group, head_dim]`.
-        keys, values: `[batch, kv_heads, tokens, head_dim]`.
+        keys: `[batch, kv_heads, tokens, head_dim]`.
+        values: like the keys.
         scale: multiplies every product.
         config: how to cut the work.
 
@@ -36,7 +37,7 @@ def full_attention(
 
 
 def cudnn_attention(query: Array, keys: Array, values: Array, *, scale: float) -> Array:
-    """The same by cuDNN; keys and values `[batch, tokens, kv_heads, head_dim]`."""
+    """Return the same by cuDNN; keys and values `[batch, tokens, kv_heads, head_dim]`."""
     batch, kv_heads, group, head_dim = query.shape
     output = jax.nn.dot_product_attention(
         query.reshape(batch, 1, kv_heads * group, head_dim),
@@ -49,14 +50,17 @@ def cudnn_attention(query: Array, keys: Array, values: Array, *, scale: float) -
 
 
 def plain_attention(query: Array, keys: Array, values: Array, *, scale: float) -> Array:
-    """The same in plain JAX; keys and values `[batch, kv_heads, tokens, head_dim]`."""
+    """Return the same in plain JAX; keys and values `[batch, kv_heads, tokens, head_dim]`."""
     logits = scale * jnp.einsum("bhgd,bhtd->bhgt", query, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
     return jnp.einsum("bhgt,bhtd->bhgd", weights, values, preferred_element_type=jnp.float32)
 
 
 def configs_to_try(query: Array, tokens: int) -> list[attend_dense.Config]:
-    """The kernel's own config, and a few that give an H200's 132 multiprocessors more programs."""
+    """Return the kernel's own config and others.
+
+    These are a few that give an H200's 132 multiprocessors more programs.
+    """
     batch, kv_heads, _, head_dim = query.shape
     rows = batch * kv_heads
     own = attend_dense.heuristic(rows, tokens, head_dim, query.dtype.itemsize)
@@ -70,7 +74,8 @@ def time_full_attention(query: Array, keys: Array, values: Array, scale: float) 
 
     Args:
         query: `[batch, kv_heads, group, head_dim]`.
-        keys, values: `[batch, kv_heads, tokens, head_dim]`.
+        keys: `[batch, kv_heads, tokens, head_dim]`.
+        values: like the keys.
         scale: multiplies every product.
     """
     times: dict[str, float] = {}

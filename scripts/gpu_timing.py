@@ -33,7 +33,7 @@ class Timing:
 
 @functools.lru_cache(maxsize=2)
 def chain(call: Call, calls: int) -> Callable[..., Any]:
-    """A program of `calls` calls, each waiting for the one before.
+    """Return a program of `calls` calls, each waiting for the one before.
 
     Takes (links, operands, state), of which the state is donated: each call is given the next of
     the links, going round. Returns (a sum over a sample of all results, the state at the end).
@@ -128,7 +128,7 @@ def copy_ceiling(gigabytes: float = 2.0) -> dict[str, float]:
 
 
 def empty_chain(calls: int = 20) -> Timing:
-    """What the chain itself costs a call: the tiny kernel that reads the results."""
+    """Return what the chain itself costs a call: the tiny kernel that reads the results."""
 
     def call(link: Array, operands: Array, state: Any) -> tuple[Array, Any]:
         return link, state
@@ -137,7 +137,7 @@ def empty_chain(calls: int = 20) -> Timing:
 
 
 def device_facts() -> dict[str, str]:
-    """What a measurement must say about where and when it was made."""
+    """Return what a measurement must say about where and when it was made."""
     return {
         "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),

@@ -62,7 +62,7 @@ class OpCase:
 def names_from(
     parser: argparse.ArgumentParser, option: str, text: str, known: Collection[str]
 ) -> list[str]:
-    """The names between an option's commas; one that is not known ends the script in one line."""
+    """Return the names between an option's commas; an unknown one ends the script."""
     names = text.split(",")
     for name in names:
         if name not in known:
@@ -71,7 +71,7 @@ def names_from(
 
 
 def by_api(implementation: Implementation | None) -> Run:
-    """Runs ops by their public functions."""
+    """Run ops by their public functions."""
 
     def run(op: str, *operands: Any, **keywords: Any) -> Any:
         return getattr(ops, op)(*operands, **keywords, implementation=implementation)
@@ -101,7 +101,7 @@ class StepBench:
         self._made: dict[str, Any] = {}
 
     def made(self, op: str) -> Any:
-        """An op's result in the first layer, by the implementation in "xla" if the other fails."""
+        """Return an op's result in the first layer, by "xla" if the other way fails."""
         if op not in self._made:
             case = self.case(op)
 
@@ -116,7 +116,7 @@ class StepBench:
         return self._made[op]
 
     def case(self, op: str, run: Run | None = None) -> OpCase:
-        """The op's case; it may need the results of the ops before it."""
+        """Return the op's case; it may need the results of the ops before it."""
         made: OpCase = getattr(self, f"_{op}")(run or self.run)
         return made
 
@@ -220,7 +220,7 @@ class StepBench:
         return OpCase(call, (x.query, keys, values, lengths), self.links[: len(keys)], moved)
 
     def zone_bytes(self) -> float:
-        """What `attend_zones` must read: mean values of clusters in use, and rows."""
+        """Return what `attend_zones` must read: mean values of clusters in use, and rows."""
         x, shape = self.inputs, self.shape
         row = 2 * shape.head_dim * x.store.dtype.itemsize
         means = shape.rows * shape.clusters * shape.head_dim * x.value_means.dtype.itemsize
@@ -284,10 +284,10 @@ def _indexed(x: StepInputs) -> IndexedTokens:
 
 
 def _anew(query: Array, layer: Array) -> Array:
-    """The query as one that only this layer has: else XLA rotates it once for all of a chain."""
+    """Return the query as this layer's own: else XLA rotates it once for all of a chain."""
     return jax.lax.optimization_barrier((query, layer))[0]
 
 
 def _copy(tree: Any) -> Any:
-    """A state that may be donated while the inputs stay."""
+    """Return a state that may be donated while the inputs stay."""
     return jax.tree.map(jnp.copy, tree)

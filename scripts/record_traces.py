@@ -25,6 +25,7 @@ from models.checkpoints.open import find_default_model, open_checkpoint
 from models.errors import InputError
 from models.text.tokenizer import Tokenizer, load_tokenizer
 from wavejax import DenseAttention, Generator, Sampler, WaveConfig
+from wavejax.cli.flags import in_flags
 from wavejax.engine.generator import NO_TOKEN
 from wavejax.engine.prompts import bucket
 from wavejax.evaluation.files import replacing
@@ -42,7 +43,7 @@ SAMPLER = Sampler(temperature=1.0, top_p=0.95)
 
 
 def methods() -> dict[str, WaveConfig]:
-    """The settings recorded; only the last has floors, most of so short a text's budget."""
+    """Return the settings recorded; only the last has floors, most of so short a text's budget."""
     wave = WaveConfig(min_clusters=0, min_candidate_tokens=0, min_retrieved_tokens=0)
     return {
         "paper, 1.8 %": WaveConfig.paper(),
@@ -54,13 +55,19 @@ def methods() -> dict[str, WaveConfig]:
 
 
 def from_another_part(text: Sequence[str], sample: int) -> list[str]:
-    """A text in pieces, begun at another fifth for each sample; its first part comes last."""
+    """Return a text in pieces, begun at another fifth for each sample.
+
+    Its first part comes last.
+    """
     first = sample * len(text) // 5 % len(text)
     return [*text[first:], *text[:first]]
 
 
 def make_prompt(tokenizer: Tokenizer, tokens: int, sample: int) -> list[int]:
-    """A prompt of at most so many tokens: prose, another part for each sample, and a question."""
+    """Return a prompt of at most so many tokens.
+
+    It is prose, another part for each sample, and a question.
+    """
     prose = from_another_part(paragraphs(), sample)
     question = QUESTIONS[sample % len(QUESTIONS)]
 
@@ -90,7 +97,10 @@ def cut_text(
 
 
 def distinct(answer: np.ndarray, size: int = 4) -> float:
-    """The share of an answer's runs of `size` tokens that are different ones: 1 repeats nothing."""
+    """Return the share of an answer's runs of `size` tokens that are different ones.
+
+    An answer with a share of 1 repeats nothing.
+    """
     runs = [tuple(answer[i : i + size].tolist()) for i in range(len(answer) - size + 1)]
     return len(set(runs)) / max(len(runs), 1)
 
@@ -99,7 +109,8 @@ def agreement(full_logits: jax.Array, logits: jax.Array) -> tuple[float, float]:
     """Mean KL(full || method) in nats, and the share of steps with the same most probable token.
 
     Args:
-        full_logits, logits: `[steps, vocab]`, from which each token would have been drawn.
+        full_logits: `[steps, vocab]`, from which full attention would have drawn each token.
+        logits: the same of the method.
     """
     full, other = jax.nn.log_softmax(full_logits), jax.nn.log_softmax(logits)
     kl = jnp.sum(jnp.exp(full) * (full - other), axis=-1)
@@ -108,7 +119,7 @@ def agreement(full_logits: jax.Array, logits: jax.Array) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Records every sample; returns the exit status."""
+    """Record every sample; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the traces")
     parser.add_argument("--model", type=Path, help="GGUF file or folder (default: SmolLM2)")
@@ -140,7 +151,7 @@ def main() -> int:
         make_room_for(arguments.out / "trace.npz")
         params = checkpoint.load_params(arguments.dtype)
     except InputError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", in_flags(str(error)), file=sys.stderr)
         return 2
     # Without a stop token: every answer has the same length.
     full = Generator(checkpoint.config, DenseAttention(), SAMPLER)

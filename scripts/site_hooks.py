@@ -10,7 +10,10 @@ PACKAGES = ("wavejax", "pallas_kernels")
 
 
 def public_names(package: types.ModuleType) -> list[str]:
-    """What a package exports: its `__all__`, or else the names that are no modules, sorted."""
+    """Return what a package exports.
+
+    That is its `__all__`, or else the names that are no modules, sorted.
+    """
     if hasattr(package, "__all__"):
         return list(package.__all__)
     values = {name: value for name, value in vars(package).items() if not name.startswith("_")}
@@ -24,7 +27,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts a reference of every public name where the API page asks for it."""
+    """Put a reference of every public name where the API page asks for it."""
     for name in PACKAGES:
         marker = NAMES.format(name)
         if marker in markdown:

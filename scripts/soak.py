@@ -24,7 +24,8 @@ from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import load_tokenizer
 from models.unstacked import unstack_layers
-from wavejax import Generator, WaveConfig, make_plan
+from wavejax import Generator, Sampler, WaveConfig, make_plan
+from wavejax.cli.flags import in_flags
 from wavejax.cli.progress import bytes_text
 from wavejax.evaluation.haystack import paragraphs
 
@@ -64,7 +65,7 @@ def soak(
     piece: int,
     shown: bool = False,
 ) -> tuple[np.ndarray, list[Look]]:
-    """Generates in calls of `piece` steps; returns tokens `[steps, batch]` and looks at memory.
+    """Generate in calls of `piece` steps; return tokens `[steps, batch]` and look at memory.
 
     The first look comes after a tenth of the run: by then all is compiled.
     """
@@ -92,7 +93,7 @@ def growth(looks: Sequence[Look]) -> dict[str, int]:
 
 
 def faults(pieces: Sequence[int], runs: Sequence[tuple[np.ndarray, list[Look]]]) -> list[str]:
-    """What is wrong with the runs, a line each."""
+    """Return what is wrong with the runs, a line each."""
     found = []
     reference = runs[0][0]
     for piece, (tokens, looks) in zip(pieces, runs, strict=True):
@@ -111,7 +112,7 @@ def faults(pieces: Sequence[int], runs: Sequence[tuple[np.ndarray, list[Look]]])
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="GGUF file or folder (default: SmolLM2)")
     parser.add_argument("--steps", type=int, default=20_000, help="tokens for each sequence")
@@ -129,12 +130,12 @@ def main() -> int:
         prompts = [text[: max(1, longest * (i + 1) // batch)] for i in range(batch)]
         plan = make_plan(
             checkpoint.config, WaveConfig(), batch, max(map(len, prompts)),
-            arguments.steps, arguments.dtype, store=arguments.store,
+            arguments.steps, arguments.dtype, store=arguments.store, sampler=Sampler(),
         )  # fmt: skip
         plan.check()
         params = checkpoint.load_params(arguments.dtype)
     except InputError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", in_flags(str(error)), file=sys.stderr)
         return 2
     generator = Generator(checkpoint.config, plan.attention)
     if generator.unrolls:

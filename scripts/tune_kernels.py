@@ -1,6 +1,6 @@
 """Tunes the ops' kernels on this GPU and writes what it finds into the table of configs.
 
-    python scripts/tune_kernels.py --shapes A,A1,1M --budget-seconds 400
+    python scripts/tune_kernels.py --shapes batch8-128k,batch1-128k,batch1-1m --budget-seconds 400
 
 From the heuristic's config it changes one field at a time and keeps what is faster and gives the
 same result. Every op and shape is written as soon as it is done, and skipped in a later run.
@@ -25,7 +25,7 @@ from gpu_timing import time_calls
 from op_cases import OTHER_OPS, STEP_OPS, Run, StepBench, by_api, names_from
 
 from pallas_kernels import tuning
-from pallas_kernels.shapes import SHAPES
+from pallas_kernels.shapes import BENCHMARKED, SHAPES
 from wavejax.evaluation.files import write_text
 
 # A change must gain so much to count: timings differ by that from run to run.
@@ -35,7 +35,7 @@ TOLERANCE = 1e-2
 
 
 def neighbours(config: Any) -> list[Any]:
-    """The configs that differ from this one in one field, by one step."""
+    """Return the configs that differ from this one in one field, by one step."""
     found = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -54,7 +54,7 @@ def neighbours(config: Any) -> list[Any]:
 
 
 def with_config(op: str, config: Any, rest: Run) -> Run:
-    """Runs `op` by its kernel with this config, and every other op by `rest`."""
+    """Run `op` by its kernel with this config, and every other op by `rest`."""
     function = getattr(importlib.import_module(f"pallas_kernels.{op}.triton"), op)
 
     def run(name: str, *operands: Any, **keywords: Any) -> Any:
@@ -66,7 +66,7 @@ def with_config(op: str, config: Any, rest: Run) -> Run:
 
 
 def heuristic_of(op: str, bench: StepBench) -> tuple[Any, str] | None:
-    """The config that the op takes for the shape by itself, and the shape's key in the table."""
+    """Return the config that the op takes for a shape, and the shape's key in the table."""
     asked: list[tuple[Any, str]] = []
     original = tuning.config
 
@@ -102,7 +102,10 @@ def same(results: Any, expected: Any) -> bool:
 
 
 def results_of(op: str, bench: StepBench, config: Any) -> Any:
-    """What the op makes of the first layer; parts of `attend_zones` merged, as configs cut it."""
+    """Return what the op makes of the first layer.
+
+    The parts of `attend_zones` are merged, as configs cut it.
+    """
     case = bench.case(op, with_config(op, config, bench.run))
     results, state = jax.jit(case.call)(case.links[0], case.operands, case.state)
     if op == "attend_zones":
@@ -111,7 +114,10 @@ def results_of(op: str, bench: StepBench, config: Any) -> Any:
 
 
 def tune(op: str, bench: StepBench, deadline: float) -> tuple[str, Any, dict[str, Any]] | None:
-    """The table's key, the best config found, and how it was found; None without a config."""
+    """Return the table's key, the best config found, and how it was found.
+
+    None without a config.
+    """
     found = heuristic_of(op, bench)
     if found is None:
         return None
@@ -146,7 +152,7 @@ def tune(op: str, bench: StepBench, deadline: float) -> tuple[str, Any, dict[str
 
 
 def merge(path: Path, kind: str, op: str, key: str, config: Any) -> None:
-    """Adds one config to the table, which others may be writing to; whole or not at all."""
+    """Add one config to the table, which others may be writing to; whole or not at all."""
     with alone(path.parent):
         table = json.loads(path.read_text()) if path.exists() else {}
         table.setdefault(kind, {}).setdefault(op, {})[key] = dataclasses.asdict(config)
@@ -155,7 +161,7 @@ def merge(path: Path, kind: str, op: str, key: str, config: Any) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps others from what they read and write in here; else one would undo what another adds."""
+    """Keep others from what they read and write in here; else one would undo what another adds."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX)
@@ -167,7 +173,7 @@ def alone(folder: Path) -> Iterator[None]:
 def main() -> None:
     """Tunes op by op and shape by shape, until all are done or the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="A,A1,1M", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", default=",".join(BENCHMARKED), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--ops", default=",".join(STEP_OPS), help="or attend_dense")
     parser.add_argument("--budget-seconds", type=float, default=400)
     parser.add_argument("--table", type=Path, default=tuning.TABLE)

@@ -13,7 +13,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def main() -> int:
-    """Returns the exit status: 0 if the one GGUF file of the package has the expected sha256."""
+    """Return the exit status: 0 if the one GGUF file of the package has the expected sha256."""
     found = [
         Path(str(file.locate()))
         for file in importlib.metadata.files(PACKAGE) or []

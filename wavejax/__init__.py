@@ -15,12 +15,23 @@ Tokens and logits:
 - `Facts`: what a run retrieved, found cached, and occupies.
 - `Plan`, `make_plan`: where a run's keys and values go, and what it takes of memory.
 
-Attention:
+Requests side by side:
+
+- `batch_engine`: an engine of a loaded model; `BatchEngine` says all that it takes.
+- `Request`: one prompt with its own settings.
+
+Attentions:
 
 - `WaveAttention`, `DenseAttention`: pure functions of a state, for any decoder.
 - `Attention`: their interface, with the order of the calls. `CacheShape`: a KV cache's sizes.
 - `WaveConfig`: the settings of wave attention.
 - `WaveState`, with its parts `WaveIndex`, `RowStore`, `RowCache` and `SteadyZone`.
+
+Implementations of the ops:
+
+- `explain`: what each op took, plain JAX or a kernel, and why.
+- `use_implementation`: one implementation for all that is traced inside.
+- `FallbackWarning`: on a GPU an op runs in plain JAX.
 
 Errors: `InputError`, a line that says what was given, what was expected, and what to do.
 
@@ -36,7 +47,7 @@ Examples, of which `examples/` in the repository has longer ones:
     ...     _ = piece.text
     >>> wavejax.Sampler(top_p=2.0)
     Traceback (most recent call last):
-    models.errors.InputError: top_p is 2.0; it must be above 0 and at most 1
+    models.errors.InputError: `top_p` is 2.0; it must be above 0 and at most 1
     >>> wavejax.WaveConfig.paper().cluster_size
     16
     >>> small = wavejax.WaveConfig(retrieval_fraction=0.02, min_retrieved_tokens=64)
@@ -61,10 +72,16 @@ import importlib
 TYPE_CHECKING = False  # True for type-checkers; `typing` itself takes long to import
 if TYPE_CHECKING:
     from models.errors import InputError as InputError
+    from pallas_kernels import FallbackWarning as FallbackWarning
+    from pallas_kernels import explain as explain
+    from pallas_kernels import use_implementation as use_implementation
     from wavejax.attention.dense import DenseAttention as DenseAttention
     from wavejax.attention.protocol import Attention as Attention
     from wavejax.attention.wave import WaveAttention as WaveAttention
+    from wavejax.batching import batch_engine as batch_engine
     from wavejax.config import WaveConfig as WaveConfig
+    from wavejax.engine.batching.engine import BatchEngine as BatchEngine
+    from wavejax.engine.batching.request import Request as Request
     from wavejax.engine.facts import Facts as Facts
     from wavejax.engine.generator import DecodeState as DecodeState
     from wavejax.engine.generator import Generator as Generator
@@ -95,6 +112,9 @@ _MODULE_OF = {
     "Generator": "wavejax.engine.generator",
     "DecodeState": "wavejax.engine.generator",
     "Facts": "wavejax.engine.facts",
+    "batch_engine": "wavejax.batching",
+    "BatchEngine": "wavejax.engine.batching.engine",
+    "Request": "wavejax.engine.batching.request",
     "Plan": "wavejax.planning.plan",
     "make_plan": "wavejax.planning.plan",
     "WaveAttention": "wavejax.attention.wave",
@@ -107,6 +127,9 @@ _MODULE_OF = {
     "RowStore": "wavejax.store.rows",
     "RowCache": "wavejax.store.rows",
     "SteadyZone": "wavejax.store.steady",
+    "explain": "pallas_kernels",
+    "use_implementation": "pallas_kernels",
+    "FallbackWarning": "pallas_kernels",
     "InputError": "models.errors",
 }
 __all__ = list(_MODULE_OF)

@@ -7,7 +7,7 @@ _version = importlib.metadata.version
 
 
 def import_jaxtyping() -> None:
-    """Imports jaxtyping, which asks for its own version as it is imported, where there is none.
+    """Import jaxtyping, which asks for its own version as it is imported, where there is none.
 
     All modules annotate with it; nothing else that they import needs metadata.
     """

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def state(cls: type[T]) -> type[T]:
-    """Makes a class a frozen dataclass whose fields are all pytree children.
+    """Make a class a frozen dataclass whose fields are all pytree children.
 
     Unlike `jax.tree_util.register_dataclass`, unflattening does not call `__init__`: JAX puts
     shapes, shardings and sentinels where arrays are declared, which the tests' shape checks on

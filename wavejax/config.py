@@ -98,18 +98,18 @@ class WaveConfig:
             least = -(-tokens // most_clusters)
             if self.cluster_size < least:
                 raise InputError(
-                    f"cluster_size is {self.cluster_size}; with {name} of {tokens} it must be "
+                    f"`cluster_size` is {self.cluster_size}; with `{name}` of {tokens} it must be "
                     f"{least} or more"
                 )
 
     @classmethod
-    def paper(cls, **changes: Any) -> "WaveConfig":
-        """The settings of RetroInfer (arXiv 2505.02922, section 5.1): the baseline to beat.
+    def paper(cls, **changes: int | float | bool) -> "WaveConfig":
+        """Return the settings of RetroInfer (arXiv 2505.02922, section 5.1): the baseline to beat.
 
         16 tokens a cluster and no limit to a cluster's size, whole clusters retrieved, 23.2 % of
         the tokens estimated, the rest dropped.
         """
-        settings = {
+        settings: dict[str, Any] = {
             "token_codes": False,
             "cluster_size": 16,
             "max_cluster_size": 8192,
@@ -144,13 +144,13 @@ class WaveConfig:
         return next((mean, most) for mean, most, least in self.size_steps if tokens >= least)
 
     def most_retrieved(self, tokens: int) -> int:
-        """The most tokens retrieved of so many indexed ones."""
+        """Return the most tokens retrieved of so many indexed ones."""
         # One more than the exact share: the device computes it in float32.
         share = math.ceil(self.retrieval_fraction * tokens) + 1
         return max(1, min(max(self.min_retrieved_tokens, share), tokens))
 
     def most_candidates(self, tokens: int) -> int:
-        """The most tokens of the clusters that `select_clusters` can take."""
+        """Return the most tokens of the clusters that `select_clusters` can take."""
         share = math.ceil(self.candidate_fraction * tokens) + 1
         wanted = max(share, self.min_candidate_tokens) if self.token_codes else 0
         wanted = max(wanted, self.most_retrieved(tokens))
@@ -162,7 +162,10 @@ class WaveConfig:
         return max(1, math.ceil(min(self.cache_fraction * like, tokens)))
 
     def with_part_of_cache(self, slots: int, part: float) -> "WaveConfig":
-        """These settings, but for a part, 0 to 1, of the row cache that they make `slots` of."""
+        """Return these settings with a part of the row cache that they make `slots` of.
+
+        The part is from 0 to 1.
+        """
         # What slots are a share of: not the tokens, of which there are fewer if all have one.
         like = max(slots / self.cache_fraction, LIKE_RETRIEVED * self.min_retrieved_tokens)
         # Rounded down, since slots are whole ones, rounded up.
@@ -172,9 +175,9 @@ class WaveConfig:
 def _check_kind(name: str, value: Any, kind: type) -> None:
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not fits or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+        raise InputError(f"`{name}` is {value!r}; it must be of type {kind.__name__}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise InputError(f"{name} is {value}; it must be from {low} to {high}")
+        raise InputError(f"`{name}` is {value}; it must be from {low} to {high}")

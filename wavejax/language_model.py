@@ -5,24 +5,24 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
-from models.decoder import Attend, Decoder
+from models.decoder import Attend, Decoder, State
 from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import Tokenizer
 from wavejax.attention.causal import causal_attention
-from wavejax.attention.dense import DenseAttention
-from wavejax.attention.wave import WaveAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.engine.model_sampling import check_samples, model_sampling
+from wavejax.engine.options import PromptOptions, StreamOptions
 from wavejax.engine.prompt_text import (
     EncodedPrompt,
     Prompt,
@@ -32,10 +32,10 @@ from wavejax.engine.prompt_text import (
 )
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.text import Generation, TextPiece, TextRun, TextStream
-from wavejax.planning.memory import free_memory
+from wavejax.planning.free_memory import free_memory
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan
 
-AttentionChoice = WaveConfig | WaveAttention | DenseAttention
+AttentionChoice = WaveConfig | AnyAttention
 MOST_SAMPLES = 65536
 
 
@@ -52,8 +52,7 @@ class LanguageModel:
         params: its parameters; their layers are stacked, or apart where that is faster.
         tokenizer: text to token ids and back.
         stop_tokens: an answer ends after any of these.
-        attention: the settings of wave attention, full attention, or a wave attention that is used
-            as it is.
+        attention: the settings of wave attention, or any attention, which is used as it is.
         store: where wave attention keeps keys and values: "auto", "device" or "host".
         fetch: how rows on the host reach the device: "auto", "in_place" or "staged".
         max_context: most tokens, prompt and answer; None as `config` has it.
@@ -75,7 +74,10 @@ class LanguageModel:
         return self.params["params"]["embedding"].dtype.name
 
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 256, **options: Any
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 256,
+        **options: Unpack[StreamOptions],
     ) -> Generation:
         """Answer a prompt, or a batch of prompts, and return when all is done.
 
@@ -116,7 +118,7 @@ class LanguageModel:
         samples: int = 1,
         raw: bool | None = None,
         system: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, object] | None = None,
         control_tokens: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> TextStream:
@@ -179,7 +181,9 @@ class LanguageModel:
 
         return TextStream(run, pieces())
 
-    def encode(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> list[EncodedPrompt]:
+    def encode(
+        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[PromptOptions]
+    ) -> list[EncodedPrompt]:
         """Token ids of a prompt or a batch, as `generate` reads them.
 
         Args:
@@ -192,7 +196,7 @@ class LanguageModel:
         return [encode_prompt(self.tokenizer, one, **options) for one in list_prompts(prompt)]
 
     def sampler(self, choice: Sampler | Literal["model"] | None = None) -> Sampler:
-        """The sampler of a name: None is greedy, "model" as generation_config.json has it.
+        """Return the sampler of a name: None is greedy, "model" as generation_config.json has it.
 
         Raises:
             InputError: another name or kind, or the model states no values.
@@ -205,18 +209,21 @@ class LanguageModel:
             return Sampler(**model_sampling(self.path))
         raise InputError(f"`sampler` is {choice!r}; it must be a Sampler, 'model' or None")
 
-    def plan(self, prompt_tokens: int, max_new_tokens: int, batch: int = 1) -> Plan:
+    def plan(
+        self,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        batch: int = 1,
+        sampler: Sampler | None = None,
+    ) -> Plan:
         """Where the keys and values of a run would go, and what it takes of memory.
 
         Args:
             prompt_tokens: of the longest prompt.
             max_new_tokens: to generate.
             batch: sequences.
+            sampler: how tokens are drawn; None: in the way that takes most.
         """
-        settings, store, fetch = self.attention, self.store, self.fetch
-        if isinstance(settings, WaveAttention):
-            store, fetch = settings.store, settings.fetch or "auto"
-            settings = settings.config
         free, weights = free_memory(), sum(x.nbytes for x in jax.tree.leaves(self.params))
         # A plan counts the weights, which are there already.
         if free.device is None:
@@ -224,8 +231,9 @@ class LanguageModel:
         else:
             free = dataclasses.replace(free, device=free.device + weights)
         shape = batch, prompt_tokens, max_new_tokens
+        asked = self.attention, *shape, self.dtype
         return make_plan(
-            self.config, settings, *shape, self.dtype, store=store, fetch=fetch, free=free
+            self.config, *asked, store=self.store, fetch=self.fetch, sampler=sampler, free=free
         )
 
     def generator(
@@ -236,20 +244,18 @@ class LanguageModel:
         batch: int = 1,
         sampler: Sampler | None = None,
     ) -> Generator:
-        """The generator of a run, for work on tokens and logits; arguments as of `plan`.
+        """Return the generator of a run, for work on tokens and logits; arguments as of `plan`.
 
         Raises:
             InputError: there is no memory for the run.
         """
-        attention = self.attention
-        if not isinstance(attention, WaveAttention):
-            plan = self.plan(prompt_tokens, max_new_tokens, batch)
-            plan.check()
-            attention = plan.attention
-        return Generator(self.config, attention, sampler or Sampler(), self.stop_tokens)
+        sampler = sampler or Sampler()
+        plan = self.plan(prompt_tokens, max_new_tokens, batch, sampler)
+        plan.check()
+        return Generator(self.config, plan.attention, sampler, self.stop_tokens)
 
     def flax(self, attend: Attend | None = None) -> tuple[Decoder, Params]:
-        """The model as a Flax module, and its variables.
+        """Return the model as a Flax module, and its variables.
 
         `module.apply(variables, tokens, positions, state)` gives the hidden states after the final
         norm, `[batch, tokens, hidden]`, and the attention's state; `models.decoder.unembed(config,
@@ -285,8 +291,8 @@ def causal_attend(
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens kv_heads head_dim"],
     value: Float[Array, "batch tokens kv_heads head_dim"],
-    state: Any,
-) -> tuple[Float[Array, "batch tokens heads head_dim"], Any]:
+    state: State,
+) -> tuple[Float[Array, "batch tokens heads head_dim"], State]:
     """Causal attention among the tokens given, for `Decoder`; hands `state` on as it is."""
     del layer
     scale = 1.0 / math.sqrt(query.shape[-1])

@@ -14,11 +14,12 @@ from models.rope_option import with_rope_scaling
 from models.text.tokenizer import Tokenizer, load_tokenizer
 from models.unstacked import unstack_layers
 from wavejax.attention.dense import DenseAttention
-from wavejax.attention.wave import WaveAttention
+from wavejax.attention.protocol import Attention
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import Generator
+from wavejax.engine.sampling import Sampler
 from wavejax.language_model import AttentionChoice, LanguageModel
-from wavejax.planning.memory import set_memory_limits
+from wavejax.planning.free_memory import set_memory_limits
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan, pinned_need
 
 
@@ -28,7 +29,7 @@ class OpenedModel:
 
     Attributes:
         checkpoint: where it is, and its configuration.
-        attention: settings of wave attention, or full attention.
+        attention: settings of wave attention, or an attention that is used as it is.
         dtype: of weights and caches; "auto" is float32 on a CPU, bfloat16 elsewhere.
         store: where wave attention keeps keys and values.
         fetch: how rows on the host reach the device.
@@ -56,22 +57,23 @@ class OpenedModel:
         return tuple(sorted(token for token in tokens if token < config.vocab_size))
 
     def set_memory_limits(self, lengths: Sequence[int], new_tokens: int) -> None:
-        """Sets XLA's limits for a run, if JAX's device has not been started; see `plan`."""
+        """Set XLA's limits for a run, if JAX's device has not been started; see `plan`."""
         # Where there is memory to pin, auto is bfloat16.
         dtype = "bfloat16" if self.dtype == "auto" else self.dtype
-        shape = self.checkpoint.config, self._settings, len(lengths), max(lengths), new_tokens
+        shape = self.checkpoint.config, self.attention, len(lengths), max(lengths), new_tokens
         set_memory_limits(pinned_need(*shape, dtype, self.fetch))
 
-    def plan(self, lengths: Sequence[int], new_tokens: int) -> Plan:
+    def plan(self, lengths: Sequence[int], new_tokens: int, sampler: Sampler | None = None) -> Plan:
         """Plans a run, and sets XLA's limits before anything starts JAX's device.
 
         Args:
             lengths: the tokens of each prompt.
             new_tokens: to generate.
+            sampler: how tokens are drawn; None: in the way that takes most.
         """
         self.set_memory_limits(lengths, new_tokens)
-        shape = self.checkpoint.config, self._settings, len(lengths), max(lengths), new_tokens
-        return make_plan(*shape, self._dtype(), store=self.store, fetch=self.fetch)
+        shape = self.checkpoint.config, self.attention, len(lengths), max(lengths), new_tokens
+        return make_plan(*shape, self._dtype(), store=self.store, fetch=self.fetch, sampler=sampler)
 
     def load(
         self,
@@ -80,7 +82,7 @@ class OpenedModel:
         max_context: int | None = None,
         progress: Progress | None = None,
     ) -> LanguageModel:
-        """Reads the weights, and keeps each layer's apart where that is faster and there is room.
+        """Read the weights, and keep each layer's apart where that is faster and there is room.
 
         Args:
             plan: of the run to come; None plans for the weights alone.
@@ -108,14 +110,8 @@ class OpenedModel:
             max_context=max_context,
         )
 
-    @property
-    def _settings(self) -> WaveConfig | DenseAttention:
-        """The attention's settings, as a plan takes them."""
-        given = self.attention
-        return given.config if isinstance(given, WaveAttention) else given
-
     def _dtype(self) -> str:
-        """The dtype, "auto" decided; that starts JAX's device."""
+        """Return the dtype, "auto" decided; that starts JAX's device."""
         if self.dtype != "auto":
             return self.dtype
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -130,7 +126,7 @@ def open_model(
     fetch: FetchChoice = "auto",
     rope_scaling: str | None = None,
 ) -> OpenedModel:
-    """Finds and checks a model, reading headers only; arguments and errors as of `load`."""
+    """Find and check a model, reading headers only; arguments and errors as of `load`."""
     settings = attention_of(attention)
     check_placement(settings, store, fetch)
     checkpoint = open_checkpoint(find_default_model() if path is None else path)
@@ -161,8 +157,8 @@ def load(
             SmolLM2 package.
         dtype: of weights and caches: "bfloat16", "float16" or "float32". "auto" is float32 on a
             CPU, bfloat16 elsewhere.
-        attention: "wave", "full", the settings of wave attention (`WaveConfig`), `DenseAttention`,
-            or a `WaveAttention`, which is then used as it is: no plan decides where its rows go.
+        attention: "wave", "full", the settings of wave attention (`WaveConfig`), or any
+            `Attention`, which is then used as it is: no plan decides where its rows go.
         store: where wave attention keeps keys and values: "device", "host", or "auto", on the
             device while they fit.
         fetch: how rows on the host reach the device: "in_place", "staged", or "auto".
@@ -195,36 +191,38 @@ def load(
 
 
 def attention_of(choice: str | AttentionChoice) -> AttentionChoice:
-    """Settings by name: "wave" or "full"; raises InputError for another name or kind."""
+    """Return settings by name: "wave" or "full"; raise InputError for another name or kind."""
     named = {"wave": WaveConfig, "full": DenseAttention}
     if isinstance(choice, str) and choice in named:
         return named[choice]()
-    if isinstance(choice, WaveConfig | WaveAttention | DenseAttention):
+    if isinstance(choice, WaveConfig | Attention):
         return choice
     raise InputError(
-        f"`attention` is {choice!r}; it must be 'wave', 'full', a WaveConfig, a WaveAttention or a "
-        "DenseAttention"
+        f"`attention` is {choice!r}; it must be 'wave', 'full', a WaveConfig or an Attention"
     )
 
 
 def check_placement(attention: AttentionChoice, store: str, fetch: str) -> None:
-    """Raises InputError where `store` and `fetch` ask for what would not be done."""
+    """Raise InputError where `store` and `fetch` ask for what would not be done."""
     for name, value, known in (
         ("store", store, ("auto", "device", "host")),
         ("fetch", fetch, ("auto", "in_place", "staged")),
     ):
         if value not in known:
             raise InputError(f"`{name}` is {value!r}; it must be one of {', '.join(known)}")
-    if isinstance(attention, WaveAttention) and (store, fetch) != ("auto", "auto"):
+    # Settings are no attention: a plan makes one of them.
+    own = attention if isinstance(attention, Attention) else None
+    if own is not None and own.has_index and (store, fetch) != ("auto", "auto"):
+        name = type(attention).__name__
         raise InputError(
-            "`store` and `fetch` are the WaveAttention's own: leave them out, or give a WaveConfig"
+            f"`store` and `fetch` are the {name}'s own: leave them out, or give a WaveConfig"
         )
-    if isinstance(attention, DenseAttention) and store == "host":
+    if own is not None and store == "host":
         raise InputError(
             "`store='host'` is for wave attention, full attention keeps all on the device: leave "
             "it out, or give `attention='wave'`"
         )
-    if isinstance(attention, DenseAttention) and fetch != "auto":
+    if own is not None and fetch != "auto":
         raise InputError(
             "`fetch` is for wave attention with rows on the host: leave it out, or give "
             "`attention='wave'`"

@@ -37,7 +37,7 @@ _NAMES: dict[Path, str] = {
 
 
 def open_gguf(path: FilePath) -> TensorSource:
-    """Reads a GGUF model's headers and checks its tensors; `TensorSource.load` reads their data.
+    """Read a GGUF model's headers and check its tensors; `TensorSource.load` reads their data.
 
     Args:
       path: the file, or the first part of several.
@@ -91,7 +91,7 @@ def open_gguf(path: FilePath) -> TensorSource:
 
 
 def read_gguf_tensor(path: FilePath, tensor: GgufTensor) -> Float[np.ndarray, "..."]:
-    """Reads and decodes one tensor: float32, or float16 where the file stores that."""
+    """Read and decode one tensor: float32, or float16 where the file stores that."""
     try:
         data = np.fromfile(path, np.uint8, tensor.size, offset=tensor.offset)
     except OSError as error:

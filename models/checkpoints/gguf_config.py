@@ -46,7 +46,7 @@ def config_from_gguf(
     shapes: Mapping[str, Shape],
     rope_divisors: Callable[[], tuple[float, ...]] | None = None,
 ) -> ModelConfig:
-    """Reads the metadata of a model of one of the families.
+    """Read the metadata of a model of one of the families.
 
     Args:
       path: the file, for messages.

@@ -55,7 +55,7 @@ def is_decodable(encoding: gguf.GGMLQuantizationType) -> bool:
 
 
 def unknown_encoding(number: int) -> str:
-    """What is said of a tensor whose encoding's number the gguf package does not know."""
+    """Return what is said of a tensor whose encoding's number the gguf package does not know."""
     if number in _REMOVED:
         name = _REMOVED[number]
         plain = "IQ4_NL" if name.startswith("IQ4_NL") else "Q4_0"
@@ -73,7 +73,7 @@ def unknown_encoding(number: int) -> str:
 
 
 def undecodable_encoding(encoding: gguf.GGMLQuantizationType) -> str:
-    """What is said of a tensor whose encoding the gguf package knows and cannot decode."""
+    """Return what is said of a tensor whose encoding the gguf package knows and cannot decode."""
     return f"{encoding.name}, which the gguf package cannot decode; {_take_another()}"
 
 

@@ -69,7 +69,7 @@ class GgufHeader:
 
 
 def named_tokens(path: str | Path, metadata: Mapping[str, Any]) -> dict[str, int]:
-    """The ids of the tokens that the metadata name, by kind: bos and `END_KINDS`.
+    """Return the ids of the tokens that the metadata name, by kind: bos and `END_KINDS`.
 
     Raises InputError where one is no token id.
     """
@@ -82,7 +82,7 @@ def named_tokens(path: str | Path, metadata: Mapping[str, Any]) -> dict[str, int
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Reads metadata and tensor table.
+    """Read metadata and tensor table.
 
     Raises:
       InputError: not a GGUF file, a version or byte order not supported, or a file that is corrupt
@@ -101,7 +101,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 def number_of(
     path: Path, metadata: Mapping[str, Any], name: str, default: float | int | None = None
 ) -> float:
-    """The number of that name in the metadata, or `default`; InputError if there is none."""
+    """Return the number of that name in the metadata, or `default`; InputError if there is none."""
     value = metadata.get(name, default)
     if isinstance(value, list) and len(set(value)) == 1:
         value = value[0]  # some files repeat a number for each layer
@@ -204,7 +204,7 @@ class _Parser:
         return struct.unpack_from(f"<{count}{code}", self.data, begin)
 
     def advance(self, size: int) -> int:
-        """Passes `size` bytes, which must be there; gives their first one's place."""
+        """Pass `size` bytes, which must be there; give their first one's place."""
         begin = self.at
         if begin + size > len(self.data):
             raise self.corrupt("the file ends inside its header")

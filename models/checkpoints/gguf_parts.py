@@ -32,7 +32,7 @@ class GgufParts:
 
 
 def read_gguf_parts(path: Path) -> GgufParts:
-    """Reads the headers of a GGUF file and of the parts that belong to it.
+    """Read the headers of a GGUF file and of the parts that belong to it.
 
     Args:
       path: a whole file, or the first part of several.
@@ -77,7 +77,7 @@ def read_gguf_parts(path: Path) -> GgufParts:
 
 
 def first_part(path: Path) -> Path:
-    """The first part of the model that `path` is another part of; else `path`.
+    """Return the first part of the model that `path` is another part of; else `path`.
 
     Raises InputError as `read_gguf_header` does, for a file that is named as another part is.
     """

@@ -69,7 +69,7 @@ _NEUTRAL_ROPE: dict[str, tuple[Any, ...]] = {
 def config_from_hf(
     config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
 ) -> ModelConfig:
-    """Reads the config.json of a model of one of the families.
+    """Read the config.json of a model of one of the families.
 
     Both spellings of the RoPE settings are read: `rope_theta` with `rope_scaling` (transformers 4)
     and `rope_parameters` (transformers 5). Where a key is absent, transformers' default holds.

@@ -9,7 +9,10 @@ from models.values import is_number
 
 
 def integer_in(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """The whole number at `key`, else `default`; InputError for none, or what is no such number."""
+    """Return the whole number at `key`, else `default`.
+
+    Raise InputError for none, or what is no such number.
+    """
     number = number_in(values, key, None if default is None else float(default))
     if number != int(number):
         raise InputError(f"config.json: {key} is {number}; expected a whole number")
@@ -17,7 +20,7 @@ def integer_in(values: Mapping[str, Any], key: str, default: int | None = None) 
 
 
 def number_in(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """The number at `key`, else `default`; InputError for none, or what is no number."""
+    """Return the number at `key`, else `default`; InputError for none, or what is no number."""
     value = values.get(key)
     value = default if value is None else value
     if value is None:

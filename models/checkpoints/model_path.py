@@ -17,7 +17,7 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 
 
 def resolve_model(path: str | Path) -> Path:
-    """The path at which the model lies that a user's path stands for.
+    """Return the path at which the model lies that a user's path stands for.
 
     That is the one snapshot of a hub cache's folder (``models--owner--name``), the first part of a
     split GGUF model whose other part is given, or the path itself.
@@ -109,7 +109,10 @@ def weights_hint(folder: Path) -> str:
 
 
 def _lost_link(folder: Path, names: list[str]) -> str:
-    """What to say where a file is a link to nothing, as in a cache of which a part was removed."""
+    """Return what to say where a file is a link to nothing.
+
+    A cache of which a part was removed has such files.
+    """
     lost = next((name for name in names if stat_of(folder / name) is None), None)
     return f"; {lost} is a link to a file that is not there: download it again" if lost else ""
 

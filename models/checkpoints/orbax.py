@@ -30,7 +30,7 @@ _PARAMS = "params"
 
 
 def open_orbax(folder: Path) -> ModelConfig:
-    """Reads the config of a folder that `save_orbax` wrote and checks its tensors' shapes.
+    """Read the config of a folder that `save_orbax` wrote and check its tensors' shapes.
 
     Raises:
       InputError: not such a folder, or incomplete.
@@ -54,7 +54,7 @@ def open_orbax(folder: Path) -> ModelConfig:
 
 
 def load_orbax(folder: Path, config: ModelConfig, dtype: str) -> Params:
-    """Reads the parameters as arrays of `dtype` on JAX's default device."""
+    """Read the parameters as arrays of `dtype` on JAX's default device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
         path: jax.ShapeDtypeStruct(shape, parameter_dtype(dtype), sharding=sharding)
@@ -72,7 +72,7 @@ def load_orbax(folder: Path, config: ModelConfig, dtype: str) -> Params:
 def save_orbax(
     config: ModelConfig, params: Params, folder: Path, add_files: Callable[[Path], None]
 ) -> None:
-    """Writes parameters and config to a new folder, which appears only once it is complete.
+    """Write parameters and config to a new folder, which appears only once it is complete.
 
     Args:
       config: the model's.
@@ -122,7 +122,7 @@ def _error_of(write: Callable[[], None]) -> str | None:
 
 @contextlib.contextmanager
 def _threads_unheard() -> Iterator[None]:
-    """Keeps Orbax's and tensorstore's threads from printing tracebacks of errors.
+    """Keep Orbax's and tensorstore's threads from printing tracebacks of errors.
 
     The first error is raised where it is waited for, so that all can be said there.
     """
@@ -144,7 +144,7 @@ def _sizes(folder: Path) -> list[tuple[Path, int]]:
 
 
 def _check_sizes(folder: Path, sizes: Any) -> None:
-    """Finds a truncated file by its size: Orbax would find it too, but only after much reading."""
+    """Find a truncated file by its size: Orbax would find it too, but only after much reading."""
     for name, size in (sizes if isinstance(sizes, dict) else {}).items():
         file = folder / name
         there_is = file.stat().st_size if is_file(file) else None
@@ -170,7 +170,10 @@ def _params(folder: Path) -> Path:
 
 
 def _or_input_error(folder: Path, action: Callable[[], Any]) -> Any:
-    """What `action` gives. Orbax has no error of its own for damage: any stands for it here."""
+    """Return what `action` gives.
+
+    Orbax has no error of its own for damage: any stands for it here.
+    """
     if not (folder / _PARAMS).is_dir():
         raise InputError(f"{folder} lacks its folder {_PARAMS}; convert the model again")
     try:

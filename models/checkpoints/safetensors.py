@@ -39,7 +39,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def open_safetensors(folder: FilePath) -> TensorSource:
-    """Reads a Hugging Face folder's config and tensor headers and checks that they agree.
+    """Read a Hugging Face folder's config and tensor headers and check that they agree.
 
     Raises:
       InputError: files missing, truncated or corrupt, an unknown architecture, or tensors that do
@@ -87,7 +87,7 @@ def open_safetensors(folder: FilePath) -> TensorSource:
 
 
 def read_json(path: FilePath) -> dict[str, Any]:
-    """Reads a JSON object; InputError if the file is missing or holds something else."""
+    """Read a JSON object; InputError if the file is missing or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

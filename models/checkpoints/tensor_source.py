@@ -43,7 +43,7 @@ class TensorSource:
     copies: tuple[tuple[str, str], ...] = field(default=())
 
     def check(self) -> None:
-        """Raises one InputError that names every missing, extra and misshapen tensor."""
+        """Raise one InputError that names every missing, extra and misshapen tensor."""
         if self.config.num_layers > len(self.shapes):
             raise InputError(
                 f"{self.where}: its config says {self.config.num_layers} layers, but it has only "
@@ -62,7 +62,7 @@ class TensorSource:
         )
 
     def load(self, dtype: str, progress: Progress | None = None) -> Params:
-        """Reads all parameters, as `Decoder.init` lays them out, as arrays of `dtype`.
+        """Read all parameters, as `Decoder.init` lays them out, as arrays of `dtype`.
 
         Holds the parameters and one tensor in memory at a time; where JAX's device is not the host,
         one stack of layers instead of all parameters.
@@ -101,7 +101,7 @@ class TensorSource:
 
 
 def report_problems(where: str, expected: dict[str, Shape], given: dict[str, Shape]) -> None:
-    """Raises one InputError naming what is missing, extra or misshapen in `given`; or nothing."""
+    """Raise one InputError naming what is missing, extra or misshapen in `given`; or nothing."""
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in given]
     problems += [f"extra {name} {given[name]}" for name in given if name not in expected]
     problems += [
@@ -120,7 +120,7 @@ def report_problems(where: str, expected: dict[str, Shape], given: dict[str, Sha
 
 
 def parameter_dtype(name: str) -> np.dtype[Any]:
-    """The dtype of that name; InputError unless bfloat16, float16 or float32."""
+    """Return the dtype of that name; InputError unless bfloat16, float16 or float32."""
     if name not in ("bfloat16", "float16", "float32"):
         raise InputError(f"dtype {name!r} is not supported; choose bfloat16, float16 or float32")
     return jnp.dtype(name)
@@ -137,7 +137,10 @@ def _is_stacked(path: Path) -> bool:
 
 
 def _empty_aligned(shape: Shape, dtype: np.dtype[Any]) -> Shaped[np.ndarray, "..."]:
-    """An uninitialised array that JAX, which wants 64-byte alignment, uses in place on a CPU."""
+    """Return an uninitialised array that JAX uses in place on a CPU.
+
+    It wants an alignment of 64 bytes.
+    """
     size = int(np.prod(shape)) * dtype.itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT

@@ -19,13 +19,16 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def token_text(value: Any) -> str | None:
-    """The text of a token as JSON files state it: itself, or {"content": it}; None if neither."""
+    """Return the text of a token as JSON files state it, None if they do not.
+
+    They state it as itself, or as {"content": it}.
+    """
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 def special_names(config: Mapping[str, Any]) -> set[str]:
-    """The special tokens that a configuration names."""
+    """Return the special tokens that a configuration names."""
     named = [config.get(name) for name in _NAMES]
     for name in _LISTS:
         value = config.get(name)
@@ -63,7 +66,7 @@ def tokens_of_list(entries: Mapping[str, Any], special: set[str], where: str) ->
 
 
 def add_special(backend: tokenizers.Tokenizer, names: set[str]) -> None:
-    """Makes special tokens of those `names` that are in the vocabulary and nothing more yet."""
+    """Make special tokens of those `names` that are in the vocabulary and nothing more yet."""
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     known = {name: backend.token_to_id(name) for name in names - added}
     found = sorted((index, name) for name, index in known.items() if index is not None)
@@ -73,7 +76,9 @@ def add_special(backend: tokenizers.Tokenizer, names: set[str]) -> None:
 def with_tokens(
     backend: tokenizers.Tokenizer, tokens: Mapping[int, AddedToken], where: str
 ) -> tokenizers.Tokenizer:
-    """The tokenizer with `tokens`, by id, among its added ones. Raises InputError where they clash.
+    """Return the tokenizer with `tokens`, by id, among its added ones.
+
+    Raise InputError where they clash.
 
     Tokens that it has added already stay as they are.
     """
@@ -101,7 +106,7 @@ def with_tokens(
 def _written_in(
     backend: tokenizers.Tokenizer, texts: Mapping[int, str], where: str
 ) -> tokenizers.Tokenizer:
-    """The tokenizer with more tokens in its vocabulary, at ids that need not follow on."""
+    """Return the tokenizer with more tokens in its vocabulary, at ids that need not follow on."""
     content = json.loads(backend.to_str())
     vocab = content["model"]["vocab"]
     # What was added before must keep its ids, which are counted from the vocabulary's size.

@@ -77,7 +77,7 @@ def _environment() -> jinja2.Environment:
 
 @functools.lru_cache(maxsize=4)
 def _compiled(template: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """A template, and the variables that it reads."""
+    """Return a template, and the variables that it reads."""
     environment = _environment()
     variables = jinja2.meta.find_undeclared_variables(environment.parse(template))
     return environment.from_string(template), frozenset(variables)
@@ -86,14 +86,14 @@ def _compiled(template: str) -> tuple[jinja2.Template, frozenset[str]]:
 def _failed(error: Exception) -> InputError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(
-        f"the model's chat template failed ({reason}): pass the prompt as it is (--raw)"
+        f"the model's chat template failed ({reason}): pass the prompt as it is (`raw=True`)"
     )
 
 
 def _check_arguments(
     given: Mapping[str, Any], own: Mapping[str, Any], read: frozenset[str]
 ) -> None:
-    """Raises InputError where a variable is set already, or the template does not read it."""
+    """Raise InputError where a variable is set already, or the template does not read it."""
     taken = own.keys() | _environment().globals.keys()
     for name in given:
         if name in taken:
@@ -114,7 +114,7 @@ def apply_chat(
     add_generation_prompt: bool = True,
     template_args: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of a conversation, special tokens written out.
+    """Return the text of a conversation, special tokens written out.
 
     messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
     add_generation_prompt: end with what opens the model's answer.

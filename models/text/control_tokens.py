@@ -89,7 +89,10 @@ class ControlTokens:
         return sorted(found)
 
     def leading(self, text: str) -> int | None:
-        """The id of the control token that `text` begins with, after white space; else None."""
+        """Return the id of the control token that `text` begins with, after white space.
+
+        Return None where it begins with none.
+        """
         found = self._pattern.match(text.lstrip())
         return None if found is None else self.ids[found[0]]
 
@@ -122,7 +125,7 @@ class ControlTokens:
         return list(self._shielded.encode(text, add_special_tokens=False).ids)
 
     def _rename(self) -> tokenizers.Tokenizer:
-        """The tokenizer with other names for its control tokens, all else being equal.
+        """Return the tokenizer with other names for its control tokens, all else being equal.
 
         The text is then cut, normalised and merged in one go, as it is where nothing is spelt out.
         """

@@ -43,7 +43,7 @@ class Rendering:
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
-    """The messages, the text parts of each joined to one text. Raises InputError."""
+    """Return the messages, the text parts of each joined to one text; raise InputError."""
     read = []
     for number, message in enumerate(messages, 1):
         where = f"message {number} of {len(messages)}"
@@ -70,7 +70,7 @@ def render_conversation(
     control: ControlTokens,
     template: str,
 ) -> Rendering:
-    """Renders a conversation by `render`, and marks what its messages spell of control tokens.
+    """Render a conversation by `render`, and mark what its messages spell of control tokens.
 
     Messages that the template drops are given to it once more as typed parts, which templates of
     models for images go through.
@@ -161,7 +161,7 @@ class _Attempt:
     def _rendered(
         self, places: Sequence[Iterable[int]], edges: Sequence[dict[int, str]] = ()
     ) -> str:
-        """The template's text, with stand-ins at these places of the messages."""
+        """Return the template's text, with stand-ins at these places of the messages."""
         return self.render(self._given(places, edges, mark_fields=True))
 
     def _given(
@@ -210,7 +210,7 @@ class _Attempt:
         return (char for char in map(chr, itertools.chain(*_STAND_INS)) if char not in used)
 
     def _check_edges(self, rendered: str, edges: Sequence[dict[int, str]]) -> None:
-        """Raises InputError unless each message's last letter was written, and its first.
+        """Raise InputError unless each message's last letter was written, and its first.
 
         Of an answer the beginning may be left out: its thoughts.
         """
@@ -221,7 +221,7 @@ class _Attempt:
                 raise self._dropped(number)
 
     def _check_no_parts_written(self, text: str) -> None:
-        """Raises InputError where the template wrote typed parts out, as Python or JSON would."""
+        """Raise InputError where the template wrote typed parts out, as Python or JSON would."""
         for mark in ("'type': 'text'", '"type": "text"'):
             own = sum(content.count(mark) for content in [self.template, *self.texts])
             if text.count(mark) > own:
@@ -248,12 +248,12 @@ class _Attempt:
         instead = "give its text in the user's message, or " if role == "system" else ""
         return InputError(
             f"the model's chat template leaves out message {number + 1} of {len(self.messages)} "
-            f"({role}), or changes its text: {instead}pass the prompt as it is (--raw)"
+            f"({role}), or changes its text: {instead}pass the prompt as it is (`raw=True`)"
         )
 
 
 def _with_marks(text: str, marks: Mapping[int, str]) -> str:
-    """The text with other characters at some places."""
+    """Return the text with other characters at some places."""
     pieces, end = [], 0
     for place in sorted(marks):
         pieces += [text[end:place], marks[place]]

@@ -27,7 +27,7 @@ _TEXTS = ("ggml.pre", "chat_template")
 
 
 def read_gguf_tokenizer(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer of a GGUF file, and its configuration.
+    """Return the tokenizer of a GGUF file, and its configuration.
 
     The configuration has keys of Hugging Face's tokenizer_config.json (`bos_token`, `eos_token`,
     `add_bos_token`, `chat_template`), and `stop_token_ids`.
@@ -88,13 +88,13 @@ def _check_kinds(path: str | Path, metadata: dict[str, Any]) -> None:
 
 
 def _unnamed_pre_tokenizer(architecture: Any, num_tokens: int) -> str:
-    """The pre-tokenizer of a byte-level file that names none, as old files do."""
+    """Return the pre-tokenizer of a byte-level file that names none, as old files do."""
     family = family_of_gguf(architecture)
     return (family and family.unnamed_pre_tokenizer(num_tokens)) or "default"
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, metadata: dict[str, Any], named: set[int]) -> None:
-    """Makes the file's control and user-defined tokens ones that are matched whole.
+    """Make the file's control and user-defined tokens ones that are matched whole.
 
     Both are matched wherever a text holds them; decoding leaves out the first only. Chat markers
     whose type says that they are text, as some converters write them, or that have no type, are

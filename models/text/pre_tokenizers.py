@@ -96,7 +96,7 @@ class PreTokenizer:
     composed: bool = False
 
     def build(self) -> Any:
-        """The library's pre-tokenizer, bytes written as characters at its end."""
+        """Return the library's pre-tokenizer, bytes written as characters at its end."""
         steps: list[Any] = [
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
             if pattern is None

@@ -16,7 +16,7 @@ def sentencepiece_bpe(
     leading_space: bool,
     byte_fallback: bool = True,
 ) -> tokenizers.Tokenizer:
-    """The tokenizer of Llama 2's kind.
+    """Return the tokenizer of Llama 2's kind.
 
     tokens: by id.
     merges: the first to apply first; see `merges_from_scores`.
@@ -39,7 +39,7 @@ def sentencepiece_bpe(
 
 
 def space_normalizers(leading_space: bool) -> list[Any]:
-    """Writes spaces as SentencePiece does, and the one that a text begins with."""
+    """Write spaces as SentencePiece does, and the one that a text begins with."""
     return [normalizers.Prepend("▁")] * leading_space + [normalizers.Replace(" ", "▁")]
 
 
@@ -56,7 +56,7 @@ def space_decoder(leading_space: bool, byte_fallback: bool) -> Any:
 def merges_from_scores(
     tokens: Sequence[str], scores: Sequence[float], unmerged: Collection[int] = ()
 ) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece vocabulary implies, the first to apply first.
+    """Return the merges that a SentencePiece vocabulary implies, the first to apply first.
 
     A token is merged from each pair of tokens that spell it. Higher scores go first; where several
     pairs spell the same token, those of lower ids do.

@@ -27,7 +27,7 @@ _UNIGRAM, _BPE = 1, 2
 def read_sentencepiece(
     file: Path, config: dict[str, Any], way_out: str
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer, and what tokenizer_config.json would say of it where it is silent.
+    """Return the tokenizer, and what tokenizer_config.json would say of it where it is silent.
 
     config: what tokenizer_config.json does say.
     way_out: what to do with a file that cannot be read.

@@ -38,7 +38,7 @@ _MESSAGES: dict[str, list[tuple[str, int, Any, str | None]]] = {
 
 @functools.cache
 def model_class() -> Any:
-    """The class of a whole file; its `ParseFromString` raises on what is none."""
+    """Return the class of a whole file; its `ParseFromString` raises on what is none."""
     file = descriptor_pb2.FileDescriptorProto(
         name="wavejax/sentencepiece.proto", package=_PACKAGE, syntax="proto2"
     )

@@ -27,7 +27,7 @@ class StopStrings:
         self._found = False
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """Takes the next piece.
+        """Take the next piece.
 
         Returns the text that can be shown now, and whether a stop string was found: the text then
         ends where it begins, and every later call returns `("", True)`.
@@ -47,7 +47,7 @@ class StopStrings:
         return text[:cut], False
 
     def flush(self) -> str:
-        """What was held back, at the text's end: no stop string came of it."""
+        """Return what was held back, at the text's end: no stop string came of it."""
         held, self._held = self._held, ""
         return held
 

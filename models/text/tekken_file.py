@@ -40,7 +40,7 @@ _BOS, _EOS = "<s>", "</s>"
 
 
 def read_tekken(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer, and what tokenizer_config.json would say of it. Raises InputError.
+    """Return the tokenizer, and what tokenizer_config.json would say of it; raise InputError.
 
     Control tokens come first; the bytes of the others are ranked, and merge in the ranks' order.
     """
@@ -76,7 +76,10 @@ def read_tekken(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
 
 def _control_tokens(listed: Any, count: int) -> list[AddedToken]:
-    """The first `count` tokens; those that the file does not name have names of their ids."""
+    """Return the first `count` tokens.
+
+    Those that the file does not name have names of their ids.
+    """
     if listed is None:
         named = {i: (text, True) for i, text in enumerate(_OLD_CONTROL_TOKENS)}
     else:
@@ -108,7 +111,7 @@ def _build(texts: list[str], control: list[AddedToken], pattern: str) -> tokeniz
 
 
 def _letters_of_bytes() -> list[str]:
-    """The letter that byte-level vocabularies write for each byte.
+    """Return the letter that byte-level vocabularies write for each byte.
 
     Printable ones stand for themselves; the others have those from U+0100 on, in order.
     """

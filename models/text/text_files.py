@@ -9,7 +9,7 @@ from models.paths import refuse_stand_in
 
 
 def read_text(file: Path) -> str | None:
-    """What a text file holds; None if there is no such file. Raises InputError."""
+    """Return what a text file holds; None if there is no such file; raise InputError."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -23,7 +23,7 @@ def read_text(file: Path) -> str | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file. Raises InputError."""
+    """Return the object in a JSON file; {} if there is no such file; raise InputError."""
     text = read_text(file)
     if text is None:
         return {}
@@ -39,5 +39,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message on one line."""
+    """Return an error's message on one line."""
     return " ".join(str(error).split())

@@ -34,7 +34,7 @@ class TextStream:
         self._shown = len(self._ids)
 
     def push(self, token: int) -> str:
-        """The text that `token` completes: "" while a character still lacks bytes."""
+        """Return the text that `token` completes: "" while a character still lacks bytes."""
         if not self._visible(int(token)):
             return ""
         self._ids.append(int(token))
@@ -51,11 +51,11 @@ class TextStream:
         return self._give(len(self._ids), text) if held > _MOST_HELD else ""
 
     def flush(self) -> str:
-        """What is left at the end: bytes that never became a character, as U+FFFD."""
+        """Return what is left at the end: bytes that never became a character, as U+FFFD."""
         return self._give(len(self._ids), self._text_until(len(self._ids)))
 
     def _give(self, until: int, text: str) -> str:
-        """Counts ids[:until] as given out; of the older ones nothing is needed any more."""
+        """Count ids[:until] as given out; of the older ones nothing is needed any more."""
         if text:
             self._ids, self._shown = self._ids[self._shown :], until - self._shown
         else:  # a space that the text's start swallowed: what stands before it is still needed

@@ -71,9 +71,9 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         *,
-        template_args: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, object] | None = None,
         control_tokens: bool = False,
     ) -> list[int]:
         """Token ids of a conversation, up to where the model's answer starts.
@@ -94,11 +94,11 @@ class Tokenizer:
 
     def chat_text(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         *,
-        template_args: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, object] | None = None,
     ) -> str:
-        """The conversation as text, special tokens written out; see `encode_chat`."""
+        """Return the conversation as text, special tokens written out; see `encode_chat`."""
         return self._render(messages, template_args).plain
 
     def encode_chat_text(self, text: str) -> list[int]:
@@ -109,11 +109,14 @@ class Tokenizer:
         return self.encode(text, add_special=True, control_tokens=True)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`, without special tokens.
+
+        Bytes that are not UTF-8 become U+FFFD.
+        """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def stream(self, prompt_ids: Sequence[int] = ()) -> TextStream:
-        """Decodes one token after the other, for printing while they are generated.
+        """Decode one token after the other, for printing while they are generated.
 
         prompt_ids: what the tokens continue, where that is one text with them: some tokenizers drop
             a space that a text begins with. None for an answer in a chat, a text of its own.
@@ -121,7 +124,7 @@ class Tokenizer:
         return TextStream(self.decode, self._is_visible, prompt_ids[-_CONTEXT_TOKENS:])
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer(folder)` reads."""
+        """Write tokenizer.json and tokenizer_config.json, which `load_tokenizer(folder)` reads."""
         folder = Path(folder)
         self.backend.save(str(folder / "tokenizer.json"))
         config = {
@@ -135,7 +138,7 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def _begun(self, ids: list[int]) -> list[int]:
-        """A prompt's ids as the model reads them.
+        """Return a prompt's ids as the model reads them.
 
         The one place that decides how a prompt begins and ends. It begins with the
         beginning-of-text token where the model wants one, but never with two: most chat templates
@@ -146,9 +149,13 @@ class Tokenizer:
         wanted = self.add_bos and bos_id is not None and ids[:1] != [bos_id]
         return [bos_id, *ids] if wanted and bos_id is not None else ids
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any] | None) -> Any:
+    def _render(
+        self, messages: Sequence[Mapping[str, object]], args: Mapping[str, object] | None
+    ) -> Any:
         if self.chat_template is None:
-            raise InputError("the model has no chat template: pass the prompt as it is (--raw)")
+            raise InputError(
+                "the model has no chat template: pass the prompt as it is (`raw=True`)"
+            )
         render = functools.partial(
             apply_chat,
             self.chat_template,
@@ -169,7 +176,9 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model: a Hugging Face folder, a GGUF file, or a converted checkpoint.
+    """Return the tokenizer of a model.
+
+    The model is a Hugging Face folder, a GGUF file, or a converted checkpoint.
 
     Raises InputError if there is none at `path`, or one that cannot be read.
     """
@@ -205,7 +214,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids of `tokenizer.stop_ids`, the end of a text, and the tokens that end a turn."""
+    """Return the ids of `tokenizer.stop_ids`, the end of a text, and the tokens that end a turn."""
     added = tokenizer.backend.get_added_tokens_decoder()
     named = {index for index, token in added.items() if token.content in END_TOKENS}
     eos = tokenizer.eos_token  # not an added token everywhere
@@ -215,7 +224,7 @@ def _stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _turn_end(tokenizer: Tokenizer) -> set[int]:
-    """The control token that the chat template writes after an answer, if it writes one."""
+    """Return the control token that the chat template writes after an answer, if it writes one."""
     if tokenizer.chat_template is None:
         return set()
     answer = "\U00100000"  # no template looks for it, nor writes it

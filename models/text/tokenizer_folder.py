@@ -33,7 +33,7 @@ _OTHER_FILES = ("vocab.json", "merges.txt", "*.tiktoken", "*.model", "*.vocab", 
 
 
 def read_folder_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer and its configuration from a folder's files.
+    """Return the tokenizer and its configuration from a folder's files.
 
     The configuration has the keys of tokenizer_config.json, and `stop_token_ids`.
     Raises InputError if there is none that can be read, or if files contradict one another.
@@ -70,7 +70,7 @@ def read_folder_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str,
 def _read_backend(
     folder: Path, config: dict[str, Any]
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer, and what its own file says that tokenizer_config.json may not."""
+    """Return the tokenizer, and what its own file says that tokenizer_config.json may not."""
     if (folder / "tokenizer.json").is_file():
         return _read_tokenizer_json(folder / "tokenizer.json"), {}
     if (folder / "tekken.json").is_file():
@@ -112,7 +112,7 @@ def _read_tokenizer_json(file: Path) -> tokenizers.Tokenizer:
 
 
 def _read_vocab_and_merges(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
-    """A byte-level tokenizer, cut as the class that is named for it does."""
+    """Return a byte-level tokenizer, cut as the class that is named for it does."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     refuse_stand_in(vocab)
     refuse_stand_in(merges)

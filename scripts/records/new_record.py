@@ -1,9 +1,9 @@
-"""Makes a run record of a benchmark's JSON file.
+r"""Makes a run record of a benchmark's JSON file.
 
-    python scripts/bench_kernels.py --shapes A,A1,1M --out results.json
-    python scripts/records/new_record.py results.json --name 2026-12-01-ops-h200 \\
-        --figures 'shapes/*/*/us' --conditions "us; bfloat16; ..." \\
-        --command "python scripts/bench_kernels.py --shapes A,A1,1M --out results.json"
+    python scripts/bench_kernels.py --out results.json
+    python scripts/records/new_record.py results.json --name 2026-12-01-ops-h200 \
+        --figures 'shapes/*/*/us' --conditions "us; bfloat16; ..." \
+        --command "python scripts/bench_kernels.py --out results.json"
 
 Device, date and jax's version come from the file, the commit from git.
 """
@@ -20,11 +20,11 @@ from run_records import ROOT, RUNS, RunRecord
 
 
 def pick(results: Any, pattern: str) -> dict[str, Any]:
-    """The figures at a path of names; those that a `*` stands for name them.
+    """Return the figures at a path of names; those that a `*` stands for name them.
 
     Args:
         results: nested objects.
-        pattern: as `shapes/*/*/us`, which gives `{"A": {"step": 139.2}}`.
+        pattern: as `shapes/*/*/us`, which gives `{"batch8-128k": {"step": 139.2}}`.
 
     Raises:
         ValueError: nothing is there.
@@ -49,7 +49,7 @@ def _pick(value: Any, path: list[str]) -> Any:
 
 
 def commit_of(root: Path = ROOT) -> str:
-    """The commit of the working tree.
+    """Return the commit of the working tree.
 
     Raises:
         ValueError: there are changes that no commit has.
@@ -67,7 +67,7 @@ def commit_of(root: Path = ROOT) -> str:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="the JSON file that a benchmark wrote")
     parser.add_argument("--name", required=True, help="of the record: day and subject")

@@ -55,7 +55,7 @@ class RunRecord:
             raise ValueError("a run that was not transcribed needs its commit and its versions")
 
     def __getitem__(self, path: str) -> Any:
-        """The figure, or the object of figures, at `a/b/c`."""
+        """Return the figure, or the object of figures, at `a/b/c`."""
         value: Any = self.figures
         for name in path.split("/"):
             value = value[name]
@@ -76,7 +76,7 @@ def leaves(figures: Any) -> list[Any]:
 
 
 def read_runs(folder: Path = RUNS) -> dict[str, RunRecord]:
-    """Reads all records of a folder, by file name without its ending.
+    """Read all records of a folder, by file name without its ending.
 
     Raises:
         ValueError: a file is no record; the message begins with its name.

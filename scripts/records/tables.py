@@ -11,7 +11,13 @@ STEPS = {"H200": "2026-11-29-steps-h200", "H100": "2026-11-27-steps-h100"}
 MISSED = "2026-11-27-missed-rows-h200"
 RULER, ONE_BUDGET, FWE = "2026-11-26-ruler", "2026-11-26-one-budget", "2026-11-29-fwe-1.5b"
 BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
-SHAPES = {"A": "batch 8, 131,072 tokens", "A1": "batch 1, 131,072", "1M": "batch 1, 1,048,576"}
+SHAPES = {
+    "batch8-128k": "batch 8, 131,072 tokens",
+    "batch1-128k": "batch 1, 131,072",
+    "batch1-1m": "batch 1, 1,048,576",
+}
+# What records of before 2026-11-29 call them.
+_LETTERS = {"batch8-128k": "A", "batch1-128k": "A1", "batch1-1m": "1M"}
 PLACES = {"full": "full attention", "device": "wave, device", "host": "wave, host"}
 
 
@@ -20,7 +26,7 @@ def speed(runs: Runs) -> str:
     ops, steps = runs[OPS["H200"]], runs[STEPS["H200"]]
     rows = []
     for shape, words in SHAPES.items():
-        full, wave = ops[f"{shape}/full_attention"], ops[f"{shape}/step"]
+        full, wave = (at_shape(ops, shape)[op] for op in ("full_attention", "step"))
         rows.append(
             [f"attention of one layer: {words}", f"{full} us", f"{wave} us", times(full, wave)]
         )
@@ -60,26 +66,36 @@ def accuracy(runs: Runs) -> str:
     return table(head, rows) + dated(runs, RULER, ONE_BUDGET, FWE)
 
 
+def at_shape(run: RunRecord, shape: str) -> dict[str, float]:
+    """Return a record's figures at a shape, by op.
+
+    The record may call the shape by a letter.
+    """
+    return run.figures[shape if shape in run.figures else _LETTERS[shape]]
+
+
 def ops(runs: Runs) -> str:
-    """Times of each op, us."""
+    """Return times of each op, us."""
     head = ["us"] + [f"{device}: {shape}" for device in OPS for shape in SHAPES]
     rows = []
-    for op in runs[OPS["H200"]]["A"]:
+    for op in at_shape(runs[OPS["H200"]], "batch8-128k"):
         name = {"step": "all, in one program", "full_attention": "full attention"}.get(
             op, f"`{op}`"
         )
         rows.append(
-            [name] + [f"{runs[run][f'{shape}/{op}']}" for run in OPS.values() for shape in SHAPES]
+            [name]
+            + [str(at_shape(runs[run], shape)[op]) for run in OPS.values() for shape in SHAPES]
         )
     cells = []
     for run in OPS.values():
         for shape in SHAPES:
-            cells.append(times(runs[run][f"{shape}/full_attention"], runs[run][f"{shape}/step"]))
+            at = at_shape(runs[run], shape)
+            cells.append(times(at["full_attention"], at["step"]))
     return table(head, [*rows, ["times as fast", *cells]]) + dated(runs, *OPS.values())
 
 
 def steps(device: str) -> Callable[[Runs], str]:
-    """The table of whole steps by context on a device."""
+    """Return the table of whole steps by context on a device."""
 
     def make(runs: Runs) -> str:
         run = runs[STEPS[device]]
@@ -100,7 +116,7 @@ def steps(device: str) -> Callable[[Runs], str]:
 
 
 def missed(runs: Runs) -> str:
-    """Times of `attend_zones` by the share of rows that it reads from host memory."""
+    """Return times of `attend_zones` by the share of rows that it reads from host memory."""
     run = runs[MISSED]
     rows = [
         [f"{share} %", str(at["us"]), str(at.get("gb_per_s", "-"))]
@@ -149,7 +165,7 @@ def one_budget(runs: Runs) -> str:
 
 
 def fwe(runs: Runs) -> str:
-    """Counting words with a 1.5B model."""
+    """Return the table of counting words with a 1.5B model."""
     names = {
         "full": "full attention",
         "wave": "wave, by default",
@@ -165,7 +181,7 @@ def fwe(runs: Runs) -> str:
 
 
 def budget(runs: Runs) -> str:
-    """The error by tokens retrieved."""
+    """Return the error by tokens retrieved."""
     rows = [
         [f"{int(tokens):,}", *(plain(str(value)) for value in at.values())]
         for tokens, at in runs[BUDGET].figures.items()
@@ -175,7 +191,7 @@ def budget(runs: Runs) -> str:
 
 
 def admission(runs: Runs) -> str:
-    """The error, and the rows missed, by admission ratio."""
+    """Return the error, and the rows missed, by admission ratio."""
     rows = [
         [f"`{ratio}`", str(at["kl_nats"]), str(at["missed"])]
         for ratio, at in runs[ADMISSION].figures.items()
@@ -200,13 +216,13 @@ TABLES: dict[str, Callable[[Runs], str]] = {
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def dated(runs: Runs, *names: str) -> str:
-    """The line below a table: each record's device and day."""
+    """Return the line below a table: each record's device and day."""
     devices = [runs[name].device.split(",")[0] for name in names]
     days = [runs[name].date.split("T")[0] for name in names]
     each = zip(devices, days, names, strict=True)
@@ -220,10 +236,10 @@ def times(slow: float, fast: float) -> str:
 
 
 def interval(figures: Mapping[str, float], digits: int = 2) -> str:
-    """A difference with the half width of its 95 % interval."""
+    """Return a difference with the half width of its 95 % interval."""
     return f"{figures['difference']:+.{digits}f} ± {figures['interval']:.{digits}f}"
 
 
 def plain(number: str) -> str:
-    """A number without an exponent."""
+    """Return a number without an exponent."""
     return f"{float(number):.5f}".rstrip("0") if "e" in number else number

@@ -18,12 +18,12 @@ MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.D
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """The pages that may hold tables."""
+    """Return the pages that may hold tables."""
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def with_tables(text: str, runs: Runs) -> str:
-    """A page's text with each table made anew.
+    """Return a page's text with each table made anew.
 
     Raises:
         KeyError: a table has no maker, or a record or a figure is missing.
@@ -36,7 +36,7 @@ def with_tables(text: str, runs: Runs) -> str:
 
 
 def main() -> int:
-    """Runs the command; returns its status."""
+    """Run the command; return its status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, say what differs")
     arguments = parser.parse_args()

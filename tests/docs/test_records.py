@@ -75,7 +75,10 @@ RESULTS = {
     "device": "NVIDIA H200",
     "jax": "0.11.2",
     "date": "2026-12-01 10:00:00",
-    "shapes": {"A": {"step": {"us": 139.5, "share": 0.7}, "note": "none"}, "1M": {}},
+    "shapes": {
+        "batch8-128k": {"step": {"us": 139.5, "share": 0.7}, "note": "none"},
+        "batch1-1m": {},
+    },
 }
 
 
@@ -93,7 +96,7 @@ def test_a_benchmarks_file_becomes_a_record(tmp_path, records):
     assert run.returncode == 0, run.stderr
     (tmp_path / "results.json").unlink()
     record = records[0].read_runs(tmp_path)["new"]
-    assert record.figures == {"A": {"step": 139.5}}
+    assert record.figures == {"batch8-128k": {"step": 139.5}}
     assert (record.date, record.device) == ("2026-12-01T10:00:00", "NVIDIA H200")
     assert (record.commit, record.versions["jax"]) == ("abc1234", "0.11.2")
     again = make_record(tmp_path, RESULTS, "--figures", "shapes/*/*/us")
@@ -105,7 +108,7 @@ def test_a_benchmarks_file_becomes_a_record(tmp_path, records):
     ("results", "figures", "message"),
     [
         (RESULTS, "shapes/*/*/ms", "no figures at 'shapes/*/*/ms'"),
-        (RESULTS, "shapes/A/step/us", "no figures"),
+        (RESULTS, "shapes/batch8-128k/step/us", "no figures"),
         ({"shapes": {}}, "shapes/*", "lacks 'date'"),
     ],
 )

@@ -14,6 +14,10 @@ EXAMPLES = ROOT / "examples"
 EXPECTED = {
     "chat_with_document.py": ((), r"1907[\s\S]*tokens in the prompt, [1-9]\d* in the index"),
     "stream_tokens.py": ((), r"finished: (stop|length)\)\nanswer [01] \(\w+\): "),
+    "answer_side_by_side.py": (
+        (),
+        r"colours done: True\nanswers by their end: \{.*'(stop|length)",
+    ),
     "own_flax_model.py": ((), r"wave, a fifth: .* largest error of a logit"),
     "layer_step_in_jit_and_scan.py": ((), r"the index grew from \d+ to \d+ tokens"),
     "one_op.py": ((), r"output \(1, 4, 2, 64\), float32"),

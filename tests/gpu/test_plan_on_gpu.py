@@ -7,7 +7,8 @@ import pytest
 from models.config import ModelConfig
 from tests.wavejax.planning.test_memory import compiled_workspace
 from wavejax import DenseAttention, WaveAttention, WaveConfig
-from wavejax.planning.memory import free_memory, memory_need
+from wavejax.planning.free_memory import free_memory
+from wavejax.planning.memory import memory_need
 from wavejax.store.rows import init_store
 
 pytestmark = pytest.mark.gpu

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
         ("compare_admission.py --context 400 --json FILE/found.json", "cannot write"),
         ("compare_replacement.py OUT --unit-policies lru", "'lru' is none of LRU, FIFO"),
         ("compare_replacement.py OUT --json FILE/found.json", "cannot write"),
-        ("profile_step.py --shapes A", "there is no GPU to profile: JAX runs on cpu"),
+        ("bench_kernels.py --shapes A", "--shapes: 'A' is none of batch8-128k, batch1-128k"),
+        ("profile_step.py --shapes batch8-128k", "there is no GPU to profile: JAX runs on cpu"),
     ],
 )
 def test_mistakes_are_said_before_anything_runs(tmp_path, command, said):

@@ -60,7 +60,7 @@ CASES = (
     Case(shape("qwen"), miss_share=1.0, cached=False),
     Case(shape("smollm2", dtype="float32"), miss_share=1.0, cached=False),
     # One sequence, nothing else but many clusters.
-    Case(shape("1M2"), ragged=False),
+    Case(shape("batch1-1m-2heads"), ragged=False),
 )
 
 

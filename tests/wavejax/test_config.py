@@ -35,7 +35,7 @@ OUT_OF_RANGE = [
 def test_a_value_out_of_range_is_named_with_its_range(name, value, low, high):
     with pytest.raises(InputError) as error:
         WaveConfig(**{name: value})
-    assert str(error.value) == f"{name} is {value}; it must be from {low} to {high}"
+    assert str(error.value) == f"`{name}` is {value}; it must be from {low} to {high}"
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(WaveConfig), ids=lambda field: field.name)
@@ -49,7 +49,7 @@ def test_a_value_of_another_type_is_named_with_the_type(field):
             object.__setattr__(config, each.name, value if each is field else each.default)
         with pytest.raises(InputError) as error:
             config.__post_init__()
-        message = f"{field.name} is {value!r}; it must be of type {kind.__name__}"
+        message = f"`{field.name}` is {value!r}; it must be of type {kind.__name__}"
         assert str(error.value) == message
 
 
@@ -80,7 +80,7 @@ def test_clusters_whose_middles_int32_cannot_count_are_refused(name, tokens, lea
     WaveConfig(**{name: tokens, "cluster_size": least})
     if least > 1:
         assert most(least - 1) >= 2**31
-        with pytest.raises(InputError, match=f"{name} of {tokens} it must be {least} or more"):
+        with pytest.raises(InputError, match=f"`{name}` of {tokens} it must be {least} or more"):
             WaveConfig(**{name: tokens, "cluster_size": least - 1})
 
 

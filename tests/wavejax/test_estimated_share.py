@@ -21,10 +21,10 @@ def estimated(fraction, retrieved=0.1):
     config = WaveConfig(
         retrieval_fraction=retrieved, min_retrieved_tokens=0, estimation_fraction=fraction
     )
-    wave = init_index(config, CacheShape(1, 1, 32), 1, CLUSTERS, CLUSTERS * SIZE, 0, jnp.float32)
+    index = init_index(config, CacheShape(1, 1, 32), 1, CLUSTERS, CLUSTERS * SIZE, 0, jnp.float32)
     offsets = SIZE * jnp.arange(CLUSTERS + 1, dtype=jnp.int32)
-    wave = dataclasses.replace(
-        wave, offsets=offsets[None, None, None], tokens=jnp.full(1, CLUSTERS * SIZE, jnp.int32)
+    index = dataclasses.replace(
+        index, offsets=offsets[None, None, None], tokens=jnp.full(1, CLUSTERS * SIZE, jnp.int32)
     )
     logits = -jnp.arange(CLUSTERS, dtype=jnp.float32)[None, None, None]
     scores = ClusterScores(logits, jnp.zeros((1, 1, 1)))
@@ -32,7 +32,7 @@ def estimated(fraction, retrieved=0.1):
     sizes = jnp.full((1, 1, CLUSTERS), SIZE, jnp.int32)
     table = empty_table((1, 1, 1), CLUSTERS * SIZE, 0)
     found = Retrieved(none, none, none > 0, sizes, table, none[0], none[0])
-    return np.asarray(to_estimate(config, scores, found, wave, jnp.int32(0)))[0, 0]
+    return np.asarray(to_estimate(config, scores, found, index, jnp.int32(0)))[0, 0]
 
 
 @pytest.mark.parametrize("fraction, clusters", [(0.3, 2 + 6), (0.05, 2 + 1), (0.9, 20), (1.0, 20)])

@@ -24,7 +24,7 @@ from wavejax.cli.flags import errors_in_flags
 from wavejax.engine.facts import Facts
 from wavejax.engine.prompt_text import list_prompts
 from wavejax.generate import main
-from wavejax.planning.memory import FreeMemory
+from wavejax.planning.free_memory import FreeMemory
 
 ZONES = WaveConfig(
     local_tokens=8,
@@ -224,8 +224,17 @@ def test_a_plan_does_not_count_the_weights_twice(
         else:
             with pytest.raises(InputError, match="not enough memory"):
                 model.generator(100, 10)
+
+
+def test_an_attention_is_used_as_it_is_where_it_fits(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = wavejax.WaveAttention(ZONES, "host")
-    assert dataclasses.replace(model, attention=own).generator(9, 1).attention is own
+    with_own = dataclasses.replace(model, attention=own)
+    assert with_own.generator(9, 1).attention is own
+    monkeypatch.setattr(language_model, "free_memory", lambda: FreeMemory(None, 1000))
+    with pytest.raises(InputError, match="not enough memory"):
+        with_own.generator(9, 1)
 
 
 @pytest.mark.parametrize("unstacked", [False, True])
@@ -268,7 +277,14 @@ def test_public_names_are_listed_and_documented() -> None:
 
 @pytest.mark.parametrize(
     "subject",
-    [wavejax, loading.load, LanguageModel.generate, LanguageModel.stream, LanguageModel.flax],
+    [
+        wavejax,
+        loading.load,
+        LanguageModel.generate,
+        LanguageModel.stream,
+        LanguageModel.flax,
+        wavejax.batch_engine,
+    ],
     ids=lambda subject: subject.__name__,
 )
 def test_the_docstrings_examples_run(

@@ -10,8 +10,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
+from pallas_kernels import Implementation
 from pallas_kernels.types import MASKED
 from wavejax._pytree import state as pytree
+from wavejax.attention.implementation import by_own_implementation, check_implementation
 from wavejax.attention.protocol import (
     Attention,
     Layer,
@@ -45,7 +47,19 @@ class DenseState:
 
 @dataclasses.dataclass(frozen=True)
 class DenseAttention(Attention[DenseState]):
-    """Full attention: every token is attended to exactly, its key and value on the device."""
+    """Full attention: every token is attended to exactly, its key and value on the device.
+
+    Attributes:
+        implementation: how its op runs, as of `WaveAttention`.
+
+    Raises:
+        InputError: there is no such implementation.
+    """
+
+    implementation: Implementation | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_implementation(self.implementation)
 
     def init_state(
         self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
@@ -91,6 +105,7 @@ class DenseAttention(Attention[DenseState]):
     ) -> DenseState:
         return dataclasses.replace(state, tokens=state.tokens.at[sequence].set(length))
 
+    @by_own_implementation
     def decode(
         self, layer: Layer, query: StepQuery, key: StepKV, value: StepKV, state: DenseState
     ) -> tuple[StepQuery, DenseState]:

@@ -2,13 +2,16 @@
 
 import abc
 import math
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import Implementation
 from wavejax.attention.causal import causal_attention
+from wavejax.attention.footprint import Footprint, plain_footprint
+from wavejax.store.rows import StoreKind
 from wavejax.store.shape import CacheShape
 
 State = TypeVar("State")
@@ -60,7 +63,8 @@ class Attention(abc.ABC, Generic[State]):
     active in the next one.
 
     The other members have defaults, which are right for an attention that keeps all keys and
-    values on the device and attends to all of them.
+    values on the device and attends to all of them. `Generator`, the planner and the facts ask
+    nothing else, and no attention by its class.
     """
 
     @abc.abstractmethod
@@ -185,10 +189,40 @@ class Attention(abc.ABC, Generic[State]):
         """
         return None
 
+    def footprint(
+        self, state: State, shape: CacheShape, heads: int, prompt_tokens: int
+    ) -> Footprint:
+        """Count the bytes that the state holds, and that one layer's work takes besides.
+
+        The planner asks it. The default takes all arrays of the state for keys and values.
+
+        Args:
+            state: arrays, or their shapes, as `on_device.init_state` makes them.
+            shape: the layers and heads of the cache.
+            heads: query heads.
+            prompt_tokens: of the longest prompt, padding included.
+        """
+        return plain_footprint(state, shape, heads, prompt_tokens)
+
+    @property
+    def on_device(self) -> "Attention[State]":
+        """The same attention with all of its state on the device: of the same sizes."""
+        return self
+
     @property
     def state_type(self) -> type[object]:
         """The class of the states that `init_state` makes; any by default."""
         return object
+
+    @property
+    def implementation(self) -> Implementation | None:
+        """How the ops run; None leaves it to the context manager and the variable."""
+        return None
+
+    @property
+    def store(self) -> StoreKind:
+        """Where KV rows are: "device", the default, or "host"."""
+        return "device"
 
     @property
     def has_index(self) -> bool:
@@ -207,8 +241,15 @@ class Attention(abc.ABC, Generic[State]):
 
     @property
     def staged(self) -> bool:
-        """Whether `Generator` holds the KV rows, and brings them from layer to layer."""
+        """Whether `Generator` holds the KV rows, and brings them from layer to layer.
+
+        Its engine calls more than this interface has: such an attention is a `WaveAttention`.
+        """
         return False
+
+
+# For what takes any of them: the kind of its state is its own matter.
+AnyAttention = Attention[Any]
 
 
 def scale_of(query: jax.Array) -> float:

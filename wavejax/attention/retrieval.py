@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -10,8 +11,10 @@ import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.numerics import log_sum_exp
 from pallas_kernels.types import MASKED, Candidates, ClusterScores, Retrieved, RowTable
+from wavejax.attention.protocol import Counts
 from wavejax.config import WaveConfig
 from wavejax.store.index import WaveIndex
+from wavejax.store.state import WaveState
 from wavejax.store.steady import SteadyZone
 
 
@@ -215,6 +218,17 @@ def budgets(
         floor = jnp.maximum(retrieved, config.min_candidate_tokens)
         candidates = jnp.maximum(floor, _share(config.candidate_fraction, tokens))
     return jnp.minimum(retrieved, tokens), jnp.minimum(candidates, tokens)
+
+
+def counts(state: WaveState) -> Counts:
+    """Read what decode steps have retrieved so far; see `Attention.counts`."""
+    table = state.cache.table
+    hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
+    layers, _, kv_heads = state.store.rows.shape[:3]
+    attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
+    indexed = int(np.asarray(state.index.tokens, np.int64).sum())
+    has_slots = table.token_of_slot.shape[-1] > 0
+    return Counts(hits + misses, hits if has_slots else None, attended, indexed)
 
 
 def _share(fraction: float, tokens: Array) -> Array:

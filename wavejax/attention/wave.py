@@ -16,23 +16,16 @@ import dataclasses
 from typing import get_args
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from models.errors import InputError
-from pallas_kernels.types import (
-    ClusterScores,
-    Estimate,
-    Picks,
-    Retrieved,
-    SteadyRows,
-    StoredRows,
-    ZoneStates,
-)
+from pallas_kernels import Implementation
 from wavejax.attention import retrieval
+from wavejax.attention.footprint import Footprint, wave_footprint
+from wavejax.attention.implementation import by_own_implementation, check_implementation
 from wavejax.attention.protocol import (
     Attention,
     Counts,
@@ -75,27 +68,33 @@ class WaveAttention(Attention[WaveState]):
             layer to layer (`engine.staged`). None takes the best that the platform can.
         cached: whether a row store on the device has a row cache before it, which it does not
             need. One in host memory always has a row cache.
+        implementation: how its ops run: "xla", plain JAX; "triton", the kernels; "auto", the
+            platform's best. None leaves it to `use_implementation` and `WAVEJAX_IMPLEMENTATION`.
 
     Raises:
-        InputError: `store` or `fetch` is none of these.
+        InputError: `store`, `fetch` or `implementation` is none of these.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
     store: StoreKind = "host"
     fetch: Fetch | None = None
     cached: bool = False
+    implementation: Implementation | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("store", self.store, get_args(StoreKind)),
-            ("fetch", self.fetch, (None, *get_args(Fetch))),
-        ):
+        for name, known in (("store", get_args(StoreKind)), ("fetch", (None, *get_args(Fetch)))):
+            value = getattr(self, name)
             if value not in known:
-                raise InputError(f"{name} is {value!r}; it must be one of {known}")
+                raise InputError(f"`{name}` is {value!r}; it must be one of {known}")
+        check_implementation(self.implementation)
 
     @property
     def state_type(self) -> type[WaveState]:
         return WaveState
+
+    @property
+    def on_device(self) -> "WaveAttention":
+        return dataclasses.replace(self, store="device", cached=self.has_cache)
 
     @property
     def has_index(self) -> bool:
@@ -138,6 +137,7 @@ class WaveAttention(Attention[WaveState]):
             attended=jnp.zeros(batch, jnp.float32),
         )
 
+    @by_own_implementation
     def write_prompt(
         self,
         layer: Layer,
@@ -150,6 +150,7 @@ class WaveAttention(Attention[WaveState]):
     ) -> WaveState:
         return prompt.write_prompt(self.config, layer, key, value, state, sequence, length)
 
+    @by_own_implementation
     def index_prompt(
         self,
         layer: Layer,
@@ -168,6 +169,7 @@ class WaveAttention(Attention[WaveState]):
     ) -> WaveState:
         return prompt.finish_prompt(self.config, state, sequence, length)
 
+    @by_own_implementation
     def grow(self, state: WaveState) -> WaveState:
         """Move the oldest `growth_tokens` of each full window into its index, if there is room.
 
@@ -186,6 +188,7 @@ class WaveAttention(Attention[WaveState]):
     def remaining(self, state: WaveState) -> Int[Array, " batch"]:
         return room.remaining(self.config, state)
 
+    @by_own_implementation
     def decode(
         self, layer: Layer, query: StepQuery, key: StepKV, value: StepKV, state: WaveState
     ) -> tuple[StepQuery, WaveState]:
@@ -196,6 +199,7 @@ class WaveAttention(Attention[WaveState]):
         output, _ = ops.merge_states(zones.outputs, zones.logsumexps, dtype=query.dtype)
         return output.reshape(query.shape), state
 
+    @by_own_implementation
     def select(
         self, layer: Layer, query: StepQuery, key: StepKV, value: StepKV, state: WaveState
     ) -> tuple[Selection, WaveState]:
@@ -217,13 +221,14 @@ class WaveAttention(Attention[WaveState]):
         selection = Selection(grouped, *found, scores.logits, estimated)
         return selection, dataclasses.replace(state, cache=cache)
 
+    @by_own_implementation
     def retrieve(
         self,
         layer: Layer,
         query: Float[Array, "batch kv_heads group head_dim"],
-        scores: ClusterScores,
+        scores: ops.ClusterScores,
         state: WaveState,
-    ) -> Retrieved:
+    ) -> ops.Retrieved:
         """Rank the best clusters' tokens and retrieve the best of them: steps 3 to 5 of `decode`.
 
         Args:
@@ -246,21 +251,22 @@ class WaveAttention(Attention[WaveState]):
         table, step = state.cache.table, state.step
         return retrieval.select_tokens(config, log_mass, chosen, index, table, layer, step)
 
+    @by_own_implementation
     def attend(
         self, layer: Layer, selection: Selection, state: WaveState
-    ) -> tuple[ZoneStates, WaveState]:
+    ) -> tuple[ops.ZoneStates, WaveState]:
         """Attend to the zones, and admit missed KV rows to the row cache: step 7 of `decode`."""
         # A full sequence's window has no room for the step's own row.
         window_tokens = jnp.minimum(state.steady.window_tokens + 1, self.config.window_tokens)
         # 7. Attend to the zones: an output and a logsumexp of each.
         zones = ops.attend_zones(
             selection.query,
-            SteadyRows(
+            ops.SteadyRows(
                 state.steady.sink, state.steady.sink_tokens, state.steady.window, window_tokens
             ),
-            StoredRows(state.store.rows, state.cache.rows),
-            Picks(selection.tokens, selection.slots, selection.hit),
-            Estimate(
+            ops.StoredRows(state.store.rows, state.cache.rows),
+            ops.Picks(selection.tokens, selection.slots, selection.hit),
+            ops.Estimate(
                 selection.logits,
                 state.index.value_means,
                 state.index.offsets,
@@ -285,10 +291,9 @@ class WaveAttention(Attention[WaveState]):
         )
 
     def counts(self, state: WaveState) -> Counts:
-        table = state.cache.table
-        hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
-        layers, _, kv_heads = state.store.rows.shape[:3]
-        attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
-        indexed = int(np.asarray(state.index.tokens, np.int64).sum())
-        has_slots = table.token_of_slot.shape[-1] > 0
-        return Counts(hits + misses, hits if has_slots else None, attended, indexed)
+        return retrieval.counts(state)
+
+    def footprint(
+        self, state: WaveState, shape: CacheShape, heads: int, prompt_tokens: int
+    ) -> Footprint:
+        return wave_footprint(self.config, state, shape, heads, prompt_tokens)

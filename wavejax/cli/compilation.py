@@ -48,7 +48,7 @@ def keep_compiled_programs() -> None:
 
 
 def cpu_kind() -> str:
-    """A short name of this machine's kind of CPU: equal where the same programs run."""
+    """Return a short name of this machine's kind of CPU: equal where the same programs run."""
     facts = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

@@ -15,7 +15,7 @@ from models.paths import stat_of
 from models.text.tokenizer import load_tokenizer
 from wavejax.cli.guard import main_guard
 from wavejax.engine.model_sampling import FILE as GENERATION_CONFIG
-from wavejax.planning.memory import host_available
+from wavejax.planning.free_memory import host_available
 
 
 @click.command()
@@ -29,7 +29,7 @@ from wavejax.planning.memory import host_available
     help="Of the parameters in DESTINATION.",
 )
 def convert(source: Path, destination: Path, dtype: str) -> None:
-    """Converts SOURCE (a Hugging Face folder, a .gguf file or a converted folder).
+    """Convert SOURCE (a Hugging Face folder, a .gguf file or a converted folder).
 
     DESTINATION must not exist; it appears once it is complete.
     """
@@ -66,7 +66,10 @@ def _refuse_if_short(what: str, needed: int, there_is: int) -> None:
 
 
 def _writable_parent(destination: Path) -> Path:
-    """The innermost folder there is above `destination`; InputError if it takes no new one."""
+    """Return the innermost folder there is above `destination`.
+
+    Raise InputError if it takes no new one.
+    """
     above = ((parent, stat_of(parent)) for parent in destination.absolute().parents)
     parent, found = next((parent, found) for parent, found in above if found is not None)
     if not stat.S_ISDIR(found.st_mode):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from models.errors import InputError
 from models.text.tokenizer import Tokenizer
-from wavejax.cli.flags import errors_in_flags
 from wavejax.cli.prompts import parse_template_args, read_conversations, read_prompts
 from wavejax.engine.prompt_text import Prompt, encode_prompt, refuse_raw
 
@@ -26,7 +25,9 @@ def encode_prompts(
 
     Args:
         tokenizer: the model's.
-        prompts, prompt_files, message_files: as on the command line.
+        prompts: as on the command line, as the next two are.
+        prompt_files: files of a prompt each.
+        message_files: files of a conversation each.
         chat: whether a prompt is a chat message; None: if the model knows chat.
         system: the system message of each, if there is one.
         template_args: `KEY=VALUE`, variables of the chat template.
@@ -35,25 +36,21 @@ def encode_prompts(
     if message_files and (prompts or prompt_files):
         raise InputError("give --messages or a prompt, not both: the messages end with the prompt")
     raw = None if chat is None else not chat
-    with errors_in_flags():
-        # Before files are read.
-        refuse_raw(
-            raw, {"messages": message_files, "system": system, "template_args": template_args}
-        )
+    # Before files are read.
+    refuse_raw(raw, {"messages": message_files, "system": system, "template_args": template_args})
     values = parse_template_args(template_args)
     given: Sequence[Prompt] = (
         read_conversations(message_files) if message_files else read_prompts(prompts, prompt_files)
     )
-    with errors_in_flags():
-        encoded = [
-            encode_prompt(
-                tokenizer,
-                prompt,
-                raw=raw,
-                system=system,
-                template_args=values,
-                control_tokens=control_tokens,
-            )
-            for prompt in given
-        ]
+    encoded = [
+        encode_prompt(
+            tokenizer,
+            prompt,
+            raw=raw,
+            system=system,
+            template_args=values,
+            control_tokens=control_tokens,
+        )
+        for prompt in given
+    ]
     return [prompt.ids for prompt in encoded], encoded[0].raw

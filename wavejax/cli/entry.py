@@ -12,7 +12,7 @@ from wavejax.cli.streams import let_go, open_closed_descriptors
 
 
 def entry(module: str) -> tuple[Callable[..., int], Callable[[], NoReturn]]:
-    """The two ways into a command, whose module is imported when one is taken.
+    """Return the two ways into a command, whose module is imported when one is taken.
 
     Args:
         module: which has the command's `main(arguments=None) -> exit status`.
@@ -35,7 +35,7 @@ def entry(module: str) -> tuple[Callable[..., int], Callable[[], NoReturn]]:
 
 
 def exit_process(status: int) -> NoReturn:
-    """Ends the process. Of a run that failed, without waiting for what the device still does.
+    """End the process. Of a run that failed, without waiting for what the device still does.
 
     Python's own way out would free arrays that queued work still uses, and crash.
     """

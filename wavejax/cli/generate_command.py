@@ -12,18 +12,23 @@ from models.errors import InputError
 from wavejax.attention.dense import DenseAttention
 from wavejax.cli.compilation import keep_compiled_programs
 from wavejax.cli.encoding import encode_prompts
-from wavejax.cli.flags import errors_in_flags
+from wavejax.cli.explaining import (
+    check_platform,
+    check_variable,
+    explanation_json,
+    print_explanation,
+)
 from wavejax.cli.generate_options import generate_options
 from wavejax.cli.guard import main_guard
 from wavejax.cli.interrupts import Terminated
-from wavejax.cli.model_sampling import model_sampling, sampling_text
+from wavejax.cli.model_sampling import sampling_text
 from wavejax.cli.options import GroupedCommand, fields_of
 from wavejax.cli.planning import check_context, print_plan
 from wavejax.cli.progress import progress_bar
 from wavejax.cli.run import Run
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import Generator
-from wavejax.engine.model_sampling import check_samples
+from wavejax.engine.model_sampling import check_samples, model_sampling
 from wavejax.engine.prompt_text import EncodedPrompt, check_lengths
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.text import TextRun
@@ -54,6 +59,7 @@ def command(
     seed: int,
     as_json: bool,
     progress: bool | None,
+    explained: bool,
     only_plan: bool,
     context: int | None,
     batch: int | None,
@@ -67,8 +73,10 @@ def command(
     # All that can be wrong with the input is found before the weights are read.
     sampler, config = fields_of(Sampler, settings), fields_of(WaveConfig, settings)
     wave_or_full = config if attention == "wave" else DenseAttention()
-    with errors_in_flags():
-        check_placement(wave_or_full, store, fetch)
+    check_placement(wave_or_full, store, fetch)
+    check_variable()
+    if explained and only_plan:
+        raise InputError("--explain is for a run, and --plan runs nothing: leave out one of them")
     if "" in stops:
         raise InputError("--stop is empty, which every text holds: give the text to stop before")
     given = [*prompts, *prompt_files, *message_files]
@@ -88,8 +96,7 @@ def command(
     if sampling == "model":
         stated = _not_given(model_sampling(checkpoint.path))
         sampler = dataclasses.replace(sampler, **stated)
-    with errors_in_flags():
-        check_samples(samples, sampler)
+    check_samples(samples, sampler)
     ids: list[list[int]] = []
     raw = False
     if not of_context:
@@ -103,15 +110,15 @@ def command(
             template_args=template_args,
             control_tokens=allow_control_tokens,
         )
-        with errors_in_flags():
-            check_lengths(checkpoint.config, ids, max_new_tokens, max_context)
+        check_lengths(checkpoint.config, ids, max_new_tokens, max_context)
     lengths = [*map(len, ids)] or [context or 1] * (batch or 1)
     lengths = [length for length in lengths for _ in range(samples)]
-    plan = opened.plan(lengths, max_new_tokens)
+    plan = opened.plan(lengths, max_new_tokens, sampler)
     if only_plan:
         print_plan(plan, checkpoint, as_json)
         return
     plan.check()
+    check_platform()
     if plan.shrunk is not None:
         print(f"note: store: {plan.need.rows_on}: {plan.reason}", file=sys.stderr)
     keep_compiled_programs()
@@ -132,12 +139,16 @@ def command(
         if as_json and (run.interrupted or run.result.facts):
             facts = {"model": str(checkpoint.path), "attention": attention, "seed": seed}
             facts["sampler"] = dataclasses.asdict(sampler)
+            if explained:
+                facts["ops"] = explanation_json()
             print(json.dumps(run.as_json(**facts), ensure_ascii=False), flush=True)
+    if explained and not as_json:
+        print_explanation()
     print(run.facts_line(sampling_text(stated) if stated else None), file=sys.stderr)
 
 
 def _not_given(values: dict[str, Any]) -> dict[str, Any]:
-    """The values whose options are not on the command line, which counts for more."""
+    """Return the values whose options are not on the command line, which counts for more."""
     source = click.get_current_context().get_parameter_source
     return {
         name: value

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import click
 
+from wavejax.cli.explaining import HELP
 from wavejax.cli.options import option, options_from
 from wavejax.config import WaveConfig
 from wavejax.engine.sampling import Sampler
@@ -135,6 +136,7 @@ _OPTIONS = [
         default=None,
         help="Bars on stderr.  [default: if it is a terminal]",
     ),
+    option(OUTPUT, "--explain", "explained", is_flag=True, help=HELP),
     option(
         MEMORY,
         "--plan",
@@ -191,7 +193,7 @@ _OPTIONS = [
 
 
 def generate_options(function: Callable) -> Callable:
-    """Gives a command's function all options."""
+    """Give a command's function all options."""
     for decorate in reversed(_OPTIONS):
         function = decorate(function)
     return function

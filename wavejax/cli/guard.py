@@ -12,6 +12,8 @@ import click
 import jax
 
 from models.errors import InputError
+from wavejax.cli.explaining import asked_for_kernels
+from wavejax.cli.flags import in_flags
 from wavejax.cli.interrupts import EXIT_INTERRUPTED, Terminated, raised_signals
 from wavejax.cli.streams import Stderr, Stdout, let_go, open_closed_streams, say
 
@@ -22,13 +24,13 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 def main_guard(
     command: click.Command, advice: str = "free some and try again"
 ) -> Callable[..., int]:
-    """Wraps a command into `main(arguments=None) -> exit status`.
+    """Wrap a command into `main(arguments=None) -> exit status`.
 
     Bad input, memory that runs out, a platform that JAX does not have, or a stdout that takes no
     more, as on a full disk, becomes one line on stderr, `error: ...`, and status 2. Ctrl-C is
     status 130, SIGTERM 143, SIGHUP 129. A reader that went away, as `head` does, is status 141 and
     no word. A stderr that takes no more changes nothing. A mistake in the program keeps its
-    traceback.
+    traceback. Errors of the library name parameters: here these become flags.
 
     Args:
         command: what to run.
@@ -44,7 +46,7 @@ def main_guard(
 
 
 def _guarded(command: click.Command, arguments: Sequence[str], advice: str) -> int:
-    """Runs the command; the status to end with."""
+    """Run the command; the status to end with."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character should not end a generation.
         sys.stdout.reconfigure(errors="replace")
@@ -57,7 +59,7 @@ def _guarded(command: click.Command, arguments: Sequence[str], advice: str) -> i
     except click.ClickException as error:
         return _fail(error.format_message())
     except InputError as error:
-        return _fail(str(error))
+        return _fail(in_flags(str(error)))
     except (KeyboardInterrupt, click.Abort):
         say("interrupted")
         return EXIT_INTERRUPTED
@@ -72,6 +74,11 @@ def _guarded(command: click.Command, arguments: Sequence[str], advice: str) -> i
             raise
         let_go(sys.stdout)
         return _fail(f"cannot write to the standard output: {error.strerror}")
+    except NotImplementedError as error:
+        unsupported = asked_for_kernels(error)
+        if unsupported is None:
+            raise
+        return _fail(unsupported)
     except (RuntimeError, AssertionError, MemoryError) as error:
         memory = out_of_memory(error)
         reason = missing_platform(error) if memory is None else f"{memory}; {advice}"
@@ -82,7 +89,7 @@ def _guarded(command: click.Command, arguments: Sequence[str], advice: str) -> i
 
 
 def _invoke(command: click.Command, arguments: Sequence[str]) -> Any:
-    """Runs the command; what it returned, or the status that it asked click for.
+    """Run the command; what it returned, or the status that it asked click for.
 
     As `command.main(standalone_mode=False)` does, which would also end the process, with status 1,
     where a reader went away.
@@ -98,7 +105,10 @@ def _invoke(command: click.Command, arguments: Sequence[str]) -> Any:
 
 
 def _program_name() -> str:
-    """What the user called, for the line that says how to: `python -m NAME`, or a file's name."""
+    """Return what the user called, for the line that says how to.
+
+    It is `python -m NAME`, or a file's name.
+    """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name}"
 

@@ -23,7 +23,7 @@ class GroupedCommand(click.Command):
     """A command whose --help shows its options by group, in the order in which groups appear."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes each group as a section of its own."""
+        """Write each group as a section of its own."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -71,5 +71,8 @@ def options_from(
 
 
 def fields_of(settings: type, options: dict[str, Any]) -> Any:
-    """An instance of the dataclass from the options that `options_from` made; raises InputError."""
+    """Return an instance of the dataclass from the options that `options_from` made.
+
+    Raise InputError.
+    """
     return settings(**{field.name: options[field.name] for field in dataclasses.fields(settings)})

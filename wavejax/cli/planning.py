@@ -10,7 +10,7 @@ from wavejax.planning.table import plan_json, plan_text
 
 
 def check_context(only_plan: bool, context: int | None, prompts: Sequence[str]) -> None:
-    """Raises InputError where --context and --batch make no sense."""
+    """Raise InputError where --context and --batch make no sense."""
     if not only_plan:
         raise InputError("--context and --batch are for --plan; give a prompt to generate from")
     if context is None:
@@ -20,7 +20,7 @@ def check_context(only_plan: bool, context: int | None, prompts: Sequence[str]) 
 
 
 def print_plan(plan: Plan, checkpoint: Checkpoint, as_json: bool) -> None:
-    """Prints the plan; raises InputError if it does not fit."""
+    """Print the plan; raise InputError if it does not fit."""
     name = str(checkpoint.path)
     print(json.dumps(plan_json(plan, name)) if as_json else plan_text(plan, checkpoint.path.name))
     plan.check()

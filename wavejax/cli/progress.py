@@ -11,7 +11,7 @@ Progress = Callable[[int, int], None]
 
 @contextlib.contextmanager
 def progress_bar(label: str, shown: bool) -> Iterator[Progress]:
-    """A bar on stderr, gone when done; yields what to call with (done, total)."""
+    """Show a bar on stderr, gone when done; yield what to call with (done, total)."""
     with tqdm(desc=label, file=sys.stderr, leave=False, disable=not shown) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -22,7 +22,7 @@ def progress_bar(label: str, shown: bool) -> Iterator[Progress]:
 
 
 def bytes_text(count: int) -> str:
-    """A number of bytes for reading: 1234567 is 1.2 MB."""
+    """Return a number of bytes for reading: 1234567 is 1.2 MB."""
     size, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 999.5:

@@ -14,7 +14,7 @@ ROLES = ("system", "user", "assistant")
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[str]) -> list[str]:
-    """The prompts given on the command line, then those in files (`-` is the standard input).
+    """Return the prompts of the command line, then those in files (`-` is the standard input).
 
     Raises InputError for a file that cannot be read, bytes that are not UTF-8, an empty prompt, or
     none at all.
@@ -64,7 +64,7 @@ def _one_stdin(what: str, files: Sequence[str]) -> Sequence[str]:
 
 
 def _read(what: str, file: str) -> tuple[str, bytes]:
-    """The name to call a file by, and its content; raises InputError."""
+    """Return the name to call a file by, and its content; raise InputError."""
     if file == "-" and sys.stdin is None:
         raise InputError("the standard input, -, is closed: pipe the text in, or name a file")
     try:
@@ -117,7 +117,10 @@ def _conversation(name: str, content: bytes) -> list[Message]:
 
 
 def _problem(message: Any) -> str | None:
-    """What is wrong with the shape of a message, as the end of a sentence; None if nothing is."""
+    """Return what is wrong with the shape of a message, as the end of a sentence.
+
+    None if nothing is.
+    """
     if not isinstance(message, dict):
         return f"is a JSON {type(message).__name__}"
     for key in ("role", "content"):

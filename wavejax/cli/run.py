@@ -30,7 +30,7 @@ class Run:
         return self.run.result()
 
     def generate(self, params: Params, new_tokens: int, seed: int, shown: bool) -> None:
-        """Reads the prompts and generates, printing one prompt's text as it comes.
+        """Read the prompts and generate, printing one prompt's text as it comes.
 
         Raises:
             InputError: the model's logits were not finite; what came before has been printed.
@@ -46,7 +46,7 @@ class Run:
             raise InputError(self._not_finite(broken[0]))
 
     def interrupt(self, signal_name: str) -> None:
-        """Ends all answers where they are, and prints what there is of them."""
+        """End all answers where they are, and print what there is of them."""
         self.interrupted = signal_name
         for piece in self.run.end("interrupted"):
             self._show(piece)
@@ -59,7 +59,7 @@ class Run:
             self._print_finished()
 
     def _print_finished(self) -> None:
-        """Prints a batch's answers, in order, as soon as each and those before it are complete."""
+        """Print a batch's answers, in order, as soon as each and those before it are complete."""
         answers = self.run.answers
         batch = len(answers)
         while not self.quiet and self.printed < batch and answers[self.printed].finish_reason:
@@ -100,7 +100,7 @@ class Run:
         return f"the logits {where}are not finite (NaN or infinity) {after}: {cause}"
 
     def as_json(self, **more: Any) -> dict[str, Any]:
-        """What --json prints, `more` first."""
+        """Return what --json prints, `more` first."""
         result = self.result
         facts = {} if result.facts is None else dataclasses.asdict(result.facts)
         return {
@@ -115,7 +115,10 @@ class Run:
         }
 
     def facts_line(self, sampling: str | None = None) -> str:
-        """The facts of the run, on one line; `sampling` as the model has it, if it was asked."""
+        """Return the facts of the run, on one line.
+
+        `sampling` is what the model has, if it was asked.
+        """
         result = self.result
         facts = result.facts
         assert facts is not None
@@ -141,7 +144,7 @@ class Run:
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:
-    """What --json prints of an answer: a stop string ends it as a stop token does."""
+    """Return what --json prints of an answer: a stop string ends it as a stop token does."""
     reason = answer.finish_reason
     return {
         "prompt": answer.prompt + 1,

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def open_closed_descriptors() -> None:
-    """Opens closed standard streams onto nothing, before a file takes their numbers.
+    """Open closed standard streams onto nothing, before a file takes their numbers.
 
     What libraries log on number 2 would else be written into that file.
     """
@@ -37,10 +37,12 @@ class Stdout:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write the text, remembering an error."""
         with self._remembered():
             return self._stream.write(text)
 
     def flush(self) -> None:
+        """Flush the stream, remembering an error."""
         with self._remembered():
             self._stream.flush()
 
@@ -66,6 +68,7 @@ class Stderr:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write the text, or let go of the stream."""
         try:
             return self._stream.write(text)
         except OSError:
@@ -73,6 +76,7 @@ class Stderr:
             return len(text)
 
     def flush(self) -> None:
+        """Flush the stream, or let go of it."""
         try:
             self._stream.flush()
         except OSError:
@@ -91,7 +95,7 @@ def let_go(stream: Any) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr, if that takes any: the status tells the same."""
+    """Print a line on stderr, if that takes any: the status tells the same."""
     try:
         print(line, file=sys.stderr)
     except OSError:

@@ -108,7 +108,7 @@ def as_stop_tokens(stop_tokens: Any, vocab: int) -> tuple[int, ...]:
 
 
 def as_sequences(sequences: Any, batch: int) -> np.ndarray:
-    """The numbers by which the noise of sequences is keyed, int32: 0, 1, 2, ... for None.
+    """Return the numbers by which the noise of sequences is keyed, int32: 0, 1, 2, ... for None.
 
     Raises:
         InputError: there are more or fewer than prompts, or one is no whole number of an int32.
@@ -154,14 +154,14 @@ def as_tokens(tokens: Any, steps: bool, batch: int, vocab: int) -> jax.Array:
 
 
 def check_range(tokens: np.ndarray, vocab: int, least: int = 0) -> None:
-    """Raises InputError: one of the tokens to run is not the model's."""
+    """Raise InputError: one of the tokens to run is not the model's."""
     for token in (int(tokens.min(initial=0)), int(tokens.max(initial=0))):
         if not least <= token < vocab:
             raise InputError(f"token {token} is to be run; the model has 0 to {vocab - 1}")
 
 
 def _as_array(values: Any) -> np.ndarray | None:
-    """An array of what was given; None where it is nothing to make one of."""
+    """Return an array of what was given; None where it is nothing to make one of."""
     if not _iterates(values):
         return None
     try:
@@ -171,7 +171,7 @@ def _as_array(values: Any) -> np.ndarray | None:
 
 
 def _no_whole_number(values: np.ndarray) -> str | None:
-    """The first of the values that is no whole number, or too large a one, to be named."""
+    """Return the first of the values that is no whole number, or too large a one, to be named."""
     if values.dtype.kind in "iu":
         return None
     flat = values.reshape(-1).tolist()
@@ -180,7 +180,7 @@ def _no_whole_number(values: np.ndarray) -> str | None:
 
 
 def _whole(value: Any) -> int | None:
-    """The whole number that a value is, if it is one."""
+    """Return the whole number that a value is, if it is one."""
     if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool":
         return None
     try:
@@ -194,7 +194,7 @@ def _iterates(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value as a message names it: short, on one line."""
+    """Return a value as a message names it: short, on one line."""
     if isinstance(value, np.generic):
         value = value.item()
     text = " ".join(repr(value).split())

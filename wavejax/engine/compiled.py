@@ -12,13 +12,12 @@ from jaxtyping import Float, Int
 from models import decoder
 from models.config import ModelConfig
 from models.parameters import Params
-from wavejax.attention.wave import WaveAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.engine import penalties
-from wavejax.engine.interface import Attention, Engine
+from wavejax.engine.interface import Engine
 from wavejax.engine.sampling import draw_tokens, step_keys
 from wavejax.engine.staged_state import StagedState
 from wavejax.engine.state import NO_TOKEN, DecodeState
-from wavejax.store.state import WaveState
 
 STEPS_AT_LEAST = 8  # Room for so many tokens in a call's result: fewer steps share its program.
 
@@ -33,9 +32,8 @@ class CompiledEngine(Engine):
 
     def holds(self, attention_state: Any) -> bool:
         """See `Engine`."""
-        of_wave = isinstance(self.attention, WaveAttention)
-        is_wave = isinstance(attention_state, WaveState)
-        return of_wave == is_wave and not isinstance(attention_state, StagedState)
+        of_kind = isinstance(attention_state, self.attention.state_type)
+        return of_kind and not isinstance(attention_state, StagedState)
 
     def arrays_of(self, attention_state: Any) -> Any:
         """See `Engine`."""
@@ -91,13 +89,14 @@ class CompiledEngine(Engine):
 
 @functools.partial(jax.jit, static_argnums=0)
 def embed(model_config: ModelConfig, params: Params, tokens: Array) -> Array:
+    """Look up the tokens' embeddings."""
     return decoder.embed(model_config, params, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="attention_state")
 def prefill_layer(
     model_config: ModelConfig,
-    attention: Attention,
+    attention: AnyAttention,
     params: Params,
     hidden: Array,
     layer: Array,
@@ -105,6 +104,7 @@ def prefill_layer(
     length: Array,
     attention_state: Any,
 ) -> tuple[Array, Any]:
+    """Run one layer over a padded prompt; see `Engine`."""
     attend = functools.partial(attention.prefill, sequence=sequence, length=length)
     positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
     return decoder.apply_layer(
@@ -115,7 +115,7 @@ def prefill_layer(
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("attention_state", "logits"))
 def finish_prefill(
     model_config: ModelConfig,
-    attention: Attention,
+    attention: AnyAttention,
     params: Params,
     hidden: Array,
     sequence: Array,
@@ -123,6 +123,7 @@ def finish_prefill(
     attention_state: Any,
     logits: Array,
 ) -> tuple[Any, Array]:
+    """Set a read sequence's length and its row of the logits; see `Engine`."""
     last = lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
     last = decoder.unembed(model_config, params, decoder.final_norm(model_config, params, last))
     attention_state = attention.finish_prefill(attention_state, sequence, length)
@@ -130,7 +131,7 @@ def finish_prefill(
 
 
 def feed(engine: Engine, params: Params, state: DecodeState, tokens: Array) -> DecodeState:
-    """Runs one token of each sequence through the model."""
+    """Run one token of each sequence through the model."""
     attention = engine.attention
     attention_state: Any = attention.grow(state.attention_state)
     positions = attention.lengths(attention_state)[:, None]
@@ -180,6 +181,8 @@ def draw(engine: Engine, state: DecodeState) -> tuple[DecodeState, Array, Array]
 def decode_n(
     engine: Engine, params: Params, state: DecodeState, steps: Array, room: int
 ) -> tuple[DecodeState, Array]:
+    """Draw and feed tokens until all have stopped, `steps` at most; see `Engine`."""
+
     def one_step(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
         state, tokens, i = carry
         state, drawn, shown = draw(engine, state)
@@ -198,6 +201,8 @@ def decode_n(
 def force(
     engine: Engine, params: Params, state: DecodeState, tokens: Array
 ) -> tuple[DecodeState, Array]:
+    """Feed given tokens and keep the logits; see `Engine`."""
+
     def one_step(state: DecodeState, tokens: Array) -> tuple[DecodeState, Array]:
         return feed(engine, params, state, tokens), state.logits
 

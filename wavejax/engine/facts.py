@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from wavejax.attention.protocol import Attention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.staged_state import StagedState
 
 
@@ -31,11 +31,11 @@ class Facts:
     indexed_tokens: int
 
 
-def facts_of(attention: Attention[Any], state: Any) -> Facts:
-    """Reads the facts off an attention's state; waits for the work that makes it."""
+def facts_of(attention: AnyAttention, state: Any) -> Facts:
+    """Read the facts off an attention's state; wait for the work that makes it."""
     staged = 0
     if isinstance(state, StagedState):
-        staged, state = state.rows.nbytes, state.wave
+        staged, state = state.rows.nbytes, state.on_device
     host = sum(x.nbytes for x in jax.tree.leaves(state) if x.sharding.memory_kind == "pinned_host")
     device = sum(x.nbytes for x in jax.tree.leaves(state)) - host
     counts = attention.counts(state)

@@ -31,20 +31,21 @@ class Generator(Reader):
 
     Attributes:
         model_config: the model's configuration.
-        attention: `WaveAttention` or `DenseAttention`.
+        attention: any `Attention`, such as `WaveAttention` or `DenseAttention`.
         sampler: how a token is drawn; greedy by default.
         stop_tokens: a sequence ends after any of these; any iterable of token ids.
         unroll: write all layers out in the compiled step; None does on GPUs, where it is faster.
             Of no effect with `fetch="staged"`, whose step is a few programs a layer.
 
     Raises:
-        InputError: a part is of another kind, or a stop token is not the model's.
+        InputError: a part is of another kind, the attention has no hash, or a stop token is not
+            the model's.
     """
 
     def stream(
         self, params: Params, state: DecodeState, max_new_tokens: SupportsIndex
     ) -> Iterator[tuple[DecodeState, Int[np.ndarray, "steps batch"]]]:
-        """Generates and yields tokens as they come, one call of the device behind.
+        """Generate and yield tokens as they come, one call of the device behind.
 
         Yields:
             the newest state, and int32 tokens, NO_TOKEN where a sequence has stopped; its stop
@@ -83,7 +84,7 @@ class Generator(Reader):
     def decode_n(
         self, params: Params, state: DecodeState, steps: SupportsIndex
     ) -> tuple[DecodeState, Int[Array, "steps batch"]]:
-        """Generates `steps` tokens a sequence in one compiled call; donates `state`.
+        """Generate `steps` tokens a sequence in one compiled call; donate `state`.
 
         Does not wait for the device, so it raises nothing where logits are not finite: NaN or
         infinity, as of weights too large for float16. Such a sequence ends without a token of them,
@@ -108,7 +109,7 @@ class Generator(Reader):
     def force(
         self, params: Params, state: DecodeState, tokens: Int[Array | np.ndarray, "steps batch"]
     ) -> tuple[DecodeState, Float[Array, "steps batch vocab"]]:
-        """Runs given tokens through the decode step (teacher forcing); donates `state`.
+        """Run given tokens through the decode step (teacher forcing); donate `state`.
 
         A sequence whose `finished` is set forgets its tokens. Logits are returned as they are:
         without penalties, and finite or not.
@@ -131,7 +132,7 @@ class Generator(Reader):
     def feed(
         self, params: Params, state: DecodeState, tokens: Int[Array | np.ndarray, " batch"]
     ) -> DecodeState:
-        """Runs one given token of each sequence: a decode step, to be compiled by the caller.
+        """Run one given token of each sequence: a decode step, to be compiled by the caller.
 
         A sequence whose `finished` is set forgets its token; so should one that has no room left
         (`attention.remaining`), which is for the caller to see. With `fetch="staged"` it compiles
@@ -146,7 +147,7 @@ class Generator(Reader):
             return self.engine.feed(params, state, given)
 
     def facts(self, state: DecodeState) -> Facts:
-        """What the attention retrieved, found cached, and occupies.
+        """Return what the attention retrieved, found cached, and occupies.
 
         Raises:
             InputError: the state was used before.

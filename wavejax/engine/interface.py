@@ -10,11 +10,8 @@ from jaxtyping import Float, Int
 
 from models.config import ModelConfig
 from models.parameters import Params
-from wavejax.attention.dense import DenseAttention
-from wavejax.attention.wave import WaveAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.state import DecodeState
-
-Attention = WaveAttention | DenseAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Engine(abc.ABC):
     """
 
     model_config: ModelConfig
-    attention: Attention
+    attention: AnyAttention
     stop_tokens: tuple[int, ...] = ()
     unroll: bool | None = None
 
@@ -49,7 +46,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def hold(self, empty: Any) -> Any:
-        """The attention state as this engine holds it, of an empty one from `init_state`."""
+        """Return the attention state as this engine holds it, of an empty one from `init_state`."""
 
     @abc.abstractmethod
     def holds(self, attention_state: Any) -> bool:
@@ -57,7 +54,10 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def arrays_of(self, attention_state: Any) -> Any:
-        """What of a held attention state the attention's own methods take: all that is a pytree."""
+        """Return what of a held attention state the attention's own methods take.
+
+        It is all that is a pytree.
+        """
 
     @abc.abstractmethod
     def prefill_layer(
@@ -69,7 +69,7 @@ class Engine(abc.ABC):
         length: Int[Array, ""],
         attention_state: Any,
     ) -> tuple[Float[Array, "1 tokens hidden"], Any]:
-        """Runs one layer over a padded prompt.
+        """Run one layer over a padded prompt.
 
         Args:
             params: at least the layer's, as `unstacked.only_layer` gives them.
@@ -93,12 +93,13 @@ class Engine(abc.ABC):
         attention_state: Any,
         logits: Float[Array, "batch vocab"],
     ) -> tuple[Any, Float[Array, "batch vocab"]]:
-        """Ends a prompt's reading: sets the sequence's lengths and its row of the logits.
+        """End a prompt's reading: set the sequence's lengths and its row of the logits.
 
         Args:
             params: those that are no layer's.
             hidden: the last layer's output.
-            sequence, length: as of `prefill_layer`.
+            sequence: as of `prefill_layer`.
+            length: as of `prefill_layer`.
             attention_state: as held; donated.
             logits: of the batch; donated.
 
@@ -116,8 +117,8 @@ class Engine(abc.ABC):
     def force(
         self, params: Params, state: DecodeState, tokens: Int[Array, "steps batch"]
     ) -> tuple[DecodeState, Float[Array, "steps batch vocab"]]:
-        """Feeds given tokens and keeps the logits; see `Generator.force`."""
+        """Feed given tokens and keep the logits; see `Generator.force`."""
 
     @abc.abstractmethod
     def feed(self, params: Params, state: DecodeState, tokens: Int[Array, " batch"]) -> DecodeState:
-        """Runs one given token of each sequence; see `Generator.feed`."""
+        """Run one given token of each sequence; see `Generator.feed`."""

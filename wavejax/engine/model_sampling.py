@@ -20,7 +20,7 @@ _FIELDS = {
 
 
 def model_sampling(model: Path) -> dict[str, Any]:
-    """The sampler's fields that the model states, `{"temperature": 0.6, ...}`.
+    """Return the sampler's fields that the model states, `{"temperature": 0.6, ...}`.
 
     Sampling without a temperature is at 1. Not to sample, which `do_sample: false` or no value but
     a penalty says, is temperature 0.
@@ -70,7 +70,7 @@ def _number(file: Path, name: str, value: Any, kind: type) -> Any:
 
 
 def check_samples(samples: int, sampler: Sampler) -> None:
-    """Raises InputError where several samples would all be the same answer."""
+    """Raise InputError where several samples would all be the same answer."""
     if samples > 1 and sampler.greedy:
         raise InputError(
             f"`samples={samples}` without sampling would be {samples} times the same answer: give "

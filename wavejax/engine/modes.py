@@ -8,7 +8,7 @@ import jax
 
 @contextlib.contextmanager
 def own_modes() -> Iterator[None]:
-    """Computes in JAX's standard modes, in this thread, until it ends.
+    """Compute in JAX's standard modes, in this thread, until it ends.
 
     A program that sets 64-bit types gets the same compiled programs, and so the same tokens, as one
     that does not; one that forbids implicit transfers, promotions or broadcasts forbids its own,

@@ -43,12 +43,12 @@ class TokenCounts:
 
 
 def no_counts(batch: int, vocab: int) -> TokenCounts:
-    """Counts of sequences that have no prompt yet."""
+    """Return counts of sequences that have no prompt yet."""
     return TokenCounts(jnp.zeros((batch, vocab), bool), jnp.zeros((batch, vocab), jnp.int32))
 
 
 def count_prompts(prompts: Sequence[Int[np.ndarray, "_tokens"]], vocab: int) -> TokenCounts:
-    """Counts before the first new token."""
+    """Return counts before the first new token."""
     in_prompt = np.zeros((len(prompts), vocab), bool)
     for row, prompt in zip(in_prompt, prompts, strict=True):
         row[prompt] = True
@@ -58,7 +58,7 @@ def count_prompts(prompts: Sequence[Int[np.ndarray, "_tokens"]], vocab: int) -> 
 def count(
     counts: TokenCounts, tokens: Int[Array, " batch"], finished: Bool[Array, " batch"]
 ) -> TokenCounts:
-    """Counts one token of each sequence in that is not finished."""
+    """Count one token of each sequence in that is not finished."""
     rows = jnp.arange(tokens.shape[0])
     added = counts.generated.at[rows, tokens].add(jnp.where(finished, 0, 1))
     return TokenCounts(counts.in_prompt, added)

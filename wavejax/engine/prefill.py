@@ -25,7 +25,7 @@ def read_prompt(
     logits: Array,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Any, Array]:
-    """Runs a prompt through the model and writes its cache.
+    """Run a prompt through the model and write its cache.
 
     Args:
         engine: what runs the layers.

@@ -12,7 +12,7 @@ from models.errors import InputError
 from models.rope_option import suggest_rope_scaling
 from models.text.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """`{"role": "system" | "user" | "assistant", "content": text}`"""
 
 Prompt = str | Sequence[Message]
@@ -67,7 +67,7 @@ def encode_prompt(
     *,
     raw: bool | None = None,
     system: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
+    template_args: Mapping[str, object] | None = None,
     control_tokens: bool = False,
 ) -> EncodedPrompt:
     """Token ids of a text or a conversation.
@@ -108,7 +108,10 @@ def encode_prompt(
 
 
 def with_system(conversation: Sequence[Message], system: str | None) -> Sequence[Message]:
-    """The conversation, opened by a system message; raises InputError if it has one already."""
+    """Return the conversation, opened by a system message.
+
+    Raise InputError if it has one already.
+    """
     if system is None:
         return conversation
     if conversation[0].get("role") == "system":
@@ -121,7 +124,7 @@ def with_system(conversation: Sequence[Message], system: str | None) -> Sequence
 def check_lengths(
     config: ModelConfig, ids: Sequence[list[int]], new_tokens: int, max_context: int | None
 ) -> None:
-    """Raises InputError for a prompt of no tokens, of unknown ones, or too long for the model.
+    """Raise InputError for a prompt of no tokens, of unknown ones, or too long for the model.
 
     Args:
         config: the model's.

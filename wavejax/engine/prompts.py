@@ -5,7 +5,7 @@ SMALLEST_ROOM = 64
 
 
 def bucket(tokens: int) -> int:
-    """The padded length of a prompt: prompts of one bucket share compiled programs.
+    """Return the padded length of a prompt: prompts of one bucket share compiled programs.
 
     1, 1.25, 1.5, 1.75 times a power of two: at most a quarter more than the prompt.
     """
@@ -13,7 +13,7 @@ def bucket(tokens: int) -> int:
 
 
 def answer_room(new_tokens: int) -> int:
-    """The room made for so many new tokens: requests of one room share compiled programs.
+    """Return the room made for so many new tokens: requests of one room share compiled programs.
 
     As a prompt's bucket, but of at least 64; none where none is asked for.
     """

@@ -32,7 +32,7 @@ class Reader(Parts):
         sequences: Iterable[int] | None = None,
         samplers: Iterable[Sampler] | None = None,
     ) -> DecodeState:
-        """Reads the prompts, one by one, into slots of their own: `allocate` and `insert`s.
+        """Read the prompts, one by one, into slots of their own: `allocate` and `insert`s.
 
         Prompts do not share a program run, so each gets what it would get alone.
 
@@ -104,7 +104,7 @@ class Reader(Parts):
         dtype: DTypeLike = "float32",
         samplers: Iterable[Sampler] = (),
     ) -> DecodeState:
-        """Makes an empty state of so many slots, for `insert`; all its sequences are finished.
+        """Make an empty state of so many slots, for `insert`; all its sequences are finished.
 
         Args:
             batch: slots.
@@ -139,7 +139,7 @@ class Reader(Parts):
         sampler: Sampler | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> DecodeState:
-        """Reads a prompt into a free slot; donates `state`. Waits for what was decoded before.
+        """Read a prompt into a free slot; donate `state`. Waits for what was decoded before.
 
         The sequence gets the tokens that it gets alone, whatever the other slots do.
 
@@ -183,7 +183,7 @@ class Reader(Parts):
             )
 
     def release(self, state: DecodeState, slot: SupportsIndex) -> DecodeState:
-        """Ends a slot's sequence, which frees the slot; donates `state`.
+        """End a slot's sequence, which frees the slot; donate `state`.
 
         What the slot holds stays until another prompt is inserted: it costs what it did, and yields
         NO_TOKEN.

@@ -55,27 +55,27 @@ class Sampler:
 
     def __post_init__(self) -> None:
         # numpy's numbers will do; as Python's own they are hashable, and equal where they are.
-        object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 0))
+        object.__setattr__(self, "top_k", whole_number("`top_k`", self.top_k, 0))
         for field in dataclasses.fields(self):
             if field.name != "top_k":
-                number = real_number(field.name, getattr(self, field.name))
+                number = real_number(f"`{field.name}`", getattr(self, field.name))
                 object.__setattr__(self, field.name, number)
         # Logits divided by less, or more, would not stay apart in float32.
         if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
             raise InputError(
-                f"temperature is {self.temperature}; it must be 0, or from 1e-6 to 1e6"
+                f"`temperature` is {self.temperature}; it must be 0, or from 1e-6 to 1e6"
             )
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+            raise InputError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p is {self.min_p}; it must be from 0 to 1")
+            raise InputError(f"`min_p` is {self.min_p}; it must be from 0 to 1")
         if not 0.01 <= self.repetition_penalty <= 100:
             raise InputError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be from 0.01 to 100"
+                f"`repetition_penalty` is {self.repetition_penalty}; it must be from 0.01 to 100"
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be from -2 to 2")
+                raise InputError(f"`{name}` is {getattr(self, name)}; it must be from -2 to 2")
 
     @property
     def greedy(self) -> bool:
@@ -265,7 +265,9 @@ def _log(share: float) -> float:
 def step_key(
     seed: int | Int[Array, ""], step: int | Int[Array, ""], sequence: int | Int[Array, ""] = 0
 ) -> Key[Array, ""]:
-    """The key of one sequence's decode step: of its seed, its number and the step, and no more.
+    """Return the key of one sequence's decode step.
+
+    It is made of its seed, its number and the step, and no more.
 
     By Threefry, whatever JAX's default is: another generator's numbers may depend on the batch.
     """

@@ -34,7 +34,7 @@ def allocate(
     dtype: DTypeLike,
     samplers: list[Sampler],
 ) -> DecodeState:
-    """An empty state; see `Generator.allocate`."""
+    """Return an empty state; see `Generator.allocate`."""
     room, vocab = bucket(prompt_tokens), engine.model_config.vocab_size
     empty = engine.attention.init_state(
         CacheShape.of(engine.model_config), batch, room, answer_room(new_tokens), dtype
@@ -69,7 +69,7 @@ def insert(
     sampler: Sampler,
     progress: Callable[[int], None] | None = None,
 ) -> DecodeState:
-    """Reads a prompt into a slot, whatever is there; see `Generator.insert`."""
+    """Read a prompt into a slot, whatever is there; see `Generator.insert`."""
     vocab = engine.model_config.vocab_size
     given = params, prompt, slot, state.attention_state, state.logits
     attention_state, logits = read_prompt(engine, *given, progress)
@@ -117,7 +117,7 @@ def check_insert(state: DecodeState, slot: int, prompt_tokens: int, sampler: Sam
 
 
 def release(state: DecodeState, slot: int) -> DecodeState:
-    """Ends a slot's sequence; see `Generator.release`."""
+    """End a slot's sequence; see `Generator.release`."""
     ended = _set_row(state.finished, jnp.int32(slot), np.ones(1, bool))
     return dataclasses.replace(state, finished=ended)
 

@@ -37,9 +37,11 @@ class StagedEngine(Engine):
     `unroll` is of no effect: Python goes through the layers.
     """
 
+    attention: WaveAttention
+
     def hold(self, empty: Any) -> StagedState:
         """See `Engine`: the rows' room is made in the host's memory."""
-        return hold_rows(self._wave_attention, empty)
+        return hold_rows(self.attention, empty)
 
     def holds(self, attention_state: Any) -> bool:
         """See `Engine`."""
@@ -47,12 +49,7 @@ class StagedEngine(Engine):
 
     def arrays_of(self, attention_state: StagedState) -> WaveState:
         """See `Engine`: all but the rows."""
-        return attention_state.wave
-
-    @property
-    def _wave_attention(self) -> WaveAttention:
-        assert isinstance(self.attention, WaveAttention)
-        return self.attention
+        return attention_state.on_device
 
     def prefill_layer(
         self,
@@ -64,13 +61,13 @@ class StagedEngine(Engine):
         attention_state: StagedState,
     ) -> tuple[Float[Array, "1 tokens hidden"], StagedState]:
         """See `Engine`; also brings the rows to the host: one layer behind."""
-        given = params, hidden, layer, sequence, length, attention_state.wave
-        hidden, (wave, rows) = programs.prefill_layer(
-            self.model_config, self._wave_attention, *given
+        given = params, hidden, layer, sequence, length, attention_state.on_device
+        hidden, (on_device, rows) = programs.prefill_layer(
+            self.model_config, self.attention, *given
         )
         stored = attention_state.rows
         stored.put((int(layer), int(sequence), slice(None), slice(0, rows.shape[1])), rows)
-        return hidden, StagedState(wave, stored)
+        return hidden, StagedState(on_device, stored)
 
     def finish_prefill(
         self,
@@ -82,9 +79,9 @@ class StagedEngine(Engine):
         logits: Float[Array, "batch vocab"],
     ) -> tuple[StagedState, Float[Array, "batch vocab"]]:
         """See `Engine`."""
-        given = params, hidden, sequence, length, attention_state.wave, logits
-        wave, logits = compiled.finish_prefill(self.model_config, self.attention, *given)
-        return StagedState(wave, attention_state.rows), logits
+        given = params, hidden, sequence, length, attention_state.on_device, logits
+        on_device, logits = compiled.finish_prefill(self.model_config, self.attention, *given)
+        return StagedState(on_device, attention_state.rows), logits
 
     def decode_n(
         self, params: Params, state: DecodeState, steps: int
@@ -93,10 +90,12 @@ class StagedEngine(Engine):
         nothing = jnp.full(state.finished.shape, NO_TOKEN, jnp.int32)
         tokens: list[Array] = []
         while len(tokens) < steps and not np.asarray(state.finished).all():
-            rows = state.attention_state.rows
-            on_device = dataclasses.replace(state, attention_state=state.attention_state.wave)
+            held = _held(state)
+            on_device = dataclasses.replace(state, attention_state=held.on_device)
             state, drawn, shown = programs.draw(self, on_device)
-            held = StagedState(state.attention_state, rows)
+            # Its arrays went through the program, its rows did not.
+            assert isinstance(state.attention_state, WaveState)
+            held = StagedState(state.attention_state, held.rows)
             state = self.feed(params, dataclasses.replace(state, attention_state=held), drawn)
             tokens.append(shown)
         if not steps:
@@ -115,36 +114,47 @@ class StagedEngine(Engine):
 
     def feed(self, params: Params, state: DecodeState, tokens: Int[Array, " batch"]) -> DecodeState:
         """See `Engine`: compiles its programs itself."""
-        model_config, attention = self.model_config, self._wave_attention
-        wave, rows = state.attention_state.wave, state.attention_state.rows
-        wave = _grow(attention, wave, rows, np.asarray(programs.due(attention, wave)))
-        hidden, positions = programs.enter_step(model_config, attention, params, wave, tokens)
+        model_config, attention = self.model_config, self.attention
+        held = _held(state)
+        on_device, rows = held.on_device, held.rows
+        on_device = _grow(
+            attention, on_device, rows, np.asarray(programs.due(attention, on_device))
+        )
+        hidden, positions = programs.enter_step(model_config, attention, params, on_device, tokens)
         for layer in range(model_config.num_layers):
             at, weights = np.int32(layer), unstacked.only_layer(params, layer)
-            selection, missed, slots, wave = programs.select(
-                model_config, attention, weights, at, hidden, positions, wave
+            selection, missed, slots, on_device = programs.select(
+                model_config, attention, weights, at, hidden, positions, on_device
             )
             missed.copy_to_host_async()
-            zones, wave = programs.attend(attention, at, selection, wave)
+            zones, on_device = programs.attend(attention, at, selection, on_device)
             block = jax.device_put(rows.gather(layer, np.asarray(missed)))
             of_missed = selection.query, zones, missed, slots, block
-            hidden, wave = programs.finish(model_config, weights, at, hidden, *of_missed, wave)
-        logits, wave = programs.leave_step(
-            model_config, attention, params, hidden, state.finished, wave
+            hidden, on_device = programs.finish(
+                model_config, attention, weights, at, hidden, *of_missed, on_device
+            )
+        logits, on_device = programs.leave_step(
+            model_config, attention, params, hidden, state.finished, on_device
         )
         counts = state.counts and penalties.count_step(state.counts, tokens, state.finished)
-        new = {"attention_state": StagedState(wave, rows), "logits": logits, "counts": counts}
+        new = {"attention_state": StagedState(on_device, rows), "logits": logits, "counts": counts}
         return dataclasses.replace(state, step=state.step + 1, **new)
 
 
-def _grow(attention: WaveAttention, wave: WaveState, rows: HostRows, due: np.ndarray) -> WaveState:
+def _held(state: DecodeState) -> StagedState:
+    """Return the attention's state, as `check_state` has seen it to be."""
+    assert isinstance(state.attention_state, StagedState)
+    return state.attention_state
+
+
+def _grow(attention: WaveAttention, state: WaveState, rows: HostRows, due: np.ndarray) -> WaveState:
     """Grows the due sequences' indexes, and takes the rows that leave their windows."""
     if not due.any():
-        return wave
+        return state
     size = attention.config.growth_tokens
-    starts = np.asarray(wave.index.tokens)
+    starts = np.asarray(state.index.tokens)
     for sequence in np.flatnonzero(due).tolist():
         start = int(starts[sequence])
-        oldest = programs.oldest(wave.steady.window, np.int32(sequence), size)
+        oldest = programs.oldest(state.steady.window, np.int32(sequence), size)
         rows.put((slice(None), sequence, slice(None), slice(start, start + size)), oldest)
-    return programs.grow_index(attention, wave, due)
+    return programs.grow_index(attention, state, due)

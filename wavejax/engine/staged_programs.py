@@ -15,6 +15,7 @@ from pallas_kernels.attend_zones.reference import attend_rows
 from pallas_kernels.numerics import list_places
 from pallas_kernels.types import NO_ID, Rows, ZoneStates
 from wavejax.attention.causal import causal_attention
+from wavejax.attention.implementation import implementation_of
 from wavejax.attention.wave import WaveAttention, scale_of
 from wavejax.engine import compiled
 from wavejax.engine.interface import Engine
@@ -24,7 +25,7 @@ from wavejax.store.rows import RowStore
 from wavejax.store.state import Selection, WaveState
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="wave")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
 def prefill_layer(
     model_config: ModelConfig,
     attention: WaveAttention,
@@ -33,22 +34,25 @@ def prefill_layer(
     layer: Array,
     sequence: Array,
     length: Array,
-    wave: WaveState,
+    state: WaveState,
 ) -> tuple[Array, tuple[WaveState, Array]]:
+    """Run one layer over a padded prompt; return its rows apart, for the host."""
+
     def attend_prompt(
-        layer: Array, query: Array, key: Array, value: Array, wave: WaveState
+        layer: Array, query: Array, key: Array, value: Array, state: WaveState
     ) -> tuple[Array, tuple[WaveState, Array]]:
         output = causal_attention(query[0], key[0], value[0], scale=scale_of(query))[None]
         where = {"sequence": sequence, "length": length}
-        rows, wave = attention.index_prompt(layer, key[0], value[0], wave, **where)
-        return output, (wave, rows.astype(wave.store.rows.dtype))
+        rows, state = attention.index_prompt(layer, key[0], value[0], state, **where)
+        return output, (state, rows.astype(state.store.rows.dtype))
 
     positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
-    return decoder.apply_layer(model_config, params, layer, hidden, positions, attend_prompt, wave)
+    return decoder.apply_layer(model_config, params, layer, hidden, positions, attend_prompt, state)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def draw(engine: Engine, state: DecodeState) -> tuple[DecodeState, Array, Array]:
+    """Draw the next tokens."""
     return compiled.draw(engine, state)
 
 
@@ -57,13 +61,14 @@ def enter_step(
     model_config: ModelConfig,
     attention: WaveAttention,
     params: Params,
-    wave: WaveState,
+    state: WaveState,
     tokens: Array,
 ) -> tuple[Array, Array]:
-    return decoder.embed(model_config, params, tokens[:, None]), attention.lengths(wave)[:, None]
+    """Look up the tokens' embeddings and positions."""
+    return decoder.embed(model_config, params, tokens[:, None]), attention.lengths(state)[:, None]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="wave")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
 def select(
     model_config: ModelConfig,
     attention: WaveAttention,
@@ -71,12 +76,12 @@ def select(
     layer: Array,
     hidden: Array,
     positions: Array,
-    wave: WaveState,
+    state: WaveState,
 ) -> tuple[Selection, Array, Array, WaveState]:
-    """What to attend to, and of it the rows that the cache does not hold, side by side."""
+    """Return what to attend to, and of it the rows that the cache does not hold, side by side."""
     weights = decoder.pick_layer(params, layer)
     inputs = decoder.enter_layer(model_config, weights, layer, hidden, positions)
-    selection, wave = attention.select(layer, *inputs, wave)
+    selection, state = attention.select(layer, *inputs, state)
     missed = (selection.tokens != NO_ID) & ~selection.hit
     places = list_places(missed, missed.shape[-1])
 
@@ -87,25 +92,26 @@ def select(
     tokens, slots = of_missed(selection.tokens), of_missed(selection.slots)
     found = (jnp.where(selection.hit, x, NO_ID) for x in (selection.tokens, selection.slots))
     cached = dict(zip(("tokens", "slots"), found, strict=True))
-    return selection._replace(**cached), tokens, slots, wave
+    return selection._replace(**cached), tokens, slots, state
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="wave")
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def attend(
-    attention: WaveAttention, layer: Array, selection: Selection, wave: WaveState
+    attention: WaveAttention, layer: Array, selection: Selection, state: WaveState
 ) -> tuple[ZoneStates, WaveState]:
     """Attends to all that is on the device."""
     # Nothing is missed, so nothing is read of what stands for the store.
-    stored = dataclasses.replace(wave, store=RowStore(Rows(wave.steady.window)))
+    stored = dataclasses.replace(state, store=RowStore(Rows(state.steady.window)))
     zones, stored = attention.attend(layer, selection, stored)
-    wave = dataclasses.replace(stored, store=wave.store)
+    state = dataclasses.replace(stored, store=state.store)
     # The cache is the state's; no array may come out twice, to be donated twice.
-    return zones._replace(cache_rows=Rows(jnp.zeros(0, wave.cache.rows.dtype))), wave
+    return zones._replace(cache_rows=Rows(jnp.zeros(0, state.cache.rows.dtype))), state
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames=("hidden", "wave"))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("hidden", "state"))
 def finish(
     model_config: ModelConfig,
+    attention: WaveAttention,
     params: Params,
     layer: Array,
     hidden: Array,
@@ -114,7 +120,7 @@ def finish(
     tokens: Array,
     slots: Array,
     block: Array,
-    wave: WaveState,
+    state: WaveState,
 ) -> tuple[Array, WaveState]:
     """Attends to the missed rows, admits them to the cache, and ends the layer."""
     batch, kv_heads, width = block.shape[:3]
@@ -124,29 +130,30 @@ def finish(
         jnp.concatenate([all_else, part[None]])
         for all_else, part in zip(zones[:2], missed, strict=True)
     )
-    output, _ = ops.merge_states(*parts, dtype=query.dtype)
+    with implementation_of(attention):
+        output, _ = ops.merge_states(*parts, dtype=query.dtype)
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    cached = wave.cache.rows.plain('fetch="staged"').at[layer, b, h, slots].set(block, mode="drop")
-    cache = dataclasses.replace(wave.cache, rows=Rows(cached))
-    wave = dataclasses.replace(wave, cache=cache)
+    cached = state.cache.rows.plain('fetch="staged"').at[layer, b, h, slots].set(block, mode="drop")
+    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, rows=Rows(cached)))
     output = output.reshape(batch, 1, -1, query.shape[-1])
     return decoder.leave_layer(
         model_config, decoder.pick_layer(params, layer), hidden, output
-    ), wave
+    ), state
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="wave")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
 def leave_step(
     model_config: ModelConfig,
     attention: WaveAttention,
     params: Params,
     hidden: Array,
     finished: Array,
-    wave: WaveState,
+    state: WaveState,
 ) -> tuple[Array, WaveState]:
-    wave = attention.advance(wave, ~finished)
+    """End a step: count its tokens in, and make the logits."""
+    state = attention.advance(state, ~finished)
     last = decoder.final_norm(model_config, params, hidden[:, 0])
-    return decoder.unembed(model_config, params, last), wave
+    return decoder.unembed(model_config, params, last), state
 
 
 due = jax.jit(WaveAttention.due, static_argnums=0)
@@ -154,9 +161,12 @@ due = jax.jit(WaveAttention.due, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=2)
 def oldest(window: Array, sequence: Array, size: int) -> Array:
+    """Return the rows that leave a sequence's window as its index grows."""
     return window[:, sequence, :, :size]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="wave")
-def grow_index(attention: WaveAttention, wave: WaveState, due: Array) -> WaveState:
-    return growth.grow(attention.config, wave, due)
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def grow_index(attention: WaveAttention, state: WaveState, due: Array) -> WaveState:
+    """Grow the indexes of the sequences that are due."""
+    with implementation_of(attention):
+        return growth.grow(attention.config, state, due)

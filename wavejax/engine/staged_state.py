@@ -10,27 +10,27 @@ from wavejax.store.state import WaveState
 
 @dataclasses.dataclass(frozen=True)
 class StagedState:
-    """The KV cache: on the device all but the rows. No pytree: a program gets `wave` alone.
+    """The KV cache: on the device all but the rows. No pytree: a program gets `on_device` alone.
 
     Attributes:
-        wave: its store has no room.
+        on_device: the state whose store has no room.
         rows: the store.
     """
 
-    wave: WaveState
+    on_device: WaveState
     rows: HostRows
 
 
-def wave_of(cache: Any) -> Any:
-    """A cache without staged rows: what of it is a pytree."""
-    return cache.wave if isinstance(cache, StagedState) else cache
+def on_device_of(cache: Any) -> Any:
+    """Return a cache without staged rows: what of it is a pytree."""
+    return cache.on_device if isinstance(cache, StagedState) else cache
 
 
-def hold_rows(attention: WaveAttention, wave: WaveState) -> StagedState:
-    """The state of an empty cache whose rows are staged."""
-    rows = wave.store.rows.plain('fetch="staged"')
+def hold_rows(attention: WaveAttention, empty: WaveState) -> StagedState:
+    """Return the state of an empty cache whose rows are staged."""
+    rows = empty.store.rows.plain('fetch="staged"')
     layers, batch, kv_heads, _, *row = rows.shape
-    room = wave.index.token_ids.shape[-1]
+    room = empty.index.token_ids.shape[-1]
     shape = (layers, batch, kv_heads, room, *row)
     widest = attention.config.most_retrieved(room)
-    return StagedState(wave, HostRows(shape, widest, rows.dtype))
+    return StagedState(empty, HostRows(shape, widest, rows.dtype))

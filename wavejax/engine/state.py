@@ -36,7 +36,7 @@ class DecodeState:
             included; None of a state that has no slots.
     """
 
-    attention_state: Any
+    attention_state: object
     logits: Array
     finished: Array
     seed: Array

@@ -18,7 +18,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_state(engine: Engine, sampler: Sampler, state: Any) -> None:
-    """Checks what is to be decoded from; waits for nothing.
+    """Check what is to be decoded from; wait for nothing.
 
     Raises:
         InputError: it is no state, one that was donated to an earlier call, one of another
@@ -49,7 +49,7 @@ def check_state(engine: Engine, sampler: Sampler, state: Any) -> None:
 
 
 def check_draws(sampler: Sampler, state: DecodeState) -> None:
-    """Raises InputError: tokens are to be drawn as a state was not started for."""
+    """Raise InputError: tokens are to be drawn as a state was not started for."""
     if not fits(sampler, state.sampling, state.logits.shape[1]):
         raise InputError(
             "the generator's sampler draws at random, or among ranked tokens, and this state was "
@@ -58,7 +58,7 @@ def check_draws(sampler: Sampler, state: DecodeState) -> None:
 
 
 def check_room(engine: Engine, state: DecodeState, tokens: jax.Array) -> None:
-    """Raises InputError: there is no room for so many tokens `[steps, batch]`, or one is wrong."""
+    """Raise InputError: there is no room for so many tokens `[steps, batch]`, or one is wrong."""
     going = ~np.asarray(state.finished)
     left = np.asarray(engine.attention.remaining(engine.arrays_of(state.attention_state)))[going]
     if left.size and len(tokens) > left.min():
@@ -75,7 +75,7 @@ def _is_deleted(leaf: jax.Array) -> bool:
 
 
 def as_samplers(samplers: Any, batch: int | None, default: Sampler) -> list[Sampler]:
-    """A sampler for each prompt: the default one where none are given.
+    """Return a sampler for each prompt: the default one where none are given.
 
     Raises:
         InputError: there are more or fewer than prompts (`batch`, None: any number), or one is no
@@ -97,7 +97,7 @@ def as_samplers(samplers: Any, batch: int | None, default: Sampler) -> list[Samp
 
 
 def check_params(params: Any, model_config: ModelConfig) -> None:
-    """Raises InputError: they are no parameters, not the model's, or of a dtype that none has."""
+    """Raise InputError: they are no parameters, not the model's, or of a dtype that none has."""
     try:
         embedding = params["params"]["embedding"]
         shape, dtype = tuple(embedding.shape), jnp.dtype(embedding.dtype).name

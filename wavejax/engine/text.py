@@ -119,11 +119,11 @@ class TokenDecoder:
         self._stops = StopStrings(stop)
 
     def push(self, token: int) -> tuple[str, bool]:
-        """The text to show for a token, and whether a stop string has ended it."""
+        """Return the text to show for a token, and whether a stop string has ended it."""
         return self._stops.push(self._stream.push(token))
 
     def flush(self) -> str:
-        """The text that was held back, at the end."""
+        """Return the text that was held back, at the end."""
         text, found = self._stops.push(self._stream.flush())
         return text if found else text + self._stops.flush()
 
@@ -199,7 +199,7 @@ class TextRun:
         return tuple(answer.frozen() for answer in self._answers)
 
     def result(self) -> Generation:
-        """What there is: the answers as far as they have come, and what they took."""
+        """Return what there is: the answers as far as they have come, and what they took."""
         times = self._first_token_seconds, self._tokens_per_second
         return Generation(self.answers, self._facts, *times)
 
@@ -210,13 +210,13 @@ class TextRun:
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Reads the prompts; arguments and errors as of `Generator.start`."""
+        """Read the prompts; arguments and errors as of `Generator.start`."""
         self._started = time.perf_counter()
         ids = [answer.prompt_ids for answer in self._answers]
         self._state = self.generator.start(params, ids, max_new_tokens, seed, progress=progress)
 
     def pieces(self, params: Params, max_new_tokens: int) -> Iterator[TextPiece]:
-        """Generates, after `start`; yields a piece for each token of each answer as it comes.
+        """Generate, after `start`; yield a piece for each token of each answer as it comes.
 
         The last piece of an answer has its finish reason. All answers have ended at the end.
         """
@@ -242,7 +242,7 @@ class TextRun:
         self._facts = self.generator.facts(state)  # type: ignore[arg-type]
 
     def end(self, reason: FinishReason) -> Iterator[TextPiece]:
-        """Ends all answers that have not ended; yields what was held back of each."""
+        """End all answers that have not ended; yield what was held back of each."""
         for number in range(len(self._answers)):
             yield from self._end(number, reason)
 
@@ -275,5 +275,5 @@ class TextStream(Iterator[TextPiece]):
         return next(self._pieces)
 
     def result(self) -> Generation:
-        """The answers as far as they have come, whole once the pieces have ended."""
+        """Return the answers as far as they have come, whole once the pieces have ended."""
         return self._run.result()

@@ -69,6 +69,7 @@ class AblatedAttention(WaveAttention):
     corrected: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.code_bits not in STEPS:
             raise InputError(f"code_bits is {self.code_bits}; it must be from 1 to {max(STEPS)}")
         if self.group_by not in ("sum", "max"):
@@ -99,35 +100,37 @@ class AblatedAttention(WaveAttention):
         selection, new = super().select(layer, query, key, value, state)
         if not self.corrected:
             return selection, new
-        wave, scale = state.index, scale_of(query)
+        index, scale = state.index, scale_of(query)
         scores = ops.score_clusters(
-            selection.query, wave.centroids, wave.offsets, layer, scale=scale
+            selection.query, index.centroids, index.offsets, layer, scale=scale
         )
         ranked = self._rank(layer, selection.query, scores, state)
         logits = _corrected(selection.logits, ranked)
         return selection._replace(logits=logits), new
 
     def _tokens(self, layer: Array, positions: Array, state: WaveState) -> Array:
-        """The rows at index positions; of those past the last one, any."""
-        wave, config = state.index, self.config
+        """Return the rows at index positions; of those past the last one, any."""
+        index, config = state.index, self.config
         batch, kv_heads, _ = positions.shape
         b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-        safe = jnp.minimum(positions, wave.token_ids.shape[-1] - 1)
-        start = segment_start(safe, wave.prompt_tokens, config.segment_tokens, config.growth_tokens)
-        return start + wave.token_ids[layer, b, h, safe].astype(jnp.int32)
+        safe = jnp.minimum(positions, index.token_ids.shape[-1] - 1)
+        start = segment_start(
+            safe, index.prompt_tokens, config.segment_tokens, config.growth_tokens
+        )
+        return start + index.token_ids[layer, b, h, safe].astype(jnp.int32)
 
     def _rank(self, layer: Array, query: Array, scores: ClusterScores, state: WaveState) -> Ranked:
-        wave, scale, head_dim = state.index, scale_of(query), query.shape[-1]
-        chosen = retrieval.select_clusters(self.config, scores, wave, layer)
-        most = self.config.most_candidates(wave.token_ids.shape[-1])
-        positions, clusters = list_members(chosen, wave.offsets[layer], most)
+        index, scale, head_dim = state.index, scale_of(query), query.shape[-1]
+        chosen = retrieval.select_clusters(self.config, scores, index, layer)
+        most = self.config.most_candidates(index.token_ids.shape[-1])
+        positions, clusters = list_members(chosen, index.offsets[layer], most)
         listed = clusters != NO_ID
         batch, kv_heads, _ = positions.shape
         b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
         at = jnp.where(listed, clusters, 0)
         rows = state.store.rows.plain("ablations")
         keys = rows[layer, b, h, self._tokens(layer, positions, state), 0]
-        residual = keys.astype(jnp.float32) - wave.centroids[layer, b, h, at].astype(jnp.float32)
+        residual = keys.astype(jnp.float32) - index.centroids[layer, b, h, at].astype(jnp.float32)
         turned = rotate if self.rotated else jnp.float32
         residual, turned_query = turned(residual), turned(query)
         code = quantise(residual, self.code_bits)
@@ -145,7 +148,7 @@ class AblatedAttention(WaveAttention):
         share = estimate - scores.logsumexp[..., None]
         mass = log_sum_exp(share, axis=2) if self.group_by == "sum" else jnp.max(share, axis=2)
         mass = jnp.where(listed, mass, MASKED)
-        budget = retrieval.budgets(self.config, wave.tokens)[0]
+        budget = retrieval.budgets(self.config, index.tokens)[0]
         row_budget = jnp.broadcast_to(budget[:, None], mass.shape[:2])
         picked = heaviest(ordered_bits(mass), listed.astype(jnp.int32), row_budget)
         return Ranked(chosen, mass, positions, clusters, estimate, variance, picked)

@@ -85,7 +85,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _tables(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The figures of one length, and the heads of most error."""
+    """Return the figures of one length, and the heads of most error."""
     rows, worst = [], []
     for (name, fraction), group in by_method_and_budget(records).items():
         cells = []
@@ -109,7 +109,7 @@ def _tables(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def plot_all(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Writes the plots: by budget, by layer at the middle budget, by generated length.
+    """Write the plots: by budget, by layer at the middle budget, by generated length.
 
     Each length has its own; with several, their names end with it.
     """
@@ -155,7 +155,7 @@ def _plot(records: Sequence[Mapping[str, Any]], folder: Path, suffix: str) -> No
 def by_length(
     records: Sequence[Mapping[str, Any]],
 ) -> dict[int, list[Mapping[str, Any]]]:
-    """The records grouped by length, the shortest first."""
+    """Return the records grouped by length, the shortest first."""
     groups: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
         groups[record["length"]].append(record)
@@ -165,7 +165,7 @@ def by_length(
 def by_method_and_budget(
     records: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[str, float], list[Mapping[str, Any]]]:
-    """The records grouped by method and share of tokens retrieved."""
+    """Return the records grouped by method and share of tokens retrieved."""
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
         groups[record["name"], record["fraction"]].append(record)

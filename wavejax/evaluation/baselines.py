@@ -56,10 +56,15 @@ class SparseAttention(DenseAttention):
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
     rank: Rank = "mass"
 
+    @property
+    def state_type(self) -> type[SparseState]:
+        """See `Attention`."""
+        return SparseState
+
     def init_state(
         self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
     ) -> SparseState:
-        """An empty state with room for so many tokens a sequence."""
+        """Return an empty state with room for so many tokens a sequence."""
         dense = super().init_state(shape, batch, prompt_tokens, new_tokens, dtype)
         return _with_prompts(dense, jnp.zeros(batch, jnp.int32))
 
@@ -105,7 +110,7 @@ class SparseAttention(DenseAttention):
         query: Float[Array, "batch 1 heads head_dim"],
         state: DenseState,
     ) -> Bool[Array, "batch kv_heads tokens"]:
-        """The tokens that a step reads in one layer, its own already written."""
+        """Return the tokens that a step reads in one layer, its own already written."""
         place = jnp.arange(state.keys.shape[3])
         indexed = self._indexed(state)
         end = self.config.sink_tokens + indexed
@@ -181,7 +186,7 @@ def page_bounds(
 
 
 def _group_mass(logits: Array, valid: Array) -> Array:
-    """log of the masses by softmax, added up over the query heads of each kv head."""
+    """Return the log of the masses by softmax, added up over the query heads of each kv head."""
     logits = jnp.where(valid, logits, MASKED)
     return log_sum_exp(logits - log_sum_exp(logits, axis=-1)[..., None], axis=2)
 

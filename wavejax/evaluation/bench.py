@@ -99,7 +99,7 @@ class Bench:
         seed: int = 0,
         first: int = 0,
     ) -> Iterator[tuple[str, list[Figures]]]:
-        """Runs a batch of samples of one task.
+        """Run a batch of samples of one task.
 
         Args:
             samples: as many in every call at one length, so that compiled programs are shared.

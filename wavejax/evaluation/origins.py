@@ -23,7 +23,7 @@ PROBE = "In 1969, 7 of\n\n  1234567 DON'T naïve\té世界! x=f(y)[0]  "
 
 
 def settings_of(subject: Subject, material: Material, seed: int) -> dict[str, Any]:
-    """What decides all samples and all answers: settings of `Records`."""
+    """Return what decides all samples and all answers: settings of `Records`."""
     tokenizer = material.tokenizer
     vocabulary = sorted(tokenizer.backend.get_vocab(with_added_tokens=True).items())
     cut = tokenizer.encode(PROBE, add_special=True)
@@ -46,7 +46,7 @@ def parts_of(
     batches: Mapping[str, int],
     unroll: bool,
 ) -> dict[str, Any]:
-    """What decides some of the samples and answers: parts of `Records`.
+    """Return what decides some of the samples and answers: parts of `Records`.
 
     Args:
         tasks: by name.
@@ -83,7 +83,7 @@ def _model(checkpoint: Checkpoint) -> str:
 
 
 def _weights(path: Path) -> Sequence[Path]:
-    """The files of a model's weights, in one order."""
+    """Return the files of a model's weights, in one order."""
     if path.is_file():
         parts = re.fullmatch(r"(.*)-\d+-of-(\d+)\.gguf", path.name)
         if parts is None:

@@ -18,7 +18,7 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise InputError(
-            "plots need matplotlib: pip install 'wavejax[evaluation]', or give --no-plots"
+            "plots need matplotlib: pip install 'wavejax[evaluation]', or give `plots=False`"
         ) from error
     matplotlib.use("agg")
     import matplotlib.pyplot

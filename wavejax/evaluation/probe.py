@@ -63,10 +63,11 @@ class ProbeAttention(DenseAttention):
         output, dense = super().decode(layer, query, key, value, state)
         method: Any
         other, method = self.method.decode(layer, query, key, value, state.method)
-        if isinstance(self.method, SparseAttention):
-            read = self.method.read(layer, query, method)
+        asked: Any = self.method
+        if asked.has_index:
+            read = wave_reads(asked, layer, query, method, state.keys.shape[3])
         else:
-            read = wave_reads(self.method, layer, query, method, state.keys.shape[3])
+            read = asked.read(layer, query, method)
         full, other = output[:, 0].astype(jnp.float32), other[:, 0].astype(jnp.float32)
         error = jnp.linalg.norm(other - full, axis=-1) / jnp.linalg.norm(full, axis=-1)
         return output, ProbeState(
@@ -105,7 +106,7 @@ def wave_reads(
     state: WaveState,
     room: int,
 ) -> Bool[Array, "batch kv_heads tokens"]:
-    """The tokens that wave attention reads exactly in a step from this state, its own included.
+    """Return the tokens that wave attention reads exactly in a step, its own included.
 
     Args:
         attention: its settings.
@@ -114,14 +115,14 @@ def wave_reads(
         state: in the step, its own row taken in; without `min_token_mass` before it says the same.
         room: the length of the result.
     """
-    wave, steady = state.index, state.steady
-    kv_heads, head_dim = wave.centroids.shape[2], query.shape[-1]
+    index, steady = state.index, state.steady
+    kv_heads, head_dim = index.centroids.shape[2], query.shape[-1]
     grouped = query.reshape(query.shape[0], kv_heads, -1, head_dim)
     scale = scale_of(query)
-    scores = retrieval.score_clusters(grouped, wave, layer, scale=scale)
+    scores = retrieval.score_clusters(grouped, index, layer, scale=scale)
     retrieved = attention.retrieve(layer, grouped, scores, state)
     sinks = steady.sink_tokens[:, None]
-    indexed_end = sinks + wave.tokens[:, None]
+    indexed_end = sinks + index.tokens[:, None]
     place = jnp.arange(room)
     newest = attention.lengths(state)[:, None]
     exact = (place < sinks) | ((place >= indexed_end) & (place <= newest))
@@ -147,8 +148,7 @@ def probe(
     Returns:
         recall, error: `[steps, layers, batch, heads]` float32; see `ProbeState`.
     """
-    attention = generator.attention
-    assert isinstance(attention, SparseAttention | WaveAttention)
+    attention: Any = generator.attention
     state, dense = shared.state(generator), shared.dense
     model, batch = generator.model_config, dense.finished.shape[0]
     shape = (model.num_layers, batch, model.num_heads)
@@ -176,8 +176,13 @@ def _probe(
     def one_step(i: Array, carry: carry_type) -> carry_type:
         state, recall, error = carry
         state = generator.feed(params, state, jnp.maximum(answer[i], 0))
-        cache = state.attention_state
+        cache = _measured(state)
         return state, recall.at[i].set(cache.recall), error.at[i].set(cache.error)
 
-    room = jnp.zeros((CHUNK, *state.attention_state.recall.shape), jnp.float32)
+    room = jnp.zeros((CHUNK, *_measured(state).recall.shape), jnp.float32)
     return lax.fori_loop(0, steps, one_step, (state, room, room))
+
+
+def _measured(state: DecodeState) -> ProbeState:
+    assert isinstance(state.attention_state, ProbeState)
+    return state.attention_state

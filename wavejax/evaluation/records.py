@@ -60,7 +60,7 @@ class Records:
                 self._locked = opened.pop_all()
         except BlockingIOError as error:
             raise InputError(
-                f"another run writes to {folder}: wait for its end, or give another --out"
+                f"another run writes to {folder}: wait for its end, or give another `out`"
             ) from error
         except OSError as error:
             raise InputError(f"cannot use the folder {folder}: {error.strerror}") from error
@@ -74,7 +74,7 @@ class Records:
         self._locked.close()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Writes records of which none is there yet: all of them, or none; raises InputError."""
+        """Write records of which none is there yet: all of them, or none; raise InputError."""
         new = list(records)
         lines = [json.dumps(record, ensure_ascii=False) for record in new]
         append_lines(self.folder / RECORDS, lines)
@@ -83,17 +83,19 @@ class Records:
         self._samples |= {key_of(one)[:3]: one["sample"] for one in new if "sample" in one}
 
     def check_sample(self, task: str, length: int, index: int, sample: str) -> None:
-        """Raises InputError where records are there that were made of another sample.
+        """Raise InputError where records are there that were made of another sample.
 
         Args:
-            task, length, index: which sample.
+            task: of which task the sample is.
+            length: its tokens.
+            index: its number.
             sample: what tells it from others, as in the records' field `sample`.
         """
         there = self._samples.get((task, length, index), sample)
         if there != sample:
             raise InputError(
                 f"{self.folder} holds records of another sample {index} of {task} at {length} "
-                f"tokens ({there}, not {sample}): give another --out"
+                f"tokens ({there}, not {sample}): give another `out`"
             )
 
     def _check(self, settings: dict[str, Any], parts: dict[str, Any], run: dict[str, Any]) -> None:
@@ -106,7 +108,7 @@ class Records:
                 known_parts = {**known.get("parts", {})}
             except (ValueError, KeyError, TypeError):
                 raise InputError(
-                    f"{path} does not hold an evaluation's settings: give another --out, or remove "
+                    f"{path} does not hold an evaluation's settings: give another `out`, or remove "
                     "it to go on with the records beside it"
                 ) from None
             self._refuse_others(there, settings, sorted(settings.keys() | there.keys()))
@@ -130,7 +132,7 @@ class Records:
             elif new is None:
                 said = f"whose {what} is {old!r}, and nothing here"
             raise InputError(
-                f"{self.folder} holds an evaluation {said}: give another --out, or the same "
+                f"{self.folder} holds an evaluation {said}: give another `out`, or the same "
                 "settings to go on with it"
             )
 
@@ -154,13 +156,13 @@ class Records:
             if record is None:
                 raise InputError(
                     f"line {number} of {path} is not a record: remove it to go on with the others, "
-                    "or give another --out"
+                    "or give another `out`"
                 )
             yield record
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
-    """The record that a line is, if it is one."""
+    """Return the record that a line is, if it is one."""
     try:
         record = json.loads(line)
         key_of(record)
@@ -179,12 +181,12 @@ def _difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
 
 
 def key_of(record: dict[str, Any]) -> Key:
-    """What a record is of: task, length, index of the sample, method."""
+    """Return what a record is of: task, length, index of the sample, method."""
     return record["task"], record["length"], record["index"], record["method"]
 
 
 def blocks(samples: int, batch: int, *, even: bool = True) -> Sequence[range]:
-    """The samples' indices in batches of one size; the last one may reach past `samples`.
+    """Return the samples' indices in batches of one size; the last one may reach past `samples`.
 
     Args:
         samples: how many there are.

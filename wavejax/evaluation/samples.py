@@ -119,13 +119,15 @@ class Task(Protocol):
     """
 
     @property
-    def new_tokens(self) -> int: ...
+    def new_tokens(self) -> int:
+        """How many tokens to generate."""
 
     @property
-    def sampled(self) -> bool: ...
+    def sampled(self) -> bool:
+        """Whether full attention's answer is drawn."""
 
     def sample(self, material: Material, length: int, seed: int, index: int) -> Sample:
-        """Makes the sample of this number; the same arguments give the same sample.
+        """Make the sample of this number; the same arguments give the same sample.
 
         Raises:
             InputError: no sample of the task is as short as `length`, or the prose is too short.
@@ -147,20 +149,26 @@ class DraftedTask:
         raise NotImplementedError
 
     def step(self, length: int) -> int:
-        """The least amount, and what is taken away at a time from a sample that is too long."""
+        """Return the least amount, and what is taken away at a time.
+
+        It is taken away from a sample that is too long.
+        """
         raise NotImplementedError
 
     def most(self) -> int:
-        """The largest amount that there is."""
+        """Return the largest amount that there is."""
         return 2**31
 
     def draft(self, amount: int, length: int, rng: random.Random, material: Material) -> Draft:
-        """A text with so much in it, for a budget of `length` tokens."""
+        """Return a text with so much in it, for a budget of `length` tokens."""
         raise NotImplementedError
 
     def sample(self, material: Material, length: int, seed: int, index: int) -> Sample:
-        """See `Task`. The amount is searched once a length; a sample that it makes too long is
-        shrunk until it fits."""
+        """Make the sample, as of `Task`.
+
+        The amount is searched once a length. A sample that it makes too long is shrunk until it
+        fits.
+        """
         amount, step = _amount(self, material, length, seed), self.step(length)
         while amount >= step:
             rng = random.Random(f"{self} {seed} {length} {index}")
@@ -191,7 +199,7 @@ def _amount(task: DraftedTask, material: Material, length: int, seed: int) -> in
 
 
 def largest(tokens: Callable[[int], int], room: int, least: int, most: int) -> int:
-    """The largest amount, from `least` to `most`, that makes at most `room` tokens.
+    """Return the largest amount, from `least` to `most`, that makes at most `room` tokens.
 
     By doubling, then by halving; `least` if none does.
     """
@@ -216,6 +224,6 @@ def _too_short(task: DraftedTask, length: int) -> InputError:
 
 
 def score(references: tuple[str, ...], answer: str) -> float:
-    """The share of the reference strings found in the answer, whatever their case."""
+    """Return the share of the reference strings found in the answer, whatever their case."""
     answer = answer.lower()
     return sum(reference.lower() in answer for reference in references) / len(references)

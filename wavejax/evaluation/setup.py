@@ -41,12 +41,12 @@ class Subject:
         return tuple(sorted(stops))
 
     def check_length(self, length: int) -> None:
-        """Raises InputError for a length that the model was not made for."""
+        """Raise InputError for a length that the model was not made for."""
         _refuse_longer("length", length, self.checkpoint)
 
 
 def make_room_for(*files: Path | None) -> None:
-    """Makes the folders of files that will be written in the end; raises InputError."""
+    """Make the folders of files that will be written in the end; raise InputError."""
     for file in files:
         if file is None:
             continue
@@ -61,7 +61,7 @@ def make_room_for(*files: Path | None) -> None:
 
 
 def check_context(checkpoint: Checkpoint, context: int, new_tokens: int) -> None:
-    """Raises InputError for an answer that leaves no prompt, or more than the model was made for.
+    """Raise InputError for an answer that leaves no prompt, or more than the model was made for.
 
     Args:
         checkpoint: the model's.
@@ -70,9 +70,9 @@ def check_context(checkpoint: Checkpoint, context: int, new_tokens: int) -> None
     """
     if not 0 < new_tokens < context:
         raise InputError(
-            f"--new-tokens {new_tokens} must be from 1 and less than --context {context}"
+            f"`new_tokens={new_tokens}` must be from 1 and less than `context={context}`"
         )
-    _refuse_longer("--context", context, checkpoint)
+    _refuse_longer("`context`", context, checkpoint)
 
 
 def _refuse_longer(what: str, tokens: int, checkpoint: Checkpoint) -> None:
@@ -82,7 +82,7 @@ def _refuse_longer(what: str, tokens: int, checkpoint: Checkpoint) -> None:
 
 
 def open_subject(model: str | None, dtype: str) -> Subject:
-    """Opens a model: the installed SmolLM2 if none is named; raises InputError.
+    """Open a model: the installed SmolLM2 if none is named; raise InputError.
 
     Starts JAX's device, for which it has compiled programs kept (`keep_compiled_programs`).
 

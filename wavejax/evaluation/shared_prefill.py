@@ -12,7 +12,7 @@ from wavejax.attention.dense import DenseState
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import DecodeState, Generator
-from wavejax.evaluation.baselines import SparseAttention, SparseState
+from wavejax.evaluation.baselines import SparseState
 from wavejax.store.shape import CacheShape
 
 # What only a decode step asks for: methods that differ in nothing else share their index.
@@ -46,19 +46,19 @@ class SharedPrefill:
         self._built: Any = None
 
     def state(self, generator: Generator) -> DecodeState:
-        """A state of the generator's own, after the prompts; may be donated."""
+        """Return a state of the generator's own, after the prompts; may be donated."""
         dense, attention = self.dense, generator.attention
         full = dense.attention_state
         assert isinstance(full, DenseState)
-        if isinstance(attention, WaveAttention):
-            cache = self._index(generator, attention)
-        elif isinstance(attention, SparseAttention):
+        if attention.has_index:
+            cache = self._index(generator, attention, full)
+        elif attention.state_type is SparseState:
             cache = SparseState(full.keys, full.values, full.tokens, full.tokens)
         else:
             cache = full
         return jax.tree.map(jnp.copy, dataclasses.replace(dense, attention_state=cache))
 
-    def _index(self, generator: Generator, attention: WaveAttention) -> Any:
+    def _index(self, generator: Generator, attention: Any, full: DenseState) -> Any:
         plain = {name: getattr(WaveConfig(), name) for name in _DECODING}
         # The room for an index does not depend on what decoding asks for, but a row cache's does.
         if attention.has_cache:
@@ -70,7 +70,7 @@ class SharedPrefill:
             self._built = build_index(
                 builder,
                 generator,
-                self.dense.attention_state,
+                full,
                 self.prompt_tokens,
                 self.new_tokens,
             )
@@ -84,7 +84,7 @@ def build_index(
     prompt_tokens: int,
     new_tokens: int,
 ) -> Any:
-    """A wave state from a dense cache, without running the model; see `SharedPrefill`."""
+    """Return a wave state from a dense cache, without running the model; see `SharedPrefill`."""
     batch = full.tokens.shape[0]
     model, dtype = generator.model_config, full.keys.dtype
     shape = CacheShape.of(model)

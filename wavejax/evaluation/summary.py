@@ -26,7 +26,7 @@ def values_of(records: Sequence[dict[str, Any]], field: str, length: int) -> dic
 
 
 def bootstrap(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The mean of the groups' means, and half the width of its 95 % interval.
+    """Return the mean of the groups' means, and half the width of its 95 % interval.
 
     By a percentile bootstrap, each group resampled by itself; NaN for the width where no group has
     two values.
@@ -44,7 +44,10 @@ def bootstrap(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def able_tasks(scores: dict[str, Values]) -> tuple[list[str], list[str]]:
-    """The tasks that full attention can do, and those that it cannot; all without its scores."""
+    """Return the tasks that full attention can do, and those that it cannot.
+
+    Without its scores, it can do all.
+    """
     full = scores.get(FULL, {})
     tasks = sorted({task for values in scores.values() for task in values})
     unable = [
@@ -174,13 +177,13 @@ def _in_order(by_method: dict[str, Any]) -> list[str]:
 
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     text: str = tabulate()(rows, headers, tablefmt="github", disable_numparse=True)
     return text
 
 
 def tabulate() -> Any:
-    """The function `tabulate.tabulate`; InputError where it is not installed."""
+    """Return the function `tabulate.tabulate`; InputError where it is not installed."""
     try:
         from tabulate import tabulate
     except ImportError as error:

@@ -32,7 +32,7 @@ TASKS: dict[str, Task] = {
 
 
 def parse_tasks(text: str) -> dict[str, Task]:
-    """The tasks of these names, separated by commas; `ruler` names all of RULER's.
+    """Return the tasks of these names, separated by commas; `ruler` names all of RULER's.
 
     Raises:
         InputError: there is no task of a name.

@@ -90,7 +90,7 @@ def answer(
 
 
 def sample_keys(seed: int, first: int, count: int) -> Key[Array, " samples"]:
-    """A key for each of so many samples, numbered from `first`: the same in any batch."""
+    """Return a key for each of so many samples, numbered from `first`: the same in any batch."""
     key = jax.random.key(seed % 2**32)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(count))
 
@@ -98,7 +98,7 @@ def sample_keys(seed: int, first: int, count: int) -> Key[Array, " samples"]:
 def judge(
     generator: Generator, params: Params, state: DecodeState, answers: list[Answer]
 ) -> Judgement:
-    """Forces a method to say the answer; donates `state`."""
+    """Force a method to say the answer; donate `state`."""
     parts = []
     for part in answers:
         state, *figures = _follow(
@@ -112,7 +112,7 @@ def judge(
 def greedy(
     generator: Generator, params: Params, state: DecodeState, answers: list[Answer], steps: int
 ) -> Int[np.ndarray, "steps batch"]:
-    """A method's own greedy answer, NO_TOKEN after its end; donates `state`.
+    """Return a method's own greedy answer, NO_TOKEN after its end; donate `state`.
 
     Args:
         generator: the method's; its sampler has no effect.
@@ -176,7 +176,7 @@ def _follow(
     forced: Array,
     steps: Array,
 ) -> tuple[DecodeState, Array, Array, Array]:
-    """Decodes `steps` tokens: the answer's if forced, else the most probable ones.
+    """Decode `steps` tokens: the answer's if forced, else the most probable ones.
 
     Returns the state and, `[CHUNK, batch]` each, the most probable tokens (NO_TOKEN after the end
     of an answer of its own), KL from the expected logits and -log p of the answer's tokens.
@@ -208,7 +208,7 @@ def _follow(
 
 
 def places_of(reference: str, pieces: list[str]) -> np.ndarray | None:
-    """The steps whose texts spell the reference in the answer; None if it is not there.
+    """Return the steps whose texts spell the reference in the answer; None if it is not there.
 
     As in the score, case does not matter.
     """

@@ -44,6 +44,6 @@ class Prose:
 
 def _too_short(material: Material, length: int) -> InputError:
     return InputError(
-        f"the haystack {material.haystack.name} has fewer than {length} words: name more text with "
-        "--haystack"
+        f"the haystack {material.haystack.name} has fewer than {length} words: name more text by "
+        "`haystack`"
     )

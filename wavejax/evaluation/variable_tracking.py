@@ -37,7 +37,7 @@ class VariableTracking(DraftedTask):
         return 10 if length >= 4096 else 5
 
     def draft(self, amount: int, length: int, rng: random.Random, material: Material) -> Draft:
-        """An example, then so many lines of noise with a chain in them."""
+        """Return an example, then so many lines of noise with a chain in them."""
 
         def example_of(lines: int) -> str:
             message, prefix, names = self._chain(lines, 3, rng)
@@ -52,7 +52,10 @@ class VariableTracking(DraftedTask):
         return Draft((Turn(example + message, prefix),), tuple(names))
 
     def _chain(self, lines: int, letters: int, rng: random.Random) -> tuple[str, str, list[str]]:
-        """A question, how its answer begins, and the variables of names of so many letters."""
+        """Return a question, how its answer begins, and the variables.
+
+        Their names have so many letters.
+        """
         names: dict[str, None] = {}
         while len(names) <= self.hops:
             names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None

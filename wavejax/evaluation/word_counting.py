@@ -39,11 +39,11 @@ class CommonWords(DraftedTask):
         return COMMON_WORDS
 
     def most(self) -> int:
-        """The words that there are."""
+        """Return the words that there are."""
         return len(_all_words())
 
     def draft(self, amount: int, length: int, rng: random.Random, material: Material) -> Draft:
-        """An example, then a list with so many different words."""
+        """Return an example, then a list with so many different words."""
         short = length < 4096
         example, common = _word_list(20 if short else 40, *((3, 1) if short else (10, 3)), rng)
         context, references = _word_list(amount, *((6, 1) if short else (30, 3)), rng)
@@ -59,7 +59,7 @@ class CommonWords(DraftedTask):
 def _word_list(
     different: int, times: int, times_of_others: int, rng: random.Random
 ) -> tuple[str, list[str]]:
-    """A numbered list of so many different words, and the common ones among them."""
+    """Return a numbered list of so many different words, and the common ones among them."""
     words = rng.sample(_all_words(), different)
     common, others = words[:COMMON_WORDS], words[COMMON_WORDS:]
     listed = common * times + others * times_of_others
@@ -77,8 +77,10 @@ def _all_words() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class FrequentWords(DraftedTask):
-    """The three most frequent coded words of a text; word k stands there about k^-2 times as often
-    as the first, which is dots."""
+    """The three most frequent coded words of a text.
+
+    Word k stands there about k^-2 times as often as the first, which is dots.
+    """
 
     new_tokens: int = 50
 
@@ -87,7 +89,7 @@ class FrequentWords(DraftedTask):
         return (length - self.new_tokens) // 32
 
     def draft(self, amount: int, length: int, rng: random.Random, material: Material) -> Draft:
-        """A text of about so many words, and the question."""
+        """Return a text of about so many words, and the question."""
         vocabulary: dict[str, None] = {}
         while len(vocabulary) < max(4, (length - self.new_tokens) // 50):
             vocabulary["".join(rng.choices(string.ascii_lowercase, k=6))] = None

@@ -13,11 +13,13 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.decoder import MLP_BLOCK
 from models.errors import InputError
-from wavejax.attention.dense import DenseAttention
+from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.prompts import SMALLEST_BUCKET, bucket
-from wavejax.planning.memory import PINNED_LIMIT, FreeMemory, MemoryNeed, free_memory, memory_need
+from wavejax.engine.sampling import Sampler
+from wavejax.planning.free_memory import PINNED_LIMIT, FreeMemory, free_memory
+from wavejax.planning.memory import MemoryNeed, footprint, memory_need
 from wavejax.store.rows import Fetch, StoreKind
 
 StoreChoice = Literal["auto"] | StoreKind
@@ -26,7 +28,7 @@ FetchChoice = Literal["auto"] | Fetch
 # pinned, such as a stack of layers' weights.
 STAGING_BYTES = 8 * 2**30
 _LONGEST = 2**24  # tokens; nobody waits for more
-_Choice = tuple[WaveAttention | DenseAttention, MemoryNeed, str]
+_Choice = tuple[AnyAttention, MemoryNeed, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Plan:
     prompt_tokens: int
     new_tokens: int
     dtype: str
-    attention: WaveAttention | DenseAttention
+    attention: AnyAttention
     need: MemoryNeed
     free: FreeMemory
     reason: str
@@ -56,7 +58,7 @@ class Plan:
     longest: int
 
     def check(self) -> None:
-        """Raises InputError, with the numbers and what to do, if the run does not fit."""
+        """Raise InputError, with the numbers and what to do, if the run does not fit."""
         short = shortage(self.need, self.free)
         if short is None:
             return
@@ -70,12 +72,12 @@ class Plan:
         )
         advice = "use a shorter prompt, fewer prompts or new tokens"
         if self.dtype == "float32":
-            advice += ", or --dtype bfloat16"
+            advice += ", or `dtype='bfloat16'`"
         if name == "pinned memory":
             advice = f"set {PINNED_LIMIT}={math.ceil(needed / 2**30)} before JAX starts"
-            advice += ", or --fetch staged, which pins no rows"
+            advice += ", or `fetch='staged'`, which pins no rows"
         elif need.rows_on == "device" and self.free.device is not None and need.index:
-            advice += ", or --store host"
+            advice += ", or `store='host'`"
         raise InputError(
             f"not enough {name}: {gib(needed)} needed ({parts}, workspace {gib(need.workspace)}), "
             f"{gib(there_is)} free; {longest}{advice}"
@@ -84,7 +86,7 @@ class Plan:
 
 def make_plan(
     model: ModelConfig,
-    attention: WaveConfig | DenseAttention,
+    attention: WaveConfig | AnyAttention,
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -92,6 +94,7 @@ def make_plan(
     *,
     store: StoreChoice = "auto",
     fetch: FetchChoice = "auto",
+    sampler: Sampler | None = None,
     free: FreeMemory | None = None,
 ) -> Plan:
     """Decides where the rows go and how many the cache holds; allocates nothing.
@@ -103,13 +106,14 @@ def make_plan(
     Args:
         model: the model's sizes.
         attention: the settings of wave attention, whose `cache_fraction` is what is asked for; or
-            full attention.
+            an attention that is taken as it is, `DenseAttention` or any other.
         batch: sequences.
         prompt_tokens: of the longest prompt.
         new_tokens: to generate.
         dtype: of weights and state.
-        store: where the rows shall go.
-        fetch: how rows on the host reach the device; see `WaveAttention`.
+        store: where the rows of wave attention by these settings shall go.
+        fetch: how its rows on the host reach the device; see `WaveAttention`.
+        sampler: how tokens are drawn; None: in the way that takes most.
         free: what there is; None asks the device.
 
     Returns:
@@ -126,6 +130,7 @@ def make_plan(
             prompt_tokens=prompt,
             new_tokens=new_tokens,
             dtype=dtype,
+            sampler=sampler,
         )
         choices = [
             (candidate, need(candidate), why)
@@ -137,9 +142,9 @@ def make_plan(
 
     chosen, need, reason = choose(prompt_tokens, free)
     shrunk = None
-    if isinstance(attention, WaveConfig) and isinstance(chosen, WaveAttention):
+    if isinstance(attention, WaveConfig):
         asked = attention.cache_fraction
-        shrunk = asked if chosen.config.cache_fraction < asked else None
+        shrunk = asked if chosen.cache_fraction < asked else None
 
     if shortage(need, free) is not None:
         reason = "nothing fits; shown is what takes least of the device's memory"
@@ -162,15 +167,16 @@ def make_plan(
 
 
 def _candidates(
-    attention: WaveConfig | DenseAttention,
+    attention: WaveConfig | AnyAttention,
     store: StoreChoice,
     fetch: FetchChoice,
     free: FreeMemory,
     need: Callable[[WaveAttention], MemoryNeed],
-) -> Iterator[tuple[WaveAttention | DenseAttention, str]]:
+) -> Iterator[tuple[AnyAttention, str]]:
     """Ways to run, the best first, and why each would be chosen."""
-    if isinstance(attention, DenseAttention):
-        yield attention, "full attention keeps keys and values on the device"
+    if not isinstance(attention, WaveConfig):
+        kept = "on the device" if attention.store == "device" else "in host memory"
+        yield attention, f"it keeps keys and values {kept}"
         return
     without = dataclasses.replace(attention, cache_fraction=0.0)
     if store != "host":
@@ -196,7 +202,10 @@ def _candidates(
 
 
 def shortage(need: MemoryNeed, free: FreeMemory) -> tuple[str, int, int] | None:
-    """The memory that does not suffice, what is needed of it and what is free; None if all do."""
+    """Return the memory that does not suffice, what is needed of it and what is free.
+
+    None if all do.
+    """
     if free.device is None:
         wanted = [("memory", need.device + need.host, free.host)]
     else:
@@ -211,7 +220,7 @@ def shortage(need: MemoryNeed, free: FreeMemory) -> tuple[str, int, int] | None:
 
 def pinned_need(
     model: ModelConfig,
-    attention: WaveConfig | DenseAttention,
+    attention: WaveConfig | AnyAttention,
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -219,15 +228,16 @@ def pinned_need(
     fetch: FetchChoice = "auto",
 ) -> int:
     """Bytes that XLA should be allowed to pin, whatever the plan will be; starts no device."""
-    if isinstance(attention, DenseAttention) or fetch == "staged":
+    if isinstance(attention, WaveConfig):
+        attention = WaveAttention(attention, "device" if fetch == "staged" else "host")
+    if attention.store == "device":
         return STAGING_BYTES
-    in_place = WaveAttention(attention, "host", "in_place")
-    need = memory_need(model, in_place, batch, prompt_tokens, new_tokens, dtype)
-    return need.pinned + STAGING_BYTES
+    held = footprint(model, attention, batch, prompt_tokens, new_tokens, dtype)
+    return held.rows + STAGING_BYTES
 
 
 def _buckets() -> list[int]:
-    """The padded lengths of prompts, rising."""
+    """Return the padded lengths of prompts, rising."""
     sizes = [SMALLEST_BUCKET]
     while sizes[-1] < _LONGEST:
         sizes.append(bucket(sizes[-1] + 1))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +12,7 @@ _WIDTH = 100  # columns
 
 
 def plan_text(plan: Plan, model: str) -> str:
-    """A table of what the run takes and what there is, and what was chosen and why."""
+    """Return a table of what the run takes and what there is, and what was chosen and why."""
     need, free = plan.need, plan.free
     unified = free.device is None
     table = Table()
@@ -61,10 +60,12 @@ def _run(plan: Plan) -> str:
 
 
 def _notes(plan: Plan) -> list[str]:
-    """What was chosen and why, and how far the same run could go."""
+    """Return what was chosen and why, and how far the same run could go."""
     notes = []
     if not plan.attention.has_index:
-        notes.append(f"attention: full; {plan.reason}")
+        name = type(plan.attention).__name__
+        name = "full" if name == "DenseAttention" else name
+        notes.append(f"attention: {name}; {plan.reason}")
     else:
         notes.append(f"store: {plan.need.rows_on}; {plan.reason}")
         if plan.shrunk is not None:
@@ -86,8 +87,8 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def plan_json(plan: Plan, model: str) -> dict[str, Any]:
-    """What `--plan --json` prints: all of it, in bytes and tokens."""
+def plan_json(plan: Plan, model: str) -> dict[str, object]:
+    """Return what `--plan --json` prints: all of it, in bytes and tokens."""
     return {
         "model": model,
         "prompts": plan.batch,

@@ -52,4 +52,4 @@ def test_broken_and_hostile_templates(template: str, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         apply_chat(template, USER)
     assert "\n" not in str(caught.value)
-    assert "--raw" in str(caught.value)
+    assert "raw=True" in str(caught.value)

@@ -58,8 +58,8 @@ def test_each_message_is_in_the_text(
     "template, messages, said",
     [
         # "a" is in the text all the same, in the user's message.
-        (WITHOUT_SYSTEM, [SYSTEM, USER], r"message 1 of 2 \(system\).*user's message.*--raw"),
-        (CUT_SHORT, [{"role": "user", "content": DOCUMENT}], r"message 1 of 1 \(user\).*--raw"),
+        (WITHOUT_SYSTEM, [SYSTEM, USER], r"message 1 of 2 \(system\).*user's message.*raw=True"),
+        (CUT_SHORT, [{"role": "user", "content": DOCUMENT}], r"message 1 of 1 \(user\).*raw=True"),
         ("a{{ messages[0].role }}", [{"role": "user", "content": "a"}], "leaves out message 1"),
         ("{{ messages[1].content }}", [USER, USER], "leaves out message 1"),
         ("{{ messages[0].content | upper }}", [USER], "changes its text"),

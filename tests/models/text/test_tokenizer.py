@@ -149,7 +149,7 @@ def test_named_templates(tmp_path: Path) -> None:
 
 
 def test_no_template_is_an_error_that_names_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--raw"):
+    with pytest.raises(InputError, match="raw=True"):
         load_tokenizer(make_folder(tmp_path)).encode_chat([{"role": "user", "content": "x"}])
 
 

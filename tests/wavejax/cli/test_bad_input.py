@@ -48,9 +48,9 @@ def refused(result: tuple[int, str, str], *said: str) -> None:
         (["--prompt", "caf\udce9"], "byte 0xe9 at offset 3"),
         (["--prompt", "x", "--temperature", "-1"], "temperature"),
         (["--prompt", "x", "--temperature", "nan"], "temperature"),
-        (["--prompt", "x", "--top-p", "0"], "top_p"),
-        (["--prompt", "x", "--top-k", "-1"], "top_k"),
-        (["--prompt", "x", "--min-p", "2"], "min_p"),
+        (["--prompt", "x", "--top-p", "0"], "--top-p is 0"),
+        (["--prompt", "x", "--top-k", "-1"], "--top-k is -1"),
+        (["--prompt", "x", "--min-p", "2"], "--min-p is 2"),
         (["--prompt", "x", "--top-k", "many"], "'many'"),
         (["--prompt", "x", "--attention", "some"], "'some'"),
         (["--prompt", "x", "--store", "disk"], "'disk'"),
@@ -64,8 +64,8 @@ def refused(result: tuple[int, str, str], *said: str) -> None:
         (["--prompt", "x", "--sampling", "model"], "generation_config.json"),
         (["--prompt", "x", "--sampling", "other"], "'other'"),
         (["--prompt", "x", "--rope-scaling", "stretched"], "stretched"),
-        (["--prompt", "x", "--cluster-size", "0"], "cluster_size"),
-        (["--prompt", "x", "--cluster-size", "65"], "max_cluster_size"),
+        (["--prompt", "x", "--cluster-size", "0"], "--cluster-size is 0"),
+        (["--prompt", "x", "--cluster-size", "65"], "--max-cluster-size is 64"),
         (["--prompt", "x", "--magic"], "--magic"),
         (["x"], "unexpected extra argument"),
         (["--prompt"], "--prompt"),
@@ -79,7 +79,7 @@ def test_command_line(generate: Generate, tiny: Path, arguments: list[str], said
 @pytest.mark.parametrize("value", ["-0.1", "1.5", "nan", "inf"])
 def test_fractions(generate: Generate, tiny: Path, name: str, value: str) -> None:
     result = generate("--model", tiny, "--prompt", "x", f"--{name}-fraction", value)
-    refused(result, f"{name}_fraction is {float(value)}", "from 0 to 1")
+    refused(result, f"--{name}-fraction is {float(value)}", "from 0 to 1")
 
 
 def test_undecodable_file_and_standard_input(

@@ -211,7 +211,7 @@ def test_settings_that_differ_and_that_are_damaged_are_said(tmp_path):
     record = {"task": "a", "length": 1, "index": 0, "method": "full"}
     with Records(tmp_path, {"defaults": {"least": 1, "most": 2}}, {}) as first:
         first.append([record])
-    with pytest.raises(InputError, match=r"whose defaults\.most is 2, not 3: give another --out"):
+    with pytest.raises(InputError, match=r"whose defaults\.most is 2, not 3: give another `out`"):
         Records(tmp_path, {"defaults": {"least": 1, "most": 3}}, {})
     settings = tmp_path / "settings.json"
     settings.write_text("")

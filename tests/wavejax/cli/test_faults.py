@@ -17,7 +17,7 @@ from models.checkpoints.open import Checkpoint, open_checkpoint, write_orbax
 from models.text.tokenizer import load_tokenizer
 from tests.wavejax.cli.conftest import SMALL_ZONES, Result
 from wavejax import convert
-from wavejax.planning.memory import FreeMemory
+from wavejax.planning.free_memory import FreeMemory
 from wavejax.store import rows
 
 Generate = Callable[..., Result]

@@ -99,7 +99,7 @@ def test_memory_of_a_container(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from wavejax.planning import memory
+    from wavejax.planning import free_memory as memory
 
     group = tmp_path / "group"
     group.mkdir()

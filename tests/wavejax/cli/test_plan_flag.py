@@ -12,7 +12,7 @@ import pytest
 
 from models.checkpoints.open import Checkpoint
 from tests.wavejax.cli.conftest import Result
-from wavejax.planning import memory
+from wavejax.planning import free_memory as memory
 
 Generate = Callable[..., Result]
 FULL = ("--plan", "--context", "9", "--attention", "full")

@@ -13,7 +13,8 @@ from models.errors import InputError
 from tests.wavejax.cli.conftest import Result
 from wavejax import convert
 from wavejax.cli import generate_command
-from wavejax.cli.model_sampling import model_sampling, sampling_text
+from wavejax.cli.model_sampling import sampling_text
+from wavejax.engine.model_sampling import model_sampling
 from wavejax.engine.sampling import Sampler
 
 Generate = Callable[..., Result]
@@ -144,7 +145,7 @@ def test_sampling_values_of_a_model(tmp_path: Path, stated: dict, values: dict) 
 @pytest.mark.parametrize(
     "stated, said",
     [
-        (None, "has no generation_config.json; give --temperature"),
+        (None, "has no generation_config.json; give `temperature`"),
         ({}, "states no temperature, top_p"),
         ({"temperature": "hot"}, 'temperature is "hot"; expected a number'),
         ({"temperature": True}, "temperature is true; expected a number"),

@@ -190,9 +190,9 @@ def test_nothing_is_read_before_all_is_checked(monkeypatch):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"attention": WaveConfig()}, "attention is of type WaveConfig; give a WaveAttention or a"),
-        ({"sampler": 0.7}, "sampler is of type float; give a Sampler"),
-        ({"model_config": "llama"}, "model_config is of type str; give a ModelConfig"),
+        ({"attention": WaveConfig()}, "`attention` is of type WaveConfig; give an Attention"),
+        ({"sampler": 0.7}, "`sampler` is of type float; give a Sampler"),
+        ({"model_config": "llama"}, "`model_config` is of type str; give a ModelConfig"),
         ({"stop_tokens": (99,)}, "a stop token is 99; it must be a whole number from 0 to 49"),
     ],
 )

@@ -153,8 +153,8 @@ def test_half_precision_runs(dtype):
     exact = generator.start(make_params(), prompts, NEW_TOKENS)
     error = np.abs(np.asarray(state.logits - exact.logits))
     assert error.max() < 0.03 * float(jnp.abs(exact.logits).max())
-    wave = state.attention_state
-    kept = [wave.store.rows, wave.steady.window, wave.index.value_means]
+    held = state.attention_state
+    kept = [held.store.rows, held.steady.window, held.index.value_means]
     assert all(array.dtype == dtype for array in kept)
     state, tokens = generator.decode_n(params, state, 8)
     assert np.isfinite(state.logits).all()

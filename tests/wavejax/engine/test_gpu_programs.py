@@ -82,7 +82,7 @@ def test_staged_rows_are_arguments_of_programs_that_know_no_host_memory(platform
     # Unwrapped, since JAX would keep what is traced here for other platforms too.
     select = functools.partial(staged_programs.select.__wrapped__, model, attention)
     attend = functools.partial(staged_programs.attend.__wrapped__, attention)
-    finish = functools.partial(staged_programs.finish.__wrapped__, model)
+    finish = functools.partial(staged_programs.finish.__wrapped__, model, attention)
 
     inputs = params, layer, hidden, jnp.zeros((2, 1), jnp.int32), state
     selection, tokens, slots, _ = jax.eval_shape(select, *inputs)

@@ -107,7 +107,7 @@ def test_the_room_made_is_the_room_planned_and_no_less_than_asked(attention, ask
 def test_an_attention_of_no_such_kind_is_refused(name, value):
     # Not by the class itself, whose arguments the tests' type checker sees first.
     fields = types.SimpleNamespace(**({"store": "host", "fetch": None} | {name: value}))
-    with pytest.raises(InputError, match=f"{name} is '{value}'; it must be one of"):
+    with pytest.raises(InputError, match=f"`{name}` is '{value}'; it must be one of"):
         WaveAttention.__post_init__(fields)
 
 

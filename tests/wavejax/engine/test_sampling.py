@@ -174,7 +174,7 @@ def test_top_k_beyond_the_vocabulary_and_minus_infinity() -> None:
     ],
 )
 def test_bad_settings_are_named(field: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"{field} is .*must be"):
+    with pytest.raises(InputError, match=f"`{field}` is .*must be"):
         Sampler(**{field: value})
 
 
@@ -191,7 +191,7 @@ def test_bad_settings_are_named(field: str, value: float) -> None:
 )
 def test_what_is_no_number_is_refused(field: str, value: object) -> None:
     # Not by the class itself, whose arguments the tests' type checker sees first.
-    with pytest.raises(InputError, match=f"{field} is .*must be a (whole )?number"):
+    with pytest.raises(InputError, match=f"`{field}` is .*must be a (whole )?number"):
         unchecked_sampler(**{field: value})
 
 

@@ -39,9 +39,9 @@ def run(generator, prompts, pieces=(NEW_TOKENS,), seed=1):
     return state, np.concatenate(tokens)
 
 
-def counts_of(wave):
-    cache = wave.cache
-    return cache.table, wave.attended, wave.steady.window_tokens
+def counts_of(on_device):
+    cache = on_device.cache
+    return cache.table, on_device.attended, on_device.steady.window_tokens
 
 
 ONE_SLOT = dataclasses.replace(CONFIG, cache_fraction=0.0)
@@ -57,21 +57,21 @@ def test_a_ragged_batch_gets_the_tokens_that_rows_in_place_give(config):
     (state, tokens), (staged, found) = (run(one, prompts) for one in generators(config))
     np.testing.assert_array_equal(found, tokens)
     np.testing.assert_allclose(staged.logits, state.logits, atol=1e-4)
-    wave, in_place = staged.attention_state.wave, state.attention_state
+    on_device, in_place = staged.attention_state.on_device, state.attention_state
     # All three have grown; what is retrieved and cached is the same, step for step.
-    assert wave.index.tokens.tolist() == in_place.index.tokens.tolist() == [64, 306, 362]
-    jax.tree.map(np.testing.assert_array_equal, counts_of(wave), counts_of(in_place))
-    assert int(wave.cache.table.misses.sum()) > 0
+    assert on_device.index.tokens.tolist() == in_place.index.tokens.tolist() == [64, 306, 362]
+    jax.tree.map(np.testing.assert_array_equal, counts_of(on_device), counts_of(in_place))
+    assert int(on_device.cache.table.misses.sum()) > 0
     for b in range(3):
-        indexed = int(wave.index.tokens[b])
+        indexed = int(on_device.index.tokens[b])
         stored = staged.attention_state.rows.rows[:, b, :, :indexed]
         expected = np.asarray(in_place.store.rows.data)[:, b, :, :indexed]
         np.testing.assert_allclose(stored, expected, atol=1e-4)
         # A slot that holds a row holds that very row.
-        owners = np.asarray(wave.cache.table.token_of_slot[:, b])
+        owners = np.asarray(on_device.cache.table.token_of_slot[:, b])
         for layer, head, slot in zip(*np.nonzero(owners >= 0), strict=True):
             np.testing.assert_array_equal(
-                wave.cache.rows.data[layer, b, head, slot],
+                on_device.cache.rows.data[layer, b, head, slot],
                 stored[layer, head, owners[layer, head, slot]],
             )
     facts = facts_of(WaveAttention(config), staged.attention_state)
@@ -103,7 +103,7 @@ def test_the_stream_and_teacher_forcing():
     state, found = staged.force(make_params(), state, jnp.asarray(tokens))
     np.testing.assert_allclose(found, logits, atol=1e-4)
     np.testing.assert_array_equal(np.argmax(found, axis=-1), tokens)
-    assert staged.attention.lengths(state.attention_state.wave).tolist() == [LENGTHS[1] + 12]
+    assert staged.attention.lengths(state.attention_state.on_device).tolist() == [LENGTHS[1] + 12]
 
 
 def test_half_precision_runs():

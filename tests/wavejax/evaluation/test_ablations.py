@@ -56,9 +56,9 @@ def first_query(stream):
 
 
 def cluster_scores(stream, state):
-    query, wave = first_query(stream), state.index
+    query, index = first_query(stream), state.index
     return ops.score_clusters(
-        query, wave.centroids, wave.offsets, jnp.int32(0), scale=scale_of(query)
+        query, index.centroids, index.offsets, jnp.int32(0), scale=scale_of(query)
     )
 
 

@@ -236,7 +236,7 @@ def test_largest_amount():
 def test_what_cannot_be_made_is_said(material):
     with pytest.raises(InputError, match=r"no sample of 200 tokens, 128 of them generated"):
         TASKS["niah_single_1"].sample(material, 200, 42, 0)
-    with pytest.raises(InputError, match="name more text with --haystack"):
+    with pytest.raises(InputError, match="name more text by `haystack`"):
         TASKS["perplexity"].sample(material, 10**6, 42, 0)
     with pytest.raises(InputError, match="have no room"):
         TASKS["drift"].sample(material, 2048, 42, 0)

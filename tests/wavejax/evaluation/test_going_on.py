@@ -56,7 +56,7 @@ def run(script, model, folder, *more):
 def test_drawn_answers_go_on_in_the_same_batches_only(model, tmp_path):
     assert run("evaluate", model, tmp_path, "--tasks", "drift") is None
     said = run("evaluate", model, tmp_path, "--tasks", "drift", "--batch", 1)
-    assert "whose answers drawn of drift.batch is 2, not 1: give another --out" in said
+    assert "whose answers drawn of drift.batch is 2, not 1: give another `out`" in said
     # More samples leave those that are there in the batches that they were in.
     assert run("evaluate", model, tmp_path, "--tasks", "drift,vt", "--samples", 3) is None
     # Greedy answers go on in any.

@@ -17,8 +17,9 @@ from wavejax.engine import compiled
 from wavejax.engine.facts import facts_of
 from wavejax.engine.prompts import answer_room, bucket
 from wavejax.engine.sampling import settings_of
-from wavejax.planning import memory
-from wavejax.planning.memory import free_memory, host_available, memory_need, set_memory_limits
+from wavejax.planning import free_memory as memory
+from wavejax.planning.free_memory import free_memory, host_available, set_memory_limits
+from wavejax.planning.memory import memory_need
 from wavejax.store.rows import init_store
 from wavejax.store.shape import CacheShape
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.tiny_generator import CONFIG, MODEL
-from wavejax import DenseAttention, InputError, WaveAttention, WaveConfig
+from wavejax import DenseAttention, InputError, Sampler, WaveAttention, WaveConfig
 from wavejax.engine.prompts import bucket
-from wavejax.planning.memory import FreeMemory, memory_need
+from wavejax.planning.free_memory import FreeMemory
+from wavejax.planning.memory import memory_need
 from wavejax.planning.plan import make_plan, pinned_need, shortage
 from wavejax.planning.table import plan_json, plan_text
 
@@ -37,6 +38,24 @@ def choice(memory, store="auto"):
     made = plan(memory, store=store)
     made.check()
     return made.attention.store, made.attention.config.cache_fraction / CONFIG.cache_fraction
+
+
+def test_a_plan_knows_how_tokens_are_drawn():
+    """A batch of many sequences needs room for what is ranked and counted, if anything is."""
+    run = (MODEL, DenseAttention(), 4096, 10, 1, "float32")
+    rooms = []
+    drawn = (Sampler(), Sampler(temperature=1.0, top_k=5), Sampler(temperature=1.0, top_p=0.9))
+    for sampler in (*drawn, Sampler(temperature=1.0, top_p=0.9, presence_penalty=1.0), None):
+        made = make_plan(*run, sampler=sampler, free=free(PLENTY))
+        assert made.need == memory_need(*run, sampler)
+        rooms.append(made.need.workspace)
+    greedy, few, all_ranked, counted, unknown = rooms
+    assert greedy < few < all_ranked < counted == unknown
+    # A run that fits when the most probable token is taken need not fit when all are ranked.
+    tight = free(make_plan(*run, sampler=drawn[0], free=free(PLENTY)).need.device)
+    make_plan(*run, sampler=drawn[0], free=tight).check()
+    with pytest.raises(InputError, match="not enough device memory"):
+        make_plan(*run, sampler=drawn[2], free=tight).check()
 
 
 def test_the_device_while_it_fits_then_the_host():
@@ -69,7 +88,7 @@ def test_a_cache_of_all_tokens_is_made_smaller_in_proportion():
 def test_where_it_is_asked_for_it_goes():
     assert choice(free(PLENTY), "host") == ("host", 1.0)
     assert choice(free(PLENTY), "device") == ("device", 1.0)
-    with pytest.raises(InputError, match="--store host"):
+    with pytest.raises(InputError, match=r"`store=.host.`"):
         choice(free(need("device").device - 1), "device")
 
 
@@ -147,7 +166,7 @@ def test_the_platform_chooses_how_to_fetch(monkeypatch):
     made = plan(free(PLENTY, pinned=0), store="host")
     made.check()
     assert made.attention.staged
-    with pytest.raises(InputError, match=r"^not enough pinned memory: .* --fetch staged"):
+    with pytest.raises(InputError, match=r"^not enough pinned memory: .* `fetch=.staged.`"):
         plan(free(PLENTY, pinned=0), store="host", fetch="in_place").check()
 
 
@@ -158,7 +177,7 @@ def test_full_attention_fits_or_not():
     assert made.attention == DenseAttention()
     with pytest.raises(InputError, match=r"^not enough device memory: ") as error:
         plan(free(one.device - 1), DenseAttention()).check()
-    assert "--store" not in str(error.value)
+    assert "`store" not in str(error.value)
 
 
 def test_the_refusal_is_one_line_with_needed_and_free():
@@ -170,10 +189,10 @@ def test_the_refusal_is_one_line_with_needed_and_free():
     total = (made.need.device + made.need.host) / 2**30
     assert message.startswith(f"not enough memory: {total:.2f} GiB needed (weights ")
     assert "0.00 GiB free" in message
-    assert "--dtype bfloat16" in message  # what to do about it
+    assert "`dtype='bfloat16'`" in message  # what to do about it
     with pytest.raises(InputError) as error:
         plan(free(None, 2**20), dtype=jnp.bfloat16).check()
-    assert "--dtype" not in str(error.value)
+    assert "`dtype" not in str(error.value)
 
 
 @settings(max_examples=25, deadline=None)

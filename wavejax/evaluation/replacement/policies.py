@@ -22,7 +22,7 @@ class Policy(Protocol):
         """Forgets everything."""
 
     def rank(self, step: int, used: np.ndarray, held: np.ndarray) -> np.ndarray:
-        """Takes in a step's use (bool) and gives the priorities (float64); -inf is never kept.
+        """Take in a step's use (bool) and give the priorities (float64); -inf is never kept.
 
         Args:
             step: rising.
@@ -139,7 +139,7 @@ class Clock:
         self.owner: np.ndarray | None = None
 
     def keep(self, used: np.ndarray, held: np.ndarray, slots: int) -> np.ndarray:
-        """The cache after a step: bool, like `held`."""
+        """Return the cache after a step: bool, like `held`."""
         lanes = len(used)
         if self.owner is None:
             self.owner = np.full((lanes, slots), NEVER)
@@ -182,7 +182,7 @@ class Optimum:
 
 
 def policies() -> dict[str, Callable[[], Any]]:
-    """The policies compared, by name."""
+    """Return the policies compared, by name."""
     return {
         "LRU": LeastRecentlyUsed,
         "FIFO": FirstIn,

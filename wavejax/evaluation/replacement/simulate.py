@@ -97,7 +97,7 @@ class Uses:
 
 
 def simulate(uses: Uses, policy: Any, slots: int, warm_up: int) -> Reads:
-    """Runs the steps through a cache of `slots` units a lane; counts those after `warm_up`.
+    """Run the steps through a cache of `slots` units a lane; count those after `warm_up`.
 
     Args:
         uses: of the trace's units.
@@ -133,7 +133,7 @@ def simulate(uses: Uses, policy: Any, slots: int, warm_up: int) -> Reads:
 
 
 def keep_best(ranks: np.ndarray, candidates: np.ndarray, slots: int) -> np.ndarray:
-    """Marks the `slots` candidates of highest rank in each lane, ties to the lower unit."""
+    """Mark the `slots` candidates of highest rank in each lane, ties to the lower unit."""
     if slots >= ranks.shape[1]:
         return candidates
     ranks = np.where(candidates, ranks, -np.inf)

@@ -62,7 +62,7 @@ def run(
     progress: Callable[[], Any],
     page_bytes: int = PAGE_BYTES,
 ) -> dict[Case, Reads]:
-    """Simulates the cases on a trace; `progress` is called after each.
+    """Simulate the cases on a trace; `progress` is called after each.
 
     Raises:
         InputError: the trace has no step after the warm-up.
@@ -83,7 +83,7 @@ def run(
 
 
 def mean(several: Sequence[dict[Case, Reads]]) -> dict[Case, Reads]:
-    """The means over traces of one method."""
+    """Return the means over traces of one method."""
     first = several[0]
     return {
         case: Reads(*np.mean([dataclasses.astuple(one[case]) for one in several], axis=0).tolist())
@@ -117,7 +117,7 @@ def unit_table(
     share: float,
     page_bytes: int = PAGE_BYTES,
 ) -> str:
-    """What each unit misses and reads at one cache size, in Markdown."""
+    """Return what each unit misses and reads at one cache size, in Markdown."""
     lines = [
         f"{method}: units, {policy}, a cache of {share:.0%}; a step and head",
         "",

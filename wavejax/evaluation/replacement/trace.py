@@ -42,7 +42,7 @@ class Trace:
     about: dict[str, Any]
 
     def save(self, file: Path) -> None:
-        """Writes a compressed .npz, rows as the smallest unsigned integers that hold them."""
+        """Write a compressed .npz, rows as the smallest unsigned integers that hold them."""
         small = np.min_scalar_type(self.order.shape[-1])
         # NO_ROW wraps around to the largest number, which is no token.
         np.savez_compressed(
@@ -54,7 +54,7 @@ class Trace:
 
     @classmethod
     def load(cls, file: Path) -> "Trace":
-        """Reads what `save` wrote. InputError if the file is missing or holds something else."""
+        """Read what `save` wrote. InputError if the file is missing or holds something else."""
         try:
             with np.load(file) as arrays:
                 rows, order = arrays["rows"], arrays["order"]
@@ -82,7 +82,7 @@ def record(
     answer: Int[np.ndarray, " steps"],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Trace, Float[np.ndarray, "steps vocab"]]:
-    """Runs an answer's tokens through the decode step and records what each retrieves.
+    """Run an answer's tokens through the decode step and record what each retrieves.
 
     Args:
         generator: its attention is `tracing(...)`.
@@ -94,21 +94,26 @@ def record(
     Returns:
         the trace, and the logits from which each of the tokens would have been drawn.
     """
-    config = generator.attention.config  # type: ignore[union-attr]
+    config = generator.attention.config  # type: ignore[attr-defined]
     steps, logits = [], []
     for i, token in enumerate(answer.tolist()):
         state, given = generator.force(params, state, jnp.full((1, 1), token, jnp.int32))
         logits.append(np.asarray(given[0, 0]))
-        wave = state.attention_state
-        steps.append(np.asarray(_used(wave.cache.table, wave.step - 1))[:, 0])
+        held = _wave_state(state)
+        steps.append(np.asarray(_used(held.cache.table, held.step - 1))[:, 0])
         progress(i + 1, len(answer))
-    order = _cluster_order(config, state.attention_state)
+    order = _cluster_order(config, _wave_state(state))
     return Trace(_list_rows(steps), order, {}), np.stack(logits)
+
+
+def _wave_state(state: DecodeState) -> WaveState:
+    assert isinstance(state.attention_state, WaveState)
+    return state.attention_state
 
 
 @jax.jit
 def _used(table: RowTable, step: Int[Array, ""]) -> Bool[Array, "layers batch kv_heads tokens"]:
-    """Marks the rows whose slots were last used in that step."""
+    """Mark the rows whose slots were last used in that step."""
     slots = table.slot_of_token
     last = jnp.take_along_axis(table.last_used, jnp.maximum(slots, 0), axis=-1)
     return is_held(slots) & (last == step)

@@ -1,0 +1,143 @@
+"""How many bytes an attention takes: what its state holds, and what its methods take besides."""
+
+import dataclasses
+
+import jax
+
+from wavejax.config import WaveConfig
+from wavejax.store.index import segments_at_once
+from wavejax.store.shape import CacheShape
+from wavejax.store.sizes import segment_sizes
+from wavejax.store.state import WaveState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of a state, and of one layer's temporaries; in plain JAX, where kernels take less.
+
+    Attributes:
+        rows: of the state, all tokens' keys and values.
+        index: of the state, what finds tokens.
+        cache: of the state, the row cache with its table.
+        steady: of the state, the rest.
+        slots: KV rows that the cache holds, in each layer, sequence and kv head; a number.
+        beside_attention: temporaries while a prompt is attended to, besides those of attending.
+        writing: temporaries while a prompt's cache is written, its attention over.
+        indexing: temporaries of building a prompt's index.
+        step: temporaries of a decode step, over all sequences and kv heads.
+        prompt_transfer, step_transfer: KV rows on their way, with a prompt and in a step, if they
+            are staged.
+    """
+
+    rows: int
+    index: int = 0
+    cache: int = 0
+    steady: int = 0
+    slots: int = 0
+    beside_attention: int = 0
+    writing: int = 0
+    indexing: int = 0
+    step: int = 0
+    prompt_transfer: int = 0
+    step_transfer: int = 0
+
+
+def plain_footprint(state: object, shape: CacheShape, heads: int, prompt_tokens: int) -> Footprint:
+    """Count for an attention that holds keys and values of the tokens that it attends to.
+
+    Args:
+        state: arrays, or their shapes.
+        shape: the layers and heads of the cache.
+        heads: query heads.
+        prompt_tokens: of the longest prompt, padding included.
+    """
+    rows, itemsize = nbytes(state), _itemsize(state)
+    query, pair = heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim
+    return Footprint(
+        rows=rows,
+        # Keys and values heads first, and once more as the cache is written; then the block of
+        # queries is over.
+        beside_attention=prompt_tokens * pair * itemsize // 2,
+        writing=prompt_tokens * (4 * (query + pair) + query // 4) * itemsize,
+        # A layer's keys and values, and its values in float32.
+        step=rows // shape.layers * (itemsize + 2) // itemsize,
+    )
+
+
+def wave_footprint(
+    config: WaveConfig, state: WaveState, shape: CacheShape, heads: int, prompt_tokens: int
+) -> Footprint:
+    """Count for wave attention; arguments as of `plain_footprint`, and the settings."""
+    index, cache, rows = (nbytes(part) for part in (state.index, state.cache, state.store))
+    itemsize = state.steady.window.dtype.itemsize
+    query, pair = heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim
+    arriving = _transfers(config, state)
+    return Footprint(
+        rows=rows,
+        index=index,
+        cache=cache,
+        steady=nbytes(state) - index - cache - rows,
+        slots=state.cache.rows.shape[3],
+        # The rows side by side, padded for the window, and cut for the store; attention is over.
+        writing=prompt_tokens * (4 * pair + query) * itemsize,
+        indexing=_indexing(config, shape, prompt_tokens, itemsize),
+        step=_wave_step(state, heads, itemsize),
+        prompt_transfer=arriving[0],
+        step_transfer=arriving[1],
+    )
+
+
+def nbytes(tree: object) -> int:
+    """Count the bytes of arrays, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _itemsize(tree: object) -> int:
+    """Bytes of a number of the largest array."""
+    leaves = jax.tree.leaves(tree)
+    return max(leaves, key=lambda leaf: leaf.size).dtype.itemsize if leaves else 1
+
+
+def _transfers(config: WaveConfig, state: WaveState) -> tuple[int, int]:
+    """Bytes on the device of staged rows on their way: as a prompt is read, and in a step."""
+    rows = state.store.rows
+    layers, batch, kv_heads, tokens = rows.shape[:4]
+    token = kv_heads * rows.row_bytes
+    # A layer's rows leave while the next one is computed.
+    prompt = tokens * token
+    # Those of two layers, and one layer's as they are attended to, values in float32.
+    missed = 4 * batch * config.most_retrieved(tokens) * token
+    # A growth's leave in all layers at once, while the next sequence's are cut out.
+    grown = 2 * layers * config.growth_tokens * token
+    return prompt, max(missed, grown)
+
+
+def _indexing(config: WaveConfig, shape: CacheShape, room: int, itemsize: int) -> int:
+    """Bytes of temporaries of the calls that build a prompt's index, in plain JAX or by kernels."""
+    kv_heads, head_dim = shape.kv_heads, shape.head_dim
+    sizes = segment_sizes(config, config.indexed_tokens(room))
+    if not sizes:
+        return 0
+    # Made room for are the smallest clusters that a prompt of this room may have.
+    clusters = -(-sizes[0] // config.size_steps[-1][0])
+    # Plain JAX, segment by segment: keys and values in float32, centred keys, and what encoding
+    # makes of them; the scores of all clusters and the matrix that sums members.
+    plain = 4 * kv_heads * sizes[0] * (6 * head_dim + 3 * clusters)
+    # Of all the call's segments: keys, values, centred keys, the same in cluster order, their
+    # centroids; sums of the pieces; numbers.
+    tokens = sizes[0] * segments_at_once(len(sizes), kv_heads)
+    return plain + kv_heads * tokens * (head_dim * (5 * itemsize + 1) + 32)
+
+
+def _wave_step(state: WaveState, heads: int, itemsize: int) -> int:
+    _, batch, kv_heads, clusters, head_dim = state.index.centroids.shape
+    window = state.steady.window.shape[3] + state.steady.sink.shape[3]
+    group = heads // kv_heads
+    # Centroids and mean values in float32, of which those that are so need no copy but one; a
+    # number for each cluster and query head, some for each token; the steady rows, once as they
+    # are and once without what is not valid.
+    copies = 2 if itemsize < 4 else 1
+    head = 4 * clusters * (copies * head_dim + 4 * group)
+    head += 8 * state.index.token_ids.shape[-1]
+    head += 2 * window * 2 * head_dim * itemsize
+    return batch * kv_heads * head

@@ -1,0 +1,138 @@
+"""One request on its way: its times, its tokens as pieces, and its end."""
+
+import dataclasses
+from typing import Any
+
+from models.text.tokenizer import Tokenizer
+from wavejax.engine.batching.handle import Channel
+from wavejax.engine.batching.request import (
+    FinishReason,
+    Piece,
+    Progress,
+    Request,
+    TokenLogprobs,
+    Usage,
+)
+from wavejax.engine.prompt_text import EncodedPrompt
+from wavejax.engine.text import TokenDecoder
+
+
+@dataclasses.dataclass(eq=False)
+class Answer:
+    """A request that was taken, until it ends.
+
+    Attributes:
+        number: in the order of `submit`.
+        request: as checked; its prompt an array, its stop tokens a tuple.
+        channel: where its pieces go.
+        submitted: by the engine's clock, as all times; seconds.
+        short: whether it may pass longer ones (see `line`).
+        decoder: makes text of its tokens; None without a tokenizer.
+        passed: how many requests that came later went first.
+        started: when its reading began.
+        read: when its prompt was read.
+        first: when its first token came.
+        tokens: that came.
+        dispatched: steps that the device was asked for.
+        reason: why it ended.
+    """
+
+    number: int
+    request: Request
+    channel: Channel
+    submitted: float
+    short: bool = True
+    decoder: TokenDecoder | None = None
+    passed: int = 0
+    started: float | None = None
+    read: float | None = None
+    first: float | None = None
+    tokens: int = 0
+    dispatched: int = 0
+    reason: FinishReason | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def left(self) -> int:
+        """Steps that the device was not asked for yet."""
+        return self.request.max_new_tokens - self.dispatched
+
+    @property
+    def watched(self) -> bool:
+        """Whether each step's logits are looked at, or changed, by the host."""
+        return self.request.logprobs is not None or self.request.constraint is not None
+
+    def has_ended(self) -> bool:
+        """Whether its last piece has come."""
+        return self.reason is not None
+
+    def tell(self, layers: int, of: int) -> None:
+        """Tell how far the prompt has been read."""
+        self.channel.put(Progress(self.prompt_tokens * layers // of, self.prompt_tokens))
+
+    def take(self, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
+        """Take a token; the answer may end with it."""
+        if self.first is None:
+            self.first = now
+        self.tokens += 1
+        text, reason = "", None
+        stops: Any = self.request.stop_tokens
+        if token in stops:
+            text, reason = self._flush(), "stop"
+        else:
+            if self.decoder is not None:
+                text, found = self.decoder.push(token)
+                reason = "stop_string" if found else None
+            if reason is None and self.tokens >= self.request.max_new_tokens:
+                text, reason = text + self._flush(), "length"
+        self._put(token, text, now, logprobs, reason)  # type: ignore[arg-type]
+
+    def end(self, reason: FinishReason, now: float, error: Exception | None = None) -> None:
+        """End it without another token; of no effect on one that has ended."""
+        if self.reason is None:
+            self._put(None, self._flush(), now, None, reason, error)
+
+    def _put(
+        self,
+        token: int | None,
+        text: str,
+        now: float,
+        logprobs: TokenLogprobs | None = None,
+        reason: FinishReason | None = None,
+        error: Exception | None = None,
+    ) -> None:
+        self.reason = reason
+        usage = None if reason is None else self._usage(now)
+        self.channel.put(Piece(token, text, logprobs, reason, usage, error))
+
+    def _flush(self) -> str:
+        return "" if self.decoder is None else self.decoder.flush()
+
+    def _usage(self, now: float) -> Usage:
+        started = now if self.started is None else self.started
+        read = now if self.read is None else self.read
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.tokens,
+            cached_tokens=0,
+            waited_seconds=started - self.submitted,
+            read_seconds=max(0.0, read - started),
+            first_token_seconds=None if self.first is None else self.first - self.submitted,
+            total_seconds=now - self.submitted,
+        )
+
+
+def decoder_of(tokenizer: Tokenizer | None, request: Request) -> TokenDecoder | None:
+    """Return what makes text of an answer's tokens; None without a tokenizer.
+
+    Raises:
+        InputError: a stop string is empty.
+    """
+    if tokenizer is None:
+        return None
+    ids: Any = request.prompt
+    return TokenDecoder(tokenizer, EncodedPrompt(ids.tolist(), request.raw), request.stop)

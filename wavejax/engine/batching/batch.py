@@ -1,0 +1,262 @@
+"""One room's slots: their state, who sits where, and calls of the compiled step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from models.parameters import Params
+from wavejax.engine import penalties, slots
+from wavejax.engine.batching import watching
+from wavejax.engine.batching.answer import Answer
+from wavejax.engine.batching.levels import Level, level_of
+from wavejax.engine.batching.request import TokenLogprobs
+from wavejax.engine.batching.rooms import Room
+from wavejax.engine.generator import Generator
+from wavejax.engine.sampling import Sampler
+from wavejax.engine.state import NO_TOKEN, DecodeState, commit
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of the step whose tokens were not looked at yet.
+
+    Attributes:
+        seats: who sat where.
+        tokens: `[steps, batch]` int32.
+        scores: log-probabilities of the call's one step, if anyone asked for them.
+        at: when it was made, by the engine's clock.
+        key: its kind, for its pace.
+        steps: of it.
+    """
+
+    seats: tuple[Answer | None, ...]
+    tokens: Array
+    scores: watching.Scores | None
+    at: float
+    key: Hashable
+    steps: int
+
+
+class Batch:
+    """Slots of one room. A slot is free, kept for a prompt that is being read, or has an answer.
+
+    Args:
+        generator: what generates.
+        params: the model's parameters.
+        room: the slots' size, and how many there are.
+    """
+
+    def __init__(self, generator: Generator, params: Params, room: Room):
+        self.generator, self.params, self.room = generator, params, room
+        self.engine = generator.engine
+        self.state: DecodeState | None = None
+        self.seats: list[Answer | None] = [None] * room.slots
+        self.kept: set[int] = set()
+        self.calls: list[Call] = []
+        self._to_release: set[int] = set()
+        self._level = Level()
+        self._samplers: list[Sampler] = []
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Who sits in a slot and wants more steps."""
+        return [answer for answer in self.seats if answer is not None]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody sits here, nobody is to, and no call is under way."""
+        return not (self.answers or self.kept or self.calls)
+
+    @property
+    def key(self) -> Hashable:
+        """The kind of the next call: those of a kind take about as long a step."""
+        watched = any(answer.watched for answer in self.answers)
+        return "decode", self.room, self._level, watched
+
+    @property
+    def lost(self) -> bool:
+        """Whether the state was given to a call that failed."""
+        leaves = jax.tree.leaves(self.state and self.engine.arrays_of(self.state.attention_state))
+        return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
+
+    def allocate(self) -> None:
+        """Make the state, if there is none."""
+        if self.state is None:
+            room, dtype = self.room, self.params["params"]["embedding"].dtype
+            sizes = room.slots, room.prompt_tokens, room.new_tokens
+            self._level, self._samplers = Level(), []
+            self.state = slots.allocate(self.engine, *sizes, dtype, [])
+
+    def drop(self) -> None:
+        """Give the state's memory back."""
+        self.state = None
+        self.calls.clear()
+        self._to_release.clear()
+
+    def free_slot(self) -> int | None:
+        """Find a slot that a prompt may take; None if there is none."""
+        for slot, answer in enumerate(self.seats):
+            if answer is None and slot not in self.kept:
+                return slot
+        return None
+
+    def seat(self, slot: int, answer: Answer) -> None:
+        """Begin an answer in a slot whose prompt has been read."""
+        request: Any = answer.request
+        self.kept.discard(slot)
+        self._to_release.discard(slot)
+        self.seats[slot] = answer
+        self._set_sampling()
+        state, vocab = self.whole_state, self._vocab
+        rows: dict[str, Any] = {name: getattr(state, name) for name in _ROWS}
+        row: dict[str, Any] = {
+            "finished": np.zeros(1, bool),
+            "seed": np.asarray([request.seed], np.int32),
+            "step": np.zeros(1, np.int32),
+            "sequences": np.asarray([request.sequence], np.int32),
+            "nonfinite": np.zeros(1, bool),
+            "counts": state.counts and penalties.count_prompts([request.prompt], vocab),
+        }
+        self.state = dataclasses.replace(state, **_set_row(rows, jnp.int32(slot), row))
+
+    def leave(self, answer: Answer) -> None:
+        """Free an answer's slot: before the next call."""
+        for slot, sitting in enumerate(self.seats):
+            if sitting is answer:
+                self.seats[slot] = None
+                self._to_release.add(slot)
+
+    @property
+    def waits_for_tokens(self) -> bool:
+        """Whether a call's tokens must be known before the next: someone has a constraint."""
+        return any(answer.request.constraint is not None for answer in self.answers)
+
+    def dispatch(self, steps: int, now: float) -> list[Answer]:
+        """Call the step; `collect` has the tokens. One step if anyone is watched.
+
+        Returns:
+            the answers that ended before it: their constraints failed.
+        """
+        allowed, ended = self._allowed(now)
+        self.release()
+        seats, state, scores = tuple(self.seats), self.whole_state, None
+        if not self.answers:
+            return ended
+        watched = any(answer.watched for answer in self.answers)
+        if watched:
+            steps = 1
+            logits, state = watching.enter(state, allowed)
+        state, tokens = self.engine.decode_n(self.params, state, steps)
+        if watched:
+            scores = watching.score(logits, tokens[0])
+        self.state = state
+        tokens.copy_to_host_async()
+        self.calls.append(Call(seats, tokens, scores, now, self.key, steps))
+        for answer in self.answers:
+            answer.dispatched += steps
+            if answer.left <= 0:
+                self.leave(answer)
+        return ended
+
+    def collect(self, now: Callable[[], float]) -> list[Answer]:
+        """Hand the tokens of the oldest call out; waits for it.
+
+        Args:
+            now: gives the time, once the tokens are there.
+
+        Returns:
+            the answers that ended by it. Their slots are free.
+        """
+        call = self.calls.pop(0)
+        tokens, came = np.asarray(call.tokens), now()
+        ended: list[Answer] = []
+        for slot, answer in enumerate(call.seats):
+            if answer is None or answer.has_ended():
+                continue
+            try:
+                told = watching.of_slot(call.scores, slot, answer)
+                _hand_out(answer, tokens[:, slot].tolist(), told, came)
+            except Exception as error:  # its own: of its constraint, or its text
+                answer.end("error", came, error)
+            if answer.has_ended():
+                self.leave(answer)
+                ended.append(answer)
+        return ended
+
+    def _allowed(self, now: float) -> tuple[dict[int, np.ndarray], list[Answer]]:
+        """Ask, by slot, what constraints allow; and list the answers whose constraints failed."""
+        allowed: dict[int, np.ndarray] = {}
+        ended: list[Answer] = []
+        for slot, answer in enumerate(self.seats):
+            if answer is not None and answer.request.constraint is not None:
+                try:
+                    allowed[slot] = watching.allowed(answer, self._vocab)
+                except Exception as error:
+                    answer.end("error", now, error)
+                    ended.append(answer)
+        for answer in ended:
+            self.leave(answer)
+        return allowed, ended
+
+    @property
+    def _vocab(self) -> int:
+        return self.generator.model_config.vocab_size
+
+    @property
+    def whole_state(self) -> DecodeState:
+        """The state, of a batch that has one."""
+        assert self.state is not None
+        return self.state
+
+    def release(self) -> None:
+        """End the sequences whose answers have left; `dispatch` does so too."""
+        for slot in sorted(self._to_release):
+            self.state = slots.release(self.whole_state, slot)
+        self._to_release.clear()
+        self._set_sampling()
+
+    def _set_sampling(self) -> None:
+        """Make the settings of those who sit here, at the lowest level that has their fields."""
+        greedy = Sampler()
+        samplers = [greedy if one is None else one.request.sampler for one in self.seats]
+        if samplers == self._samplers:
+            return
+        level = level_of(samplers, self._vocab)
+        changes: dict[str, Any] = {"sampling": level.settings(samplers, self._vocab)}
+        if level.penalises != (self.whole_state.counts is not None):
+            counts = None
+            if level.penalises:
+                counts = commit(penalties.no_counts(len(samplers), self._vocab))
+            changes["counts"] = counts
+        self._level, self._samplers = level, samplers
+        self.state = dataclasses.replace(self.whole_state, **changes)
+
+
+def _hand_out(
+    answer: Answer, tokens: Sequence[int], told: TokenLogprobs | None, now: float
+) -> None:
+    """Give an answer its tokens of a call, up to its end."""
+    for token in tokens:
+        if token == NO_TOKEN:
+            # Its room holds what it may want, so it is not full.
+            answer.end("not finite", now)
+        else:
+            if answer.request.constraint is not None:
+                answer.request.constraint.accept(token)
+            answer.take(token, told, now)
+        if answer.has_ended():
+            return
+
+
+_ROWS = ("finished", "seed", "step", "sequences", "nonfinite", "counts")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_row(rows: Any, slot: Array, row: Any) -> Any:
+    return jax.tree.map(lambda all_rows, one: all_rows.at[slot].set(one[0]), rows, row)

@@ -1,0 +1,40 @@
+"""What an engine has done, and does."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from wavejax.engine.batching.request import FinishReason
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """One moment's numbers: `submitted` is the sum of `finished`, waiting, reading and running.
+
+    Attributes:
+        submitted: requests that were taken.
+        refused: requests that `submit` raised an error for.
+        finished: of each finish reason, answers that ended by it.
+        prompt_tokens: of all prompts that were read.
+        generated_tokens: of all answers.
+        waiting: requests in line.
+        reading: requests whose prompts are being read.
+        running: requests whose answers come.
+        slots: of all rooms that have memory now.
+        decode_calls: of the compiled step.
+        read_parts: parts of prompts that were read.
+        longest_stall_seconds: the longest that running answers waited from one call's tokens to the
+            next one's, while prompts were read or not.
+    """
+
+    submitted: int
+    refused: int
+    finished: Mapping[FinishReason, int]
+    prompt_tokens: int
+    generated_tokens: int
+    waiting: int
+    reading: int
+    running: int
+    slots: int
+    decode_calls: int
+    read_parts: int
+    longest_stall_seconds: float

@@ -1,0 +1,111 @@
+"""Warming up: programs are compiled, and prompts' layers measured, before the first request."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+from wavejax.engine.batching.answer import Answer
+from wavejax.engine.batching.batch import Batch
+from wavejax.engine.batching.handle import Channel
+from wavejax.engine.batching.levels import Level, level_of
+from wavejax.engine.batching.pace import reads_whole
+from wavejax.engine.batching.reading import Reading
+from wavejax.engine.batching.request import Request
+from wavejax.engine.batching.scheduler import Scheduler
+from wavejax.engine.prompts import bucket
+from wavejax.engine.sampling import Sampler
+
+
+def warm(
+    scheduler: Scheduler,
+    samplers: Sequence[Sampler],
+    prompt_tokens: Sequence[int] | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Run every program that requests will need, twice; see `BatchEngine.warmup`."""
+    vocab = scheduler.generator.model_config.vocab_size
+    by_level: dict[Level, Sampler] = {level_of([one], vocab): one for one in samplers}
+    work = [
+        (batch, length)
+        for number, batch in enumerate(scheduler.batches)
+        for length in _lengths(scheduler.batches, number, prompt_tokens)
+    ]
+    rounds = len(work) + len(scheduler.batches) * len(by_level)
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, rounds)
+
+    config, allowed = scheduler.generator.model_config, scheduler.stall / 2
+    for batch in scheduler.batches:
+        batch.allocate()
+        lengths = [length for own, length in work if own is batch]
+        for length in lengths:
+            # Measured where it may be fast enough; what is not is read in parts.
+            if reads_whole(scheduler.pace, config, length, 4 * allowed):
+                _run(scheduler, batch, length, Sampler(), True)
+            if not reads_whole(scheduler.pace, config, length, allowed):
+                _run(scheduler, batch, length, Sampler(), False)
+            count()
+        for sampler in by_level.values():
+            _run(scheduler, batch, min(lengths, default=1), sampler, True, scheduler.step_sizes)
+            count()
+        batch.drop()
+
+
+def _lengths(
+    batches: Sequence[Batch], number: int, prompt_tokens: Sequence[int] | None
+) -> list[int]:
+    """List the padded lengths of a room's prompts: longer ones than the next smaller room's."""
+    most = batches[number].room.prompt_tokens
+    smaller = [one.room.prompt_tokens for one in batches[:number]]
+    least = max((size for size in smaller if size < most), default=0)
+    if prompt_tokens is not None:
+        return sorted({bucket(one) for one in prompt_tokens if least < bucket(one) <= most})
+    lengths = [bucket(least + 1)]
+    while lengths[-1] < most:
+        lengths.append(bucket(lengths[-1] + 1))
+    return lengths
+
+
+def _run(
+    scheduler: Scheduler,
+    batch: Batch,
+    length: int,
+    sampler: Sampler,
+    whole: bool,
+    calls: Sequence[int] = (),
+) -> None:
+    """Read a prompt of zeros, and call the step with so many steps each."""
+    request = Request(np.zeros(length, np.int32), max_new_tokens=1 << 20, sampler=sampler)
+    request = request.checked(scheduler.generator.model_config.vocab_size, ())
+    answer = Answer(-1, request, Channel(lambda event: None), scheduler.clock())
+    reading = Reading(batch, 0, answer, whole)
+    # Two of each kind of part, for the first may compile.
+    reading.layers = min(2, reading.layers)
+    runs: collections.Counter[Hashable] = collections.Counter()
+    while not reading.done:
+        part, before = reading.part(), scheduler.clock()
+        reading.run(1)
+        scheduler.pace.note(part.key, 1, scheduler.clock() - before)
+        runs[part.key] += 1
+        if runs[part.key] >= 2 and not reading.done and reading.part().key == part.key:
+            reading.skip()
+    if reading.error is not None:
+        raise reading.error
+    for steps in calls:
+        key, before = batch.key, scheduler.clock()
+        batch.dispatch(steps, before)
+        batch.collect(scheduler.clock)
+        scheduler.pace.note(key, steps, scheduler.clock() - before)
+    if calls:
+        answer.request = dataclasses.replace(request, logprobs=0)
+        batch.dispatch(1, scheduler.clock())
+        batch.collect(scheduler.clock)
+    batch.leave(answer)
+    batch.release()
