@@ -1,4 +1,4 @@
-"""Compiles a model's decode step for a TPU that is not there, and prints what memory it takes.
+"""Compile a model's decode step for a TPU that is not there, and prints what memory it takes.
 
     python scripts/compile_for_tpu.py --chip v6e --model llama-3-8b --tokens 32768
 
@@ -55,6 +55,7 @@ MODELS = SHAPES | {
 
 
 def main() -> None:
+    """Compile the programs of a step, and print a line of JSON for each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -96,7 +97,7 @@ def main() -> None:
 
 
 def _shapes(model: ModelConfig, attention: WaveAttention, tokens: int, batch: int) -> Any:
-    """Weights and a decode state, as shapes."""
+    """Return weights and a decode state, as shapes."""
     shapes = parameter_shapes(model)
     params = {"params": nest({at: jax.ShapeDtypeStruct(x, DTYPE) for at, x in shapes.items()})}
 
@@ -110,7 +111,7 @@ def _shapes(model: ModelConfig, attention: WaveAttention, tokens: int, batch: in
 
 
 def _one_program(model: ModelConfig, tokens: int, batch: int) -> Iterator[Any]:
-    """Any number of steps, with the rows in the TPU's own memory."""
+    """Yield one program of any number of steps, with the rows in the TPU's own memory."""
     engine = Generator(model, WaveAttention(store="device"), unroll=False).engine
     params, state = _shapes(model, engine.attention, tokens, batch)  # type: ignore[arg-type]
     steps = jax.ShapeDtypeStruct((), jnp.int32)
@@ -122,7 +123,7 @@ def _one_program(model: ModelConfig, tokens: int, batch: int) -> Iterator[Any]:
 
 
 def _staged(model: ModelConfig, tokens: int, batch: int) -> Iterator[Any]:
-    """What Python runs in each layer, with the rows in the host's memory."""
+    """Yield what Python runs in each layer, with the rows in the host's memory."""
     attention = WaveAttention(store="host", fetch="staged")
     params, state = _shapes(model, attention, tokens, batch)
     wave, layer = state.attention_state, jax.ShapeDtypeStruct((), jnp.int32)

@@ -23,7 +23,7 @@ from wavejax.attention.wave import WaveAttention
 from wavejax.cli.guard import main_guard, missing_platform
 from wavejax.cli.progress import bytes_text
 from wavejax.config import WaveConfig
-from wavejax.planning.memory import free_memory
+from wavejax.planning.free_memory import free_memory
 from wavejax.store.rows import StoreKind, best_fetch
 from wavejax.store.shape import CacheShape
 from wavejax.store.state import WaveState
@@ -93,7 +93,7 @@ def _findings() -> Iterator[Finding]:
 
 
 def _checked(subject: str, check: Callable[[], Finding]) -> Finding:
-    """A check's finding; whatever it raises is one that says so."""
+    """Return a check's finding; whatever it raises is one that says so."""
     try:
         return check()
     except Exception as error:
@@ -116,14 +116,14 @@ def _versions() -> Finding:
 
 
 class _Said(logging.Handler):
-    """Keeps what is logged: the message, and the error that it tells of."""
+    """Keep what is logged: the message, and the error that it tells of."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.lines: list[tuple[int, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keeps one record as one line."""
+        """Keep one record as one line."""
         text = record.getMessage()
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
@@ -133,7 +133,7 @@ class _Said(logging.Handler):
 
 @contextmanager
 def _said_by_jax() -> Iterator[_Said]:
-    """What JAX logs and warns of as it starts: kept, and not shown."""
+    """Keep what JAX logs and warns of as it starts, and do not show it."""
     logger, said = logging.getLogger("jax"), _Said()
     before = logger.handlers[:], logger.propagate
     logger.handlers, logger.propagate = [said], False
@@ -212,7 +212,7 @@ def pinned_rate(device: jax.Device, size: int = PINNED_BYTES) -> float:
 
 
 def _smoke_test() -> Finding:
-    """A prompt and a step of wave attention that retrieves all tokens, against a softmax."""
+    """Compare a prompt and a step, which retrieves all tokens, with a softmax."""
     start = time.perf_counter()
     ops.forget()
     with warnings.catch_warnings():
@@ -224,7 +224,7 @@ def _smoke_test() -> Finding:
 
 
 def _error_of_a_step() -> float:
-    """The largest difference to exact attention, as a share of the largest output."""
+    """Return the largest difference to exact attention, as a share of the largest output."""
     heads = GROUP * KV_HEADS
     shape = CacheShape.of(_model(heads))
     config = WaveConfig(segment_tokens=256, growth_tokens=64, local_tokens=32)
