@@ -1,4 +1,4 @@
-"""Compile a model's decode step for a TPU that is not there, and prints what memory it takes.
+"""Compile a model's decode step for a TPU that is not there, and print what memory it takes.
 
     python scripts/compile_for_tpu.py --chip v6e --model llama-3-8b --tokens 32768
 
