@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import tuning
+from pallas_kernels import backend, tuning
 from pallas_kernels.attend_zones._config import Config, heuristic
 from pallas_kernels.attend_zones._program import Operands, Results
 from pallas_kernels.attend_zones._roles import by_processor
@@ -17,6 +17,7 @@ from pallas_kernels.types import Estimate, Picks, Rows, SteadyRows, StoredRows, 
 __all__ = ["Config", "attend_zones", "heuristic"]
 
 
+@backend.per_platform
 def attend_zones(
     query: Array,
     steady: SteadyRows,

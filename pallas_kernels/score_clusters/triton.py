@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels import tuning
 from pallas_kernels.encode_tokens.reference import rotate
 from pallas_kernels.numerics import log_sum_exp, log_total
@@ -181,7 +181,8 @@ def score_clusters(
     parts = pl.cdiv(clusters, config.block * config.blocks)
     heads = (batch, kv_heads, group)
     # As `score_tokens` multiplies codes: with float32 scales it takes the query as it is.
-    packs = rotated and dtype != "float32" and query.dtype != jnp.float32 and launch.on_cuda()
+    floats = dtype == "float32" or query.dtype == jnp.float32
+    packs = rotated and not floats and plt.takes_assembly()
     logits, partial, packed = launch.call(
         functools.partial(_kernel, scale=scale, config=config),
         (
