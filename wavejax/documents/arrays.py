@@ -26,8 +26,8 @@ from wavejax.store.rows import forget
 from wavejax.store.state import WaveState
 
 STACKED = ("layers", "sequences")
-# What steps count, and what a state has room for.
-_NOT_KEPT = ("cache", "step", "attended", "index/growths")
+# The row cache, and what steps count; what has no axis of sequences is not kept either.
+_NOT_KEPT = ("cache", "attended")
 # The bulk of a state, kept layer by layer.
 _STORE = ("store/rows/data",)
 _ROWS = ("store/rows", "keys", "values")
@@ -62,7 +62,7 @@ def parts_of(attention_state: Any) -> Iterator[Part]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     for (path, array), axes in zip(leaves, named, strict=True):
         name = "/".join(key.name for key in path)
-        if name.startswith(_NOT_KEPT):
+        if name.startswith(_NOT_KEPT) or "sequences" not in axes:
             continue
         if name in _STORE and isinstance(attention_state, StagedState):
             array = attention_state.rows.rows

@@ -31,6 +31,7 @@ _FREE_SETTINGS = (
     "estimation_fraction",
     "cache_fraction",
     "admission_ratio",
+    "audit",
 )
 _PROBE = 'The "naïve" fox\'s 12,345 cafés:\n\n\t漢字 -- x_1 = 0.5;  done!'
 

@@ -213,6 +213,7 @@ def test_every_setting_is_compared_or_said_to_be_free():
         "estimation_fraction",
         "cache_fraction",
         "admission_ratio",
+        "audit",
     }
 
 

@@ -11,8 +11,10 @@ import wavejax
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, SAMPLED, make_params, make_prompts
 from tests.wavejax.engine.test_compiled_programs import CompileLog
 from wavejax import DenseAttention, Generator, InputError, Sampler, WaveAttention
+from wavejax.documents import arrays
 from wavejax.documents.files import StoredArray
 from wavejax.engine.generator import NO_TOKEN
+from wavejax.store.shape import CacheShape
 
 ATTENTIONS = {
     "dense": DenseAttention(),
@@ -163,6 +165,20 @@ def test_half_precision_is_kept_as_it_is(tmp_path):
     assert restored.attention_state.store.rows.dtype == "bfloat16"
     _, expected = generator.decode_n(params, state, 8)
     np.testing.assert_array_equal(generator.decode_n(params, restored, 8)[1], expected)
+
+
+def test_all_of_an_index_is_kept_and_no_count_of_steps():
+    """Moments and bounds too; not the row cache, nor what an audit found."""
+    config = dataclasses.replace(CONFIG, moment_rank=2, moment_dtype="int8", bounds=True, audit=0.1)
+    shape = CacheShape.of(MODEL)
+    state = WaveAttention(config, "device", cached=True).init_state(shape, 2, 300, 10, "float32")
+    kept = {part.name for part in arrays.parts_of(state)}
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    names = {"/".join(key.name for key in path) for path, _ in paths}
+    left_out = {name for name in names - kept if not name.startswith("cache/")}
+    assert left_out == {"step", "attended", "index/growths", "audit/errors", "audit/count"}
+    assert {"index/moments/weight_scales", "store/rows/data", "steady/window"} <= kept
+    assert not any(name.startswith("cache/") for name in kept)
 
 
 def test_what_is_not_the_sequences_is_refused(tmp_path):
