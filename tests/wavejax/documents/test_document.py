@@ -21,6 +21,7 @@ ATTENTIONS = {
     "device": WaveAttention(CONFIG, "device"),
     "host": WaveAttention(CONFIG, "host", "in_place"),
     "staged": WaveAttention(CONFIG, "host", "staged"),
+    "moments": WaveAttention(dataclasses.replace(CONFIG, moment_rank=2, audit=0.1), "device"),
 }
 PENALISED = Sampler(1.0, top_k=7, repetition_penalty=1.3, presence_penalty=0.2)
 PROMPT, SHORT = make_prompts((318, 30))
@@ -78,7 +79,7 @@ def test_every_store_reads_what_any_store_kept(tmp_path):
     generators = {
         name: Generator(MODEL, attention, GREEDY)
         for name, attention in ATTENTIONS.items()
-        if name != "dense"
+        if name not in ("dense", "moments")
     }
     state = generators["device"].start(make_params(), [PROMPT], NEW_TOKENS)
     keep(tmp_path, generators["device"], state, PROMPT)
