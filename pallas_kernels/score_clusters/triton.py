@@ -153,14 +153,18 @@ def score_clusters(
     *,
     scale: float,
     rotated: bool = False,
+    directions: Array | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> ClusterScores:
     """See `pallas_kernels.score_clusters`.
 
     Raises:
-        NotImplementedError: for head dims and groups that the kernel is not made for.
+        NotImplementedError: for head dims and groups that the kernel is not made for, and for
+            directions.
     """
+    if directions is not None:
+        raise NotImplementedError("score_clusters: there is no kernel for moments yet")
     batch, kv_heads, group, head_dim = query.shape
     clusters = centroids.shape[3]
     launch.check_heads("score_clusters", group, head_dim, query.dtype, centroids.dtype)

@@ -145,7 +145,7 @@ def score_tokens(
         ValueError: the config's block is none of what `Config` says, or a packed query meets a
             config without integers.
     """
-    logits, logsumexp, _ = scores
+    logits, logsumexp, *_ = scores
     query = query_of(scores)
     bits, scales = (None, None) if codes is None else codes
     if isinstance(query, PackedQuery):

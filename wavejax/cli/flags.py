@@ -17,6 +17,7 @@ _FLAGS = {
         "max_new_tokens", "max_context", "rope_scaling", "samples", "system", "raw", "messages",
         "store", "fetch", "attention", "dtype",
         "new_tokens", "context", "haystack", "out", "plots",
+        "host", "port", "slots", "queue_limit", "max_stall_ms",
     )
 } | {
     "template_args": "--template-arg", "sampler": "--sampling", "path": "--model",

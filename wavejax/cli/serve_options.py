@@ -1,0 +1,168 @@
+"""The options of `python -m wavejax.serve`, by the groups that --help shows."""
+
+from collections.abc import Callable
+
+import click
+
+from wavejax.cli.options import option, options_from
+from wavejax.config import WaveConfig
+
+MODEL, NETWORK, REQUESTS, MEMORY = "Model", "Network", "Requests", "Memory"
+RESEARCH = "Research: attention and its settings"
+_MOST = 2**31 - 1
+
+_OPTIONS = [
+    option(
+        MODEL,
+        "--model",
+        help="Hugging Face folder, GGUF file or converted checkpoint.  "
+        "[default: the installed SmolLM2 package]",
+    ),
+    option(
+        MODEL,
+        "--served-model-name",
+        "name",
+        metavar="NAME",
+        help="What requests call it.  [default: the name of its folder or file]",
+    ),
+    option(
+        MODEL,
+        "--max-context",
+        type=click.IntRange(1, _MOST),
+        help="Most tokens of a request, prompt and answer.  [default: as the model says]",
+    ),
+    option(
+        MODEL,
+        "--rope-scaling",
+        metavar="KIND:FACTOR",
+        help="Scale RoPE, as a model's authors may advise: yarn:4, linear:2.",
+    ),
+    option(
+        MODEL,
+        "--sampling",
+        type=click.Choice(["auto", "model", "plain", "greedy"]),
+        default="auto",
+        show_default=True,
+        help="What holds where a request does not say. model: the values of its "
+        "generation_config.json; plain: temperature 1, as OpenAI has it; greedy: the most "
+        "probable token; auto: model if it states any, else plain.",
+    ),
+    option(
+        NETWORK,
+        "--host",
+        default="127.0.0.1",
+        show_default=True,
+        help="Address to listen on. Others than this machine reach the server only if it is "
+        "another one, such as 0.0.0.0: set WAVEJAX_API_KEY then.",
+    ),
+    option(
+        NETWORK,
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=8000,
+        show_default=True,
+        help="0 takes a free one.",
+    ),
+    option(
+        NETWORK,
+        "--max-request-mib",
+        type=click.IntRange(1, 2**20),
+        default=32,
+        show_default=True,
+        help="Most MiB of a request's body.",
+    ),
+    option(
+        NETWORK,
+        "--drain-seconds",
+        type=click.IntRange(1, _MOST),
+        default=30,
+        show_default=True,
+        help="At SIGTERM: how long answers that come may take to end.",
+    ),
+    option(
+        REQUESTS,
+        "--slots",
+        type=click.IntRange(1, 4096),
+        default=8,
+        show_default=True,
+        help="Answers side by side.",
+    ),
+    option(
+        REQUESTS,
+        "--max-new-tokens",
+        type=click.IntRange(1, _MOST),
+        default=2048,
+        show_default=True,
+        help="Most tokens of an answer; so many where a request does not say.",
+    ),
+    option(
+        REQUESTS,
+        "--queue-limit",
+        type=click.IntRange(1, _MOST),
+        default=64,
+        show_default=True,
+        help="Most requests that wait; others are refused with status 429.",
+    ),
+    option(
+        REQUESTS,
+        "--request-seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1800.0,
+        show_default=True,
+        help="Most seconds of a request, waiting included; then it is cancelled.",
+    ),
+    option(
+        REQUESTS,
+        "--max-stall-ms",
+        type=click.FloatRange(min=0, min_open=True),
+        default=250.0,
+        show_default=True,
+        help="The longest that an answer waits while others' prompts are read.",
+    ),
+    option(
+        REQUESTS,
+        "--warmup/--no-warmup",
+        default=False,
+        show_default=True,
+        help="Compile all programs before the first request.",
+    ),
+    option(
+        MEMORY,
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        default="auto",
+        show_default=True,
+        help="Of weights and caches; auto: float32 on a CPU, bfloat16 elsewhere.",
+    ),
+    option(
+        MEMORY,
+        "--store",
+        type=click.Choice(["auto", "host", "device"]),
+        default="auto",
+        show_default=True,
+        help="Where wave attention keeps the keys and values.",
+    ),
+    option(
+        MEMORY,
+        "--fetch",
+        type=click.Choice(["auto", "in_place", "staged"]),
+        default="auto",
+        show_default=True,
+        help="How rows on the host reach the device.",
+    ),
+    option(
+        RESEARCH,
+        "--attention",
+        type=click.Choice(["wave", "full"]),
+        default="wave",
+        show_default=True,
+    ),
+    options_from(WaveConfig, RESEARCH, cache_fraction=MEMORY),
+]
+
+
+def serve_options(function: Callable) -> Callable:
+    """Give a command's function all options."""
+    for decorate in reversed(_OPTIONS):
+        function = decorate(function)
+    return function

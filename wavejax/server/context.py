@@ -1,0 +1,89 @@
+"""What every route needs: the service, its metrics, and ways to ask and to stream."""
+
+import dataclasses
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from sse_starlette import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+
+from wavejax.engine.batching import Request
+from wavejax.server import sse
+from wavejax.server.answering import Answering
+from wavejax.server.errors import ApiError
+from wavejax.server.grammar import Grammars
+from wavejax.server.metrics import Metrics
+from wavejax.server.schemas import Format, Sampling
+from wavejax.server.service import Service
+from wavejax.server.token_text import TokenText
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """Shared by the routes of one application.
+
+    Attributes:
+        service: the model.
+        metrics: what is counted.
+        token_text: texts of single tokens.
+        grammars: for answers that are to have a form.
+    """
+
+    service: Service
+    metrics: Metrics
+    token_text: TokenText
+    grammars: Grammars
+
+    async def prepare(
+        self,
+        body: Sampling,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        fields: tuple[str, str],
+        new_tokens: int | None,
+        logprobs: int | None = None,
+        form: Format | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> list[Request]:
+        """Make what the engine is asked for to answer a conversation.
+
+        Args:
+            body: how tokens are drawn, and how many answers.
+            messages: the conversation.
+            fields: the names of those that have the conversation, and the answer's limit.
+            new_tokens: the answer's limit; None: as many as there is room for.
+            logprobs: how many of the most probable tokens to tell of.
+            form: of the answer; None: any text.
+            template_args: variables of the chat template.
+
+        Raises:
+            ApiError, InputError: the body asks for what cannot be done.
+        """
+        encode = self.service.encode_messages
+        prompt = await run_in_threadpool(encode, messages, template_args)
+        whose, param = fields
+        most = self.service.new_tokens(len(prompt.ids), new_tokens, param, whose)
+        requests = self.service.requests(body, prompt, most, logprobs)
+        if form is None or form.type == "text":
+            return requests
+        if body.ignore_eos:
+            message = "`ignore_eos` leaves JSON no end: leave it out, or `response_format`"
+            raise ApiError(400, message, param="ignore_eos")
+        first = await run_in_threadpool(self.grammars.constraint, form)
+        return [dataclasses.replace(request, constraint=first.copy()) for request in requests]
+
+    def ask(self, requests: Sequence[Request], http: HttpRequest) -> Answering:
+        """Submit requests; errors as of `Answering`. The access log will tell their tokens."""
+        seconds = self.service.limits.request_seconds
+        answering = Answering(self.service.engine, requests, seconds, self.metrics)
+        http.scope["wavejax.tokens"] = lambda: (
+            answering.prompt_tokens,
+            answering.completion_tokens,
+        )
+        return answering
+
+    def stream(self, chunks: AsyncIterator[Any], answering: Answering) -> EventSourceResponse:
+        """Return a response of events, which cancels what was asked where the client goes."""
+        seconds = self.service.limits.send_seconds
+        return sse.stream(chunks, cancel=answering.cancel, send_seconds=seconds)

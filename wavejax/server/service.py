@@ -1,0 +1,213 @@
+"""The model that a server serves, its engine, and what requests may ask of them."""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from models.errors import InputError
+from models.text.tokenizer import Tokenizer
+from wavejax.engine.batching import Event, Handle, Request, Room, Stats
+from wavejax.engine.checks import MOST_INT32
+from wavejax.engine.prompt_text import EncodedPrompt, encode_prompt
+from wavejax.engine.sampling import Sampler
+from wavejax.server.errors import ApiError
+from wavejax.server.schemas import Body, Sampling
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What a server uses of `wavejax.engine.batching.BatchEngine`."""
+
+    rooms: Sequence[Room]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs and has not failed."""
+
+    def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Handle:
+        """Take a request; its events come in the engine's thread."""
+
+    def stats(self) -> Stats:
+        """Tell what it has done, and does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may take.
+
+    Attributes:
+        request_bytes: of a body.
+        request_seconds: from its submission to its end; then it is cancelled.
+        body_seconds: for a body to arrive.
+        send_seconds: for a client to take a part of a stream.
+        new_tokens: of an answer; so many where a request does not say.
+    """
+
+    request_bytes: int = 32 * 2**20
+    request_seconds: float = 1800.0
+    body_seconds: float = 60.0
+    send_seconds: float = 60.0
+    new_tokens: int = 2048
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Service:
+    """A model behind an API.
+
+    Attributes:
+        name: of the model, as requests give it.
+        tokenizer: the model's.
+        engine: which answers.
+        context: most tokens, prompt and answer.
+        vocab: how many tokens the model has.
+        stop_tokens: which end an answer.
+        sampler: how tokens are drawn where a request does not say.
+        limits: of a request.
+        created: when it was made, seconds since 1970.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    engine: Engine
+    context: int
+    vocab: int
+    stop_tokens: tuple[int, ...]
+    sampler: Sampler = dataclasses.field(default_factory=lambda: Sampler(temperature=1.0))
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, body: Body) -> None:
+        """Raise ApiError: a body asks for another model, or for what there is not."""
+        if body.model is not None and body.model != self.name:
+            self.unknown_model(body.model)
+        body.refuse_others()
+
+    def unknown_model(self, name: str) -> None:
+        """Raise ApiError unless it is this model's name."""
+        if name != self.name:
+            message = f"there is no model {name!r} here: this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def encode_messages(
+        self, messages: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any] | None = None
+    ) -> EncodedPrompt:
+        """Encode a conversation; long ones take time, so not in the event loop.
+
+        Raises:
+            InputError: the model cannot answer these.
+        """
+        # OpenAI's newer name of a system message, which templates do not know.
+        given = [
+            {**message, "role": "system"} if message.get("role") == "developer" else message
+            for message in messages
+        ]
+        return encode_prompt(self.tokenizer, given, template_args=template_args or {})
+
+    def encode_text(self, text: str, add_special: bool = True) -> EncodedPrompt:
+        """Encode a text that is to be continued."""
+        return EncodedPrompt(self.tokenizer.encode(text, add_special=add_special), True)
+
+    def new_tokens(self, prompt_tokens: int, asked: int | None, param: str, whose: str) -> int:
+        """How many tokens an answer may have.
+
+        Args:
+            prompt_tokens: of its prompt.
+            asked: by the request; None: as many as there is room for, to `limits.new_tokens`.
+            param: the field that asks.
+            whose: the field that has the prompt.
+
+        Raises:
+            ApiError: there is no room for so much, with both numbers. Nothing is cut.
+        """
+        left = self.context - prompt_tokens
+        rooms = [room.new_tokens for room in self.engine.rooms if room.holds(prompt_tokens, 1)]
+        most = min(self.limits.new_tokens, max(rooms, default=self.limits.new_tokens))
+        if asked is None:
+            asked = max(1, min(left, most))
+        if asked > left:
+            message = (
+                f"the prompt has {prompt_tokens} tokens, {prompt_tokens + asked} with {asked} new "
+                f"ones, and the context is {self.context} tokens: shorten the prompt or lower "
+                f"`{param}`"
+            )
+            raise ApiError(400, message, param=whose, code="context_length_exceeded")
+        if asked > most:
+            message = (
+                f"`{param}` is {asked}, and an answer to a prompt of {prompt_tokens} tokens has "
+                f"{most} tokens at most: lower it"
+            )
+            raise ApiError(400, message, param=param, code="max_tokens_exceeded")
+        return asked
+
+    def requests(
+        self,
+        body: Sampling,
+        prompt: EncodedPrompt,
+        new_tokens: int,
+        logprobs: int | None,
+    ) -> list[Request]:
+        """Return what the engine is asked for: `n` answers to one prompt.
+
+        Raises:
+            ApiError: several answers would all be the same.
+            InputError: a number is out of range.
+        """
+        if not prompt.ids:
+            raise InputError("the prompt is empty: the model has no tokens for its text")
+        sampler = self._sampler(body)
+        if body.n > 1 and sampler.greedy:
+            message = (
+                f"`n` is {body.n}, and `temperature` 0 would give the same answer each time: give "
+                "a temperature above 0"
+            )
+            raise ApiError(400, message, param="n")
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        if not all(stop):
+            raise ApiError(400, "`stop` has an empty text, which every text holds", param="stop")
+        one = Request(
+            prompt=prompt.ids,
+            max_new_tokens=new_tokens,
+            sampler=sampler,
+            seed=_seed(body.seed),
+            stop_tokens=self._stop_tokens(body),
+            stop=stop,
+            logprobs=logprobs,
+            raw=prompt.raw,
+        )
+        return [dataclasses.replace(one, sequence=number) for number in range(body.n)]
+
+    def _sampler(self, body: Sampling) -> Sampler:
+        names = [field.name for field in dataclasses.fields(Sampler)]
+        given = {name: value for name in names if (value := getattr(body, name)) is not None}
+        if given.get("top_k") == -1:  # as vLLM says "all"
+            given["top_k"] = 0
+        for name, value in given.items():
+            try:
+                Sampler(**{name: value})
+            except InputError as error:
+                raise ApiError(400, str(error), param=name) from error
+        return dataclasses.replace(self.sampler, **given)
+
+    def _stop_tokens(self, body: Sampling) -> tuple[int, ...] | None:
+        """Tokens that end an answer; None: the model's."""
+        own = tuple(body.stop_token_ids or ())
+        wrong = [token for token in own if token >= self.vocab]
+        if wrong:
+            message = (
+                f"`stop_token_ids` has {wrong[0]}; the model's tokens are 0 to {self.vocab - 1}"
+            )
+            raise ApiError(400, message, param="stop_token_ids")
+        if body.ignore_eos:
+            return own
+        return tuple(sorted({*self.stop_tokens, *own})) if own else None
+
+
+def _seed(given: int | None) -> int:
+    if given is None:
+        return secrets.randbelow(MOST_INT32)
+    if not -MOST_INT32 - 1 <= given <= MOST_INT32:
+        message = f"`seed` is {given}; it must be from {-MOST_INT32 - 1} to {MOST_INT32}"
+        raise ApiError(400, message, param="seed")
+    return given
