@@ -140,7 +140,7 @@ def _staged(model: ModelConfig, tokens: int, batch: int) -> Iterator[Any]:
     # As many rows as may be missed at most.
     block = jax.ShapeDtypeStruct((*missed.shape, 2, model.head_dim), DTYPE)
     of_missed = selection.query, zones, missed, slots, block
-    yield "finish", programs.finish, (model,), (params, layer, hidden, *of_missed, wave)
+    yield "finish", programs.finish, (model, attention), (params, layer, hidden, *of_missed, wave)
 
 
 if __name__ == "__main__":
