@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling alone, several may
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -139,7 +140,7 @@ def _staged(model: ModelConfig, tokens: int, batch: int) -> Iterator[Any]:
     # As many rows as may be missed at most.
     block = jax.ShapeDtypeStruct((*missed.shape, 2, model.head_dim), DTYPE)
     of_missed = selection.query, zones, missed, slots, block
-    yield "finish", programs.finish, (model,), (params, layer, hidden, *of_missed, wave)
+    yield "finish", programs.finish, (model, attention), (params, layer, hidden, *of_missed, wave)
 
 
 if __name__ == "__main__":
