@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.wavejax.server.conftest import Running
+from tests.wavejax.server.conftest import HTTP, Running
 from tests.wavejax.server.test_limits import Slow
 from wavejax.engine.batching import BatchEngine
 from wavejax.server.page import policy_of
@@ -24,7 +23,7 @@ QUESTION = "Which number?"
 
 def test_the_page_alone(server: Running) -> None:
     """One file, nothing from elsewhere, and only its own script may run."""
-    got = httpx.get(server.url + "/")
+    got = HTTP.get(server.url + "/")
     assert got.headers["content-type"] == "text/html; charset=utf-8"
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)", got.text)
     assert not re.search(r"url\(|@import|https?:", got.text)
