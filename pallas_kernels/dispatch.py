@@ -5,7 +5,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax
 
@@ -141,6 +141,22 @@ def call(
     result = implementations["xla"](*operands, **settings)
     _record(op, "xla", reason, warn=lost)
     return result
+
+
+def no_kernel(op: str) -> Callable[..., Any]:
+    """Stands for the kernels that an op does not have yet: "auto" then tells of it, and warns.
+
+    Args:
+        op: the op's name.
+
+    Returns:
+        what to give `call` as its "triton": it raises NotImplementedError.
+    """
+
+    def refuse(*operands: Any, **settings: Any) -> Any:
+        raise NotImplementedError(f"{op}: there is no kernel for moments yet")
+
+    return refuse
 
 
 class _Request(NamedTuple):

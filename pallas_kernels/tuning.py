@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from pallas_kernels import backend
+
 TABLE = Path(__file__).with_name("tuned_configs.json")
 
 ConfigT = TypeVar("ConfigT")
@@ -41,6 +43,6 @@ def config(op: str, heuristic: ConfigT, **shape: object) -> ConfigT:
         heuristic: a config for the shape, of the op's own class.
         shape: what the table distinguishes.
     """
-    kind = device_kind()
+    kind = device_kind() if backend.is_for_default_device() else None
     found = _table().get(kind or "", {}).get(op, {}).get(key(**shape))
     return heuristic if found is None else type(heuristic)(**found)

@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
+from pallas_kernels.moments import Correction as Correction
+from pallas_kernels.moments import Moments as Moments
+from pallas_kernels.moments import Spread as Spread
+from pallas_kernels.moments import ZoneBounds as ZoneBounds
 from pallas_kernels.rows import EMPTY as EMPTY
 from pallas_kernels.rows import Rows as Rows
 from pallas_kernels.rows import RowTable as RowTable
@@ -66,11 +70,13 @@ class ClusterScores(NamedTuple):
             are no clusters.
         rotated: the query as `score_tokens` takes it: R q, with the codes' rotation R, or what
             the kernel packs it to. None if it was not asked for.
+        products: `[batch, kv_heads, group, clusters, rank]` float32, scale * q.u of `Moments`.
     """
 
     logits: Array
     logsumexp: Array
     rotated: Array | PackedQuery | None = None
+    products: Array | None = None
 
 
 class Candidates(NamedTuple):
@@ -121,12 +127,15 @@ class SelectionSettings:
         admission_ratio: how many times the mass of the least row selected a row must have to be
             read from the store; 1 or more. 1 reads all that is selected. Of no effect without
             slots.
+        with_clusters: list the cluster of each selected token too, as `attend_zones` wants them
+            with moments.
     """
 
     max_tokens: int
     segment_tokens: int
     growth_tokens: int
     admission_ratio: float = 1.0
+    with_clusters: bool = False
 
 
 class IndexedTokens(NamedTuple):
@@ -158,6 +167,7 @@ class Retrieved(NamedTuple):
         remaining: `[batch, kv_heads, clusters]` int32, what each cluster keeps of its members.
         table: the row table after the step.
         hits, misses: `[batch, kv_heads]` int32, rows found and not found in the cache in this step.
+        clusters: `[batch, kv_heads, budget]` int32, each one's; None if they were not asked for.
     """
 
     tokens: Array
@@ -167,6 +177,7 @@ class Retrieved(NamedTuple):
     table: RowTable
     hits: Array
     misses: Array
+    clusters: Array | None = None
 
 
 class Picks(NamedTuple):
@@ -192,12 +203,14 @@ class Estimate(NamedTuple):
         offsets: `[layers, batch, kv_heads, clusters + 1]` int32: they give the clusters' sizes.
         remaining: `[batch, kv_heads, clusters]` int32, how many members to estimate: as in
             `Retrieved`, or zero for a cluster to leave out. More than it has members are all.
+        correction: by the clusters' moments, and by what is retrieved of them; None for none.
     """
 
     logits: Float[Array, "batch kv_heads group clusters"]
     value_means: Float[Array, "layers batch kv_heads clusters head_dim"]
     offsets: Int[Array, "layers batch kv_heads clusters+1"]
     remaining: Int[Array, "batch kv_heads clusters"]
+    correction: Correction | None = None
 
 
 class ZoneStates(NamedTuple):
@@ -210,11 +223,13 @@ class ZoneStates(NamedTuple):
         outputs: `[parts, batch, kv_heads, group, head_dim]` float32.
         logsumexps: `[parts, batch, kv_heads, group]` float32; about -1e30 for an empty part.
         cache_rows: as given, with the admitted rows written into their slots.
+        bounds: of the estimate, if its correction has a spread.
     """
 
     outputs: Array
     logsumexps: Array
     cache_rows: Rows
+    bounds: ZoneBounds | None = None
 
 
 class Clusters(NamedTuple):

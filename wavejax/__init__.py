@@ -15,6 +15,13 @@ Tokens and logits:
 - `Facts`: what a run retrieved, found cached, and occupies.
 - `Plan`, `make_plan`: where a run's keys and values go, and what it takes of memory.
 
+Documents, read once:
+
+- `read_document`, `ask_document`: a text is kept on disk; a question costs its own tokens.
+- `save_document`, `load_document`: a sequence's index, rows and tokens, kept on disk.
+- `Document`: what `load_document` returns: `start` and `insert` put it into a batch.
+- `DocumentCache`: a folder of them with a limit of size, for several processes.
+
 Requests side by side:
 
 - `batch_engine`: an engine of a loaded model; `BatchEngine` says all that it takes.
@@ -80,6 +87,12 @@ if TYPE_CHECKING:
     from wavejax.attention.wave import WaveAttention as WaveAttention
     from wavejax.batching import batch_engine as batch_engine
     from wavejax.config import WaveConfig as WaveConfig
+    from wavejax.documents.cache import DocumentCache as DocumentCache
+    from wavejax.documents.document import Document as Document
+    from wavejax.documents.document import load_document as load_document
+    from wavejax.documents.document import save_document as save_document
+    from wavejax.documents.text import ask_document as ask_document
+    from wavejax.documents.text import read_document as read_document
     from wavejax.engine.batching.engine import BatchEngine as BatchEngine
     from wavejax.engine.batching.request import Request as Request
     from wavejax.engine.facts import Facts as Facts
@@ -112,6 +125,12 @@ _MODULE_OF = {
     "Generator": "wavejax.engine.generator",
     "DecodeState": "wavejax.engine.generator",
     "Facts": "wavejax.engine.facts",
+    "read_document": "wavejax.documents.text",
+    "ask_document": "wavejax.documents.text",
+    "save_document": "wavejax.documents.document",
+    "load_document": "wavejax.documents.document",
+    "DocumentCache": "wavejax.documents.cache",
+    "Document": "wavejax.documents.document",
     "batch_engine": "wavejax.batching",
     "BatchEngine": "wavejax.engine.batching.engine",
     "Request": "wavejax.engine.batching.request",

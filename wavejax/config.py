@@ -15,6 +15,9 @@ def _setting(default: Any, help: str) -> Any:
 # eighth of the memory that the rows take.
 LEAST_CLUSTER_SIZE = 8
 
+MOMENT_RANKS = (0, 1, 2, 4)
+MOMENT_DTYPES = ("model", "bfloat16", "int8")
+
 # The row cache is as large as that of a context of so many times the least tokens retrieved.
 LIKE_RETRIEVED = 80
 
@@ -55,6 +58,20 @@ class WaveConfig:
     estimation_fraction: float = _setting(
         1.0, "share of tokens estimated from their clusters; below 1, the rest is dropped"
     )
+    moment_rank: int = _setting(
+        0,
+        "directions along which each cluster's values vary with its keys: 1, 2 or 4 for a better "
+        "estimate, 0 for none",
+    )
+    moment_dtype: str = _setting(
+        "model", "of these directions: model, the model's own; bfloat16; int8, a scale a vector"
+    )
+    bounds: bool = _setting(
+        False, "keep what bounds of the estimate are made of, as attend_zones takes it"
+    )
+    audit: float = _setting(
+        0.0, "share of heads of each step that are also computed exactly, to tell the true error"
+    )
     cache_fraction: float = _setting(
         0.05,
         "slots of the row cache, if rows are in host memory, as a share of the tokens; where the "
@@ -85,9 +102,14 @@ class WaveConfig:
             "retrieval_fraction",
             "min_token_mass",
             "estimation_fraction",
+            "audit",
             "cache_fraction",
         ):
             _check_range(name, getattr(self, name), 0, 1)
+        _check_known("moment_rank", self.moment_rank, MOMENT_RANKS)
+        if self.bounds and not self.moment_rank:
+            raise InputError("`bounds` want moments: give `moment_rank` of 1, 2 or 4")
+        _check_known("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         _check_range("admission_ratio", self.admission_ratio, 1, 10**9)
         _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)
         # k-means begins in the middle of as many equal parts; the last part's middle is at
@@ -176,6 +198,12 @@ def _check_kind(name: str, value: Any, kind: type) -> None:
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"`{name}` is {value!r}; it must be of type {kind.__name__}")
+
+
+def _check_known(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        listed = ", ".join(map(str, known))
+        raise InputError(f"`{name}` is {value}; it must be one of {listed}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

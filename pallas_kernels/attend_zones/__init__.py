@@ -29,6 +29,12 @@ def attend_zones(
       Jensen's inequality (equation 3 there). For a partly retrieved one it may be more: the logit
       is that of all members' mean, and the best ones of them are gone.
 
+    With an estimate's `correction` the third zone is that of `_rest.attend_rest`: what is retrieved
+    leaves its cluster's mean key and mean value too, and moments correct mass and value to second
+    order in the residuals. Masses stay positive whatever the query. If the correction has a spread,
+    the result has bounds: between which numbers each query head's estimated mass lies, and how far
+    the merged output may be from full attention's.
+
     NaN or infinity in what a query attends to makes its outputs NaN, or its logsumexps.
 
     Args:

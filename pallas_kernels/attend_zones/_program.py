@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.attend_zones._config import Config
 from pallas_kernels.attend_zones._roles import choose_part
 from pallas_kernels.numerics import LOG2_E

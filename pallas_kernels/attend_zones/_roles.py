@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import backend
 from pallas_kernels.toolbox import launch
 
 # Of a large GPU. On another one, other processors may take some of the parts in every call.
@@ -34,7 +35,7 @@ def by_processor(store: Any, missed: int) -> bool:
     on_host = aval.memory_space == jax.memory.Space.Host
     size = math.prod(aval.shape) * aval.dtype.itemsize
     few = missed <= PROCESSORS and size <= REMEMBERED_BYTES
-    return on_host and few and launch.on_cuda()
+    return on_host and few and backend.takes_assembly()
 
 
 def choose_part(claims_ref: Any, missed: int, others: int, threads: int, interpret: bool) -> Array:

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.attend_zones._program import ProgramOfRow, State
 from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.toolbox import launch

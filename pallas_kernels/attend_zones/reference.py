@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import _compat
+from pallas_kernels.attend_zones._bounds import zone_bounds
+from pallas_kernels.attend_zones._rest import attend_rest, what_remains
 from pallas_kernels.numerics import is_masked, log_count, log_sum_exp
 from pallas_kernels.types import (
     MASKED,
@@ -93,7 +95,7 @@ def attend_zones(
     sink, sink_tokens, window, window_tokens = steady
     store, cache_rows = (held.plain("attend_zones") for held in rows)
     tokens, slots, hit = picks
-    logits, value_means, offsets, remaining = estimate
+    correction = estimate.correction
 
     steady_rows = jnp.concatenate([sink[layer], window[layer]], axis=2)
     steady_valid = jnp.concatenate(
@@ -114,15 +116,27 @@ def attend_zones(
         read = jnp.where((slots != NO_ID)[..., None, None], cached, missed)
     retrieved = attend_rows(query, read, tokens != NO_ID, scale=scale)
 
+    if correction is None:
+        rest, estimated = None, attend_clusters(estimate, layer)
+    else:
+        rest = what_remains(query, read, tokens != NO_ID, estimate, layer, scale=scale)
+        estimated = attend_rest(rest, correction, layer)
+
+    parts = (of_steady, retrieved, estimated)
+    outputs = jnp.stack([output for output, _ in parts])
+    logsumexps = jnp.stack([logsumexp for _, logsumexp in parts])
+    if rest is None or correction is None or correction.spread is None:
+        return ZoneStates(outputs, logsumexps, Rows(cache_rows))
+    given = query, read, tokens != NO_ID, rest, estimate
+    certain = zone_bounds(*given, (outputs, logsumexps), layer, scale=scale)
+    return ZoneStates(outputs, logsumexps, Rows(cache_rows), certain)
+
+
+def attend_clusters(estimate: Estimate, layer: Array | int) -> tuple[Array, Array]:
+    """Attends to what remains of the clusters by their means alone."""
+    logits, value_means, offsets, remaining, _ = estimate
     remaining = jnp.minimum(remaining, jnp.diff(offsets[layer], axis=-1))
     # A cluster without any may hold anything, NaN included.
     means = jnp.where((remaining > 0)[..., None], value_means[layer], 0)
     kept = log_count(remaining)[:, :, None, :]
-    estimated = attend_logits(jnp.where(is_masked(kept), MASKED, logits + kept), means)
-
-    parts = (of_steady, retrieved, estimated)
-    return ZoneStates(
-        jnp.stack([output for output, _ in parts]),
-        jnp.stack([logsumexp for _, logsumexp in parts]),
-        Rows(cache_rows),
-    )
+    return attend_logits(jnp.where(is_masked(kept), MASKED, logits + kept), means)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import tuning
+from pallas_kernels import backend, tuning
 from pallas_kernels.attend_zones._config import Config, heuristic
 from pallas_kernels.attend_zones._program import Operands, Results
 from pallas_kernels.attend_zones._roles import by_processor
@@ -17,6 +17,7 @@ from pallas_kernels.types import Estimate, Picks, Rows, SteadyRows, StoredRows, 
 __all__ = ["Config", "attend_zones", "heuristic"]
 
 
+@backend.per_platform
 def attend_zones(
     query: Array,
     steady: SteadyRows,
@@ -37,13 +38,16 @@ def attend_zones(
 
     Raises:
         NotImplementedError: see `launch.check_heads`; or rows of several dtypes, no room for
-            retrieved rows, clusters or the window, or no row cache before a store on the host.
+            retrieved rows, clusters or the window, or no row cache before a store on the host; or
+            a correction of the estimate.
     """
     batch, kv_heads, group, head_dim = query.shape
     sink, sink_tokens, window, window_tokens = steady
     store, cache_rows = (held.plain("attend_zones") for held in rows)
     tokens, slots, hit = picks
-    logits, value_means, offsets, remaining = estimate
+    logits, value_means, offsets, remaining, correction = estimate
+    if correction is not None:
+        raise NotImplementedError("attend_zones: there is no kernel for moments yet")
     by_name = {"sink": sink, "window": window, "store": store, "cache": cache_rows}
     for name, array in by_name.items():
         if array.dtype != query.dtype:

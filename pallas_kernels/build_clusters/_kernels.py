@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.build_clusters.reference import POWER_ITERATIONS
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import MASKED, NO_ID

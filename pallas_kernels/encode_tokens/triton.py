@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels import tuning
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import WORD_BITS, TokenCodes

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from pallas_kernels import backend as plt
 from pallas_kernels import tuning
 from pallas_kernels.numerics import is_masked, log_sum_exp
 from pallas_kernels.toolbox import launch

@@ -16,6 +16,9 @@ def score_clusters(
     *,
     scale: float,
     rotated: bool = False,
+    directions: Float[Array, "layers batch kv_heads clusters rank head_dim"]
+    | Int[Array, "layers batch kv_heads clusters rank head_dim"]
+    | None = None,
     implementation: Implementation | None = None,
 ) -> ClusterScores:
     """Scores every cluster's centroid for every query head (RetroInfer, section 4.2).
@@ -29,6 +32,7 @@ def score_clusters(
         scale: multiplies every product; 1/sqrt(head_dim) for most models.
         rotated: rotate the query too, as `score_tokens` wants it. On a GPU that takes no time of
             its own: programs of the same kernel do it beside the others.
+        directions: of the clusters' moments, to multiply the query with too; None without.
         implementation: see `pallas_kernels.dispatch.call`.
     """
     return dispatch.call(
@@ -41,4 +45,5 @@ def score_clusters(
         layer,
         scale=scale,
         rotated=rotated,
+        directions=directions,
     )

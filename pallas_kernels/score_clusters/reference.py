@@ -16,6 +16,7 @@ def score_clusters(
     *,
     scale: float,
     rotated: bool = False,
+    directions: Array | None = None,
 ) -> ClusterScores:
     """See `pallas_kernels.score_clusters`."""
     sizes = jnp.diff(offsets[layer], axis=-1)[:, :, None, :]
@@ -24,4 +25,11 @@ def score_clusters(
     )
     logits = jnp.where(sizes > 0, logits, MASKED)
     logsumexp = log_sum_exp(logits + log_count(sizes), axis=-1)
-    return ClusterScores(logits, logsumexp, rotate(query) if rotated else None)
+    products = None
+    if directions is not None:
+        products = scale * jnp.einsum(
+            "bhgd,bhcrd->bhgcr",
+            query.astype(jnp.float32),
+            directions[layer].astype(jnp.float32),
+        )
+    return ClusterScores(logits, logsumexp, rotate(query) if rotated else None, products)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels import tuning
 from pallas_kernels.encode_tokens.reference import rotate
 from pallas_kernels.numerics import log_sum_exp, log_total
@@ -153,14 +153,18 @@ def score_clusters(
     *,
     scale: float,
     rotated: bool = False,
+    directions: Array | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> ClusterScores:
     """See `pallas_kernels.score_clusters`.
 
     Raises:
-        NotImplementedError: for head dims and groups that the kernel is not made for.
+        NotImplementedError: for head dims and groups that the kernel is not made for, and for
+            directions.
     """
+    if directions is not None:
+        raise NotImplementedError("score_clusters: there is no kernel for moments yet")
     batch, kv_heads, group, head_dim = query.shape
     clusters = centroids.shape[3]
     launch.check_heads("score_clusters", group, head_dim, query.dtype, centroids.dtype)
@@ -177,7 +181,8 @@ def score_clusters(
     parts = pl.cdiv(clusters, config.block * config.blocks)
     heads = (batch, kv_heads, group)
     # As `score_tokens` multiplies codes: with float32 scales it takes the query as it is.
-    packs = rotated and dtype != "float32" and query.dtype != jnp.float32 and launch.on_cuda()
+    floats = dtype == "float32" or query.dtype == jnp.float32
+    packs = rotated and not floats and plt.takes_assembly()
     logits, partial, packed = launch.call(
         functools.partial(_kernel, scale=scale, config=config),
         (

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.score_tokens._members import Members, find_members
 from pallas_kernels.toolbox import launch

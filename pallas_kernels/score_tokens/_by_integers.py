@@ -5,8 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.score_tokens import _products
 from pallas_kernels.score_tokens._members import (

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.encode_tokens.reference import rotation
 from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.toolbox import launch
@@ -108,6 +108,38 @@ def pack(query: Array, *, scale: float, interpret: bool = False) -> PackedQuery:
     return found
 
 
+def unpack(packed: PackedQuery, head_dim: int, *, scale: float) -> Array:
+    """Return the rotated query that was packed, to the int8 that it was rounded to.
+
+    In plain JAX, for GPUs that multiply codes with floats.
+
+    Args:
+        packed: of `pack` or `rotate_and_pack`.
+        head_dim: of the query.
+        scale: what it was packed with.
+
+    Returns:
+        `[batch, kv_heads, group, head_dim]` float32.
+    """
+    fragments, factors, _ = packed
+    group = factors.shape[-1]
+    rounds, fours = fragments.shape[2:4]
+    # Lane 4 n + t holds of column n word t; n is 2 c for head c, and 2 c + 1 for head 4 + c. A
+    # word's byte i is dimension k + 8 i of it, by phase k % 4 and half k // 4.
+    each = fragments.reshape(*fragments.shape[:-1], QUAD, 2, WORDS)
+    shifts = jnp.arange(0, 4 * BYTE, BYTE, dtype=jnp.int32)
+    signed = lax.shift_right_arithmetic(
+        lax.shift_left(each[..., None], jnp.broadcast_to(24 - shifts, (*each.shape, 4))),
+        jnp.int32(24),
+    )
+    # Axes: batch, kv head, round; head's half, head; four, word, byte, half, phase.
+    order = jnp.transpose(signed, (0, 1, 2, 7, 6, 3, 8, 9, 5, 4))
+    heads = order.reshape(*order.shape[:2], rounds * ROUND, fours * WORDS * WORD_BITS)
+    # A factor is twice the unit of `write_packed`, in binary logarithms.
+    step = factors / (2 * scale * LOG2_E)
+    return heads[:, :, :group, :head_dim].astype(jnp.float32) * step[..., None]
+
+
 @functools.cache
 def rotations(head_dim: int) -> np.ndarray:
     """Sort the rotation's rows by the bytes that they end in.
@@ -142,7 +174,7 @@ def rotate_and_pack(
     query = plt.load(query_ref.at[b, h, g, d[None, :]], mask=exists, other=0)
     halves = [query]
     if query.dtype != jnp.bfloat16:
-        halves = launch.split_bfloat16(query.astype(jnp.float32), 2)
+        halves = _halves(query)
     n = jnp.arange(rotations_ref.shape[-1])[None, :]
     mask = jnp.broadcast_to((d < head_dim)[:, None], (d.size, n.size))
     parts = []
@@ -156,6 +188,15 @@ def rotate_and_pack(
         products = (launch.dot(half, table) for table in tables for half in halves)
         parts.append(functools.reduce(jnp.add, products))
     write_packed(parts, refs, b, h, scale=scale)
+
+
+def _halves(query: Any) -> list[Any]:
+    """Return two bfloat16 whose sum a float16 is: in a kernel, where none is rounded away."""
+    exact = query.astype(jnp.float32)
+    # The upper half of the bits is a bfloat16 as it is; XLA could drop a cast and its way back.
+    upper = lax.bitcast_convert_type(exact, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    first = lax.bitcast_convert_type(upper, jnp.float32)
+    return [first.astype(jnp.bfloat16), (exact - first).astype(jnp.bfloat16)]
 
 
 def split(query: Array) -> Array:

@@ -66,7 +66,7 @@ def score_tokens(
     Raises:
         NotImplementedError: for a packed query.
     """
-    logits, logsumexp, _ = scores
+    logits, logsumexp, *_ = scores
     rotated_query = query_of(scores)
     if isinstance(rotated_query, PackedQuery):
         raise NotImplementedError("score_tokens: in plain JAX the query is not packed; rotate it")

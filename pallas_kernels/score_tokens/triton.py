@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels import tuning
 from pallas_kernels.score_tokens import _by_floats, _by_integers, _query
 from pallas_kernels.score_tokens._members import Members
@@ -56,7 +57,7 @@ def heuristic(rows: int, candidates: int, dtype: str) -> Config:
     An int8 query errs about as much as a bfloat16 one. Where the scales are float32, as in a
     model that is, it would be the largest error.
     """
-    if dtype == "float32" or not launch.on_cuda():
+    if dtype == "float32" or not plt.takes_assembly():
         return Config(min(128, launch.tile(candidates, launch.DOT_TILE)), integers=False)
     # Four candidates a thread; two where they are few, for programs enough for a large GPU.
     block = min(256, launch.tile(candidates, 32))
@@ -144,18 +145,55 @@ def score_tokens(
         ValueError: the config's block is none of what `Config` says, or a packed query meets a
             config without integers.
     """
-    logits, logsumexp, _ = scores
-    rotated_query = query_of(scores)
+    logits, logsumexp, *_ = scores
+    query = query_of(scores)
     bits, scales = (None, None) if codes is None else codes
-    batch, kv_heads, group, _ = logits.shape
-    if isinstance(rotated_query, PackedQuery):
+    if isinstance(query, PackedQuery):
         # It does not say its head dim; any from the codes' last word takes the same.
         head_dim = 0 if bits is None else WORD_BITS * bits.shape[-1]
         dtype = "bfloat16"
     else:
-        head_dim = rotated_query.shape[-1]
-        launch.check_heads("score_tokens", group, head_dim, rotated_query.dtype)
+        head_dim = query.shape[-1]
+        launch.check_heads("score_tokens", logits.shape[2], head_dim, query.dtype)
         dtype = "float32" if scales is None else jnp.dtype(scales.dtype).name
+    # Only what is read: an operand of no use would stay one of the program's.
+    operands = (
+        *(None if codes is None else query, logits, logsumexp),
+        *(candidates.clusters, candidates.starts, candidates.granules, offsets),
+        *(bits, scales, launch.scalar(layer)),
+    )
+    score: Callable[..., Array] = plt.per_platform(_score)
+    return score(
+        *operands,
+        scale=scale,
+        head_dim=head_dim,
+        dtype=dtype,
+        max_candidates=max_candidates,
+        config=config,
+        interpret=interpret,
+    )
+
+
+def _score(
+    query: Array | PackedQuery | None,
+    *operands: Any,
+    scale: float,
+    head_dim: int,
+    dtype: str,
+    max_candidates: int,
+    config: Config | None,
+    interpret: bool,
+) -> Any:
+    """Call the kernel, with the query in the form that it takes.
+
+    Args:
+        query: None without codes.
+        operands: the kernel's others, of refs from `logits_ref` on.
+        scale, max_candidates, config, interpret: see `score_tokens`.
+        head_dim: of the query.
+        dtype: of the scales.
+    """
+    batch, kv_heads, group, _ = operands[0].shape
     config = config or tuning.config(
         "score_tokens",
         heuristic(batch * kv_heads, max_candidates, dtype),
@@ -170,34 +208,25 @@ def score_tokens(
             f"score_tokens: a block of {config.block} candidates is no multiple of "
             f"{config.threads} threads; give one, or integers=False"
         )
-    query: tuple[Any, Any, Any] = (None, None, None)
-    if isinstance(rotated_query, PackedQuery):
+    if isinstance(query, PackedQuery) and not plt.takes_assembly():
+        query = _query.unpack(query, head_dim, scale=scale)
+    form: tuple[Any, Any, Any] = (None, None, None)
+    if isinstance(query, PackedQuery):
         if not config.integers:
             raise ValueError(
                 "score_tokens: a packed query is of integers, the config has none; give one with "
                 "integers=True, or the rotated query"
             )
-        query = rotated_query if codes is not None else query
-    elif codes is not None and config.integers:
-        query = _query.pack(rotated_query, scale=scale, interpret=interpret)
-    elif codes is not None:
-        query = (_query.split(rotated_query), None, None)
+        form = query
+    elif query is not None and config.integers:
+        form = _query.pack(query, scale=scale, interpret=interpret)
+    elif query is not None:
+        form = (_query.split(query), None, None)
     return launch.call(
         functools.partial(
             _kernel, scale=scale, head_dim=head_dim, config=config, emulate=interpret
         ),
-        (
-            *query,
-            logits,
-            logsumexp,
-            candidates.clusters,
-            candidates.starts,
-            candidates.granules,
-            offsets,
-            bits,
-            scales,
-            launch.scalar(layer),
-        ),
+        (*form, *operands),
         jax.ShapeDtypeStruct((batch, kv_heads, max_candidates), jnp.float32),
         (pl.cdiv(max_candidates, config.block), batch * kv_heads),
         name="score_tokens",

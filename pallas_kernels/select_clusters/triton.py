@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels import tuning
 from pallas_kernels.numerics import ordered_bits
 from pallas_kernels.select_clusters._config import Config, heuristic

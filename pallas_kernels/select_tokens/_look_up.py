@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.rows import is_held
 from pallas_kernels.score_tokens._members import Members, find_members
 from pallas_kernels.select_tokens._dropped import Dropped, worth_reading

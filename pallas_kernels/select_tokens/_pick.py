@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.numerics import ordered_bits
 from pallas_kernels.toolbox import launch, warp
 from pallas_kernels.toolbox.bisection import threshold

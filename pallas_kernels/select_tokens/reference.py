@@ -187,4 +187,5 @@ def select_tokens(
     remaining = jnp.diff(offsets[layer], axis=-1).at[b, h, clusters].add(-1, mode="drop")
     hits = jnp.sum(hit, axis=-1, dtype=jnp.int32)
     misses = jnp.sum(valid, axis=-1, dtype=jnp.int32) - hits
-    return Retrieved(tokens, slots, hit, remaining, table, hits, misses)
+    own = clusters if settings.with_clusters else None
+    return Retrieved(tokens, slots, hit, remaining, table, hits, misses, own)

@@ -47,7 +47,15 @@ def select_tokens(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Retrieved:
-    """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them."""
+    """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them.
+
+    Raises:
+        NotImplementedError: the picks' clusters are asked for.
+    """
+    if settings.with_clusters:
+        raise NotImplementedError(
+            "select_tokens: there is no kernel that tells picks' clusters yet"
+        )
     offsets, token_ids, prompt_tokens = indexed
     log_mass, candidates, budget = ranked
     max_tokens = settings.max_tokens

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import NO_ID
 

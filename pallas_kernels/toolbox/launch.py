@@ -1,5 +1,6 @@
 """What the Triton kernels share: how Pallas is called, what a tile may be, and barriers."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import backend
 
 # The least rows and columns that Triton's `dot` takes.
 DOT_TILE = 16
@@ -46,23 +48,29 @@ def call(
         # Interpreted, a kernel is plain JAX, which does not mix memories.
         operands = jax.device_put(operands, jax.memory.Space.Device)
     operands = tuple(operands)
-    return pl.pallas_call(
-        kernel,
-        out_shape=out_shape,
-        grid=grid,
-        in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
-        out_specs=jax.tree.map(lambda _: pl.no_block_spec, out_shape),
-        input_output_aliases=dict(aliases or {}),
-        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        interpret=interpret,
-        name=name,
-    )(*operands)
+
+    def run(*operands: Any) -> Any:
+        return backend.pallas_call(
+            # A kernel of its own each time: JAX would keep what it was traced to for all platforms.
+            functools.partial(kernel),
+            out_shape=out_shape,
+            grid=grid,
+            in_specs=jax.tree.map(lambda _: pl.no_block_spec, operands),
+            out_specs=jax.tree.map(lambda _: pl.no_block_spec, out_shape),
+            input_output_aliases=dict(aliases or {}),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            interpret=interpret,
+            name=name,
+        )(*operands)
+
+    return run(*operands) if interpret else backend.per_platform(run)(*operands)
 
 
 def barrier(interpret: bool) -> None:
     """Make a program's stores visible to all of its threads' later loads."""
     if not interpret:
-        plt.debug_barrier()
+        backend.debug_barrier()
 
 
 def add_atomically(ref: Any, at: tuple[Any, ...], value: Any, interpret: bool) -> Any:
@@ -77,33 +85,13 @@ def add_atomically(ref: Any, at: tuple[Any, ...], value: Any, interpret: bool) -
         interpret: whether the kernel is interpreted.
     """
     if interpret:
-        before = plt.load(ref.at[at])
-        plt.store(ref.at[at], before + value)
+        before = backend.load(ref.at[at])
+        backend.store(ref.at[at], before + value)
         return before
-    return plt.atomic_add(ref, at, value)
+    return backend.atomic_add(ref, at, value)
 
 
-def assembly(text: str, *operands: Any, dtype: Any) -> Any:
-    """Compute what a piece of CUDA's assembly makes of vectors, element by element.
-
-    Args:
-        text: PTX; $0 is the result, $1 and so on are the operands.
-        operands: `[n]` each, of 32 or 64 bits.
-        dtype: the result's, `[n]` too. (Pallas' assembly has one result.)
-    """
-
-    def register(dtype: Any) -> str:
-        dtype = jnp.dtype(dtype)
-        return "f" if dtype == jnp.float32 else {4: "r", 8: "l"}[dtype.itemsize]
-
-    [result] = plt.elementwise_inline_asm(
-        text,
-        args=operands,
-        constraints=",".join(["=" + register(dtype), *(register(x.dtype) for x in operands)]),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, dtype)],
-    )
-    return result
+assembly = backend.inline_assembly
 
 
 def tile(size: int, least: int = 1) -> int:
@@ -139,32 +127,28 @@ def head_of(program: Any, kv_heads: int, group: int) -> tuple[Any, Any, Any]:
 
 def split_bfloat16(x: Any, parts: int) -> list[Any]:
     """Find the bfloat16 numbers whose sum is x to 8 bits a part: three hold all of a float32."""
-    found = []
-    for _ in range(parts):
+    found: list[Any] = []
+    while len(found) < parts:
         # Not a cast to bfloat16 and back, which XLA may simplify away.
         part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         found.append(part.astype(jnp.bfloat16))
-        x = x - part
+        if len(found) < parts:
+            x = x - part
     return found
-
-
-def on_cuda() -> bool:
-    """Whether kernels are made for NVIDIA's GPUs, whose PTX some of them hold."""
-    return jax.default_backend() != "gpu" or jax.devices()[0].device_kind.startswith("NVIDIA")
 
 
 def compute_capability() -> tuple[int, int] | None:
     """Return that of JAX's default device, if it is one of NVIDIA's GPUs; else None."""
     # Asked of an NVIDIA GPU only: of others JAX gives other strings.
-    if jax.default_backend() != "gpu" or not on_cuda():
+    if not backend.on_nvidia():
         return None
     major, minor = str(jax.devices()[0].compute_capability).split(".")
     return int(major), int(minor)
 
 
 def takes_assembly(interpret: bool) -> bool:
-    """Whether a kernel may hold CUDA's assembly: not interpreted, nor for others' GPUs."""
-    return not interpret and on_cuda()
+    """Say whether a kernel may hold CUDA's assembly: not interpreted, nor for others' GPUs."""
+    return not interpret and backend.takes_assembly()
 
 
 def check_heads(op: str, group: int, head_dim: int, *dtypes: Any) -> None:

@@ -13,6 +13,7 @@ EXAMPLES = ROOT / "examples"
 # By script: arguments, and what it must print.
 EXPECTED = {
     "chat_with_document.py": ((), r"1907[\s\S]*tokens in the prompt, [1-9]\d* in the index"),
+    "ask_kept_document.py": ((), r"kept them[\s\S]*1907[\s\S]*\(\d\d new tokens; first token"),
     "stream_tokens.py": ((), r"finished: (stop|length)\)\nanswer [01] \(\w+\): "),
     "answer_side_by_side.py": (
         (),

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import backend as plt
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.block_select import last_key
 from pallas_kernels.toolbox.block_sums import scan_together, sum_together

@@ -15,6 +15,7 @@ def zone_operands(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
     """
     stored = StoredRows(Rows(arrays["store"]), Rows(arrays["cache_rows"]))
     steady, picks, estimate = (
-        group(*(arrays[name] for name in group._fields)) for group in (SteadyRows, Picks, Estimate)
+        group(**{name: arrays[name] for name in group._fields if name in arrays})
+        for group in (SteadyRows, Picks, Estimate)
     )
     return arrays["query"], steady, stored, picks, estimate

@@ -18,7 +18,7 @@ COUNTS = (
 )
 SHARES = (
     *("candidate_fraction", "retrieval_fraction", "min_token_mass"),
-    *("estimation_fraction", "cache_fraction"),
+    *("estimation_fraction", "cache_fraction", "audit"),
 )
 
 OUT_OF_RANGE = [
@@ -38,10 +38,24 @@ def test_a_value_out_of_range_is_named_with_its_range(name, value, low, high):
     assert str(error.value) == f"`{name}` is {value}; it must be from {low} to {high}"
 
 
+def test_a_value_that_is_none_of_a_few_is_named_with_them():
+    with pytest.raises(InputError, match="`moment_rank` is 3; it must be one of 0, 1, 2, 4"):
+        WaveConfig(moment_rank=3)
+    with pytest.raises(InputError, match="`moment_dtype` is int4; it must be one of model, "):
+        WaveConfig(moment_dtype="int4")
+    with pytest.raises(InputError, match="`bounds` want moments: give `moment_rank` of 1, 2 or 4"):
+        WaveConfig(bounds=True)
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(WaveConfig), ids=lambda field: field.name)
 def test_a_value_of_another_type_is_named_with_the_type(field):
     kind = type(field.default)
-    wrong = ["8", None, 1.5 if kind is int else "0.5", True if kind is not bool else 1]
+    wrong = [
+        8 if kind is str else "8",
+        None,
+        1.5 if kind in (int, str) else "0.5",
+        True if kind is not bool else 1,
+    ]
     for value in wrong:
         # Past `__init__`, which the tests' own type checks guard.
         config = object.__new__(WaveConfig)
@@ -55,6 +69,7 @@ def test_a_value_of_another_type_is_named_with_the_type(field):
 
 def test_every_field_is_checked_and_explained():
     checked = {*SIZES, *COUNTS, *SHARES, "max_cluster_size", "admission_ratio", "token_codes"}
+    checked |= {"moment_rank", "moment_dtype", "bounds"}
     assert checked == {field.name for field in dataclasses.fields(WaveConfig)}
     assert all(field.metadata["help"] for field in dataclasses.fields(WaveConfig))
 

@@ -30,6 +30,9 @@ EXAMPLES = [
 # The last line that an example prints.
 LAST_LINES = {
     ("python.md", "Generator("): r"Facts\(retrieved_share=.*",
+    ("documents.md", "read_document("): r"kept 85 of \d+ tokens",
+    ("documents.md", "save_document("): r"36 of 43 tokens were reused",
+    ("documents.md", "DocumentCache("): r"36 tokens reused",
     ("python.md", "CacheShape("): r"\(1, 1, 4, 64\) \[2001\]",
     ("kernels.md", "ops.score_clusters"): r"\(1, 8, 4, 512\) \(1, 8, 4\)",
     ("debugging.md", "generator.force"): r"largest difference of logits: [\d.e-]+",

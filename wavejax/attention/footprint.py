@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from wavejax.attention.moment_bytes import building_bytes, step_bytes
 from wavejax.config import WaveConfig
 from wavejax.store.index import segments_at_once
 from wavejax.store.shape import CacheShape
@@ -81,7 +82,7 @@ def wave_footprint(
         # The rows side by side, padded for the window, and cut for the store; attention is over.
         writing=prompt_tokens * (4 * pair + query) * itemsize,
         indexing=_indexing(config, shape, prompt_tokens, itemsize),
-        step=_wave_step(state, heads, itemsize),
+        step=_wave_step(config, state, heads, itemsize),
         prompt_transfer=arriving[0],
         step_transfer=arriving[1],
     )
@@ -125,11 +126,14 @@ def _indexing(config: WaveConfig, shape: CacheShape, room: int, itemsize: int) -
     plain = 4 * kv_heads * sizes[0] * (6 * head_dim + 3 * clusters)
     # Of all the call's segments: keys, values, centred keys, the same in cluster order, their
     # centroids; sums of the pieces; numbers.
-    tokens = sizes[0] * segments_at_once(len(sizes), kv_heads)
-    return plain + kv_heads * tokens * (head_dim * (5 * itemsize + 1) + 32)
+    at_once = segments_at_once(len(sizes), kv_heads)
+    tokens = sizes[0] * at_once
+    one, all_moments = building_bytes(config, sizes[0], at_once, kv_heads, head_dim)
+    plain = max(plain, one)
+    return plain + kv_heads * tokens * (head_dim * (5 * itemsize + 1) + 32) + all_moments
 
 
-def _wave_step(state: WaveState, heads: int, itemsize: int) -> int:
+def _wave_step(config: WaveConfig, state: WaveState, heads: int, itemsize: int) -> int:
     _, batch, kv_heads, clusters, head_dim = state.index.centroids.shape
     window = state.steady.window.shape[3] + state.steady.sink.shape[3]
     group = heads // kv_heads
@@ -140,4 +144,6 @@ def _wave_step(state: WaveState, heads: int, itemsize: int) -> int:
     head = 4 * clusters * (copies * head_dim + 4 * group)
     head += 8 * state.index.token_ids.shape[-1]
     head += 2 * window * 2 * head_dim * itemsize
+    retrieved = config.most_retrieved(state.index.token_ids.shape[-1])
+    head += step_bytes(config, clusters, retrieved, group, head_dim)
     return batch * kv_heads * head

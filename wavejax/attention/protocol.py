@@ -5,6 +5,7 @@ import math
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -33,12 +34,15 @@ class Counts(NamedTuple):
         hits: of these, the KV rows that the row cache held; None without a row cache.
         attended: KV rows that full attention would have read.
         indexed: tokens in the index now, over all sequences.
+        errors: float32, true relative errors of the heads that an audit computed exactly; None
+            without an audit.
     """
 
     retrieved: int
     hits: int | None
     attended: float
     indexed: int
+    errors: np.ndarray | None = None
 
 
 class Attention(abc.ABC, Generic[State]):

@@ -10,11 +10,20 @@ from jaxtyping import Float, Int
 import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.numerics import log_sum_exp
-from pallas_kernels.types import MASKED, Candidates, ClusterScores, Retrieved, RowTable
+from pallas_kernels.types import (
+    MASKED,
+    Candidates,
+    ClusterScores,
+    Correction,
+    Estimate,
+    Retrieved,
+    RowTable,
+)
 from wavejax.attention.protocol import Counts
 from wavejax.config import WaveConfig
+from wavejax.store.audit import errors_of
 from wavejax.store.index import WaveIndex
-from wavejax.store.state import WaveState
+from wavejax.store.state import Selection, WaveState
 from wavejax.store.steady import SteadyZone
 
 
@@ -25,7 +34,7 @@ def score_clusters(
     *,
     scale: float,
 ) -> ClusterScores:
-    """Score the index's clusters; where it has codes, rotate the query for them too.
+    """Score the index's clusters; rotate the query for codes, multiply it with moments, if there.
 
     Args:
         query: one decode step's queries, grouped by the kv head that they share.
@@ -34,8 +43,15 @@ def score_clusters(
         scale: multiplies every product of query and key.
     """
     coded = index.codes is not None
+    directions = None if index.moments is None else index.moments.directions
     return ops.score_clusters(
-        query, index.centroids, index.offsets, layer, scale=scale, rotated=coded
+        query,
+        index.centroids,
+        index.offsets,
+        layer,
+        scale=scale,
+        rotated=coded,
+        directions=directions,
     )
 
 
@@ -171,6 +187,7 @@ def select_tokens(
             config.segment_tokens,
             config.growth_tokens,
             config.admission_ratio,
+            index.moments is not None,
         ),
     )
 
@@ -207,6 +224,23 @@ def to_estimate(
     return jnp.where(near.selected, retrieved.remaining, 0)
 
 
+def estimate_of(selection: Selection, index: WaveIndex) -> Estimate:
+    """Make what `attend_zones` estimates, with a correction where the index has moments.
+
+    Args:
+        selection: of the step.
+        index: the index.
+    """
+    correction = None
+    if index.moments is not None:
+        assert selection.products is not None
+        assert selection.clusters is not None
+        correction = Correction(index.moments, selection.products, selection.clusters, index.spread)
+    return Estimate(
+        selection.logits, index.value_means, index.offsets, selection.estimated, correction
+    )
+
+
 def budgets(
     config: WaveConfig, tokens: Int[Array, "*batch"]
 ) -> tuple[Int[Array, "*batch"], Int[Array, "*batch"]]:
@@ -228,7 +262,8 @@ def counts(state: WaveState) -> Counts:
     attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
     indexed = int(np.asarray(state.index.tokens, np.int64).sum())
     has_slots = table.token_of_slot.shape[-1] > 0
-    return Counts(hits + misses, hits if has_slots else None, attended, indexed)
+    errors = None if state.audit is None else errors_of(state.audit)
+    return Counts(hits + misses, hits if has_slots else None, attended, indexed, errors)
 
 
 def _share(fraction: float, tokens: Array) -> Array:

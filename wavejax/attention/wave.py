@@ -24,6 +24,7 @@ import pallas_kernels as ops
 from models.errors import InputError
 from pallas_kernels import Implementation
 from wavejax.attention import retrieval
+from wavejax.attention.audit import audit
 from wavejax.attention.footprint import Footprint, wave_footprint
 from wavejax.attention.implementation import by_own_implementation, check_implementation
 from wavejax.attention.protocol import (
@@ -37,8 +38,10 @@ from wavejax.attention.protocol import (
 )
 from wavejax.config import WaveConfig
 from wavejax.store import prompt, room
+from wavejax.store.audit import init_audit
 from wavejax.store.growth import grow
 from wavejax.store.index import init_index
+from wavejax.store.moments import check_staged
 from wavejax.store.rows import (
     Fetch,
     RowCache,
@@ -72,7 +75,8 @@ class WaveAttention(Attention[WaveState]):
             platform's best. None leaves it to `use_implementation` and `WAVEJAX_IMPLEMENTATION`.
 
     Raises:
-        InputError: `store`, `fetch` or `implementation` is none of these.
+        InputError: `store`, `fetch` or `implementation` is none of these; or the settings have
+            moments or an audit, and KV rows are staged.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
@@ -87,6 +91,7 @@ class WaveAttention(Attention[WaveState]):
             if value not in known:
                 raise InputError(f"`{name}` is {value!r}; it must be one of {known}")
         check_implementation(self.implementation)
+        check_staged(self.config, self.store == "host" and self.fetch == "staged")
 
     @property
     def state_type(self) -> type[WaveState]:
@@ -124,6 +129,7 @@ class WaveAttention(Attention[WaveState]):
         tokens = max(1, sum(segments) + growths * config.growth_tokens)
         clusters = cluster_capacity(config, segments, growths)
         slots = config.cache_slots(tokens) if self.has_cache else 0
+        check_staged(config, self.staged)
         stack, row = shape.stack(batch), (2, shape.head_dim)
         # Staged rows are not the state's, and an empty store in pinned memory is still one.
         kept = 0 if self.staged else tokens
@@ -135,6 +141,7 @@ class WaveAttention(Attention[WaveState]):
             steady=init_steady(config, shape, batch, dtype),
             step=jnp.int32(0),
             attended=jnp.zeros(batch, jnp.float32),
+            audit=init_audit(config.audit),
         )
 
     @by_own_implementation
@@ -197,6 +204,7 @@ class WaveAttention(Attention[WaveState]):
         zones, state = self.attend(layer, selection, state)
         # 8. Merge the zones' outputs, by their logsumexp.
         output, _ = ops.merge_states(zones.outputs, zones.logsumexps, dtype=query.dtype)
+        state = audit(self.config, layer, selection.query, output, state)
         return output.reshape(query.shape), state
 
     @by_own_implementation
@@ -217,8 +225,8 @@ class WaveAttention(Attention[WaveState]):
         # 6. Decide how many tokens of each cluster to estimate.
         estimated = retrieval.to_estimate(self.config, scores, retrieved, state.index, layer)
         cache = RowCache(state.cache.rows, retrieved.table)
-        found = retrieved.tokens, retrieved.slots, retrieved.hit
-        selection = Selection(grouped, *found, scores.logits, estimated)
+        found, more = retrieved[:3], (scores.products, retrieved.clusters)
+        selection = Selection(grouped, *found, scores.logits, estimated, *more)
         return selection, dataclasses.replace(state, cache=cache)
 
     @by_own_implementation
@@ -256,22 +264,14 @@ class WaveAttention(Attention[WaveState]):
         self, layer: Layer, selection: Selection, state: WaveState
     ) -> tuple[ops.ZoneStates, WaveState]:
         """Attend to the zones, and admit missed KV rows to the row cache: step 7 of `decode`."""
-        # A full sequence's window has no room for the step's own row.
-        window_tokens = jnp.minimum(state.steady.window_tokens + 1, self.config.window_tokens)
+        steady, in_window = state.steady, room.window_tokens(self.config, state)
         # 7. Attend to the zones: an output and a logsumexp of each.
         zones = ops.attend_zones(
             selection.query,
-            ops.SteadyRows(
-                state.steady.sink, state.steady.sink_tokens, state.steady.window, window_tokens
-            ),
+            ops.SteadyRows(steady.sink, steady.sink_tokens, steady.window, in_window),
             ops.StoredRows(state.store.rows, state.cache.rows),
             ops.Picks(selection.tokens, selection.slots, selection.hit),
-            ops.Estimate(
-                selection.logits,
-                state.index.value_means,
-                state.index.offsets,
-                selection.estimated,
-            ),
+            retrieval.estimate_of(selection, state.index),
             layer,
             scale=scale_of(selection.query),
         )

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from models.errors import InputError
 from wavejax.attention.dense import DenseAttention
+from wavejax.cli import documents
 from wavejax.cli.compilation import keep_compiled_programs
 from wavejax.cli.encoding import encode_prompts
 from wavejax.cli.explaining import (
@@ -46,6 +47,8 @@ def command(
     prompts: tuple[str, ...],
     prompt_files: tuple[str, ...],
     message_files: tuple[str, ...],
+    save_document: str | None,
+    document: str | None,
     system: str | None,
     chat: bool | None,
     template_args: tuple[str, ...],
@@ -80,6 +83,12 @@ def command(
     if "" in stops:
         raise InputError("--stop is empty, which every text holds: give the text to stop before")
     given = [*prompts, *prompt_files, *message_files]
+    if document is not None or save_document is not None:
+        how: dict[str, object] = {"--system": system, "--chat or --raw": chat is not None}
+        how |= {"--template-arg": template_args, "--allow-control-tokens": allow_control_tokens}
+        others: dict[str, object] = {"--messages": message_files}
+        others |= how if document is not None else {}
+        documents.check_flags(document, save_document, others)
     of_context = context is not None or batch is not None
     if of_context:
         check_context(only_plan, context, given)
@@ -99,7 +108,23 @@ def command(
     check_samples(samples, sampler)
     ids: list[list[int]] = []
     raw = False
-    if not of_context:
+    asked = keeping = None
+    if document is not None and not of_context:
+        asked = documents.ask(document, opened.tokenizer, prompts, prompt_files)
+        ids, raw = asked.ids, asked.prompts[0].raw
+    elif save_document is not None and not of_context:
+        keeping = documents.Keeping(
+            save_document,
+            opened.tokenizer,
+            prompts,
+            prompt_files,
+            raw=None if chat is None else not chat,
+            system=system,
+            template_args=template_args,
+            control_tokens=allow_control_tokens,
+        )
+        ids, max_new_tokens, samples = [keeping.ids], 1, 1
+    elif not of_context:
         ids, raw = encode_prompts(
             opened.tokenizer,
             prompts,
@@ -110,10 +135,12 @@ def command(
             template_args=template_args,
             control_tokens=allow_control_tokens,
         )
-        check_lengths(checkpoint.config, ids, max_new_tokens, max_context)
-    lengths = [*map(len, ids)] or [context or 1] * (batch or 1)
+    check_lengths(checkpoint.config, ids, max_new_tokens, max_context)
+    lengths, room = [*map(len, ids)] or [context or 1] * (batch or 1), max_new_tokens
+    if asked is not None:
+        lengths, room = asked.lengths(max_new_tokens)
     lengths = [length for length in lengths for _ in range(samples)]
-    plan = opened.plan(lengths, max_new_tokens, sampler)
+    plan = opened.plan(lengths, room, sampler)
     if only_plan:
         print_plan(plan, checkpoint, as_json)
         return
@@ -125,8 +152,14 @@ def command(
     generator = Generator(checkpoint.config, plan.attention, sampler, opened.stop_tokens)
 
     shown = sys.stderr.isatty() if progress is None else progress
+    if keeping is not None:
+        with progress_bar("loading the model", shown) as report:
+            params = opened.load(plan=plan, progress=report).params
+        keeping.run(generator, params, shown, as_json)
+        return
     encoded = [EncodedPrompt(prompt, raw) for prompt in ids]
-    text = TextRun(generator, opened.tokenizer, encoded, samples, stops)
+    read = None if asked is None else asked.reader(generator)
+    text = TextRun(generator, opened.tokenizer, encoded, samples, stops, read)
     run = Run(text, plan.dtype, quiet=as_json)
     try:
         with progress_bar("loading the model", shown) as report:
@@ -139,9 +172,13 @@ def command(
         if as_json and (run.interrupted or run.result.facts):
             facts = {"model": str(checkpoint.path), "attention": attention, "seed": seed}
             facts["sampler"] = dataclasses.asdict(sampler)
+            if asked is not None:
+                facts |= {"document": document, "reused_tokens": asked.reused}
             if explained:
                 facts["ops"] = explanation_json()
             print(json.dumps(run.as_json(**facts), ensure_ascii=False), flush=True)
+    if asked is not None:
+        documents.say_reused(asked)
     if explained and not as_json:
         print_explanation()
     print(run.facts_line(sampling_text(stated) if stated else None), file=sys.stderr)

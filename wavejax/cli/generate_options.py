@@ -39,6 +39,19 @@ _OPTIONS = [
     ),
     option(
         INPUT,
+        "--save-document",
+        metavar="FOLDER",
+        help="Read the prompt, a document, and keep it in this folder for --document; then end.",
+    ),
+    option(
+        INPUT,
+        "--document",
+        metavar="FOLDER",
+        help="Ask a document that --save-document kept: the prompt is a question, and no other "
+        "tokens are read.",
+    ),
+    option(
+        INPUT,
         "--system",
         metavar="TEXT",
         help="A system message before each prompt or conversation.",

@@ -7,6 +7,7 @@ from models.errors import InputError
 from models.parameters import Params
 from wavejax.cli.compilation import compilation_notices
 from wavejax.cli.progress import bytes_text, progress_bar
+from wavejax.engine.facts import Facts
 from wavejax.engine.text import Answer, Generation, TextPiece, TextRun
 
 
@@ -137,10 +138,21 @@ class Run:
                 *([] if sampling is None else [f"sampling as the model has it: {sampling}"]),
                 "all tokens are exact" if exact else retrieved,
                 *([] if hits is None else [f"cache hits: {share(hits)}"]),
+                *audit_text(facts),
                 f"KV cache: {bytes_text(facts.device_bytes)} on the device, "
                 f"{bytes_text(facts.host_bytes)} on the host",
             ]
         )
+
+
+def audit_text(facts: Facts) -> list[str]:
+    """Say what an audit found; nothing without one."""
+    if facts.error_median is None or facts.error_99 is None:
+        return []
+    return [
+        f"true error of {facts.audited} heads: median {facts.error_median:.2%}, "
+        f"99 % of them {facts.error_99:.2%} or less"
+    ]
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.staged_state import StagedState
@@ -22,6 +23,9 @@ class Facts:
         host_bytes: of the state, in host memory: pinned, or `fetch="staged"`'s rows.
         indexed_tokens: of all sequences, tokens in the index, from which some are retrieved and the
             rest estimated; 0 where all tokens are attended to exactly.
+        audited: query heads that an audit computed exactly too, of those that it keeps.
+        error_median, error_99: of these, the median and the 99th percentile of the true relative
+            error of attention's output; None without an audit.
     """
 
     retrieved_share: float | None
@@ -29,6 +33,9 @@ class Facts:
     device_bytes: int
     host_bytes: int
     indexed_tokens: int
+    audited: int = 0
+    error_median: float | None = None
+    error_99: float | None = None
 
 
 def facts_of(attention: AnyAttention, state: Any) -> Facts:
@@ -48,4 +55,12 @@ def facts_of(attention: AnyAttention, state: Any) -> Facts:
         device,
         host + staged,
         counts.indexed,
+        *_audit_of(counts.errors),
     )
+
+
+def _audit_of(errors: np.ndarray | None) -> tuple[int, float | None, float | None]:
+    """How many errors there are, their median and their 99th percentile."""
+    if errors is None or not errors.size:
+        return 0, None, None
+    return errors.size, float(np.median(errors)), float(np.quantile(errors, 0.99))

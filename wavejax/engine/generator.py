@@ -1,7 +1,7 @@
 """Generation: prefill in buckets, a compiled decode step, many steps in one call."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import SupportsIndex
 
 import jax
@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.parameters import Params
-from wavejax.engine import compiled
-from wavejax.engine.checks import MOST_INT32, as_tokens, whole_number
+from wavejax.engine import appending, compiled
+from wavejax.engine.checks import MOST_INT32, as_prompts, as_tokens, whole_number
 from wavejax.engine.facts import Facts, facts_of
 from wavejax.engine.modes import own_modes
 from wavejax.engine.reader import Reader
 from wavejax.engine.state import NO_TOKEN, DecodeState
-from wavejax.engine.state_checks import check_draws, check_room, check_state
+from wavejax.engine.state_checks import check_draws, check_params, check_room, check_state
 
 STREAM_CHUNK = compiled.STEPS_AT_LEAST  # Steps in one call while streaming: seen at once.
 
@@ -128,6 +128,39 @@ class Generator(Reader):
             if not isinstance(state.finished, jax.core.Tracer):
                 check_room(self.engine, state, given)
             return self.engine.force(params, state, given)
+
+    def append(
+        self,
+        params: Params,
+        state: DecodeState,
+        tokens: Iterable[int],
+        *,
+        slot: SupportsIndex = 0,
+    ) -> DecodeState:
+        """Read more tokens into a sequence, as if its prompt had gone on; donates `state`.
+
+        For a question after a document, or a chat's next turn: it costs the new tokens only. They
+        attend exactly to all that the sequence holds. With full attention the state is that of the
+        whole prompt, but for rounding; with wave attention the new tokens are in the window, or in
+        segments of the index that grew as it filled.
+
+        Args:
+            params: the model's parameters.
+            state: of `start`, `insert` or steps; it must have room for the tokens.
+            tokens: token ids, at least one. A stop token that ended an answer is not among what the
+                sequence holds: begin with it where the model's format has one there.
+            slot: the sequence's place in the batch. Where it was finished it goes on.
+
+        Raises:
+            InputError: a token is not the model's, the slot holds nothing, or has no room.
+        """
+        check_params(params, self.model_config)
+        check_state(self.engine, self.sampler, state)
+        given = as_prompts([tokens], self.model_config.vocab_size)[0]
+        at = whole_number("slot", slot, 0, state.finished.shape[0] - 1)
+        with own_modes():
+            appending.check_append(self.engine, state, at, len(given))
+            return appending.append(self.engine, params, state, at, given)
 
     def feed(
         self, params: Params, state: DecodeState, tokens: Int[Array | np.ndarray, " batch"]

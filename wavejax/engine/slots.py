@@ -70,9 +70,38 @@ def insert(
     progress: Callable[[int], None] | None = None,
 ) -> DecodeState:
     """Read a prompt into a slot, whatever is there; see `Generator.insert`."""
-    vocab = engine.model_config.vocab_size
     given = params, prompt, slot, state.attention_state, state.logits
     attention_state, logits = read_prompt(engine, *given, progress)
+    return enter(
+        state,
+        attention_state,
+        logits,
+        slot,
+        prompt,
+        seed=seed,
+        sequence=sequence,
+        step=step,
+        sampler=sampler,
+    )
+
+
+def enter(
+    state: DecodeState,
+    attention_state: Any,
+    logits: Array,
+    slot: int,
+    prompt: Int[np.ndarray, "_tokens"],
+    *,
+    seed: int,
+    sequence: int,
+    step: int,
+    sampler: Sampler,
+) -> DecodeState:
+    """Begin a slot's sequence, whose prompt `attention_state` and `logits` hold; donates `state`.
+
+    Arguments as of `Generator.insert`.
+    """
+    vocab = logits.shape[1]
     counts = None if state.counts is None else penalties.count_prompts([prompt], vocab)
     settings = state.sampling
     row = {

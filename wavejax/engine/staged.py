@@ -117,9 +117,7 @@ class StagedEngine(Engine):
         model_config, attention = self.model_config, self.attention
         held = _held(state)
         on_device, rows = held.on_device, held.rows
-        on_device = _grow(
-            attention, on_device, rows, np.asarray(programs.due(attention, on_device))
-        )
+        on_device = grow(attention, on_device, rows, np.asarray(programs.due(attention, on_device)))
         hidden, positions = programs.enter_step(model_config, attention, params, on_device, tokens)
         for layer in range(model_config.num_layers):
             at, weights = np.int32(layer), unstacked.only_layer(params, layer)
@@ -147,7 +145,7 @@ def _held(state: DecodeState) -> StagedState:
     return state.attention_state
 
 
-def _grow(attention: WaveAttention, state: WaveState, rows: HostRows, due: np.ndarray) -> WaveState:
+def grow(attention: WaveAttention, state: WaveState, rows: HostRows, due: np.ndarray) -> WaveState:
     """Grows the due sequences' indexes, and takes the rows that leave their windows."""
     if not due.any():
         return state

@@ -163,6 +163,7 @@ class TextRun:
         prompts: what to answer.
         samples: answers of each prompt, side by side in one batch.
         stop: texts that end an answer before they begin.
+        read: reads the prompts, as `Generator.start`, which does it unless given.
 
     Raises:
         InputError: a stop string is empty.
@@ -175,8 +176,9 @@ class TextRun:
         prompts: Sequence[EncodedPrompt],
         samples: int = 1,
         stop: Sequence[str] = (),
+        read: Callable[..., DecodeState] | None = None,
     ):
-        self.generator = generator
+        self.generator, self._read = generator, read or generator.start
         self._answers = [
             _Growing(number, sample, prompt.ids, TokenDecoder(tokenizer, prompt, stop))
             for number, prompt in enumerate(prompts)
@@ -213,7 +215,7 @@ class TextRun:
         """Read the prompts; arguments and errors as of `Generator.start`."""
         self._started = time.perf_counter()
         ids = [answer.prompt_ids for answer in self._answers]
-        self._state = self.generator.start(params, ids, max_new_tokens, seed, progress=progress)
+        self._state = self._read(params, ids, max_new_tokens, seed, progress=progress)
 
     def pieces(self, params: Params, max_new_tokens: int) -> Iterator[TextPiece]:
         """Generate, after `start`; yield a piece for each token of each answer as it comes.

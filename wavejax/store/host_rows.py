@@ -50,6 +50,16 @@ class HostRows:
             self.rows[where] = np.asarray(rows)
         self._coming.clear()
 
+    def of(self, layer: int, sequence: int) -> Float[np.ndarray, "kv_heads tokens 2 head_dim"]:
+        """View one sequence's KV rows in one layer, by store row: those put, once they are there.
+
+        Args:
+            layer: which layer.
+            sequence: whose.
+        """
+        self.take_in()
+        return self.rows[layer, sequence]
+
     def gather(
         self, layer: int, tokens: Int[np.ndarray, "batch kv_heads missed"]
     ) -> Float[np.ndarray, "batch kv_heads width 2 head_dim"]:

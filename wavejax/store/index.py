@@ -12,9 +12,17 @@ from jaxtyping import Float, Int
 
 import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotation
-from pallas_kernels.types import NO_ID
+from pallas_kernels.types import NO_ID, Moments, Spread
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
+from wavejax.store.moments import (
+    MOMENT_AXES,
+    SPREAD_AXES,
+    init_moments,
+    init_spread,
+    put_moments,
+    put_spread,
+)
 from wavejax.store.shape import STACK, CacheShape
 from wavejax.store.sizes import sizes_of
 
@@ -45,6 +53,7 @@ class WaveIndex:
         prompt_tokens: `[batch]` int32, how many of them came with the prompt.
         growths: int32 scalar, how many times each sequence's index may grow: what there is room
             for, whatever its prompt's length.
+        moments, spread: of the clusters, `[layers, batch, kv_heads, clusters, ...]`; None without.
     """
 
     centroids: Array
@@ -57,6 +66,8 @@ class WaveIndex:
     tokens: Array
     prompt_tokens: Array
     growths: Array
+    moments: Moments | None
+    spread: Spread | None
 
     AXES: ClassVar = {
         "centroids": (*STACK, "clusters", "head_dim"),
@@ -69,6 +80,8 @@ class WaveIndex:
         "tokens": ("sequences",),
         "prompt_tokens": ("sequences",),
         "growths": (),
+        "moments": MOMENT_AXES,
+        "spread": SPREAD_AXES,
     }
 
 
@@ -106,6 +119,8 @@ def init_index(
         tokens=jnp.zeros(batch, jnp.int32),
         prompt_tokens=jnp.zeros(batch, jnp.int32),
         growths=jnp.int32(growths),
+        moments=init_moments(config, (*stack, clusters), head_dim, dtype),
+        spread=init_spread(config, (*stack, clusters)),
     )
 
 
@@ -261,6 +276,8 @@ def append_segments(
         codes=codes,
         scales=scales,
         token_ids=write(index.token_ids, clusters.order),
+        moments=put_moments(index.moments, keys, values, clusters, at),
+        spread=put_spread(index.spread, keys, values, clusters, at),
     )
 
 

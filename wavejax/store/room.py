@@ -1,5 +1,6 @@
 """The tokens that each sequence of a state holds, and has room for."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from wavejax.config import WaveConfig
@@ -16,6 +17,11 @@ def remaining(config: WaveConfig, state: WaveState) -> Int[Array, " batch"]:
     """Count the tokens that each sequence has room for yet: int32."""
     growth = config.growth_tokens * _growths_left(config, state)
     return config.window_tokens - state.steady.window_tokens + growth
+
+
+def window_tokens(config: WaveConfig, state: WaveState) -> Int[Array, " batch"]:
+    """Count each window's rows in a step, its own included: for it a full one has no room."""
+    return jnp.minimum(state.steady.window_tokens + 1, config.window_tokens)
 
 
 def due(config: WaveConfig, state: WaveState) -> Bool[Array, " batch"]:

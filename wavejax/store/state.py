@@ -5,6 +5,7 @@ from typing import ClassVar, NamedTuple
 from jax import Array
 
 from wavejax._pytree import state as pytree
+from wavejax.store.audit import AuditLog
 from wavejax.store.index import WaveIndex
 from wavejax.store.rows import RowCache, RowStore
 from wavejax.store.steady import SteadyZone
@@ -22,6 +23,7 @@ class WaveState:
         step: int32 scalar, decode steps done; the row cache's clock.
         attended: `[batch]` float32, the tokens that dense attention would have read so far, in
             each layer and kv head: what the share of tokens retrieved is a share of.
+        audit: true errors of some heads; None without.
     """
 
     index: WaveIndex
@@ -30,6 +32,7 @@ class WaveState:
     steady: SteadyZone
     step: Array
     attended: Array
+    audit: AuditLog | None = None
 
     AXES: ClassVar = {"step": (), "attended": ("sequences",)}
 
@@ -45,6 +48,8 @@ class Selection(NamedTuple):
         hit: bool, whether the row cache holds the KV row.
         logits: `[batch, kv_heads, group, clusters]` float32, of the clusters.
         estimated: `[batch, kv_heads, clusters]` int32, members of each cluster to estimate.
+        products, clusters: of the moments' directions and of `tokens`, as in
+            `pallas_kernels.Correction`; None without moments.
     """
 
     query: Array
@@ -53,3 +58,5 @@ class Selection(NamedTuple):
     hit: Array
     logits: Array
     estimated: Array
+    products: Array | None = None
+    clusters: Array | None = None

@@ -69,6 +69,9 @@ def test_flags_reach_attention_and_sampler(
         if isinstance(value, bool):
             expected[field.name] = not value
             flags.append(f"--no-{flag}" if value else f"--{flag}")
+        elif isinstance(value, str):
+            expected[field.name] = "int8"  # the moments' dtype: there is no other
+            flags += [f"--{flag}", "int8"]
         else:
             # Of the fields at 1, only the ratio may be more.
             other = 2.0 if field.name == "admission_ratio" else (value or 1) / 2

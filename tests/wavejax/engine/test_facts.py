@@ -9,7 +9,9 @@ import pytest
 
 from tests.support.tiny_generator import ATTENTIONS, CONFIG, MODEL
 from wavejax import WaveAttention
+from wavejax.cli.run import audit_text
 from wavejax.engine.facts import facts_of
+from wavejax.store.audit import KEPT, AuditLog
 from wavejax.store.shape import CacheShape
 
 
@@ -73,6 +75,26 @@ def test_bytes_by_memory(store):
     facts = facts_of(ATTENTIONS["wave"], state)
     assert facts.host_bytes == (rows if store == "host" else 0)
     assert facts.device_bytes == total - facts.host_bytes
+
+
+@pytest.mark.parametrize("count", [0, 3, 2 * KEPT + 5])
+def test_an_audits_quantiles_are_of_the_errors_that_it_keeps(count):
+    errors = np.full(KEPT, 7.0, np.float32)
+    errors[:100] = np.arange(100) / 100
+    log = AuditLog(jnp.asarray(errors), jnp.int32(count))
+    state = dataclasses.replace(state_with(np.zeros((2, 2)), np.zeros((2, 2)), [1, 1]), audit=log)
+    facts = facts_of(ATTENTIONS["wave"], state)
+    kept = min(count, KEPT)
+    assert facts.audited == kept
+    if not count:
+        assert facts.error_median is facts.error_99 is None
+        assert audit_text(facts) == []
+        return
+    assert facts.error_median == pytest.approx(np.median(errors[:kept]))
+    assert facts.error_99 == pytest.approx(np.quantile(errors[:kept], 0.99))
+    if count == 3:
+        said = "true error of 3 heads: median 1.00%, 99 % of them 1.98% or less"
+        assert audit_text(facts) == [said]
 
 
 def test_full_attention_retrieves_all():

@@ -30,6 +30,7 @@ ATTENTIONS = {
     "dense": DenseAttention(),
     "wave, host": WaveAttention(CONFIG, "host"),
     "wave, device": WaveAttention(CONFIG, "device"),
+    "moments": WaveAttention(dataclasses.replace(CONFIG, moment_rank=2, moment_dtype="int8")),
     "paper": WaveAttention(WaveConfig.paper(growth_tokens=64), "host"),
 }
 

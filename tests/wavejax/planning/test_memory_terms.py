@@ -57,6 +57,24 @@ CASES = {
         ),
         *(128, 4096, 1.3),
     ),
+    "the moments of a prompt": (
+        model_of(heads=8, kv_heads=8, head_dim=64),
+        WaveConfig(**FEW, moment_rank=4, segment_tokens=1024, cluster_size=4, max_cluster_size=8),
+        *(1, 16384, 1.4),
+    ),
+    "the moments in a step": (
+        model_of(kv_heads=4, heads=4, head_dim=64),
+        WaveConfig(
+            **FEW,
+            moment_rank=4,
+            moment_dtype="int8",
+            candidate_fraction=0.02,
+            segment_tokens=256,
+            cluster_size=4,
+            max_cluster_size=8,
+        ),
+        *(64, 4096, 1.5),
+    ),
     "the window in a step": (
         model_of(kv_heads=4, heads=4, head_dim=64),
         WaveConfig(**FEW | {"growth_tokens": 2048}),

@@ -1,5 +1,7 @@
 """Requests that join and leave get the tokens that they get alone, whatever else goes on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -117,3 +119,21 @@ def test_calls_of_the_step_come_between_the_parts_of_a_prompt(monkeypatch):
     alone = Alone(most=60)
     assert first.result(0).token_ids == alone(first.request)[0]
     assert second.result(0).token_ids == alone(second.request)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(DenseAttention):
+    """A class of the user's: nobody knows whether a slot of it can be parked."""
+
+
+def test_an_attention_of_ones_own_reads_its_prompts_at_once():
+    engine, alone = make_engine(Own()), Alone(Own())
+    first = engine.submit(Request(make_prompts((5,))[0], 20, stop_tokens=()))
+    while not engine.stats().running:
+        engine.turn()
+    before = engine.stats().read_parts
+    second = engine.submit(Request(make_prompts((60,))[0], 6, Sampler(1.1), stop_tokens=()))
+    run(engine)
+    assert engine.stats().read_parts == before + 1
+    for handle in (first, second):
+        assert handle.result(0).token_ids == alone(handle.request)[0]

@@ -1,0 +1,180 @@
+"""The one door to Pallas' Triton backend: what kernels take from it, and for what they are lowered.
+
+A kernel is traced before it is known for which platform it will be lowered. What only NVIDIA's GPUs
+take, CUDA's assembly, is asked for by `takes_assembly`; and a call that asks is one of
+`per_platform`, which traces it anew where it is lowered for another platform than it was traced
+for.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as _triton
+from jax.extend import core
+from jax.interpreters import batching, mlir
+
+load = _triton.load
+store = _triton.store
+atomic_add = _triton.atomic_add
+debug_barrier = _triton.debug_barrier
+
+# JAX's names of the platforms that the kernels are lowered for.
+CUDA, ROCM = "cuda", "rocm"
+
+# Which of them is traced for, where that is known. It is part of the keys of JAX's caches.
+_traced_for = jax.make_user_context(default_value=None)
+
+
+def pallas_call(
+    kernel: Callable[..., None], *, num_warps: int, num_stages: int, **settings: Any
+) -> Callable[..., Any]:
+    """Return what `pl.pallas_call` does, for this backend.
+
+    Args:
+        kernel: of refs.
+        num_warps, num_stages: see Triton.
+        settings: others of `pl.pallas_call`.
+    """
+    parameters = _triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+    return pl.pallas_call(kernel, compiler_params=parameters, **settings)
+
+
+def inline_assembly(text: str, *operands: Any, dtype: Any) -> Any:
+    """Compute what a piece of CUDA's assembly makes of vectors, element by element.
+
+    Args:
+        text: PTX; $0 is the result, $1 and so on are the operands.
+        operands: `[n]` each, of 32 or 64 bits.
+        dtype: the result's, `[n]` too. (Pallas' assembly has one result.)
+
+    Raises:
+        RuntimeError: it is traced for GPUs of another maker. Ask `takes_assembly` first.
+    """
+    if not takes_assembly():
+        raise RuntimeError(
+            f"CUDA's assembly in a kernel that is lowered for {_platform()}; the kernel wants to "
+            "ask backend.takes_assembly, and to do without"
+        )
+
+    def register(dtype: Any) -> str:
+        dtype = jnp.dtype(dtype)
+        return "f" if dtype == jnp.float32 else {4: "r", 8: "l"}[dtype.itemsize]
+
+    [result] = _triton.elementwise_inline_asm(
+        text,
+        args=operands,
+        constraints=",".join(["=" + register(dtype), *(register(x.dtype) for x in operands)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, dtype)],
+    )
+    return result
+
+
+def on_nvidia() -> bool:
+    """Say whether JAX's default device is one of NVIDIA's GPUs."""
+    return jax.default_backend() == "gpu" and jax.devices()[0].device_kind.startswith("NVIDIA")
+
+
+def takes_assembly() -> bool:
+    """Say whether what is traced may hold CUDA's assembly.
+
+    Before it is lowered that is a guess: no, if JAX's default device is a GPU of another maker.
+    Inside of `per_platform` a wrong guess is put right. What asks outside must be right everywhere,
+    whatever the answer.
+    """
+    return _platform() == CUDA
+
+
+def is_for_default_device() -> bool:
+    """Say whether what is traced is for JAX's default device, or may be."""
+    return _platform() == _guess()
+
+
+def per_platform(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make of a function one that is traced for the platform that it is lowered for.
+
+    `lax.platform_dependent` would trace all of its branches and leave a conditional around the one
+    that is taken. This one is traced once where the first guess is right, as on every GPU, and
+    leaves nothing behind.
+
+    Args:
+        function: of pytrees of arrays, which closes over no traced array. Its results' shapes and
+            dtypes are the same whatever `takes_assembly` says. Arguments by keyword are settings,
+            not arrays. Without derivatives.
+    """
+
+    @functools.wraps(function)
+    def call(*operands: Any, **settings: Any) -> Any:
+        flat, tree = jax.tree.flatten(operands)
+
+        def of_flat(*flat: Any) -> list[Any]:
+            return jax.tree.leaves(function(*jax.tree.unflatten(tree, flat), **settings))
+
+        platform = _platform()
+        traced = functools.partial(function, **settings)
+        with _traced_for(platform):
+            jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*operands)
+        found = _per_platform.bind(*flat, jaxpr=jaxpr, traced_for=platform, function=of_flat)
+        return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+    return call
+
+
+def _platform() -> str:
+    """Return the platform that is lowered for, where that is known; else the likely one."""
+    known: str | None = _traced_for.value
+    return _guess() if known is None else known
+
+
+def _guess() -> str:
+    return ROCM if jax.default_backend() == "gpu" and not on_nvidia() else CUDA
+
+
+# Parameters: what a function was traced to, for which platform, and the function, which is traced
+# again for another one.
+_per_platform = core.Primitive("per_platform")
+_per_platform.multiple_results = True
+
+
+@_per_platform.def_impl
+def _run(*operands: Any, **parameters: Any) -> Any:
+    with jax.disable_jit(False):  # or else it would come here again
+        return jax.jit(functools.partial(_per_platform.bind, **parameters))(*operands)
+
+
+@_per_platform.def_abstract_eval
+def _avals(*_: Any, jaxpr: Any, **__: Any) -> Any:
+    return jaxpr.out_avals
+
+
+def _lower(
+    context: Any,
+    *operands: Any,
+    jaxpr: Any,
+    traced_for: str,
+    function: Any,
+    platform: str | None = None,
+) -> Any:
+    if platform in (None, traced_for):
+        return mlir.lower_fun(core.jaxpr_as_fun(jaxpr), multiple_results=True)(context, *operands)
+    with _traced_for(platform):
+        return mlir.lower_fun(function, multiple_results=True)(context, *operands)
+
+
+mlir.register_lowering(_per_platform, _lower)
+for _name in (CUDA, ROCM):
+    mlir.register_lowering(_per_platform, functools.partial(_lower, platform=_name), platform=_name)
+
+
+def _batch(operands: Any, axes: Any, *, jaxpr: Any, traced_for: str, function: Any) -> Any:
+    mapped = per_platform(jax.vmap(function, in_axes=axes, out_axes=0))
+    with _traced_for(traced_for):
+        found = mapped(*operands)
+    return found, [0] * len(found)
+
+
+batching.primitive_batchers[_per_platform] = _batch

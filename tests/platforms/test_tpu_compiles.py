@@ -1,0 +1,49 @@
+"""The decode step compiled for TPUs that are not there, by `libtpu`. Compiled, not run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.platform_packages import package_folder
+
+pytestmark = pytest.mark.slow(240)
+
+ROOT = Path(__file__).parents[2]
+
+
+def programs(*arguments: object) -> dict[str, dict]:
+    """What `scripts/compile_for_tpu.py` says of each program that it compiles, by name."""
+    folder = package_folder("libtpu")
+    paths = [str(ROOT), *([] if folder is None else [str(folder)])]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "compile_for_tpu.py", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {facts["program"]: facts for facts in found}
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("fetch", ["none", "staged"])
+def test_smollm2s_step_compiles(chip, fetch):
+    found = programs("--chip", chip, "--model", "smollm2", "--tokens", 32_768, "--fetch", fetch)
+    assert set(found) == {"none": {"decode_n"}, "staged": {"select", "attend", "finish"}}[fetch]
+    for facts in found.values():
+        assert 0 < facts["bytes"] < facts["memory"]
+
+
+@pytest.mark.parametrize("fetch", ["none", "staged"])
+def test_llama_3_8bs_step_compiles(fetch):
+    """With 16 GB of weights it is for the larger chip."""
+    found = programs("--chip", "v6e", "--model", "llama-3-8b", "--fetch", fetch)
+    for facts in found.values():
+        assert facts["arguments"] > 16e9
+        assert facts["bytes"] < facts["memory"]

@@ -1,0 +1,89 @@
+"""Every kernel compiled to machine code for GPUs that are not there, by the stock `triton` package.
+
+JAX gives the kernels in Triton's intermediate language; what JAX does with them on a GPU, Triton's
+own compiler does here without one. Compiled, not run.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.kernel_cases import ALL_HEADS, kernel_cases
+from tests.support.lowering import lower_for, triton_kernels
+from tests.support.platform_packages import import_package
+
+pytestmark = pytest.mark.slow(400)
+
+# By the platform that JAX lowers for: Triton's backend, and architectures with a warp's threads. Of
+# NVIDIA's the oldest and the newest, as each takes minutes.
+TARGETS = {
+    "rocm": ("hip", {"gfx942": 64, "gfx1100": 32}),
+    "cuda": ("cuda", {80: 32, 120: 32}),
+}
+HEADS = ALL_HEADS[0]
+
+
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory):
+    """The package; what it compiles goes to a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield import_package("triton", patch)
+
+
+def compiled(triton, kernel, target, folder):
+    """The machine code of a kernel, `triton_kernels`' way of launching it kept."""
+    path = folder / f"{kernel.name}.ttir"
+    path.write_text(kernel.module)
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    return triton.compile(str(path), target=target, options=options)
+
+
+@pytest.mark.parametrize("platform", TARGETS)
+def test_all_kernels_compile(triton, platform, tmp_path):
+    from triton.backends.compiler import GPUTarget
+
+    backend, architectures = TARGETS[platform]
+    code = "hsaco" if platform == "rocm" else "cubin"
+    kernels = {}
+    for case in kernel_cases(HEADS).values():
+        for kernel in triton_kernels(lower_for(platform, case.function, *case.operands)):
+            kernels[kernel] = None
+    names = {kernel.name for kernel in kernels}
+    assert len(names) >= 24
+    for kernel in kernels:
+        for name, threads in architectures.items():
+            made = compiled(triton, kernel, GPUTarget(backend, name, threads), tmp_path)
+            assert made.asm[code], f"{kernel.name} for {name}"
+            # A program's shared memory: 64 KB on AMD's, 99 KB on the least of NVIDIA's.
+            most = 64 * 1024 if platform == "rocm" else 99 * 1024
+            assert made.metadata.shared <= most, f"{kernel.name} for {name}"
+
+
+def test_cudas_assembly_does_not_compile_for_amd(triton, tmp_path):
+    """So a kernel that keeps it, lowered for AMD's GPUs, would be found here."""
+    case = kernel_cases(HEADS)["select_clusters-few"]
+    kernels = triton_kernels(lower_for("cuda", case.function, *case.operands))
+    [kernel] = [kernel for kernel in kernels if kernel.name == "list_clusters"]
+    assert "inline_asm" in kernel.module
+    path = tmp_path / "kernel.ttir"
+    path.write_text(kernel.module)
+    # In a process of its own: LLVM may end the one in which it meets assembly of another machine.
+    program = (
+        "import triton; from triton.backends.compiler import GPUTarget; "
+        f"triton.compile({str(path)!r}, target=GPUTarget('hip', 'gfx942', 64)); print('compiled')"
+    )
+    folder = Path(triton.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "compiled" not in done.stdout
+    assert "error: invalid instruction" in done.stderr, done.stderr[-2000:]

@@ -1,0 +1,91 @@
+"""More tokens after a prompt: the state of the whole prompt, and the tokens that it gives."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, make_params, make_prompts
+from wavejax import DenseAttention, Generator, InputError, Sampler, WaveAttention
+
+# With all tokens retrieved wave attention is exact: it then gives full attention's tokens.
+EXACT = dataclasses.replace(CONFIG, min_retrieved_tokens=4096, min_candidate_tokens=4096)
+ATTENTIONS = {
+    "dense": DenseAttention(),
+    "device": WaveAttention(EXACT, "device"),
+    "host": WaveAttention(EXACT, "host", "in_place"),
+    "staged": WaveAttention(EXACT, "host", "staged"),
+}
+WHOLE, OTHER = make_prompts((300, 20))
+DENSE = Generator(MODEL, DenseAttention(), GREEDY)
+
+
+def after(generator, state, steps=12, slot=0):
+    state, tokens = generator.decode_n(make_params(), state, steps)
+    return np.asarray(tokens)[:, slot]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "dense" else pytest.param(name, marks=pytest.mark.slow(25))
+        for name in ATTENTIONS
+    ],
+)
+def test_it_is_the_whole_prompt(name):
+    """Cut where sinks, a short window, the index and a window that is nearly full end."""
+    params, generator = make_params(), Generator(MODEL, ATTENTIONS[name], GREEDY)
+    whole = DENSE.start(params, [WHOLE], 20)
+    logits = np.asarray(whole.logits[0])
+    expected = after(DENSE, whole)
+    for cut in (2, 50, 200, 299):
+        state = generator.start(params, [OTHER, WHOLE[:cut]], 420)
+        state = generator.append(params, state, WHOLE[cut:], slot=1)
+        np.testing.assert_allclose(state.logits[1], logits, atol=2e-4)
+        np.testing.assert_array_equal(after(generator, state, slot=1), expected)
+
+
+@pytest.mark.slow(20)
+def test_what_is_appended_grows_into_the_index():
+    params, generator = make_params(), Generator(MODEL, ATTENTIONS["host"], GREEDY)
+    state = generator.start(params, [WHOLE[:200]], 420)
+    indexed = int(state.attention_state.index.tokens[0])
+    state = generator.append(params, state, WHOLE[200:])
+    # As by steps: what fills the window moves on, its last tokens stay.
+    stepped = generator.start(params, [WHOLE[:200]], 420)
+    stepped, _ = generator.force(params, stepped, np.asarray(WHOLE[200:])[:, None])
+    for one in (state, stepped):
+        wave = one.attention_state
+        assert int(wave.index.tokens[0]) == indexed + CONFIG.growth_tokens
+        assert int(wave.steady.window_tokens[0]) == 300 - 4 - indexed - CONFIG.growth_tokens
+    np.testing.assert_allclose(
+        state.attention_state.steady.window[:, 0, :, :50],
+        stepped.attention_state.steady.window[:, 0, :, :50],
+        atol=2e-4,
+    )
+
+
+def test_a_finished_sequence_goes_on_and_its_words_count():
+    params = make_params()
+    generator = Generator(MODEL, DenseAttention(), Sampler(repetition_penalty=1.3))
+    whole = generator.start(params, [WHOLE[:60]], 20)
+    state = generator.start(params, [WHOLE[:40]], 40)
+    state = generator.append(params, generator.release(state, 0), WHOLE[40:60])
+    np.testing.assert_array_equal(state.counts.in_prompt, whole.counts.in_prompt)
+    assert not bool(state.finished[0])
+    np.testing.assert_array_equal(after(generator, state), after(generator, whole))
+
+
+def test_what_cannot_be_appended_is_refused():
+    params = make_params()
+    state = DENSE.allocate(1, 10, 10)
+    with pytest.raises(InputError, match="slot 0 holds nothing: `insert` a prompt"):
+        DENSE.append(params, state, [1])
+    state = DENSE.insert(params, state, 0, WHOLE[:100])
+    room = int(DENSE.attention.remaining(state.attention_state)[0])
+    with pytest.raises(InputError, match=f"200 tokens are more than there is room for, {room}"):
+        DENSE.append(params, state, WHOLE[:200])
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        DENSE.append(params, state, [])
+    with pytest.raises(InputError, match="slot is 1"):
+        DENSE.append(params, state, [1], slot=1)
