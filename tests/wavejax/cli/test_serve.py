@@ -87,11 +87,12 @@ def test_sigterm_drains(serve: Callable[..., Process], tiny: Path) -> None:
     )
     server.wait_ready()
     assert server.lines[-1].endswith("2 slots, 512 tokens of context")
-    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    assert httpx.get(f"{server.url}/v1/models", timeout=120).status_code == 401
     body: Any = {"model": "mine", "prompt": "secret text", "max_tokens": 250, "ignore_eos": True}
     key = {"Authorization": "Bearer a-key"}
     address = f"{server.url}/v1/completions"
-    with httpx.stream("POST", address, json={**body, "stream": True}, headers=key) as stream:
+    asked = {"json": {**body, "stream": True}, "headers": key, "timeout": 120}
+    with httpx.stream("POST", address, **asked) as stream:
         lines = stream.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `wavejax[serve]` is not installed")
 
+import httpx
 import openai
 
 import wavejax
@@ -24,6 +25,7 @@ from wavejax.server.running import QuietServer, listening_socket, server_config
 from wavejax.server.service import Limits, Service
 
 NAME = "tiny"
+HTTP = httpx.Client(timeout=120)  # httpx's own five seconds are few where programs compile
 
 
 @dataclasses.dataclass

@@ -5,10 +5,9 @@ import shutil
 import subprocess
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.wavejax.server.conftest import NAME, Running
+from tests.wavejax.server.conftest import HTTP, NAME, Running
 
 BODY: dict[str, Any] = {
     "model": NAME,
@@ -32,7 +31,7 @@ def expected(server: Running) -> str:
 
 
 def test_httpx(server: Running) -> None:
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=BODY) as got:
+    with HTTP.stream("POST", f"{server.url}/v1/chat/completions", json=BODY) as got:
         assert got.status_code == 200
         assert got.headers["content-type"].startswith("text/event-stream")
         assert got.headers["cache-control"] == "no-store"
@@ -56,7 +55,7 @@ def test_characters_that_some_clients_end_lines_at(server: Running) -> None:
     text = "a\u2028b\u0085c\x1cd"
     body = BODY | {"messages": None, "prompt": text, "echo": True}
     body.pop("messages")
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as got:
+    with HTTP.stream("POST", f"{server.url}/v1/completions", json=body) as got:
         lines = list(got.iter_lines())
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks).startswith(text)

@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.wavejax.server.conftest import NAME, Running
+from tests.wavejax.server.conftest import HTTP, NAME, Running
 
 
 def read(server: Running) -> dict[str, float]:
     """Each number by its name, and by its reason or status if it has one."""
-    got = httpx.get(f"{server.url}/metrics")
+    got = HTTP.get(f"{server.url}/metrics")
     assert got.headers["content-type"].startswith("text/plain")
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(got.text):

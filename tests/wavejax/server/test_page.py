@@ -3,14 +3,14 @@
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.wavejax.server.conftest import Running
+from tests.wavejax.server.conftest import HTTP, Running
 from tests.wavejax.server.test_limits import Slow
 from wavejax.engine.batching import BatchEngine
 from wavejax.server.page import policy_of
@@ -23,7 +23,7 @@ QUESTION = "Which number?"
 
 def test_the_page_alone(server: Running) -> None:
     """One file, nothing from elsewhere, and only its own script may run."""
-    got = httpx.get(server.url + "/")
+    got = HTTP.get(server.url + "/")
     assert got.headers["content-type"] == "text/html; charset=utf-8"
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)", got.text)
     assert not re.search(r"url\(|@import|https?:", got.text)
@@ -59,6 +59,14 @@ def page(browser: Any) -> Iterator[Any]:
     context.close()
 
 
+def wait_for_text(page: Any, selector: str, part: str) -> None:
+    """Waits until an element's text has this part, 30 seconds at most."""
+    end = time.monotonic() + 30
+    while part not in (found := page.text_content(selector)):
+        assert time.monotonic() < end, found
+        page.wait_for_timeout(20)
+
+
 def drop_file(page: Any, name: str, content: str) -> None:
     """Drops a file as a person does, by the events that a browser makes of it."""
     transfer = page.evaluate_handle(
@@ -77,12 +85,12 @@ def test_a_file_and_a_question(server: Running, page: Any) -> None:
     asked: list[Any] = []
     page.on("request", lambda sent: sent.method == "POST" and asked.append(sent.post_data_json))
     page.goto(server.url)
-    page.wait_for_function("document.querySelector('#model').textContent.includes('512 tokens')")
+    wait_for_text(page, "#model", "512 tokens")
     drop_file(page, "note.txt", TEXT)
-    page.wait_for_function("document.querySelector('#about').textContent.includes('note.txt')")
+    wait_for_text(page, "#about", "note.txt")
     page.get_by_label("Question").fill(QUESTION)
     page.get_by_role("button", name="Ask").click()
-    page.wait_for_function("document.querySelector('#usage').textContent !== ''")
+    wait_for_text(page, "#usage", "answered")
     (body,) = asked
     assert body["messages"] == [{"role": "user", "content": f"{TEXT}\n\n{QUESTION}"}]
     prompt = len(server.model.encode(body["messages"])[0].ids)
@@ -107,12 +115,13 @@ def test_reading_is_seen_and_stop_ends(
     page.set_input_files("#file", {"name": "a.md", "mimeType": "", "buffer": b"x" * 80})
     page.get_by_label("Question").fill(QUESTION)
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("document.querySelector('#answer').textContent.length > 3")
+    while len(page.text_content("#answer")) <= 3:
+        page.wait_for_timeout(20)
     assert int(page.get_attribute("#progress", "max")) > 80
     assert "Reading" in page.text_content("#state")
     before = server.service.engine.stats().finished.get("interrupted", 0)
     page.get_by_role("button", name="Stop").click()
-    page.wait_for_function("document.querySelector('#error').textContent === 'Stopped.'")
+    wait_for_text(page, "#error", "Stopped.")
     page.wait_for_timeout(500)
     stats = server.service.engine.stats()
     assert (stats.running, stats.finished["interrupted"]) == (0, before + 1)
@@ -121,12 +130,12 @@ def test_reading_is_seen_and_stop_ends(
 def test_what_goes_wrong_is_said(start: Callable[..., Running], page: Any) -> None:
     server = start(key="k3y")
     page.goto(server.url)
-    page.wait_for_function("document.querySelector('#error').textContent.includes('no API key')")
+    wait_for_text(page, "#error", "no API key")
     page.get_by_label("API key").fill("k3y")
     page.set_input_files("#file", {"name": "b", "mimeType": "", "buffer": b"\xff"})
-    page.wait_for_function("document.querySelector('#error').textContent.includes('UTF-8')")
+    wait_for_text(page, "#error", "UTF-8")
     page.set_input_files("#file", {"name": "b", "mimeType": "", "buffer": b"x" * 600})
     page.get_by_label("Question").fill(QUESTION)
     page.get_by_role("button", name="Ask").click()
-    page.wait_for_function("document.querySelector('#error').textContent.includes('512')")
+    wait_for_text(page, "#error", "512")
     assert page.get_by_role("alert").inner_text().startswith("Error: the prompt has ")

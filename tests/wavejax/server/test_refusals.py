@@ -3,11 +3,10 @@
 import json
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
-from tests.wavejax.server.conftest import CONTEXT, NAME, Running
+from tests.wavejax.server.conftest import CONTEXT, HTTP, NAME, Running
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT, TEXT, TOKENS = "/v1/chat/completions", "/v1/completions", "/tokenize"
@@ -85,7 +84,7 @@ def test_bad_bodies(server: Running, name: str, stream: bool) -> None:
     if stream and path != TOKENS and "stream_options" not in wrong:
         body["stream"] = True  # type: ignore[assignment]
     before = server.service.engine.stats().submitted
-    got = httpx.post(server.url + path, json={"model": NAME, **body, **wrong})
+    got = HTTP.post(server.url + path, json={"model": NAME, **body, **wrong})
     error = got.json()["error"]
     assert (got.status_code, error["type"]) == (400, "invalid_request_error"), error
     assert error["param"] == param
@@ -109,12 +108,12 @@ def test_bad_bodies(server: Running, name: str, stream: bool) -> None:
 )
 def test_halves_of_characters(server: Running, path: str, body: bytes) -> None:
     """JSON can spell them, UTF-8 cannot; nor can the answer."""
-    got = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"})
+    got = HTTP.post(server.url + path, content=body, headers={"Content-Type": "application/json"})
     assert (got.status_code, got.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_long_values_are_not_sent_back(server: Running) -> None:
-    got = httpx.post(server.url + TEXT, json={"prompt": "x", "model": "m" * 10_000})
+    got = HTTP.post(server.url + TEXT, json={"prompt": "x", "model": "m" * 10_000})
     assert got.status_code == 404
     assert len(got.content) < 1000
 
@@ -128,7 +127,7 @@ def test_an_overflow_has_openais_code(server: Running) -> None:
 @pytest.mark.parametrize("path", [CHAT, TEXT, TOKENS])
 def test_another_model(server: Running, path: str) -> None:
     body = {"model": "gpt-9", "messages": HELLO} if path == CHAT else {"prompt": "x"}
-    got = httpx.post(server.url + path, json={**body, "model": "gpt-9"})
+    got = HTTP.post(server.url + path, json={**body, "model": "gpt-9"})
     error = got.json()["error"]
     assert (got.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
     assert "'gpt-9'" in error["message"]
@@ -157,7 +156,7 @@ def test_embeddings(server: Running) -> None:
 def test_bodies_that_are_no_json(
     server: Running, content: bytes, kind: str, words: list[str]
 ) -> None:
-    got = httpx.post(server.url + TEXT, content=content, headers={"Content-Type": kind})
+    got = HTTP.post(server.url + TEXT, content=content, headers={"Content-Type": kind})
     error = got.json()["error"]
     assert (got.status_code, error["type"]) == (400, "invalid_request_error")
     for word in words:
@@ -171,6 +170,6 @@ def test_paths_and_methods(server: Running) -> None:
         ("POST", "/v1/models", 405),
         ("GET", "/docs", 404),
     ):
-        got = httpx.request(method, server.url + path)
+        got = HTTP.request(method, server.url + path)
         assert got.status_code == status
         assert set(got.json()["error"]) == {"message", "type", "param", "code"}

@@ -84,7 +84,7 @@ def test_json_of_a_schema(server: Running, seed: int) -> None:
     """A random model's answer is the JSON that is asked for, and ends with it."""
     form: Any = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}
     got = server.client.chat.completions.create(
-        model=NAME, messages=TALK, n=2, seed=seed, max_tokens=80, response_format=form
+        model=NAME, messages=TALK, n=2, seed=seed, max_tokens=60, response_format=form
     )
     for choice in got.choices:
         assert choice.finish_reason == "stop"
@@ -97,7 +97,7 @@ def test_json_of_a_schema(server: Running, seed: int) -> None:
 def test_json_in_a_response(server: Running) -> None:
     form: Any = {"type": "json_schema", "name": "thing", "schema": SCHEMA, "strict": True}
     got = server.client.responses.create(
-        model=NAME, input=TALK, temperature=0, max_output_tokens=80, text={"format": form}
+        model=NAME, input=TALK, temperature=0, max_output_tokens=60, text={"format": form}
     )
     assert got.status == "completed"
     assert json.loads(got.output_text)["colour"] in ("red", "green")
