@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import jax
 
 from wavejax.engine.batching import BatchEngine, Room
+from wavejax.engine.batching.engine import EngineOptions
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.language_model import LanguageModel
@@ -23,7 +24,7 @@ def batch_engine(
     max_context: int | None = None,
     max_new_tokens: int = 2048,
     rooms: Sequence[Room] | None = None,
-    **options: Any,
+    **options: Unpack[EngineOptions],
 ) -> BatchEngine:
     """Make an engine that answers requests to a model side by side.
 

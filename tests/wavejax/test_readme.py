@@ -12,6 +12,7 @@ import pytest
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import TEMPLATE, TINY, write_tokenizer
 from wavejax.cli.generate_command import command
+from wavejax.cli.serve_command import command as serve_command
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -22,9 +23,11 @@ def examples(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
+# The server's asks a server: tests/wavejax/server/test_clients.py runs it.
 EXAMPLES = [
     pytest.param(page.name, code, id=f"{page.name}-{number}")
     for page in GUIDE
+    if page.name != "server.md"
     for number, code in enumerate(examples(page))
 ]
 # The last line that an example prints.
@@ -82,8 +85,9 @@ def test_links_lead_to_files_and_headings(page):
 
 @pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
 def test_flags_exist(page):
-    known = {flag for option in command.params for flag in [*option.opts, "--help"]}
-    known |= {flag for option in command.params for flag in option.secondary_opts}
+    options = [*command.params, *serve_command.params]
+    known = {flag for option in options for flag in [*option.opts, *option.secondary_opts]}
+    known.add("--help")
     known |= {"--out", "--methods"}  # of scripts
     assert set(re.findall(r"`(--[a-z-]+)", page.read_text(encoding="utf-8"))) <= known
 

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class DocumentCache:
     @contextlib.contextmanager
     def find(
         self,
-        prompt: Any,
+        prompt: Sequence[int] | np.ndarray,
         *,
         generator: Generator,
         params: Params,
@@ -119,7 +119,7 @@ class DocumentCache:
         *,
         generator: Generator,
         params: Params,
-        token_ids: Any,
+        token_ids: Sequence[int] | np.ndarray,
         slot: int = 0,
         tokenizer: Tokenizer | None = None,
         facts: dict[str, Any] | None = None,

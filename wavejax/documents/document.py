@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -33,7 +33,7 @@ def save_document(
     *,
     generator: Generator,
     params: Params,
-    token_ids: Any,
+    token_ids: Sequence[int] | np.ndarray,
     slot: SupportsIndex = 0,
     tokenizer: Tokenizer | None = None,
     facts: dict[str, Any] | None = None,
@@ -144,7 +144,7 @@ class Document:
         """Bytes on disk."""
         return self.folder.nbytes
 
-    def reused(self, prompt: Any) -> int:
+    def reused(self, prompt: Sequence[int] | np.ndarray) -> int:
         """Count the tokens of a prompt that need not be read: those that it begins with alike.
 
         The last token of a prompt is read anew where the document goes on after it: what comes
@@ -161,8 +161,8 @@ class Document:
         seed: SupportsIndex = 0,
         *,
         params: Params | None = None,
-        prompts: Any = None,
-        samplers: Any = None,
+        prompts: Iterable[Iterable[int]] | None = None,
+        samplers: Iterable[Sampler] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> DecodeState:
         """Make a state as if prompts that begin with the document had just been read.
@@ -209,7 +209,7 @@ class Document:
         slot: SupportsIndex,
         *,
         params: Params | None = None,
-        prompt: Any = None,
+        prompt: Sequence[int] | np.ndarray | None = None,
         seed: SupportsIndex = 0,
         sequence: SupportsIndex | None = None,
         step: SupportsIndex = 0,

@@ -45,7 +45,7 @@ class DocumentText:
     text: str
     raw: bool
     system: str | None = None
-    template_args: Mapping[str, Any] | None = None
+    template_args: Mapping[str, object] | None = None
     control_tokens: bool = False
 
     def prompt(self, tokenizer: Tokenizer, question: str) -> EncodedPrompt:
@@ -143,7 +143,7 @@ def read_document(
     *,
     raw: bool | None = None,
     system: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
+    template_args: Mapping[str, object] | None = None,
     control_tokens: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:

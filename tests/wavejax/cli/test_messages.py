@@ -75,7 +75,7 @@ def test_a_system_message_opens_each_prompt_and_conversation(
     assert encoded(tokenizer, prompts=("a",), system="")[0] == ["sua"]
     turns = written(tmp_path, TURNS[1:])
     assert encoded(tokenizer, message_files=(turns,), system="S")[0] == ["sSuHelloaHiuGröße?"]
-    with pytest.raises(InputError, match="--system is given, and the messages begin with a system"):
+    with pytest.raises(InputError, match="`system` is given, and the messages begin with a system"):
         encoded(tokenizer, message_files=(written(tmp_path, TURNS),), system="S")
 
 

@@ -1,8 +1,10 @@
 """Other clients that users have: a stream read with httpx, and curl."""
 
 import json
+import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +61,11 @@ def test_characters_that_some_clients_end_lines_at(server: Running) -> None:
         lines = list(got.iter_lines())
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks).startswith(text)
+
+
+def test_the_pages_example(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[3] / "docs/server.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = code.replace("http://localhost:8000", server.url)
+    exec(compile(code, "docs/server.md", "exec"), {})
+    assert capsys.readouterr().out

@@ -4,7 +4,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from models.errors import InputError
 from models.parameters import Params
@@ -22,6 +22,19 @@ from wavejax.engine.modes import own_modes
 from wavejax.engine.prompts import bucket
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.state_checks import check_params
+
+
+class EngineOptions(TypedDict, total=False):
+    """The keywords of `BatchEngine`, typed for those that hand them on."""
+
+    tokenizer: Tokenizer | None
+    memory: int | None
+    max_stall_ms: float
+    queue_limit: int
+    short_tokens: int
+    most_passes: int
+    steps: int
+    clock: Callable[[], float]
 
 
 class BatchEngine:
