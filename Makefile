@@ -35,6 +35,8 @@ NEWEST_BIN := $(NEWEST_VENV)/bin
 PLATFORM_PACKAGES := $(VENV)-platforms
 READY := $(VENV)/ready
 REFERENCES := build/references
+# What compares with them; all else of the models is in `make test`.
+COMPARED := tests/models/test_parity.py tests/models/text/test_tokenizer.py
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -67,7 +69,7 @@ parity: $(READY) $(TORCH_VENV)/ready ## record torch's outputs now and compare t
 	rm -rf $(REFERENCES)
 	$(TORCH_VENV)/bin/python scripts/record_reference_outputs.py --out $(REFERENCES)
 	$(TORCH_VENV)/bin/python scripts/record_tokenizer_reference.py --out $(REFERENCES)
-	WAVEJAX_REFERENCES=$(REFERENCES) $(BIN)/python -m pytest tests/models --durations=15
+	WAVEJAX_REFERENCES=$(REFERENCES) $(PYTEST) $(COMPARED) --durations=15
 
 docs: $(READY) ## the documentation as a site, in build/site; a warning is an error
 	$(BIN)/python -m pip install -qq --editable '.[docs]' $(if $(JAX),'jax==$(JAX)' 'jaxlib==$(JAX)')
