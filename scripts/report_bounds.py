@@ -11,6 +11,7 @@ import dataclasses
 import click
 import numpy as np
 
+from models.errors import InputError
 from wavejax.attention.wave import WaveAttention
 from wavejax.cli.entry import exit_process
 from wavejax.cli.guard import main_guard
@@ -61,6 +62,11 @@ def command(
         max_cluster_size=2 * cluster_size,
         min_clusters=0,
     )
+    if config.indexed_tokens(length) <= retrieved:
+        least = config.sink_tokens + max(config.window_tokens, config.local_tokens + retrieved + 1)
+        raise InputError(
+            f"--length is {length}, of which nothing is estimated; it must be {least} or more"
+        )
     attentions = {
         f"rank {rank}": WaveAttention(dataclasses.replace(config, moment_rank=rank), "device")
         for rank in parse_numbers(ranks, int, "ranks")
@@ -96,6 +102,8 @@ def summarise(found: dict[str, np.ndarray]) -> str:
         found: by the names of `bounds_probe.FIGURES`, flat.
     """
     kept = found["log_true"] > -1e29
+    if not kept.any():
+        return "No head estimates anything: give a larger --length, or a smaller --retrieved."
     found = {name: values[kept] for name, values in found.items()}
     true = found["log_true"]
     slack = 1e-3
