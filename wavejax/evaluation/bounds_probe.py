@@ -1,13 +1,12 @@
 """Bounds of the estimate beside the truth, on the queries of a real model."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
@@ -17,10 +16,10 @@ from pallas_kernels.types import MASKED
 from wavejax._pytree import state as pytree
 from wavejax.attention.dense import DenseAttention, DenseState
 from wavejax.attention.wave import WaveAttention
-from wavejax.engine.generator import DecodeState, Generator
-from wavejax.evaluation.probe import wave_reads
+from wavejax.engine.generator import Generator
+from wavejax.evaluation.probe import MeasuredState, follow, wave_reads
 from wavejax.evaluation.shared_prefill import SharedPrefill
-from wavejax.evaluation.teacher_forcing import CHUNK, Answer
+from wavejax.evaluation.teacher_forcing import Answer
 
 # What is measured of each query head of each layer and step: the norms of the exact output and of
 # the output's error, the error's bound; logarithms of the estimated members' true mass, of its
@@ -32,16 +31,21 @@ FIGURES = (
 
 
 @pytree
-class BoundsState(DenseState):
+class BoundsState(MeasuredState):
     """Full attention's cache, wave attention's state, and what the last step measured.
 
     Attributes:
-        wave: a `WaveState` with moments and spread.
+        method: a `WaveState` with moments and spread.
         figures: `[layers, batch, heads, len(FIGURES)]` float32.
     """
 
-    wave: Any
+    method: Any
     figures: Array
+
+    @property
+    def measured(self) -> tuple[Array, ...]:
+        """The figures."""
+        return (self.figures,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,10 @@ class BoundsProbe(DenseAttention):
     """Full attention that asks wave attention for its output and bounds, and compares.
 
     Attributes:
-        wave: whose settings have `bounds`.
+        method: whose settings have `bounds`.
     """
 
-    wave: WaveAttention = dataclasses.field(default_factory=WaveAttention)
+    method: WaveAttention = dataclasses.field(default_factory=WaveAttention)
 
     def decode(
         self,
@@ -65,14 +69,14 @@ class BoundsProbe(DenseAttention):
         """See `DenseAttention`."""
         assert isinstance(state, BoundsState)
         output, dense = super().decode(layer, query, key, value, state)
-        selection, wave = self.wave.select(layer, query, key, value, state.wave)
-        zones, wave = self.wave.attend(layer, selection, wave)
+        selection, method = self.method.select(layer, query, key, value, state.method)
+        zones, method = self.method.attend(layer, selection, method)
         found, _ = ops.merge_states(zones.outputs, zones.logsumexps)
         assert zones.bounds is not None
         full = output.reshape(found.shape).astype(jnp.float32)
         logits = self.logits(layer, query, dense)
         seen = (jnp.arange(dense.keys.shape[3]) <= dense.tokens[:, None])[:, None]
-        read = wave_reads(self.wave, layer, query, wave, dense.keys.shape[3])
+        read = wave_reads(self.method, layer, query, method, dense.keys.shape[3])
 
         def mass(tokens: Array) -> Array:
             return log_sum_exp(jnp.where(tokens[:, :, None], logits, MASKED), axis=-1)
@@ -92,20 +96,20 @@ class BoundsProbe(DenseAttention):
         )
         figures = figures.reshape(query.shape[0], query.shape[2], -1)
         return output, BoundsState(
-            dense.keys, dense.values, dense.tokens, wave, state.figures.at[layer].set(figures)
+            dense.keys, dense.values, dense.tokens, method, state.figures.at[layer].set(figures)
         )
 
     def grow(self, state: DenseState) -> DenseState:
         """See `DenseAttention`."""
         assert isinstance(state, BoundsState)
-        return dataclasses.replace(state, wave=self.wave.grow(state.wave))
+        return dataclasses.replace(state, method=self.method.grow(state.method))
 
     def advance(self, state: DenseState, active: Bool[Array, " batch"]) -> DenseState:
         """See `DenseAttention`."""
         assert isinstance(state, BoundsState)
         dense = super().advance(state, active)
-        wave = self.wave.advance(state.wave, active)
-        return BoundsState(dense.keys, dense.values, dense.tokens, wave, state.figures)
+        method = self.method.advance(state.method, active)
+        return BoundsState(dense.keys, dense.values, dense.tokens, method, state.figures)
 
 
 def measure_bounds(
@@ -122,8 +126,8 @@ def measure_bounds(
     Returns:
         by the names of `FIGURES`, `[steps, layers, batch, heads]` float32.
     """
-    wave = generator.attention
-    assert isinstance(wave, WaveAttention)
+    attention = generator.attention
+    assert isinstance(attention, WaveAttention)
     state, dense = shared.state(generator), shared.dense
     model, batch = generator.model_config, dense.finished.shape[0]
     full = jax.tree.map(jnp.copy, dense.attention_state)
@@ -132,24 +136,6 @@ def measure_bounds(
         full.keys, full.values, full.tokens, state.attention_state, jnp.zeros(shape)
     )
     state = dataclasses.replace(state, attention_state=cache)
-    probing = dataclasses.replace(generator, attention=BoundsProbe(wave=wave))
-    found = []
-    for part in answers:
-        state, figures = _follow(probing, params, state, part.tokens, part.steps)
-        found.append(np.asarray(figures)[: part.steps])
-    return dict(zip(FIGURES, np.moveaxis(np.concatenate(found), -1, 0), strict=True))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
-def _follow(
-    generator: Generator, params: Params, state: DecodeState, answer: Array, steps: Array
-) -> tuple[DecodeState, Array]:
-    def one_step(i: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
-        state, found = carry
-        state = generator.feed(params, state, jnp.maximum(answer[i], 0))
-        cache: Any = state.attention_state
-        return state, found.at[i].set(cache.figures)
-
-    first: Any = state.attention_state
-    room = jnp.zeros((CHUNK, *first.figures.shape), jnp.float32)
-    return lax.fori_loop(0, steps, one_step, (state, room))
+    probing = dataclasses.replace(generator, attention=BoundsProbe(method=attention))
+    [figures] = follow(probing, params, state, answers)
+    return dict(zip(FIGURES, np.moveaxis(figures, -1, 0), strict=True))

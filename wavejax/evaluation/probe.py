@@ -23,7 +23,17 @@ from wavejax.evaluation.teacher_forcing import CHUNK, Answer
 
 
 @pytree
-class ProbeState(DenseState):
+class MeasuredState(DenseState):
+    """Full attention's cache, and what the last step measured beside it; see `follow`."""
+
+    @property
+    def measured(self) -> tuple[Array, ...]:
+        """Arrays of the last step, of fixed shapes."""
+        raise NotImplementedError
+
+
+@pytree
+class ProbeState(MeasuredState):
     """Full attention's cache, the method's, and what the last step measured.
 
     Attributes:
@@ -36,6 +46,11 @@ class ProbeState(DenseState):
     method: Any
     recall: Array
     error: Array
+
+    @property
+    def measured(self) -> tuple[Array, ...]:
+        """Recall and error."""
+        return self.recall, self.error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,30 +174,47 @@ def probe(
     )
     state = dataclasses.replace(state, attention_state=cache)
     probing = dataclasses.replace(generator, attention=ProbeAttention(method=attention))
+    recall, error = follow(probing, params, state, answers)
+    return recall, error
+
+
+def follow(
+    generator: Generator, params: Params, state: DecodeState, answers: list[Answer]
+) -> list[np.ndarray]:
+    """Feed answers token by token, and keep what each step measured; donates `state`.
+
+    Args:
+        generator: with an attention that measures.
+        params: the model's.
+        state: its `attention_state` is a `MeasuredState`.
+        answers: what is fed, in parts.
+
+    Returns:
+        each array of `MeasuredState.measured`, a row a step: `[steps, ...]`.
+    """
     found = []
     for part in answers:
-        state, recall, error = _probe(probing, params, state, part.tokens, part.steps)
-        found.append((np.asarray(recall)[: part.steps], np.asarray(error)[: part.steps]))
-    recalls, errors = zip(*found, strict=True)
-    return np.concatenate(recalls), np.concatenate(errors)
+        state, measured = _follow(generator, params, state, part.tokens, part.steps)
+        found.append([np.asarray(each)[: part.steps] for each in measured])
+    return [np.concatenate(each) for each in zip(*found, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
-def _probe(
+def _follow(
     generator: Generator, params: Params, state: DecodeState, answer: Array, steps: Array
-) -> tuple[DecodeState, Array, Array]:
-    carry_type = tuple[DecodeState, Array, Array]
+) -> tuple[DecodeState, tuple[Array, ...]]:
+    carry_type = tuple[DecodeState, tuple[Array, ...]]
 
     def one_step(i: Array, carry: carry_type) -> carry_type:
-        state, recall, error = carry
+        state, found = carry
         state = generator.feed(params, state, jnp.maximum(answer[i], 0))
-        cache = _measured(state)
-        return state, recall.at[i].set(cache.recall), error.at[i].set(cache.error)
+        each = zip(found, _measured(state), strict=True)
+        return state, tuple(room.at[i].set(measured) for room, measured in each)
 
-    room = jnp.zeros((CHUNK, *_measured(state).recall.shape), jnp.float32)
-    return lax.fori_loop(0, steps, one_step, (state, room, room))
+    rooms = tuple(jnp.zeros((CHUNK, *each.shape), jnp.float32) for each in _measured(state))
+    return lax.fori_loop(0, steps, one_step, (state, rooms))
 
 
-def _measured(state: DecodeState) -> ProbeState:
-    assert isinstance(state.attention_state, ProbeState)
-    return state.attention_state
+def _measured(state: DecodeState) -> tuple[Array, ...]:
+    assert isinstance(state.attention_state, MeasuredState)
+    return state.attention_state.measured
