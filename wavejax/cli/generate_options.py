@@ -5,20 +5,14 @@ from collections.abc import Callable
 import click
 
 from wavejax.cli.explaining import HELP
+from wavejax.cli.loading_options import LOADING_OPTIONS, MEMORY, model_option
 from wavejax.cli.options import option, options_from
-from wavejax.config import WaveConfig
 from wavejax.engine.sampling import Sampler
 
-INPUT, SAMPLING, OUTPUT, MEMORY = "Input", "Sampling", "Output", "Memory"
-RESEARCH = "Research: attention and its settings"
+INPUT, SAMPLING, OUTPUT = "Input", "Sampling", "Output"
 
 _OPTIONS = [
-    option(
-        INPUT,
-        "--model",
-        help="Hugging Face folder, GGUF file or converted checkpoint.  "
-        "[default: the installed SmolLM2 package]",
-    ),
+    model_option(INPUT),
     option(INPUT, "--prompt", "prompts", multiple=True, metavar="TEXT", help="May be repeated."),
     option(
         INPUT,
@@ -169,39 +163,7 @@ _OPTIONS = [
         type=click.IntRange(1, 65536),
         help="With --context: how many prompts.  [default: 1]",
     ),
-    option(
-        MEMORY,
-        "--dtype",
-        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-        default="auto",
-        show_default=True,
-        help="Of weights and caches; auto: float32 on a CPU, bfloat16 elsewhere.",
-    ),
-    option(
-        MEMORY,
-        "--store",
-        type=click.Choice(["auto", "host", "device"]),
-        default="auto",
-        show_default=True,
-        help="Where wave attention keeps the keys and values; auto: on the device while they fit.",
-    ),
-    option(
-        MEMORY,
-        "--fetch",
-        type=click.Choice(["auto", "in_place", "staged"]),
-        default="auto",
-        show_default=True,
-        help="How rows on the host reach the device; in_place: kernels read them there; staged: "
-        "the host gathers and sends them; auto: in_place where kernels can.",
-    ),
-    option(
-        RESEARCH,
-        "--attention",
-        type=click.Choice(["wave", "full"]),
-        default="wave",
-        show_default=True,
-    ),
-    options_from(WaveConfig, RESEARCH, cache_fraction=MEMORY),
+    *LOADING_OPTIONS,
 ]
 
 

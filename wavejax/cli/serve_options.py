@@ -4,20 +4,14 @@ from collections.abc import Callable
 
 import click
 
-from wavejax.cli.options import option, options_from
-from wavejax.config import WaveConfig
+from wavejax.cli.loading_options import LOADING_OPTIONS, model_option
+from wavejax.cli.options import option
 
-MODEL, NETWORK, REQUESTS, MEMORY = "Model", "Network", "Requests", "Memory"
-RESEARCH = "Research: attention and its settings"
+MODEL, NETWORK, REQUESTS = "Model", "Network", "Requests"
 _MOST = 2**31 - 1
 
 _OPTIONS = [
-    option(
-        MODEL,
-        "--model",
-        help="Hugging Face folder, GGUF file or converted checkpoint.  "
-        "[default: the installed SmolLM2 package]",
-    ),
+    model_option(MODEL),
     option(
         MODEL,
         "--served-model-name",
@@ -126,38 +120,7 @@ _OPTIONS = [
         show_default=True,
         help="Compile all programs before the first request.",
     ),
-    option(
-        MEMORY,
-        "--dtype",
-        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-        default="auto",
-        show_default=True,
-        help="Of weights and caches; auto: float32 on a CPU, bfloat16 elsewhere.",
-    ),
-    option(
-        MEMORY,
-        "--store",
-        type=click.Choice(["auto", "host", "device"]),
-        default="auto",
-        show_default=True,
-        help="Where wave attention keeps the keys and values.",
-    ),
-    option(
-        MEMORY,
-        "--fetch",
-        type=click.Choice(["auto", "in_place", "staged"]),
-        default="auto",
-        show_default=True,
-        help="How rows on the host reach the device.",
-    ),
-    option(
-        RESEARCH,
-        "--attention",
-        type=click.Choice(["wave", "full"]),
-        default="wave",
-        show_default=True,
-    ),
-    options_from(WaveConfig, RESEARCH, cache_fraction=MEMORY),
+    *LOADING_OPTIONS,
 ]
 
 

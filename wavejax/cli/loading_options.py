@@ -1,0 +1,58 @@
+"""The options of what is loaded and where it goes, shared by commands that load a model."""
+
+from collections.abc import Callable
+
+import click
+
+from wavejax.cli.options import option, options_from
+from wavejax.config import WaveConfig
+
+MEMORY = "Memory"
+RESEARCH = "Research: attention and its settings"
+
+
+def model_option(group: str) -> Callable:
+    """Make the option `--model`, in a group of --help."""
+    return option(
+        group,
+        "--model",
+        help="Hugging Face folder, GGUF file or converted checkpoint.  "
+        "[default: the installed SmolLM2 package]",
+    )
+
+
+LOADING_OPTIONS = [
+    option(
+        MEMORY,
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        default="auto",
+        show_default=True,
+        help="Of weights and caches; auto: float32 on a CPU, bfloat16 elsewhere.",
+    ),
+    option(
+        MEMORY,
+        "--store",
+        type=click.Choice(["auto", "host", "device"]),
+        default="auto",
+        show_default=True,
+        help="Where wave attention keeps the keys and values; auto: on the device while they fit.",
+    ),
+    option(
+        MEMORY,
+        "--fetch",
+        type=click.Choice(["auto", "in_place", "staged"]),
+        default="auto",
+        show_default=True,
+        help="How rows on the host reach the device; in_place: kernels read them there; staged: "
+        "the host gathers and sends them; auto: in_place where kernels can.",
+    ),
+    option(
+        RESEARCH,
+        "--attention",
+        type=click.Choice(["wave", "full"]),
+        default="wave",
+        show_default=True,
+    ),
+    options_from(WaveConfig, RESEARCH, cache_fraction=MEMORY),
+]
