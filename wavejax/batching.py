@@ -1,17 +1,14 @@
 """A batch engine of a loaded model: requests side by side, each when it comes."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Unpack
-
-import jax
 
 from wavejax.engine.batching import BatchEngine, Room
 from wavejax.engine.batching.engine import EngineOptions
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.language_model import LanguageModel
-from wavejax.planning.free_memory import free_memory
+from wavejax.planning.free_memory import free_besides
 from wavejax.planning.rooms import plan_rooms
 
 SMALLEST_ROOM = 8192  # Tokens of prompts in the first room; the next ones have four times as many.
@@ -65,12 +62,7 @@ def batch_engine(
         while sizes[-1] < context:
             sizes.append(min(4 * sizes[-1], context))
         rooms = [Room(size, most, slots) for size in sizes]
-    free, weights = free_memory(), sum(x.nbytes for x in jax.tree.leaves(model.params))
-    # A plan counts the weights, which are there already.
-    if free.device is None:
-        free = dataclasses.replace(free, host=free.host + weights)
-    else:
-        free = dataclasses.replace(free, device=free.device + weights)
+    free = free_besides(model.params)
     given = model.config, model.attention, rooms, model.dtype
     plan = plan_rooms(*given, store=model.store, fetch=model.fetch, free=free)
     generator = Generator(model.config, plan.attention, stop_tokens=model.stop_tokens)

@@ -18,6 +18,18 @@ LEAST_CLUSTER_SIZE = 8
 MOMENT_RANKS = (0, 1, 2, 4)
 MOMENT_DTYPES = ("model", "bfloat16", "int8")
 
+# Settings that only steer how a decode step reads what is kept: no index depends on them. A new
+# setting is not among them until somebody says that it is.
+DECODE_SETTINGS = (
+    "candidate_fraction",
+    "min_candidate_tokens",
+    "retrieval_fraction",
+    "min_retrieved_tokens",
+    "min_token_mass",
+    "estimation_fraction",
+    "admission_ratio",
+)
+
 # The row cache is as large as that of a context of so many times the least tokens retrieved.
 LIKE_RETRIEVED = 80
 

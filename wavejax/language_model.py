@@ -32,7 +32,7 @@ from wavejax.engine.prompt_text import (
 )
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.text import Generation, TextPiece, TextRun, TextStream
-from wavejax.planning.free_memory import free_memory
+from wavejax.planning.free_memory import free_besides
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan
 
 AttentionChoice = WaveConfig | AnyAttention
@@ -224,12 +224,7 @@ class LanguageModel:
             batch: sequences.
             sampler: how tokens are drawn; None: in the way that takes most.
         """
-        free, weights = free_memory(), sum(x.nbytes for x in jax.tree.leaves(self.params))
-        # A plan counts the weights, which are there already.
-        if free.device is None:
-            free = dataclasses.replace(free, host=free.host + weights)
-        else:
-            free = dataclasses.replace(free, device=free.device + weights)
+        free = free_besides(self.params)
         shape = batch, prompt_tokens, max_new_tokens
         asked = self.attention, *shape, self.dtype
         return make_plan(

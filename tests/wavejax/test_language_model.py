@@ -19,12 +19,12 @@ from models.decoder import unembed
 from models.unstacked import unstack_layers
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import CONTEXT, TEMPLATE, TINY, write_tokenizer
-from wavejax import InputError, LanguageModel, Sampler, WaveConfig, language_model, loading
+from wavejax import InputError, LanguageModel, Sampler, WaveConfig, loading
 from wavejax.cli.flags import errors_in_flags
 from wavejax.engine.facts import Facts
 from wavejax.engine.prompt_text import list_prompts
 from wavejax.generate import main
-from wavejax.planning.free_memory import FreeMemory
+from wavejax.planning import free_memory
 
 ZONES = WaveConfig(
     local_tokens=8,
@@ -217,8 +217,8 @@ def test_a_plan_does_not_count_the_weights_twice(
     need = model.plan(100, 10).need
     rest = need.device + need.host - need.weights
     for free, fits in ((rest, True), (rest - 1, False)):
-        memory = FreeMemory(None, free)
-        monkeypatch.setattr(language_model, "free_memory", lambda memory=memory: memory)
+        memory = free_memory.FreeMemory(None, free)
+        monkeypatch.setattr(free_memory, "free_memory", lambda memory=memory: memory)
         if fits:
             model.plan(100, 10).check()
         else:
@@ -232,7 +232,7 @@ def test_an_attention_is_used_as_it_is_where_it_fits(
     own = wavejax.WaveAttention(ZONES, "host")
     with_own = dataclasses.replace(model, attention=own)
     assert with_own.generator(9, 1).attention is own
-    monkeypatch.setattr(language_model, "free_memory", lambda: FreeMemory(None, 1000))
+    monkeypatch.setattr(free_memory, "free_memory", lambda: free_memory.FreeMemory(None, 1000))
     with pytest.raises(InputError, match="not enough memory"):
         with_own.generator(9, 1)
 

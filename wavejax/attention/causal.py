@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import MASKED
@@ -120,20 +120,7 @@ def by_blocks(
             operands: tuple[Array, Array], key: Array = seen_key, value: Array = seen_value
         ) -> Array:
             query, first = operands
-            logits = scale * jnp.einsum(
-                "hnd,hkd->hnk", query, key, preferred_element_type=jnp.float32
-            )
-            seen = jnp.arange(key.shape[1]) <= (first + in_block)[:, None]
-            logits = jnp.where(seen, logits, MASKED)
-            weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-            output = jnp.einsum(
-                "hnk,hkd->hnd",
-                weights.astype(value.dtype),
-                value,
-                preferred_element_type=jnp.float32,
-            )
-            output = output / jnp.sum(weights, axis=-1, keepdims=True)
-            return output.astype(query.dtype)
+            return attend_up_to(query, key, value, first + in_block, scale=scale)
 
         these = slice(start // block, -(-end // block))
         first = jnp.arange(blocks)[these] * block
@@ -141,3 +128,32 @@ def by_blocks(
     output = jnp.concatenate(outputs).reshape(blocks, kv_heads, group, block, head_dim)
     output = output.transpose(0, 3, 1, 2, 4).reshape(blocks * block, heads, head_dim)
     return output[:tokens]
+
+
+def attend_up_to(
+    query: Float[Array, "kv_heads queries head_dim"],
+    key: Float[Array, "kv_heads tokens head_dim"],
+    value: Float[Array, "kv_heads tokens head_dim"],
+    last: Int[Array, " queries"],
+    *,
+    scale: float,
+) -> Float[Array, "kv_heads queries head_dim"]:
+    """Attend with each query to the tokens up to its last one.
+
+    Args:
+        query: of every kv head, the queries that share it.
+        key, value: heads first.
+        last: int32, the last token that each query sees, from 0.
+        scale: of the logits.
+
+    Returns:
+        the output, in the query's dtype; products are summed in float32.
+    """
+    logits = scale * jnp.einsum("hnd,hkd->hnk", query, key, preferred_element_type=jnp.float32)
+    seen = jnp.arange(key.shape[1]) <= last[:, None]
+    logits = jnp.where(seen, logits, MASKED)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    output = jnp.einsum(
+        "hnk,hkd->hnd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    return (output / jnp.sum(weights, axis=-1, keepdims=True)).astype(query.dtype)

@@ -9,8 +9,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from pallas_kernels.types import MASKED
-from wavejax.attention.causal import SECTIONS, implementation_for, query_block
+from wavejax.attention.causal import SECTIONS, attend_up_to, implementation_for, query_block
 
 CUDNN_BLOCK = 2048  # Queries at a time where cuDNN attends: enough to keep a GPU busy.
 
@@ -78,20 +77,7 @@ def _by_sections(query: Array, key: Array, value: Array, number: Array, *, scale
     place = number * block + jnp.tile(jnp.arange(block), group)
 
     def attend(end: int, query: Array) -> Array:
-        seen_key, seen_value = key[:, :end], value[:, :end]
-        logits = scale * jnp.einsum(
-            "hnd,hkd->hnk", query, seen_key, preferred_element_type=jnp.float32
-        )
-        seen = jnp.arange(seen_key.shape[1]) <= place[:, None]
-        logits = jnp.where(seen, logits, MASKED)
-        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-        output = jnp.einsum(
-            "hnk,hkd->hnd",
-            weights.astype(value.dtype),
-            seen_value,
-            preferred_element_type=jnp.float32,
-        )
-        return (output / jnp.sum(weights, axis=-1, keepdims=True)).astype(query.dtype)
+        return attend_up_to(query, key[:, :end], value[:, :end], place, scale=scale)
 
     branches = [functools.partial(attend, min(end, tokens)) for end in ends]
     output = lax.switch(number // section, branches, query)

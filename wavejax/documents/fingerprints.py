@@ -16,23 +16,13 @@ from models.parameters import Params
 from models.text.tokenizer import Tokenizer
 from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
+from wavejax.config import DECODE_SETTINGS
 from wavejax.engine.modes import own_modes
 
 # Of a model, what no key or value depends on.
 _FREE_OF_MODEL = ("max_context", "stop_token_ids", "bos_token_id", "sliding_window")
-# Settings that only steer how a step reads what is kept. A new setting is not among them until
-# somebody says that it is.
-_FREE_SETTINGS = (
-    "candidate_fraction",
-    "min_candidate_tokens",
-    "retrieval_fraction",
-    "min_retrieved_tokens",
-    "min_token_mass",
-    "estimation_fraction",
-    "cache_fraction",
-    "admission_ratio",
-    "audit",
-)
+# Of wave attention's settings, what nothing that is kept depends on.
+_FREE_SETTINGS = (*DECODE_SETTINGS, "cache_fraction", "audit")
 _PROBE = 'The "naïve" fox\'s 12,345 cafés:\n\n\t漢字 -- x_1 = 0.5;  done!'
 
 

@@ -10,21 +10,10 @@ from jax import Array
 
 from wavejax.attention.dense import DenseState
 from wavejax.attention.wave import WaveAttention
-from wavejax.config import WaveConfig
+from wavejax.config import DECODE_SETTINGS, WaveConfig
 from wavejax.engine.generator import DecodeState, Generator
 from wavejax.evaluation.baselines import SparseState
 from wavejax.store.shape import CacheShape
-
-# What only a decode step asks for: methods that differ in nothing else share their index.
-_DECODING = (
-    "candidate_fraction",
-    "min_candidate_tokens",
-    "retrieval_fraction",
-    "min_retrieved_tokens",
-    "min_token_mass",
-    "estimation_fraction",
-    "admission_ratio",
-)
 
 
 class SharedPrefill:
@@ -59,7 +48,8 @@ class SharedPrefill:
         return jax.tree.map(jnp.copy, dataclasses.replace(dense, attention_state=cache))
 
     def _index(self, generator: Generator, attention: Any, full: DenseState) -> Any:
-        plain = {name: getattr(WaveConfig(), name) for name in _DECODING}
+        # Methods that differ in nothing but these share their index.
+        plain = {name: getattr(WaveConfig(), name) for name in DECODE_SETTINGS}
         # The room for an index does not depend on what decoding asks for, but a row cache's does.
         if attention.has_cache:
             del plain["min_retrieved_tokens"]

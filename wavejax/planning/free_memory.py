@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import psutil
 
+from models.parameters import Params
+
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 DEVICE_FRACTION = "XLA_CLIENT_MEM_FRACTION"
 _OLD_DEVICE_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -42,6 +44,14 @@ def free_memory() -> FreeMemory:
     limit = os.environ.get(PINNED_LIMIT, "")
     pinned = int(limit) * 2**30 if limit.isdigit() else _DEFAULT_PINNED_LIMIT
     return FreeMemory(own, host_available(), pinned, getattr(device, "device_kind", "device"))
+
+
+def free_besides(params: Params) -> FreeMemory:
+    """Tell what would be free without a model's weights, which are loaded: a plan counts them."""
+    free, weights = free_memory(), sum(x.nbytes for x in jax.tree.leaves(params))
+    if free.device is None:
+        return dataclasses.replace(free, host=free.host + weights)
+    return dataclasses.replace(free, device=free.device + weights)
 
 
 def host_available() -> int:
