@@ -53,8 +53,8 @@ class AccessLog:
                 status = CLIENT_GONE
             tokens = scope.get("wavejax.tokens")
             used = None if tokens is None else tokens()
+            self._metrics.http(status)  # first: who reads the line may look at the count
             ACCESS.info(access_line(scope, status, time.perf_counter() - began, used))
-            self._metrics.http(status)
 
 
 class ApiKey:

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,6 +108,17 @@ def start(tiny_model: LanguageModel, tiny_engine: BatchEngine) -> Iterator[Calla
 def server(start: Callable[..., Running]) -> Running:
     """A server without a key."""
     return start()
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    """Waits until it is true, 20 seconds at most.
+
+    A client has its answer a moment before the server has counted and logged it.
+    """
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.wavejax.server.conftest import HTTP, NAME, Running, make_engine
+from tests.wavejax.server.conftest import HTTP, NAME, Running, make_engine, wait_for
 from wavejax import LanguageModel
 from wavejax.engine.batching import BatchEngine, Stats
 from wavejax.server.service import Limits
@@ -64,14 +64,6 @@ def stopped(
             return start(engine=engine, limits=Limits(request_seconds=seconds))
 
         yield make
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    """Waits until it is true, 20 seconds at most."""
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_the_key(start: Callable[..., Running], access_lines: list[str]) -> None:
@@ -157,7 +149,7 @@ def test_a_client_that_goes(slow: Running, stream: bool, access_lines: list[str]
     else:
         with pytest.raises(openai.APITimeoutError):
             slow.client.with_options(timeout=2).chat.completions.create(**CHAT, n=2)
-    wait_for(lambda: engine.stats().running + engine.stats().waiting == 0)
+    wait_for(lambda: engine.stats().unfinished == 0)
     after = engine.stats()
     assert after.submitted == before.submitted + 2
     assert after.finished["interrupted"] == before.finished.get("interrupted", 0) + 2
@@ -169,11 +161,17 @@ def test_a_client_that_goes(slow: Running, stream: bool, access_lines: list[str]
 
 def test_log_lines(server: Running, access_lines: list[str]) -> None:
     """One a request: no text, no query, nothing that ends the line."""
-    server.client.chat.completions.create(**CHAT, max_tokens=3, temperature=0)
-    list(server.client.chat.completions.create(**CHAT, max_tokens=4, temperature=0, stream=True))
-    HTTP.get(f"{server.url}/v1/mod%0aels/%e2%80%a8?key=secret")
-    HTTP.post(f"{server.url}/v1/completions", json={"prompt": "A secret word", "n": 0})
-    wait_for(lambda: len(access_lines) == 4)
+    url, create = server.url, server.client.chat.completions.create
+    for number, ask in enumerate(
+        [
+            lambda: create(**CHAT, max_tokens=3, temperature=0),
+            lambda: list(create(**CHAT, max_tokens=4, temperature=0, stream=True)),
+            lambda: HTTP.get(f"{url}/v1/mod%0aels/%e2%80%a8?key=secret"),
+            lambda: HTTP.post(f"{url}/v1/completions", json={"prompt": "A secret word", "n": 0}),
+        ]
+    ):
+        ask()
+        wait_for(lambda done=number + 1: len(access_lines) == done)
     found = [LINE.fullmatch(line) for line in access_lines]
     assert all(found), access_lines
     prompt = len(server.model.tokenizer.encode_chat(HELLO))

@@ -6,7 +6,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.wavejax.server.conftest import HTTP, NAME, Running
+from tests.wavejax.server.conftest import HTTP, NAME, Running, wait_for
 
 
 def read(server: Running) -> dict[str, float]:
@@ -23,7 +23,9 @@ def read(server: Running) -> dict[str, float]:
     return found
 
 
-def test_they_add_up(server: Running) -> None:
+def test_they_add_up(server: Running, access_lines: list[str]) -> None:
+    engine = server.service.engine
+    wait_for(lambda: engine.stats().unfinished == 0)  # other tests' requests
     before = read(server)
     talk: Any = [{"role": "user", "content": "Hello"}]
     prompt = len(server.model.tokenizer.encode_chat(talk))
@@ -38,6 +40,7 @@ def test_they_add_up(server: Running) -> None:
     assert first is not None
     with pytest.raises(openai.NotFoundError):
         server.client.chat.completions.create(model="other", messages=talk)
+    wait_for(lambda: engine.stats().unfinished == 0 and len(access_lines) == 5)
     after = read(server)
     grown = {name: after[name] - before.get(name, 0.0) for name in after}
     assert grown["vllm:prompt_tokens_total"] == 4 * prompt

@@ -38,3 +38,8 @@ class Stats:
     decode_calls: int
     read_parts: int
     longest_stall_seconds: float
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests were taken and have not ended: waiting, reading and running."""
+        return self.waiting + self.reading + self.running

@@ -51,7 +51,7 @@ def test_every_request_gets_what_it_gets_alone():
     assert check(handles, alone) == {"stop", "length", "interrupted"}
     stats = engine.stats()
     assert stats.submitted == 40 == sum(stats.finished.values())
-    assert (stats.waiting, stats.reading, stats.running) == (0, 0, 0)
+    assert stats.unfinished == stats.waiting + stats.reading + stats.running == 0
     assert stats.generated_tokens == sum(len(handle.result().token_ids) for handle in handles)
 
 

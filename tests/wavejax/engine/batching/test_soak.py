@@ -94,7 +94,7 @@ def test_nothing_is_lost_and_memory_is_flat():
             for thread in threads:
                 thread.join()
             assert not errors
-            while engine.stats().waiting + engine.stats().reading + engine.stats().running:
+            while engine.stats().unfinished:
                 time.sleep(0.01)
             taken, refused = taken + found["taken"], refused + found["refused"]
             stats = engine.stats()
