@@ -25,6 +25,7 @@ from wavejax.evaluation.summary import table
 from wavejax.evaluation.tasks import parse_tasks
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
+TOLERANCES = (0.2, 0.1, 0.05)
 
 
 @click.command(
@@ -106,6 +107,7 @@ def summarise(found: dict[str, np.ndarray]) -> str:
         return "No head estimates anything: give a larger --length, or a smaller --retrieved."
     found = {name: values[kept] for name, values in found.items()}
     true = found["log_true"]
+    relative = np.maximum(found["error"], 1e-9) / found["norm"]
     slack = 1e-3
     broken = (
         (found["log_low"] > true + slack)
@@ -120,6 +122,8 @@ def summarise(found: dict[str, np.ndarray]) -> str:
         "true relative error": found["error"] / found["norm"],
         "bound of the relative error": found["error_bound"] / found["norm"],
         "bound over true error": found["error_bound"] / np.maximum(found["error"], 1e-9),
+        "sampled bound of the relative error": found["sampled_bound"],
+        "sampled bound over true error": found["sampled_bound"] / relative,
     }
     lines = [
         [name, *(f"{value:.3g}" for value in np.quantile(values, QUANTILES))]
@@ -127,7 +131,22 @@ def summarise(found: dict[str, np.ndarray]) -> str:
     ]
     text = table(["figure", *(f"{quantile:.0%}" for quantile in QUANTILES)], lines)
     useful = np.mean(found["error_bound"] < 0.5 * found["norm"])
-    return f"{text}\n\n{kept.sum()} heads; violated: {broken.sum()}; bound below 50 %: {useful:.1%}"
+    certain = f"violated: {broken.sum()}; bound below 50 %: {useful:.1%}"
+    covered = np.mean(found["sampled_bound"] >= relative)
+    met = []
+    for tolerance in TOLERANCES:
+        said, wrong = found["sampled_bound"] <= tolerance, relative > tolerance
+        met.append(
+            [
+                *(f"{tolerance:g}", f"{np.mean(said):.1%}", f"{np.mean(~wrong):.1%}"),
+                f"{np.mean(said & wrong):.2%}",
+            ]
+        )
+    names = ["tolerance", "sampled bound within", "error within", "bound within, error not"]
+    return (
+        f"{text}\n\n{kept.sum()} heads; {certain}; sampled bound holds: {covered:.1%}\n\n"
+        f"{table(names, met)}"
+    )
 
 
 main = main_guard(command)

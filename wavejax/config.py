@@ -28,6 +28,10 @@ DECODE_SETTINGS = (
     "min_token_mass",
     "estimation_fraction",
     "admission_ratio",
+    "delta",
+    "tolerance_draws",
+    "tolerance_cap",
+    "exact_fallback",
 )
 
 # The row cache is as large as that of a context of so many times the least tokens retrieved.
@@ -84,6 +88,21 @@ class WaveConfig:
     audit: float = _setting(
         0.0, "share of heads of each step that are also computed exactly, to tell the true error"
     )
+    tolerance: float = _setting(
+        0.0,
+        "of each head's output, the relative error to keep within: tokens drawn at random bound "
+        "it, and heads past it retrieve more; 0: no tolerance",
+    )
+    delta: float = _setting(
+        0.05, "with what probability a bound of the relative error may be too small"
+    )
+    tolerance_draws: int = _setting(256, "tokens drawn in each kv head to bound its error")
+    tolerance_cap: int = _setting(
+        8, "a head past the tolerance retrieves up to so many times as many tokens"
+    )
+    exact_fallback: bool = _setting(
+        False, "compute heads exactly that are past the tolerance at the cap"
+    )
     cache_fraction: float = _setting(
         0.05,
         "slots of the row cache, if rows are in host memory, as a share of the tokens; where the "
@@ -115,12 +134,21 @@ class WaveConfig:
             "min_token_mass",
             "estimation_fraction",
             "audit",
+            "tolerance",
             "cache_fraction",
         ):
             _check_range(name, getattr(self, name), 0, 1)
         _check_known("moment_rank", self.moment_rank, MOMENT_RANKS)
         if self.bounds and not self.moment_rank:
             raise InputError("`bounds` want moments: give `moment_rank` of 1, 2 or 4")
+        _check_range("delta", self.delta, 1e-6, 0.5)
+        _check_range("tolerance_draws", self.tolerance_draws, 2, 65536)
+        _check_range("tolerance_cap", self.tolerance_cap, 1, 65536)
+        if self.tolerance and self.estimation_fraction < 1:
+            raise InputError(
+                "a `tolerance` wants all tokens estimated that are not retrieved: give "
+                "`estimation_fraction=1`, or `tolerance=0`"
+            )
         _check_known("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         _check_range("admission_ratio", self.admission_ratio, 1, 10**9)
         _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)

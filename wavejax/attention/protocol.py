@@ -36,6 +36,8 @@ class Counts(NamedTuple):
         indexed: tokens in the index now, over all sequences.
         errors: float32, true relative errors of the heads that an audit computed exactly; None
             without an audit.
+        tolerance: of all query heads, the shares that were within the tolerance at once, after
+            more tokens, by exact computation, and never; None without a tolerance or a step.
     """
 
     retrieved: int
@@ -43,6 +45,7 @@ class Counts(NamedTuple):
     attended: float
     indexed: int
     errors: np.ndarray | None = None
+    tolerance: tuple[float, float, float, float] | None = None
 
 
 class Attention(abc.ABC, Generic[State]):

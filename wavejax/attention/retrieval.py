@@ -3,7 +3,6 @@
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -19,11 +18,9 @@ from pallas_kernels.types import (
     Retrieved,
     RowTable,
 )
-from wavejax.attention.protocol import Counts
 from wavejax.config import WaveConfig
-from wavejax.store.audit import errors_of
 from wavejax.store.index import WaveIndex
-from wavejax.store.state import Selection, WaveState
+from wavejax.store.state import Selection
 from wavejax.store.steady import SteadyZone
 
 
@@ -157,6 +154,8 @@ def select_tokens(
     table: RowTable,
     layer: Int[Array, ""],
     step: Int[Array, ""],
+    *,
+    budget: Int[Array, "batch kv_heads"] | None = None,
 ) -> Retrieved:
     """Select the candidates of most group mass.
 
@@ -168,16 +167,19 @@ def select_tokens(
         table: the row cache's.
         layer: int32, which layer.
         step: int32, the row cache's clock.
+        budget: int32, tokens to retrieve, at most as many as the settings retrieve; None: as many.
 
     Returns:
         the tokens' store rows, where to read them, and what each cluster keeps.
     """
-    budget = budgets(config, index.tokens)[0]
-    if config.min_token_mass > 0:
+    most = budgets(config, index.tokens)[0]
+    if budget is not None:
+        most = jnp.minimum(most[:, None], budget)
+    elif config.min_token_mass > 0:
         worth = log_mass >= math.log(config.min_token_mass)
-        budget = jnp.minimum(budget[:, None], jnp.sum(worth, axis=-1, dtype=jnp.int32))
+        most = jnp.minimum(most[:, None], jnp.sum(worth, axis=-1, dtype=jnp.int32))
     return ops.select_tokens(
-        ops.RankedTokens(log_mass, chosen, budget),
+        ops.RankedTokens(log_mass, chosen, most),
         ops.IndexedTokens(index.offsets, index.token_ids, index.prompt_tokens),
         table,
         layer,
@@ -224,6 +226,29 @@ def to_estimate(
     return jnp.where(near.selected, retrieved.remaining, 0)
 
 
+def selection_of(
+    config: WaveConfig,
+    query: Float[Array, "batch kv_heads group head_dim"],
+    scores: ClusterScores,
+    retrieved: Retrieved,
+    index: WaveIndex,
+    layer: Int[Array, ""],
+) -> Selection:
+    """Put together what a step attends to, with what it estimates: step 6.
+
+    Args:
+        config: the settings.
+        query: one decode step's queries, grouped by the kv head that they share.
+        scores: of the clusters, from `score_clusters`.
+        retrieved: from `select_tokens`.
+        index: the index.
+        layer: int32, which layer.
+    """
+    estimated = to_estimate(config, scores, retrieved, index, layer)
+    more = scores.products, retrieved.clusters
+    return Selection(query, *retrieved[:3], scores.logits, estimated, *more)
+
+
 def estimate_of(selection: Selection, index: WaveIndex) -> Estimate:
     """Make what `attend_zones` estimates, with a correction where the index has moments.
 
@@ -252,18 +277,6 @@ def budgets(
         floor = jnp.maximum(retrieved, config.min_candidate_tokens)
         candidates = jnp.maximum(floor, _share(config.candidate_fraction, tokens))
     return jnp.minimum(retrieved, tokens), jnp.minimum(candidates, tokens)
-
-
-def counts(state: WaveState) -> Counts:
-    """Read what decode steps have retrieved so far; see `Attention.counts`."""
-    table = state.cache.table
-    hits, misses = (int(np.asarray(x, np.int64).sum()) for x in (table.hits, table.misses))
-    layers, _, kv_heads = state.store.rows.shape[:3]
-    attended = float(np.asarray(state.attended, np.float64).sum()) * layers * kv_heads
-    indexed = int(np.asarray(state.index.tokens, np.int64).sum())
-    has_slots = table.token_of_slot.shape[-1] > 0
-    errors = None if state.audit is None else errors_of(state.audit)
-    return Counts(hits + misses, hits if has_slots else None, attended, indexed, errors)
 
 
 def _share(fraction: float, tokens: Array) -> Array:

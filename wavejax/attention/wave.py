@@ -13,6 +13,7 @@ Steps 2 to 6 are in `retrieval`, and the state's own parts in `wavejax.store`.
 """
 
 import dataclasses
+import functools
 from typing import get_args
 
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from models.errors import InputError
 from pallas_kernels import Implementation
 from wavejax.attention import retrieval
 from wavejax.attention.audit import audit
+from wavejax.attention.counting import counts
 from wavejax.attention.footprint import Footprint, wave_footprint
 from wavejax.attention.implementation import by_own_implementation, check_implementation
 from wavejax.attention.protocol import (
@@ -36,6 +38,7 @@ from wavejax.attention.protocol import (
     StepQuery,
     scale_of,
 )
+from wavejax.attention.tolerance import merge_zones
 from wavejax.config import WaveConfig
 from wavejax.store import prompt, room
 from wavejax.store.audit import init_audit
@@ -55,6 +58,7 @@ from wavejax.store.shape import CacheShape
 from wavejax.store.sizes import cluster_capacity, segment_sizes
 from wavejax.store.state import Selection, WaveState
 from wavejax.store.steady import init_steady, push_rows
+from wavejax.store.tolerance import init_tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ class WaveAttention(Attention[WaveState]):
 
     Raises:
         InputError: `store`, `fetch` or `implementation` is none of these; or the settings have
-            moments or an audit, and KV rows are staged.
+            moments, an audit or a tolerance, and KV rows are staged.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
@@ -142,6 +146,7 @@ class WaveAttention(Attention[WaveState]):
             step=jnp.int32(0),
             attended=jnp.zeros(batch, jnp.float32),
             audit=init_audit(config.audit),
+            tolerance=init_tolerance(config.tolerance),
         )
 
     @by_own_implementation
@@ -202,8 +207,9 @@ class WaveAttention(Attention[WaveState]):
         # Steps 1 to 6, then 7: `engine.staged` brings KV rows between the two.
         selection, state = self.select(layer, query, key, value, state)
         zones, state = self.attend(layer, selection, state)
-        # 8. Merge the zones' outputs, by their logsumexp.
-        output, _ = ops.merge_states(zones.outputs, zones.logsumexps, dtype=query.dtype)
+        # 8. Merge the zones' outputs, by their logsumexp; a tolerance may want more tokens first.
+        attend = functools.partial(self.attend, layer)
+        output, state = merge_zones(self.config, layer, selection, zones, state, attend)
         state = audit(self.config, layer, selection.query, output, state)
         return output.reshape(query.shape), state
 
@@ -223,10 +229,9 @@ class WaveAttention(Attention[WaveState]):
         # 3 to 5. Find the tokens to retrieve, and where to read their KV rows.
         retrieved = self.retrieve(layer, grouped, scores, state)
         # 6. Decide how many tokens of each cluster to estimate.
-        estimated = retrieval.to_estimate(self.config, scores, retrieved, state.index, layer)
+        found = scores, retrieved, state.index, layer
+        selection = retrieval.selection_of(self.config, grouped, *found)
         cache = RowCache(state.cache.rows, retrieved.table)
-        found, more = retrieved[:3], (scores.products, retrieved.clusters)
-        selection = Selection(grouped, *found, scores.logits, estimated, *more)
         return selection, dataclasses.replace(state, cache=cache)
 
     @by_own_implementation
@@ -279,19 +284,14 @@ class WaveAttention(Attention[WaveState]):
         return zones, dataclasses.replace(state, cache=cache)
 
     def advance(self, state: WaveState, active: Bool[Array, " batch"]) -> WaveState:
-        steady = state.steady
+        window = state.steady.window_tokens + active.astype(jnp.int32)
+        steady = dataclasses.replace(state.steady, window_tokens=window)
         # A sequence that is not active has retrieved rows too, which the cache has counted.
         attended = state.attended + self.lengths(state) + 1
-        window = steady.window_tokens + active.astype(jnp.int32)
-        return dataclasses.replace(
-            state,
-            steady=dataclasses.replace(steady, window_tokens=window),
-            step=state.step + 1,
-            attended=attended,
-        )
+        return dataclasses.replace(state, steady=steady, step=state.step + 1, attended=attended)
 
     def counts(self, state: WaveState) -> Counts:
-        return retrieval.counts(state)
+        return counts(state)
 
     def footprint(
         self, state: WaveState, shape: CacheShape, heads: int, prompt_tokens: int

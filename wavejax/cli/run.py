@@ -139,6 +139,7 @@ class Run:
                 "all tokens are exact" if exact else retrieved,
                 *([] if hits is None else [f"cache hits: {share(hits)}"]),
                 *audit_text(facts),
+                *tolerance_text(facts),
                 f"KV cache: {bytes_text(facts.device_bytes)} on the device, "
                 f"{bytes_text(facts.host_bytes)} on the host",
             ]
@@ -152,6 +153,16 @@ def audit_text(facts: Facts) -> list[str]:
     return [
         f"true error of {facts.audited} heads: median {facts.error_median:.2%}, "
         f"99 % of them {facts.error_99:.2%} or less"
+    ]
+
+
+def tolerance_text(facts: Facts) -> list[str]:
+    """Say how many heads were within the tolerance; nothing without one."""
+    if facts.within is None:
+        return []
+    return [
+        f"within the tolerance: {facts.within:.2%} of heads, {facts.more:.2%} after more tokens, "
+        f"{facts.computed:.2%} computed exactly"
     ]
 
 

@@ -22,7 +22,7 @@ from wavejax.engine.modes import own_modes
 # Of a model, what no key or value depends on.
 _FREE_OF_MODEL = ("max_context", "stop_token_ids", "bos_token_id", "sliding_window")
 # Of wave attention's settings, what nothing that is kept depends on.
-_FREE_SETTINGS = (*DECODE_SETTINGS, "cache_fraction", "audit")
+_FREE_SETTINGS = (*DECODE_SETTINGS, "cache_fraction", "audit", "tolerance")
 _PROBE = 'The "naïve" fox\'s 12,345 cafés:\n\n\t漢字 -- x_1 = 0.5;  done!'
 
 

@@ -26,6 +26,10 @@ class Facts:
         audited: query heads that an audit computed exactly too, of those that it keeps.
         error_median, error_99: of these, the median and the 99th percentile of the true relative
             error of attention's output; None without an audit.
+        within: of all query heads, layers and steps, the share that a tolerance's bound was met by,
+            exact computation counted; None without a tolerance.
+        more, computed: of all, the shares that met it only after more tokens had been retrieved,
+            and only by exact computation.
     """
 
     retrieved_share: float | None
@@ -36,6 +40,9 @@ class Facts:
     audited: int = 0
     error_median: float | None = None
     error_99: float | None = None
+    within: float | None = None
+    more: float = 0.0
+    computed: float = 0.0
 
 
 def facts_of(attention: AnyAttention, state: Any) -> Facts:
@@ -56,6 +63,7 @@ def facts_of(attention: AnyAttention, state: Any) -> Facts:
         host + staged,
         counts.indexed,
         *_audit_of(counts.errors),
+        *_tolerance_of(counts.tolerance),
     )
 
 
@@ -64,3 +72,13 @@ def _audit_of(errors: np.ndarray | None) -> tuple[int, float | None, float | Non
     if errors is None or not errors.size:
         return 0, None, None
     return errors.size, float(np.median(errors)), float(np.quantile(errors, 0.99))
+
+
+def _tolerance_of(
+    shares: tuple[float, float, float, float] | None,
+) -> tuple[float | None, float, float]:
+    """Say which share of heads met a tolerance, which after more, and which by computation."""
+    if shares is None:
+        return None, 0.0, 0.0
+    at_once, more, computed, _ = shares
+    return at_once + more + computed, more, computed

@@ -9,12 +9,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-import pallas_kernels as ops
 from models.parameters import Params
 from pallas_kernels.numerics import log_sum_exp
 from pallas_kernels.types import MASKED
 from wavejax._pytree import state as pytree
 from wavejax.attention.dense import DenseAttention, DenseState
+from wavejax.attention.tolerance import bound_error
 from wavejax.attention.wave import WaveAttention
 from wavejax.engine.generator import Generator
 from wavejax.evaluation.probe import MeasuredState, follow, wave_reads
@@ -22,10 +22,10 @@ from wavejax.evaluation.shared_prefill import SharedPrefill
 from wavejax.evaluation.teacher_forcing import Answer
 
 # What is measured of each query head of each layer and step: the norms of the exact output and of
-# the output's error, the error's bound; logarithms of the estimated members' true mass, of its
-# estimate, of its bounds, and of all mass.
+# the output's error, the error's bound, and its sampled bound as a share of the exact output;
+# logarithms of the estimated members' true mass, of its estimate, of its bounds, and of all mass.
 FIGURES = (
-    *("norm", "error", "error_bound"),
+    *("norm", "error", "error_bound", "sampled_bound"),
     *("log_true", "log_estimate", "log_low", "log_high", "log_all"),
 )
 
@@ -71,7 +71,8 @@ class BoundsProbe(DenseAttention):
         output, dense = super().decode(layer, query, key, value, state)
         selection, method = self.method.select(layer, query, key, value, state.method)
         zones, method = self.method.attend(layer, selection, method)
-        found, _ = ops.merge_states(zones.outputs, zones.logsumexps)
+        given = selection, zones, method, jnp.int32(0)
+        found, sampled = bound_error(self.method.config, layer, *given)
         assert zones.bounds is not None
         full = output.reshape(found.shape).astype(jnp.float32)
         logits = self.logits(layer, query, dense)
@@ -86,6 +87,7 @@ class BoundsProbe(DenseAttention):
                 jnp.linalg.norm(full, axis=-1),
                 jnp.linalg.norm(found - full, axis=-1),
                 zones.bounds.output_error,
+                sampled,
                 mass(seen & ~read),
                 zones.logsumexps[-1],
                 zones.bounds.log_mass_low,

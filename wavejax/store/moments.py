@@ -31,12 +31,13 @@ SPREAD_AXES = dict.fromkeys(Spread._fields, (*STACK, "clusters"))
 
 
 def check_staged(config: WaveConfig, staged: bool) -> None:
-    """Raise InputError: there are to be moments, or an audit, and KV rows are staged."""
-    if config.audit and staged:
-        raise InputError(
-            "`audit` is not 0 and rows in host memory are staged, which no step has all of: give "
-            "`audit=0`, or `store=device`"
-        )
+    """Raise InputError: there are moments, an audit or a tolerance, and KV rows are staged."""
+    for name in ("audit", "tolerance"):
+        if getattr(config, name) and staged:
+            raise InputError(
+                f"`{name}` is not 0 and rows in host memory are staged, which no step has all of: "
+                f"give `{name}=0`, or `store=device`"
+            )
     if config.moment_rank and staged:
         raise InputError(
             "`moment_rank` is not 0 and rows in host memory are staged, but the estimate needs all "

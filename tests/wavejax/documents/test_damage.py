@@ -205,6 +205,11 @@ def test_every_setting_is_compared_or_said_to_be_free():
     kept = fingerprints(MODEL, make_params(), WaveAttention(CONFIG), weights="w")["settings"]
     free = {field.name for field in dataclasses.fields(WaveConfig)} - kept.keys()
     assert free == {
+        "tolerance",
+        "delta",
+        "tolerance_draws",
+        "tolerance_cap",
+        "exact_fallback",
         "candidate_fraction",
         "min_candidate_tokens",
         "retrieval_fraction",

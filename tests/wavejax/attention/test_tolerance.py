@@ -1,0 +1,128 @@
+"""A tolerance: errors within it as often as it says, more tokens where needed, exact past those."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.support.attention_harness import decode, model_of, prefill, random_stream
+from wavejax import DenseAttention, InputError, WaveAttention, WaveConfig
+from wavejax.engine.facts import facts_of
+from wavejax.store.shape import CacheShape
+from wavejax.store.tolerance import init_tolerance
+
+MODEL = model_of(kv_heads=2, group=2, head_dim=16)
+CONFIG = WaveConfig(
+    sink_tokens=2, local_tokens=8, growth_tokens=32, segment_tokens=256, cluster_size=8,
+    max_cluster_size=16, min_clusters=0, min_candidate_tokens=64, min_retrieved_tokens=16,
+    retrieval_fraction=0.0, cache_fraction=0.05, tolerance_draws=64, tolerance_cap=4,
+)  # fmt: skip
+LENGTHS, STEPS = [500, 300], 40
+
+
+@pytest.fixture(scope="module")
+def stream():
+    """Queries sharper than random ones, so that few tokens have most of the mass."""
+    rng = np.random.default_rng(0)
+    query, key, value = random_stream(MODEL, rng, max(LENGTHS) + STEPS, len(LENGTHS))
+    return 2.5 * query, key, value + 1
+
+
+def run(attention, stream, lengths=tuple(LENGTHS)):
+    stream = tuple(x[: len(lengths)] for x in stream)
+    # No prompt's state depends on the tolerance: one program reads it for all.
+    reader = attention
+    if isinstance(attention, WaveAttention):
+        plain = dataclasses.replace(CONFIG, moment_rank=attention.config.moment_rank)
+        reader = dataclasses.replace(attention, config=plain)
+    state = reader.init_state(CacheShape.of(MODEL), len(lengths), max(lengths), STEPS, jnp.float32)
+    _, state = prefill(reader, state, stream, list(lengths))
+    if reader is not attention:
+        log = init_tolerance(attention.config.tolerance)
+        state = dataclasses.replace(state, tolerance=log)
+    outputs, state = decode(attention, state, stream, jnp.asarray(lengths, jnp.int32), STEPS)
+    return np.asarray(outputs, np.float64), state
+
+
+@pytest.fixture(scope="module")
+def full(stream):
+    return run(DenseAttention(), stream)[0]
+
+
+def errors(found, full):
+    return np.linalg.norm(found - full, axis=-1) / np.linalg.norm(full, axis=-1)
+
+
+def with_tolerance(tolerance, store="device", **changes):
+    return WaveAttention(dataclasses.replace(CONFIG, tolerance=tolerance, **changes), store)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_errors_are_within_it(stream, full, rank):
+    """Of heads that say so all but delta are; that more tokens are retrieved brings more within."""
+    plain = errors(run(WaveAttention(CONFIG, "device"), stream)[0], full)
+    attention = with_tolerance(0.2, moment_rank=rank)
+    found, state = run(attention, stream)
+    error, facts = errors(found, full), facts_of(attention, state)
+    assert facts.more > 0.1
+    assert facts.within > 0.3
+    assert facts.computed == 0
+    # Past it are only heads that say so, and delta of the others.
+    assert np.mean(error > 0.2) <= (1 - facts.within) + CONFIG.delta
+    assert np.mean(error > 0.2) < np.mean(plain > 0.2) / 2
+
+
+def test_past_the_cap_heads_are_computed(stream, full):
+    attention = with_tolerance(1e-6, exact_fallback=True)
+    found, state = run(attention, stream)
+    assert errors(found, full).max() < 1e-5
+    facts = facts_of(attention, state)
+    assert facts.within == 1
+    assert facts.computed > 0.9
+    # At first 16 tokens, then twice as many, then twice as many again: the cap is four times.
+    kv_heads = STEPS * len(LENGTHS) * MODEL.num_kv_heads
+    misses = np.asarray(state.cache.table.misses, np.int64).sum()
+    assert misses == (16 + 32 + 64) * kv_heads
+
+
+def test_a_wide_one_changes_nothing(stream):
+    plain, _ = run(WaveAttention(CONFIG, "device"), stream)
+    attention = with_tolerance(1.0, tolerance_cap=1)
+    found, state = run(attention, stream)
+    np.testing.assert_array_equal(found, plain)
+    log = state.tolerance
+    assert int(log.heads) == STEPS * len(LENGTHS) * MODEL.num_heads
+    assert int(log.computed) == int(log.after_more) == 0
+
+
+def test_a_batch_changes_nothing(stream):
+    """Each sequence has the draws, the budget and the output that it has alone."""
+    attention = with_tolerance(0.2)
+    both, _ = run(attention, stream)
+    alone, _ = run(attention, stream, LENGTHS[:1])
+    np.testing.assert_allclose(both[:, 0], alone[:, 0], atol=1e-6)
+
+
+def test_rows_in_host_memory_give_the_same(stream):
+    device, _ = run(with_tolerance(0.2), stream)
+    host, state = run(with_tolerance(0.2, "host"), stream)
+    np.testing.assert_allclose(host, device, atol=1e-6)
+    assert int(np.asarray(state.cache.table.hits).sum()) > 0
+
+
+def test_without_one_there_is_no_log():
+    attention = WaveAttention(CONFIG, "device")
+    state = attention.init_state(CacheShape.of(MODEL), 1, 10, 10, jnp.float32)
+    assert state.tolerance is None
+    assert facts_of(attention, state).within is None
+
+
+def test_what_it_does_not_go_with_is_refused():
+    with pytest.raises(InputError, match="`tolerance` is not 0 and rows in host memory are staged"):
+        WaveAttention(WaveConfig(tolerance=0.1), "host", "staged")
+    with pytest.raises(InputError, match="wants all tokens estimated"):
+        WaveConfig(tolerance=0.1, estimation_fraction=0.5)
+    for name, value in (("delta", 0.0), ("tolerance_draws", 1), ("tolerance_cap", 0)):
+        with pytest.raises(InputError, match=f"`{name}`"):
+            WaveConfig(**{name: value})

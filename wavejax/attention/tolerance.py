@@ -1,0 +1,207 @@
+"""A tolerance: heads whose error may be past it retrieve more, then may be computed exactly.
+
+After a layer's output, `sampled_bound` bounds each query head's relative error. The kv heads of
+which one is not within the tolerance retrieve twice as many tokens, and again, up to a cap; they
+alone are attended to anew. What is still not within is counted, or computed exactly. All of it is
+one program of fixed shapes: a loop that mostly goes round not once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+import pallas_kernels as ops
+from models.errors import InputError
+from pallas_kernels.attend_zones.reference import attend_clusters
+from wavejax.attention import retrieval
+from wavejax.attention.audit import exact_output
+from wavejax.attention.protocol import scale_of
+from wavejax.attention.sampled_bound import sampled_bound
+from wavejax.config import WaveConfig
+from wavejax.store.room import window_tokens
+from wavejax.store.rows import RowCache
+from wavejax.store.state import Selection, WaveState
+from wavejax.store.tolerance import count
+
+Attend = Callable[[Selection, WaveState], tuple[ops.ZoneStates, WaveState]]
+Output = Float[Array, "batch kv_heads group head_dim"]
+
+
+def merge_zones(
+    config: WaveConfig,
+    layer: Int[Array, ""],
+    selection: Selection,
+    zones: ops.ZoneStates,
+    state: WaveState,
+    attend: Attend,
+) -> tuple[Output, WaveState]:
+    """Merge what a layer attended to; with a tolerance, see `keep_within`, whose arguments it has.
+
+    Returns:
+        the output in the query's dtype, and the state.
+    """
+    if config.tolerance:
+        output, state = keep_within(config, layer, selection, zones, state, attend)
+        return output.astype(selection.query.dtype), state
+    dtype = selection.query.dtype
+    return ops.merge_states(zones.outputs, zones.logsumexps, dtype=dtype)[0], state
+
+
+def keep_within(
+    config: WaveConfig,
+    layer: Int[Array, ""],
+    selection: Selection,
+    zones: ops.ZoneStates,
+    state: WaveState,
+    attend: Attend,
+) -> tuple[Output, WaveState]:
+    """Bring a layer's heads within the tolerance, as far as the cap allows.
+
+    Args:
+        config: the settings, with a tolerance.
+        layer: int32, which layer.
+        selection: what the step attended to.
+        zones: what came of it.
+        state: after it.
+        attend: step 7 of `WaveAttention.decode`, in this layer.
+
+    Returns:
+        the output, float32, and the state; its row cache and its log may have changed.
+    """
+    log = state.tolerance
+    if log is None:
+        raise InputError("`tolerance` is set, but the state was made without: make it anew")
+    output, bound = bound_error(config, layer, selection, zones, state, jnp.int32(0))
+    at_once = bound <= config.tolerance
+    tokens = state.index.token_ids.shape[-1]
+    first = config.most_retrieved(tokens)
+    cap = min(first * config.tolerance_cap, tokens)
+    if cap > first:
+        wide = _with_most(config, cap)
+
+        def fails(carry: tuple[Array, Array, Array, Array, RowCache]) -> Array:
+            return jnp.any(_next(config, carry[0], carry[2], cap) > 0)
+
+        def retrieve_more(
+            carry: tuple[Array, Array, Array, Array, RowCache],
+        ) -> tuple[Array, Array, Array, Array, RowCache]:
+            budget, output, bound, turn, cache = carry
+            more = _next(config, budget, bound, cap)
+            given = dataclasses.replace(state, cache=cache)
+            chosen, given = _select(wide, layer, selection.query, more, given)
+            found, given = attend(chosen, given)
+            new = bound_error(config, layer, chosen, found, given, turn)
+            again = (more > 0)[..., None]
+            output = jnp.where(again[..., None], new[0], output)
+            bound = jnp.where(again, new[1], bound)
+            return jnp.maximum(budget, more), output, bound, turn + 1, given.cache
+
+        budget = jnp.full(output.shape[:2], first, jnp.int32)
+        carry = budget, output, bound, jnp.int32(1), state.cache
+        _, output, bound, _, cache = lax.while_loop(fails, retrieve_more, carry)
+        state = dataclasses.replace(state, cache=cache)
+    within = bound <= config.tolerance
+    if config.exact_fallback:
+        output = _compute(config, layer, selection.query, output, ~within, state)
+    log = count(log, at_once, within, config.exact_fallback)
+    return output, dataclasses.replace(state, tolerance=log)
+
+
+def bound_error(
+    config: WaveConfig,
+    layer: Int[Array, ""],
+    selection: Selection,
+    zones: ops.ZoneStates,
+    state: WaveState,
+    turn: Array,
+) -> tuple[Output, Float[Array, "batch kv_heads group"]]:
+    """Merge the zones, and bound the output's relative error by `sampled_bound`.
+
+    Args:
+        config: the settings: `tolerance_draws` and `delta`.
+        layer: int32, which layer.
+        selection: what the step attended to.
+        zones: what came of it.
+        state: after it.
+        turn: int32; each has draws of its own.
+
+    Returns:
+        the output and the bound of each query head, float32.
+    """
+    merged = ops.merge_states(zones.outputs, zones.logsumexps)
+    known = jnp.zeros_like(merged[0])
+    if state.index.moments is not None:
+        # By means alone the sum would be another; with moments the last part is the estimate.
+        exact = ops.merge_states(zones.outputs[:-1], zones.logsumexps[:-1])
+        by_means = attend_clusters(retrieval.estimate_of(selection, state.index), layer)
+        for output, logsumexp in (exact, by_means):
+            known += jnp.exp(logsumexp - merged[1])[..., None] * (output - merged[0])
+    found = sampled_bound(
+        config, layer, selection, known, merged, state, turn, scale=scale_of(selection.query)
+    )
+    return merged[0], found.bound
+
+
+def _next(config: WaveConfig, budget: Array, bound: Array, cap: int) -> Array:
+    """Say how many tokens each kv head is to retrieve now; 0 for one that is to stay as it is.
+
+    A NaN is not within the tolerance, and no number of tokens mends it.
+    """
+    past = jnp.any(bound > config.tolerance, axis=-1) & (budget < cap)
+    return jnp.where(past, jnp.minimum(2 * budget, cap), 0)
+
+
+def _with_most(config: WaveConfig, cap: int) -> WaveConfig:
+    """Return settings that retrieve up to the cap, of twice as many candidates."""
+    return dataclasses.replace(
+        config,
+        min_retrieved_tokens=cap,
+        min_candidate_tokens=max(config.min_candidate_tokens, 2 * cap),
+        min_token_mass=0.0,
+    )
+
+
+def _select(
+    config: WaveConfig,
+    layer: Int[Array, ""],
+    query: Float[Array, "batch kv_heads group head_dim"],
+    budget: Int[Array, "batch kv_heads"],
+    state: WaveState,
+) -> tuple[Selection, WaveState]:
+    """Select as steps 2 to 6 of `WaveAttention.decode` do, by a budget of each kv head."""
+    index, scale = state.index, scale_of(query)
+    scores = retrieval.score_clusters(query, index, layer, scale=scale)
+    chosen = retrieval.select_clusters(config, scores, index, layer)
+    masses = retrieval.score_tokens(config, query, scores, chosen, index, layer, scale=scale)
+    table, step = state.cache.table, state.step
+    retrieved = retrieval.select_tokens(
+        config, masses, chosen, index, table, layer, step, budget=budget
+    )
+    selection = retrieval.selection_of(config, query, scores, retrieved, index, layer)
+    cache = RowCache(state.cache.rows, retrieved.table)
+    return selection, dataclasses.replace(state, cache=cache)
+
+
+def _compute(
+    config: WaveConfig,
+    layer: Int[Array, ""],
+    query: Float[Array, "batch kv_heads group head_dim"],
+    output: Array,
+    which: Array,
+    state: WaveState,
+) -> Array:
+    """Compute some query heads exactly, one after another; as many as there are."""
+    kv_heads, group = query.shape[1:3]
+    window, scale = window_tokens(config, state), scale_of(query)
+    order = jnp.argsort(~which.ravel())
+
+    def compute(i: Array, output: Array) -> Array:
+        head = order[i]
+        b, h, g = head // (kv_heads * group), head // group % kv_heads, head % group
+        exact = exact_output(layer, b, h, query[b, h, g], state, window, scale=scale)
+        return output.at[b, h, g].set(exact)
+
+    return lax.fori_loop(0, jnp.sum(which, dtype=jnp.int32), compute, output)
