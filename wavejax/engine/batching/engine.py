@@ -253,8 +253,8 @@ class BatchEngine:
                 waiting=len(scheduler.line),
                 reading=len(scheduler.readings),
                 running=len(scheduler.running),
-                slots=sum(batch.room.slots for batch in scheduler.batches if batch.state),
                 longest_stall_seconds=scheduler.longest_stall,
+                **scheduler.held,
                 **scheduler.counts,
             )
 

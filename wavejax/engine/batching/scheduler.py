@@ -73,6 +73,18 @@ class Scheduler:
         """Whether anyone waits, is read or runs."""
         return bool(len(self.line) or self.readings or self.running)
 
+    @property
+    def held(self) -> dict[str, int]:
+        """Slots that have memory, their tokens, and those in use; see `Stats`."""
+        rooms = [batch.room for batch in self.batches if batch.state]
+        reading = sum(one.answer.prompt_tokens for one in self.readings.values())
+        running = sum(answer.prompt_tokens + answer.tokens for answer in self.running)
+        return {
+            "slots": sum(room.slots for room in rooms),
+            "token_room": sum(room.slots * room.tokens for room in rooms),
+            "held_tokens": reading + running,
+        }
+
     def turn(self) -> None:
         """Do one turn; see the class."""
         self._sweep()
