@@ -47,6 +47,7 @@ async def _ask(context: Context, body: ChatBody, request: Request) -> Answering:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         form=body.response_format,
         template_args=body.chat_template_kwargs,
+        document=body.document,
     )
     return context.ask(requests, request)
 

@@ -8,14 +8,16 @@ from fastapi import Request as HttpRequest
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
-from wavejax.engine.batching import Request
+from wavejax.engine.batching import Kept, Request
+from wavejax.engine.prompt_text import EncodedPrompt
 from wavejax.server import sse
 from wavejax.server.answering import Answering
+from wavejax.server.documents import encode_about, open_document
 from wavejax.server.errors import ApiError
 from wavejax.server.grammar import Grammars
 from wavejax.server.metrics import Metrics
 from wavejax.server.schemas import Format, Sampling
-from wavejax.server.service import Service
+from wavejax.server.service import Service, known_roles
 from wavejax.server.token_text import TokenText
 
 
@@ -45,6 +47,7 @@ class Context:
         logprobs: int | None = None,
         form: Format | None = None,
         template_args: Mapping[str, Any] | None = None,
+        document: str | None = None,
     ) -> list[Request]:
         """Make what the engine is asked for to answer a conversation.
 
@@ -56,15 +59,24 @@ class Context:
             logprobs: how many of the most probable tokens to tell of.
             form: of the answer; None: any text.
             template_args: variables of the chat template.
+            document: the name of a kept one, which the conversation is about.
 
         Raises:
             ApiError, InputError: the body asks for what cannot be done.
         """
-        encode = self.service.encode_messages
-        prompt = await run_in_threadpool(encode, messages, template_args)
+        service = self.service
+
+        def encode() -> tuple[EncodedPrompt, Kept | None]:
+            if document is None:
+                prompt = service.encode_messages(messages, template_args)
+                return prompt, service.kept(prompt, new_tokens)
+            kept, given = open_document(service.shelf, document), known_roles(messages)
+            return encode_about(service.tokenizer, kept, given, template_args or {}), kept
+
+        prompt, kept = await run_in_threadpool(encode)
         whose, param = fields
-        most = self.service.new_tokens(len(prompt.ids), new_tokens, param, whose)
-        requests = self.service.requests(body, prompt, most, logprobs)
+        most = service.new_tokens(prompt, new_tokens, param, whose, kept)
+        requests = service.requests(body, prompt, most, logprobs, kept)
         if form is None or form.type == "text":
             return requests
         if body.ignore_eos:

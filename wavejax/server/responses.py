@@ -29,6 +29,7 @@ def response_router(context: Context) -> APIRouter:
             fields=("input", "max_output_tokens"),
             new_tokens=body.max_output_tokens,
             form=body.text.format if body.text else None,
+            document=body.document,
         )
         answering = context.ask(requests, request)
         response = _Response(context, body, answering)

@@ -24,6 +24,7 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
 
 TokenIds = list[pydantic.NonNegativeInt]
 Positive = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
+DocumentName = Annotated[str, pydantic.Field(min_length=1, max_length=255)]
 Number = Annotated[float, pydantic.Field(strict=True)]
 Whole = Annotated[int, pydantic.Field(strict=True)]
 Flag = Annotated[bool, pydantic.Field(strict=True)]
@@ -95,6 +96,7 @@ class Sampling(Body):
     Attributes:
         top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos: as vLLM has them.
         seed: None draws one.
+        document: wavejax's own: a kept document, which the prompt begins with.
     """
 
     temperature: Number | None = None
@@ -112,6 +114,7 @@ class Sampling(Body):
     ignore_eos: Flag = False
     stream: Flag = False
     stream_options: StreamOptions | None = None
+    document: DocumentName | None = None
     logit_bias: dict[str, float] | None = None
 
     def refuse_others(self) -> None:
@@ -201,6 +204,7 @@ class ResponseBody(Body):
         input: a text, or messages.
         instructions: a system message before them.
         max_output_tokens: most tokens of the answer.
+        document: as of `Sampling`.
     """
 
     input: str | list[dict[str, Any]]
@@ -210,4 +214,5 @@ class ResponseBody(Body):
     top_p: Number | None = None
     text: TextOptions | None = None
     stream: Flag = False
+    document: DocumentName | None = None
     metadata: dict[str, str] | None = None
