@@ -137,6 +137,48 @@ class Format(pydantic.BaseModel):
     json_schema: dict[str, Any] | None = None
 
 
+class Function(pydantic.BaseModel):
+    """A function that the model may call.
+
+    Attributes:
+        parameters: the JSON schema of its arguments; None: it has none.
+        strict: without effect where a call may come; where one must, it follows the schema anyway.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(pydantic.BaseModel):
+    """One of `tools`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(pydantic.BaseModel):
+    """The function of a `tool_choice` that names one."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: str
+
+
+class NamedChoice(pydantic.BaseModel):
+    """A `tool_choice` that names a function."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatBody(Sampling):
     """Of `/v1/chat/completions`.
 
@@ -144,9 +186,13 @@ class ChatBody(Sampling):
         messages: `{"role": ..., "content": text or text parts}`, oldest first.
         max_tokens: the older name of `max_completion_tokens`.
         chat_template_kwargs: as vLLM has it: variables of the chat template.
+        tools: functions that the model may call.
+        tool_choice: whether a call may come, "auto"; must, "required"; which; or none.
     """
 
     messages: list[dict[str, Any]]
+    tools: Annotated[list[Tool], pydantic.Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: Flag | None = None

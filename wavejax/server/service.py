@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from models.errors import InputError
 from models.text.tokenizer import Tokenizer
 from wavejax.documents.shelf import Shelf
@@ -15,6 +17,9 @@ from wavejax.engine.prompt_text import EncodedPrompt, encode_prompt
 from wavejax.engine.sampling import Sampler
 from wavejax.server.errors import ApiError
 from wavejax.server.schemas import Body, Sampling
+from wavejax.server.thoughts import BEGIN, has_thoughts
+
+_LAST_TOKENS = 32  # Of a prompt: enough to see whether it ends with a mark.
 
 
 @runtime_checkable
@@ -94,19 +99,35 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def encode_messages(
-        self, messages: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_args: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> EncodedPrompt:
         """Encode a conversation; long ones take time, so not in the event loop.
+
+        Args:
+            messages: oldest first.
+            template_args: variables of the chat template.
+            tools: functions that the model may call.
 
         Raises:
             InputError: the model cannot answer these.
         """
         given = known_roles(messages)
-        return encode_prompt(self.tokenizer, given, template_args=template_args or {})
+        return encode_prompt(self.tokenizer, given, template_args=template_args or {}, tools=tools)
 
     def encode_text(self, text: str, add_special: bool = True) -> EncodedPrompt:
         """Encode a text that is to be continued."""
         return EncodedPrompt(self.tokenizer.encode(text, add_special=add_special), True)
+
+    def thoughts_begun(self, prompt: Sequence[int] | np.ndarray) -> bool | None:
+        """Whether a prompt ends where thoughts have begun; None for a model that does not think."""
+        if not has_thoughts(self.tokenizer.chat_template):
+            return None
+        last = [int(token) for token in prompt[-_LAST_TOKENS:]]
+        text = self.tokenizer.backend.decode(last, skip_special_tokens=False)
+        return text.rstrip().endswith(BEGIN)
 
     def kept(self, prompt: EncodedPrompt, asked: int | None) -> Kept | None:
         """Find a document that a prompt begins with, if an answer of so many tokens fits then."""

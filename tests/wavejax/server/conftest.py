@@ -16,6 +16,7 @@ import httpx
 import openai
 
 import wavejax
+from models.text.tokenizer import Tokenizer
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import CONTEXT, TEMPLATE, TINY, write_tokenizer
 from wavejax import LanguageModel
@@ -79,10 +80,11 @@ def start(tiny_model: LanguageModel, tiny_engine: BatchEngine) -> Iterator[Calla
         limits: Limits | None = None,
         engine: Any = None,
         shelf: Shelf | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Running:
         service = Service(
             name=NAME,
-            tokenizer=tiny_model.tokenizer,
+            tokenizer=tokenizer or tiny_model.tokenizer,
             engine=engine or tiny_engine,
             context=CONTEXT,
             vocab=tiny_model.config.vocab_size,
