@@ -113,18 +113,21 @@ def apply_chat(
     eos_token: str | None = None,
     add_generation_prompt: bool = True,
     template_args: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Return the text of a conversation, special tokens written out.
 
     messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
     add_generation_prompt: end with what opens the model's answer.
     template_args: more variables for the template, such as `{"enable_thinking": False}`.
-    Raises InputError if the template is broken or refuses the messages, or if a variable of
-    `template_args` is one that is set here, or one that the template does not read.
+    tools: functions that the model may call, as OpenAI's API describes them.
+    Raises InputError if the template is broken, refuses the messages, or knows no tools and there
+    are some; or if a variable of `template_args` is one that is set here, or one that the template
+    does not read.
     """
     variables = {
         "messages": list(messages),
-        "tools": None,
+        "tools": list(tools) if tools else None,
         "documents": None,
         "bos_token": bos_token or "",
         "eos_token": eos_token or "",
@@ -134,6 +137,8 @@ def apply_chat(
         compiled, read = _compiled(template)
     except _TEMPLATE_ERRORS as error:
         raise _failed(error) from error
+    if tools and "tools" not in read:
+        raise InputError("the model's chat template knows no tools: leave `tools` out")
     _check_arguments(template_args or {}, variables, read)
     try:
         return compiled.render(variables | dict(template_args or {}))

@@ -64,6 +64,39 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
     return read
 
 
+def refuse_spelt(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], control: ControlTokens
+) -> None:
+    """Raise InputError where tools, or calls of them, spell control tokens.
+
+    They are written within JSON, where stand-ins would not do.
+    """
+    given = [("the tools", text, False) for text in _texts(list(tools))]
+    for message in messages:
+        if isinstance(message, Mapping):
+            more = [
+                x for name, x in message.items() if name != "content" and not isinstance(x, str)
+            ]
+            given += [("a message's tool calls", text, True) for text in _texts(more)]
+    for where, text, answer in given:
+        if control.starts(text, answer=answer):
+            raise InputError(f"{where} spell a control token of the model: leave it out")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """List the texts in a plain value, names of fields too."""
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            for name, part in value.items():
+                yield from _texts(name)
+                yield from _texts(part)
+        case list() | tuple():
+            for part in value:
+                yield from _texts(part)
+
+
 def render_conversation(
     render: Callable[[Messages], str],
     messages: Sequence[Mapping[str, Any]],

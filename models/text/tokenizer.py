@@ -14,7 +14,7 @@ from models.errors import InputError
 from models.text.added_tokens import token_text
 from models.text.chat import apply_chat
 from models.text.control_tokens import END_TOKENS, ControlTokens
-from models.text.conversation import render_conversation
+from models.text.conversation import refuse_spelt, render_conversation
 from models.text.gguf_tokenizer import read_gguf_tokenizer
 from models.text.text_stream import TextStream
 from models.text.tokenizer_folder import read_folder_tokenizer
@@ -75,6 +75,7 @@ class Tokenizer:
         *,
         template_args: Mapping[str, object] | None = None,
         control_tokens: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, up to where the model's answer starts.
 
@@ -83,10 +84,14 @@ class Tokenizer:
         template_args: more variables for the template, such as `{"enable_thinking": False}`.
         control_tokens: control tokens that the messages spell out count as such; else they are text
             like any other.
-        Raises InputError if the model has no chat template, or the template refuses the messages or
-        the variables, or leaves out a message.
+        tools: functions that the model may call, as OpenAI's API describes them.
+        Raises InputError if the model has no chat template, or the template refuses the messages,
+        the variables or the tools, or leaves out a message; or if tools or calls of them spell
+        control tokens that are not to count.
         """
-        rendered = self._render(messages, template_args)
+        if not control_tokens:
+            refuse_spelt(messages, tools or (), self.control_tokens)
+        rendered = self._render(messages, template_args, tools)
         if control_tokens:
             return self.encode_chat_text(rendered.plain)
         encode = self.control_tokens.encode_marked
@@ -150,7 +155,10 @@ class Tokenizer:
         return [bos_id, *ids] if wanted and bos_id is not None else ids
 
     def _render(
-        self, messages: Sequence[Mapping[str, object]], args: Mapping[str, object] | None
+        self,
+        messages: Sequence[Mapping[str, object]],
+        args: Mapping[str, object] | None,
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> Any:
         if self.chat_template is None:
             raise InputError(
@@ -162,6 +170,7 @@ class Tokenizer:
             bos_token=self.bos_token,
             eos_token=self.eos_token,
             template_args=args,
+            tools=tools,
         )
         return render_conversation(render, messages, self.control_tokens, self.chat_template)
 

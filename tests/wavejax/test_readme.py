@@ -35,6 +35,7 @@ LAST_LINES = {
     ("python.md", "Generator("): r"Facts\(retrieved_share=.*",
     ("documents.md", "read_document("): r"kept 85 of \d+ tokens",
     ("documents.md", "save_document("): r"36 of 43 tokens were reused",
+    ("documents.md", "kept=document"): r"36 of 43 tokens were reused",
     ("documents.md", "DocumentCache("): r"36 tokens reused",
     ("python.md", "CacheShape("): r"\(1, 1, 4, 64\) \[2001\]",
     ("kernels.md", "ops.score_clusters"): r"\(1, 8, 4, 512\) \(1, 8, 4\)",

@@ -21,12 +21,14 @@ from wavejax.cli.progress import progress_bar
 from wavejax.cli.serve_options import serve_options
 from wavejax.cli.streams import say
 from wavejax.config import WaveConfig
+from wavejax.documents.shelf import Shelf, check_shelf
 from wavejax.engine.model_sampling import FILE as GENERATION_CONFIG
 from wavejax.engine.model_sampling import model_sampling
 from wavejax.engine.sampling import Sampler
 from wavejax.loading import check_placement, open_model
 from wavejax.planning.plan import FetchChoice, StoreChoice
 
+QUESTION_TOKENS = 1024  # Room for a question besides its answer, where there are documents.
 KEY_VARIABLE = "WAVEJAX_API_KEY"
 # What the extra `serve` installs, and what that in turn needs.
 _EXTRA = ("fastapi", "starlette", "pydantic", "uvicorn", "sse_starlette", "prometheus_client")
@@ -52,6 +54,7 @@ def command(
     queue_limit: int,
     request_seconds: float,
     max_stall_ms: float,
+    documents: str | None,
     warmup: bool,
     dtype: str,
     store: StoreChoice,
@@ -70,6 +73,11 @@ def command(
     check_variable()
     server = server_packages()
     key = api_key()
+    # Questions to a kept document go where answers go.
+    questions = 0
+    if documents is not None:
+        check_shelf(Path(documents))
+        questions = QUESTION_TOKENS
     opened = open_model(
         model,
         dtype=dtype,
@@ -84,7 +92,7 @@ def command(
     name = name or checkpoint.path.resolve().name
     context = max_context or checkpoint.config.max_context
     with server.running.listening_socket(host, port) as bound:
-        opened.set_memory_limits([context] * slots, max_new_tokens)
+        opened.set_memory_limits([context] * slots, max_new_tokens + questions)
         check_platform()
         keep_compiled_programs()
         with progress_bar("loading the model", sys.stderr.isatty()) as report:
@@ -93,13 +101,21 @@ def command(
             loaded,
             slots=slots,
             max_context=max_context,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens + questions,
             queue_limit=queue_limit,
             max_stall_ms=max_stall_ms,
         )
         if warmup:
             with progress_bar("compiling", sys.stderr.isatty()) as report:
                 engine.warmup(samplers=(Sampler(), sampler), progress=report)
+        shelf = None
+        if documents is not None:
+            shelf = Shelf(
+                documents,
+                generator=engine.generator,
+                params=loaded.params,
+                tokenizer=loaded.tokenizer,
+            )
         limits = server.service.Limits(
             request_bytes=max_request_mib * 2**20,
             request_seconds=request_seconds,
@@ -114,6 +130,7 @@ def command(
             stop_tokens=loaded.stop_tokens,
             sampler=sampler,
             limits=limits,
+            shelf=shelf,
         )
         where = url_of(bound)
 

@@ -115,6 +115,13 @@ _OPTIONS = [
     ),
     option(
         REQUESTS,
+        "--documents",
+        metavar="DIR",
+        help="A folder of kept documents (`wavejax.generate --save-document DIR/NAME`): requests "
+        "name one by the field `document`, and those that begin with one reuse it.",
+    ),
+    option(
+        REQUESTS,
         "--warmup/--no-warmup",
         default=False,
         show_default=True,

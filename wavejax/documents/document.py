@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from models.errors import InputError
 from models.parameters import Params
@@ -16,11 +16,12 @@ from wavejax.attention.wave import WaveAttention
 from wavejax.documents import arrays
 from wavejax.documents.files import Folder, read_folder, refuse_other, write_folder
 from wavejax.documents.fingerprints import check_fingerprints, fingerprints, settings_of
-from wavejax.documents.prefix import common_prefix
-from wavejax.documents.restore import check_arrays, grown_tokens, restore
+from wavejax.documents.prefix import reusable
+from wavejax.documents.restore import Restoring, check_arrays, grown_tokens
 from wavejax.engine import appending, slots
 from wavejax.engine.checks import MOST_INT32, as_prompts, whole_number
 from wavejax.engine.generator import Generator
+from wavejax.engine.interface import Engine
 from wavejax.engine.modes import own_modes
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.state import DecodeState, commit
@@ -145,14 +146,45 @@ class Document:
         return self.folder.nbytes
 
     def reused(self, prompt: Sequence[int] | np.ndarray) -> int:
-        """Count the tokens of a prompt that need not be read: those that it begins with alike.
+        """Count the tokens of a prompt that need not be read; see `reusable`."""
+        return reusable(self.token_ids, np.asarray(prompt))
 
-        The last token of a prompt is read anew where the document goes on after it: what comes
-        next is not kept.
+    def room_of(self, prompt: Sequence[int] | np.ndarray) -> tuple[int, int]:
+        """Count the room that a prompt needs: a prompt's, and, besides its answer, an answer's.
+
+        What comes with the document goes where prompts go, the rest where answers go.
         """
-        tokens = np.asarray(prompt)
-        alike = common_prefix(self.token_ids, tokens)
-        return alike - 1 if alike == len(tokens) < len(self.token_ids) else alike
+        count = self.reused(prompt)
+        if not count:
+            return len(prompt), 0
+        return count, len(prompt) - count + grown_tokens(self.folder)
+
+    def last_logits(self) -> Float[np.ndarray, " vocab"]:
+        """Return the logits of the token after the document's last one."""
+        return self.folder.arrays["logits"].read()
+
+    def restoring(
+        self, engine: Engine, attention_state: Any, slot: int, prompt: np.ndarray
+    ) -> Restoring:
+        """Begin to put what a prompt has of the document into a slot.
+
+        Args:
+            engine: of the model and the settings that the document was kept with.
+            attention_state: as the engine holds it.
+            slot: a free one.
+            prompt: token ids, of which `reused` counts one at least.
+
+        Raises:
+            InputError: as of `Restoring`; or model or settings differ.
+        """
+        now = self.fingerprints | settings_of(engine.model_config, engine.attention)
+        check_fingerprints(str(self.folder.path), self.folder.facts["fingerprints"], now)
+        count, attention = self.reused(prompt), engine.attention
+        check_arrays(self.folder, attention_state)
+        length = None if count == len(self.token_ids) else count
+        config = attention.config if isinstance(attention, WaveAttention) else None
+        rest = len(prompt) - count
+        return Restoring(self.folder, attention_state, slot, config, length, rest)
 
     def start(
         self,
@@ -185,12 +217,9 @@ class Document:
         vocab = generator.model_config.vocab_size
         given = [self.token_ids] if prompts is None else as_prompts(prompts, vocab)
         each = as_samplers(samplers, len(given), generator.sampler)
-        reused = [self.reused(one) for one in given]
-        # What the document has none of is read as a prompt, and else goes where answers go.
-        begun = max(count or len(one) for count, one in zip(reused, given, strict=True))
-        rests = [len(one) - count for count, one in zip(reused, given, strict=True) if count]
-        rest = max(rests, default=0)
-        room = new_tokens + rest + (grown_tokens(self.folder) if any(reused) else 0)
+        rooms = [self.room_of(one) for one in given]
+        begun = max(begun for begun, _ in rooms)
+        room = new_tokens + max(rest for _, rest in rooms)
         dtype = self.fingerprints["dtype"]
         state = generator.allocate(len(given), begun, room, dtype=dtype, samplers=each)
         for slot, prompt in enumerate(given):
@@ -250,18 +279,14 @@ class Document:
         count = self.reused(tokens)
         if count == 0:
             return generator.insert(params, state, at, tokens.tolist(), sampler=own, **row)  # type: ignore[arg-type]
-        now = self.fingerprints | settings_of(generator.model_config, generator.attention)
-        check_fingerprints(str(self.folder.path), self.folder.facts["fingerprints"], now)
-        length = None if count == len(self.token_ids) else count
-        attention = generator.attention
-        config = attention.config if isinstance(attention, WaveAttention) else None
         with own_modes():
             slots.check_insert(state, at, count, own)
-            check_arrays(self.folder, state.attention_state)
-            rest = len(tokens) - count
-            held = restore(self.folder, state.attention_state, at, config, length, rest)
-            logits = state.logits.at[at].set(self.folder.arrays["logits"].read())
+            work = self.restoring(generator.engine, state.attention_state, at, tokens)
+            held = state.attention_state
+            while work.steps:
+                held = work.step(held)
+            logits = state.logits.at[at].set(self.last_logits())
             state = slots.enter(state, held, commit(logits), at, tokens[:count], sampler=own, **row)
-            if not rest:
+            if count == len(tokens):
                 return state
             return appending.append(generator.engine, params, state, at, tokens[count:])  # type: ignore[arg-type]

@@ -132,12 +132,18 @@ def _sums(arrays: dict[str, Array]) -> dict[str, Array]:
 
 
 def _sum(array: Array) -> Array:
-    """Add the bits of all numbers up, each times an odd number of its place, modulo 2**32."""
+    """Add a mix of each number's bits and its place up, modulo 2**32.
+
+    MurmurHash3's finaliser mixes: without it a change of the upper bits of an even count of
+    numbers, as of all signs, would add up to nothing.
+    """
     bits = lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
     bits = bits.astype(jnp.uint32).reshape(-1)
     place = lax.iota(jnp.uint32, bits.shape[0])
-    odd = place * jnp.uint32(0x9E3779B1) << 1 | 1
-    return jnp.sum((bits + 1) * odd, dtype=jnp.uint32)
+    mixed = bits ^ place * jnp.uint32(0x9E3779B1)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ mixed >> 16, dtype=jnp.uint32)
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

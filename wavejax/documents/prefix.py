@@ -48,6 +48,16 @@ def common_prefix(kept: Int[np.ndarray, "_kept"], prompt: Int[np.ndarray, "_prom
     return int(different[0]) if different.size else shorter
 
 
+def reusable(kept: Int[np.ndarray, "_kept"], prompt: Int[np.ndarray, "_prompt"]) -> int:
+    """Count the tokens of a prompt that need not be read: those that it begins with alike.
+
+    The last token of a prompt is read anew where what is kept goes on after it: what comes next is
+    not kept.
+    """
+    alike = common_prefix(kept, prompt)
+    return alike - 1 if alike == len(prompt) < len(kept) else alike
+
+
 def cut_at(config: WaveConfig, length: int, indexed: int, prompt_tokens: int) -> Cut:
     """Say how a kept sequence is cut.
 

@@ -1,9 +1,10 @@
 """A kept sequence's arrays are put into a slot of an attention's state, all of them or a prefix."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,16 +19,19 @@ from wavejax.documents.arrays import Part
 from wavejax.documents.arriving_rows import ArrivingRows
 from wavejax.documents.files import Folder, StoredArray
 from wavejax.documents.prefix import (
+    Cut,
     cluster_cut_segment,
     cut_arrays,
     cut_at,
     rows_between,
 )
 from wavejax.engine.staged_state import StagedState
+from wavejax.store.index import WaveIndex
 from wavejax.store.state import WaveState
 
 _AHEAD = 2  # Layers whose files are read and checked while an earlier one is put in its place.
 _WINDOW = "steady/window"
+Rows = concurrent.futures.Future[np.ndarray]
 
 
 def grown_tokens(folder: Folder) -> int:
@@ -49,84 +53,144 @@ def check_arrays(folder: Folder, attention_state: Any) -> None:
             )
 
 
-def restore(
-    folder: Folder,
-    attention_state: Any,
-    slot: int,
-    config: WaveConfig | None,
-    length: int | None,
-    rest: int,
-) -> Any:
-    """Put a kept sequence into a slot; donates `attention_state`.
+class Restoring:
+    """Puts a kept sequence into a slot, step by step: its rows first, its lengths last.
+
+    Between two steps other slots may be decoded, if this one is parked (`batching.reading`): until
+    the last step it has no length, and what a decode step writes there is written over.
 
     Args:
         folder: the document's.
-        attention_state: as the engine holds it.
+        attention_state: as the engine holds it; only looked at.
         slot: whose place.
         config: wave attention's settings; None for full attention.
         length: tokens to take, from the first one; None for all.
         rest: tokens to come after them, for which there must be room.
 
     Raises:
-        InputError: an array is damaged, or the state has no room. Nothing is donated then, but
-            where rows are damaged.
+        InputError: an array is damaged, or the state has no room. Rows are read by the steps, which
+            raise what is found there.
     """
-    staged = isinstance(attention_state, StagedState)
-    state = attention_state.on_device if staged else attention_state
-    parts = {part.name: part for part in arrays.parts_of(attention_state)}
-    kept = {name: folder.arrays[name].read() for name, part in parts.items() if not part.by_layer}
-    cut = None
-    stores: list[np.ndarray] = []
-    if length is not None and config is not None:
-        counts = (int(kept[name]) for name in ("index/tokens", "index/prompt_tokens"))
-        cut, window = cut_at(config, length, *counts), kept[_WINDOW]
-        stores = _read_stores(folder, window.shape[0])
-        between = functools.partial(_rows_of, stores, window)
-        kept = cut_arrays(cut, kept, {name: _axes(part) for name, part in parts.items()})
-        end = cut.indexed + cut.window
-        kept[_WINDOW] = np.stack([between(i, cut.indexed, end) for i in range(len(stores))])
-    elif length is not None:
-        kept["tokens"] = np.asarray(length, np.int32)
-    _check_room(folder, parts, kept, length if cut is None else cut.indexed)
-    left = _room_left(state, config, kept)
-    if rest > left:
-        raise _no_room(f" and the {rest} tokens after it")
-    new = {name: arrays.put(parts[name], slot, array) for name, array in kept.items()}
-    for name, part in parts.items():
-        if not part.by_layer:
-            continue
-        layers = part.array.shape[0]
-        files = [folder.arrays[f"{name}/{layer}"] for layer in range(layers)]
-        if staged and cut is None:
-            rows = ArrivingRows(attention_state.rows)
-            rows.receive(slot, files)
-            attention_state = StagedState(state, rows)
-            continue
-        if cut is not None:
-            reads: list[Callable[[], np.ndarray]] = [
-                functools.partial(between, layer, 0, cut.indexed) for layer in range(layers)
-            ]
+
+    def __init__(
+        self,
+        folder: Folder,
+        attention_state: Any,
+        slot: int,
+        config: WaveConfig | None,
+        length: int | None,
+        rest: int,
+    ):
+        self._slot, self._config = slot, config
+        staged = isinstance(attention_state, StagedState)
+        state = attention_state.on_device if staged else attention_state
+        parts = {part.name: part for part in arrays.parts_of(attention_state)}
+        small = [name for name, part in parts.items() if not part.by_layer]
+        kept = {name: folder.arrays[name].read() for name in small}
+        self._cut: Cut | None = None
+        if length is not None and config is not None:
+            counts = (int(kept[name]) for name in ("index/tokens", "index/prompt_tokens"))
+            self._cut, window = cut_at(config, length, *counts), kept[_WINDOW]
+            stores = _read_stores(folder, window.shape[0])
+            self._between = functools.partial(_rows_of, stores, window)
+            kept = cut_arrays(self._cut, kept, {name: _axes(part) for name, part in parts.items()})
+            start, end = self._cut.indexed, self._cut.indexed + self._cut.window
+            kept[_WINDOW] = np.stack([self._between(i, start, end) for i in range(len(stores))])
+        elif length is not None:
+            kept["tokens"] = np.asarray(length, np.int32)
+        _check_room(folder, parts, kept, length if self._cut is None else self._cut.indexed)
+        if rest > _room_left(state, config, kept):
+            raise _no_room(f" and the {rest} tokens after it")
+        self._kept, self._work = kept, collections.deque[Callable[[Any], Any]]()
+        for name, part in parts.items():
+            if part.by_layer:
+                layers = range(part.array.shape[0])
+                files = [folder.arrays[f"{name}/{layer}"] for layer in layers]
+                self._plan_rows(name, files, length, staged)
+        self._work.append(self._put_small)
+
+    @property
+    def steps(self) -> int:
+        """Count the steps that are left: about as long each, but for the last one."""
+        return len(self._work)
+
+    def step(self, attention_state: Any) -> Any:
+        """Do one step; donates `attention_state`, as the engine holds it now.
+
+        Raises:
+            InputError: rows are damaged. Nothing is donated then.
+        """
+        return self._work.popleft()(attention_state)
+
+    def _plan_rows(
+        self, name: str, files: list[StoredArray], length: int | None, staged: bool
+    ) -> None:
+        """List the steps that put rows in their place."""
+        if staged and self._cut is None:
+            self._work.append(functools.partial(self._receive, files))
+            return
+        layers = range(len(files))
+        if self._cut is not None:
+            reads = [functools.partial(self._between, i, 0, self._cut.indexed) for i in layers]
         else:
             reads = [functools.partial(_first, file, length) for file in files]
-        if staged:
-            _fill(attention_state, slot, reads)
+        # The next layers' files are read and checked while one is put in its place.
+        pool = concurrent.futures.ThreadPoolExecutor(_AHEAD)
+        coming = [pool.submit(read) for read in reads]
+        pool.shutdown(wait=False)
+        for layer, rows in enumerate(coming):
+            put = self._fill if staged else functools.partial(self._put_layer, name)
+            self._work.append(functools.partial(put, layer, rows))
+
+    def _receive(self, files: list[StoredArray], attention_state: StagedState) -> StagedState:
+        """Have staged rows arrive in a thread of their own."""
+        rows = ArrivingRows(attention_state.rows)
+        rows.receive(self._slot, files)
+        return StagedState(attention_state.on_device, rows)
+
+    def _fill(self, layer: int, coming: Rows, attention_state: StagedState) -> StagedState:
+        held, rows = attention_state.rows, coming.result()
+        if isinstance(held, ArrivingRows):
+            held.settle(self._slot)
+        held.take_in()
+        held.rows[layer, self._slot, :, : rows.shape[1]] = rows
+        return attention_state
+
+    def _put_layer(self, name: str, layer: int, coming: Rows, state: Any) -> Any:
+        rows = coming.result()
+        part = next(part for part in arrays.parts_of(state) if part.name == name)
+        return _replaced(state, {name: arrays.put(part, self._slot, rows, layer)})
+
+    def _put_small(self, attention_state: Any) -> Any:
+        """Put all but the rows; then the slot holds the sequence."""
+        staged = isinstance(attention_state, StagedState)
+        state = attention_state.on_device if staged else attention_state
+        parts = {part.name: part for part in arrays.parts_of(attention_state)}
+        put = {name: arrays.put(parts[name], self._slot, x) for name, x in self._kept.items()}
+        state = _replaced(state, put)
+        if isinstance(state, WaveState):
+            state = arrays.begin(state, jnp.int32(self._slot))
+            state = dataclasses.replace(state, index=self._clustered(state.index))
         else:
-            new[name] = _put_layers(part, slot, reads)
-    paths, tree = jax.tree_util.tree_flatten_with_path(state)
-    leaves = [new.get("/".join(key.name for key in path), leaf) for path, leaf in paths]
-    state = jax.tree.unflatten(tree, leaves)
-    if isinstance(state, WaveState):
-        state = arrays.begin(state, jnp.int32(slot))
+            assert isinstance(state, DenseState)
+        return StagedState(state, attention_state.rows) if staged else state
+
+    def _clustered(self, index: WaveIndex) -> WaveIndex:
+        """Cluster the tokens of a segment that was cut, in all layers."""
+        cut, config = self._cut, self._config
         if cut is not None and cut.indexed > cut.kept:
             assert config is not None
-            index = state.index
-            for layer in range(len(stores)):
-                rows_of_cut = between(layer, cut.kept, cut.indexed)
-                index = cluster_cut_segment(config, index, slot, cut, layer, rows_of_cut)
-            state = dataclasses.replace(state, index=index)
-    else:
-        assert isinstance(state, DenseState)
-    return StagedState(state, attention_state.rows) if staged else state
+            for layer in range(index.token_ids.shape[0]):
+                rows = self._between(layer, cut.kept, cut.indexed)
+                index = cluster_cut_segment(config, index, self._slot, cut, layer, rows)
+        return index
+
+
+def _replaced(state: Any, new: Mapping[str, Any]) -> Any:
+    """Return a state with some of its arrays replaced, by name."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(state)
+    leaves = [new.get("/".join(key.name for key in path), leaf) for path, leaf in paths]
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _check_room(
@@ -184,22 +248,3 @@ def _rows_of(
 def _first(file: StoredArray, tokens: int | None) -> np.ndarray:
     """Read a layer's first rows."""
     return file.read()[:, :tokens]
-
-
-def _fill(attention_state: StagedState, slot: int, reads: list[Callable[[], np.ndarray]]) -> None:
-    held = attention_state.rows
-    if isinstance(held, ArrivingRows):
-        held.settle(slot)
-    held.take_in()
-    for layer, read in enumerate(reads):
-        rows = read()
-        held.rows[layer, slot, :, : rows.shape[1]] = rows
-
-
-def _put_layers(part: Part, slot: int, reads: list[Callable[[], np.ndarray]]) -> Any:
-    """Put the rows of all layers into a slot; the next layers' files are checked meanwhile."""
-    with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
-        coming = [pool.submit(read) for read in reads]
-        for layer, rows in enumerate(coming):
-            part = part._replace(array=arrays.put(part, slot, rows.result(), layer))
-    return part.array

@@ -11,6 +11,7 @@ import numpy as np
 
 from models.errors import InputError
 from models.parameters import Params
+from models.text.conversation import read_messages
 from models.text.tokenizer import Tokenizer
 from wavejax.documents.document import Document, load_document, save_document
 from wavejax.documents.files import Folder, read_folder, refuse_other
@@ -19,7 +20,7 @@ from wavejax.documents.prefix import common_prefix
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.engine.model_sampling import check_samples
-from wavejax.engine.prompt_text import EncodedPrompt, check_lengths, encode_prompt
+from wavejax.engine.prompt_text import EncodedPrompt, Message, check_lengths, encode_prompt
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.state import DecodeState
 from wavejax.engine.text import TextRun, TextStream
@@ -53,6 +54,37 @@ class DocumentText:
         if not question.strip():
             raise InputError("the question is empty: give a text")
         return self._encode(tokenizer, question)
+
+    def conversation(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        template_args: Mapping[str, object] | None = None,
+    ) -> EncodedPrompt:
+        """Token ids of a conversation about the document, which its first message follows.
+
+        Args:
+            tokenizer: the model's.
+            messages: the first one a user's; with one message this is `prompt`.
+            template_args: variables of the chat template, besides the document's own.
+
+        Raises:
+            InputError: the first message is no text of a user's, or as of `encode_prompt`.
+        """
+        first, *rest = read_messages(messages)
+        question = first["content"]
+        if first["role"] != "user" or not (question or "").strip():
+            raise InputError(
+                "the conversation about a document begins with no question: give a user's message "
+                "first"
+            )
+        return encode_prompt(
+            tokenizer,
+            [{**first, "content": f"{self.text}{_BETWEEN}{question}"}, *rest],
+            system=self.system,
+            template_args={**(self.template_args or {}), **(template_args or {})},
+            control_tokens=self.control_tokens,
+        )
 
     def prefix(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids that the document's prompts begin with, whatever the question."""

@@ -39,15 +39,10 @@ def append(
     attention_state, logits = state.attention_state, state.logits
     rest = tokens
     while rest.size:
-        arrays = engine.arrays_of(attention_state)
-        free = int(appended.free_tokens(engine.attention, arrays)[slot])
-        if free == 0:
-            attention_state = _grow(engine, attention_state)
-            continue
-        piece, rest = np.split(rest, [min(free, PIECE)])
-        attention_state, logits = _append_piece(
-            engine, params, attention_state, logits, slot, piece
+        attention_state, logits, count = append_some(
+            engine, params, attention_state, logits, slot, rest
         )
+        rest = rest[count:]
     counts = state.counts
     if counts is not None:
         seen = counts.in_prompt.at[slot, jnp.asarray(tokens)].set(True)
@@ -60,6 +55,38 @@ def append(
         finished=commit(state.finished.at[slot].set(False)),
         nonfinite=commit(state.nonfinite.at[slot].set(False)),
     )
+
+
+def append_some(
+    engine: Engine,
+    params: Params,
+    attention_state: Any,
+    logits: Array,
+    slot: int,
+    tokens: Int[np.ndarray, "_tokens"],
+) -> tuple[Any, Array, int]:
+    """Read the first of some tokens into a slot's sequence, as many as one piece takes.
+
+    Args:
+        engine: what reads.
+        params: the model's parameters.
+        attention_state: as the engine holds it; donated.
+        logits: `[batch, vocab]` float32; donated.
+        slot: whose sequence.
+        tokens: token ids, at least one, for which there is room.
+
+    Returns:
+        the attention state, the logits, and how many tokens were read.
+    """
+    while True:
+        arrays = engine.arrays_of(attention_state)
+        free = int(appended.free_tokens(engine.attention, arrays)[slot])
+        if free:
+            break
+        attention_state = _grow(engine, attention_state)
+    piece = tokens[: min(free, PIECE)]
+    given = engine, params, attention_state, logits, slot, piece
+    return *_append_piece(*given), len(piece)
 
 
 def check_append(engine: Engine, state: DecodeState, slot: int, tokens: int) -> None:

@@ -69,6 +69,7 @@ def encode_prompt(
     system: str | None = None,
     template_args: Mapping[str, object] | None = None,
     control_tokens: bool = False,
+    tools: Sequence[Mapping[str, object]] | None = None,
 ) -> EncodedPrompt:
     """Token ids of a text or a conversation.
 
@@ -80,6 +81,7 @@ def encode_prompt(
         system: a system message before the prompt.
         template_args: variables of the chat template, such as `{"enable_thinking": False}`.
         control_tokens: whether control tokens spelt out in the prompt count as such.
+        tools: functions that the model may call in answer to a conversation.
 
     Raises:
         InputError: the messages are none that the model can answer, or parameters for chat are
@@ -102,7 +104,10 @@ def encode_prompt(
             "the messages end with none of a user; the model answers a user's: end with one"
         )
     ids = tokenizer.encode_chat(
-        with_system(prompt, system), template_args=template_args, control_tokens=control_tokens
+        with_system(prompt, system),
+        template_args=template_args,
+        control_tokens=control_tokens,
+        tools=tools,
     )
     return EncodedPrompt(ids, False)
 

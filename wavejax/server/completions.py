@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from wavejax.engine.batching import Piece
+from wavejax.engine.batching import Kept, Piece
 from wavejax.engine.prompt_text import EncodedPrompt
 from wavejax.server import sse
 from wavejax.server.answering import Answering, end_reason, progress_of
 from wavejax.server.context import Context
+from wavejax.server.documents import encode_after, open_document
 from wavejax.server.errors import ApiError
 from wavejax.server.schemas import CompletionBody, StreamOptions
 from wavejax.server.service import Service
@@ -31,11 +32,11 @@ def completion_router(context: Context) -> APIRouter:
         if body.echo and body.logprobs is not None:
             message = "log-probabilities of a prompt are not to be had: give `echo` or `logprobs`"
             raise ApiError(400, message, param="echo", code="unsupported_parameter")
-        prompts = await run_in_threadpool(_encode, service, body)
-        asked = []
-        for prompt in prompts:
-            most = service.new_tokens(len(prompt.ids), body.max_tokens, "max_tokens", "prompt")
-            asked += service.requests(body, prompt, most, body.logprobs)
+        encoded = await run_in_threadpool(_encode, service, body)
+        asked, prompts = [], [prompt for prompt, _ in encoded]
+        for prompt, kept in encoded:
+            most = service.new_tokens(prompt, body.max_tokens, "max_tokens", "prompt", kept)
+            asked += service.requests(body, prompt, most, body.logprobs, kept)
         answering = context.ask(asked, request)
         texts = [service.tokenizer.decode(prompt.ids) if body.echo else "" for prompt in prompts]
         text = _Text(context, body, answering, [one for one in texts for _ in range(body.n)])
@@ -47,23 +48,28 @@ def completion_router(context: Context) -> APIRouter:
     return router
 
 
-def _encode(service: Service, body: CompletionBody) -> list[EncodedPrompt]:
+def _encode(service: Service, body: CompletionBody) -> list[tuple[EncodedPrompt, Kept | None]]:
+    """Encode all prompts; with what each of them begins with."""
     given: Any = body.prompt
     single = isinstance(given, str) or (given and isinstance(given[0], int))
     prompts = [given] if single else given
     if not 1 <= len(prompts) <= _MOST_PROMPTS:
         message = f"`prompt` has {len(prompts)} prompts; give 1 to {_MOST_PROMPTS}"
         raise ApiError(400, message, param="prompt")
-    encoded = []
+    document = None if body.document is None else open_document(service.shelf, body.document)
+    encoded: list[tuple[EncodedPrompt, Kept | None]] = []
     for prompt in prompts:
-        one = (
-            service.encode_text(prompt) if isinstance(prompt, str) else EncodedPrompt(prompt, True)
-        )
+        if document is not None:
+            one = encode_after(service.tokenizer, document, prompt)
+        elif isinstance(prompt, str):
+            one = service.encode_text(prompt)
+        else:
+            one = EncodedPrompt(prompt, True)
         wrong = [token for token in one.ids if token >= service.vocab]
         if wrong:
             message = f"`prompt` has token {wrong[0]}; the model's are 0 to {service.vocab - 1}"
             raise ApiError(400, message, param="prompt")
-        encoded.append(one)
+        encoded.append((one, document or service.kept(one, body.max_tokens)))
     return encoded
 
 

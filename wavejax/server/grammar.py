@@ -1,4 +1,4 @@
-"""`response_format`: which tokens may come next so that an answer is JSON of a schema.
+"""`response_format`, `tool_choice`: which tokens may come next so that an answer has its form.
 
 The grammar is llguidance's; the engine asks it before each token (`engine.batching.Constraint`).
 """
@@ -14,6 +14,7 @@ import numpy as np
 from wavejax.server.errors import ApiError
 from wavejax.server.schemas import Format
 from wavejax.server.service import Service
+from wavejax.server.toolset import Toolset
 
 # White space that may be of any length lets a model write nothing else.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -73,6 +74,42 @@ class Grammars:
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
             raise _refusal(f"the schema cannot be followed: {reason}")
+        return GrammarConstraint(matcher, self._service.vocab)
+
+    def call(self, tools: Toolset) -> GrammarConstraint:
+        """Make the constraint of an answer that is one call; not in the event loop.
+
+        Raises:
+            ApiError: a function's schema is none that can be followed.
+        """
+        backend = self._service.tokenizer.backend
+
+        def mark(text: str) -> str:
+            """Name a control token, and put other text in quotes."""
+            return text if backend.token_to_id(text) is not None else json.dumps(text)
+
+        hermes = tools.family == "hermes"
+        named = "arguments" if hermes else "parameters"
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": name}, named: {"type": "object", **schema}},
+                "required": ["name", named],
+                "additionalProperties": False,
+            }
+            for name, schema in tools.parameters.items()
+        ]
+        schema = json.dumps({"x-guidance": _COMPACT, "anyOf": calls})
+        begin, end = mark("<tool_call>"), mark("</tool_call>")
+        start = f'{begin} "\\n" call "\\n" {end}' if hermes else "call"
+        grammar = f"start: {start}\ncall: %json {schema}\n"
+        matcher = llguidance.LLMatcher(
+            self._locked_tokenizer(), llguidance.LLMatcher.grammar_from_lark(grammar)
+        )
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())
+            message = f"the parameters of a function cannot be followed: {reason}"
+            raise ApiError(400, message, param="tools")
         return GrammarConstraint(matcher, self._service.vocab)
 
     def _locked_tokenizer(self) -> llguidance.LLTokenizer:

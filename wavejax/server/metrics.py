@@ -137,6 +137,10 @@ class _EngineCollector(Collector):
         gauges = {
             "vllm:num_requests_running": ("Requests read or answered.", now.running + now.reading),
             "vllm:num_requests_waiting": ("Requests in line.", now.waiting),
+            "vllm:kv_cache_usage_perc": (
+                "The share of the slots' tokens in use; 1 is all of them.",
+                now.usage,
+            ),
             "wavejax:requests_reading": ("Requests whose prompts are read.", now.reading),
             "wavejax:slots": ("Slots of all rooms that have memory now.", now.slots),
             "wavejax:longest_stall_seconds": (

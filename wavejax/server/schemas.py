@@ -24,6 +24,7 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
 
 TokenIds = list[pydantic.NonNegativeInt]
 Positive = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
+DocumentName = Annotated[str, pydantic.Field(min_length=1, max_length=255)]
 Number = Annotated[float, pydantic.Field(strict=True)]
 Whole = Annotated[int, pydantic.Field(strict=True)]
 Flag = Annotated[bool, pydantic.Field(strict=True)]
@@ -95,6 +96,7 @@ class Sampling(Body):
     Attributes:
         top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos: as vLLM has them.
         seed: None draws one.
+        document: wavejax's own: a kept document, which the prompt begins with.
     """
 
     temperature: Number | None = None
@@ -112,6 +114,7 @@ class Sampling(Body):
     ignore_eos: Flag = False
     stream: Flag = False
     stream_options: StreamOptions | None = None
+    document: DocumentName | None = None
     logit_bias: dict[str, float] | None = None
 
     def refuse_others(self) -> None:
@@ -134,6 +137,48 @@ class Format(pydantic.BaseModel):
     json_schema: dict[str, Any] | None = None
 
 
+class Function(pydantic.BaseModel):
+    """A function that the model may call.
+
+    Attributes:
+        parameters: the JSON schema of its arguments; None: it has none.
+        strict: without effect where a call may come; where one must, it follows the schema anyway.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(pydantic.BaseModel):
+    """One of `tools`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(pydantic.BaseModel):
+    """The function of a `tool_choice` that names one."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: str
+
+
+class NamedChoice(pydantic.BaseModel):
+    """A `tool_choice` that names a function."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatBody(Sampling):
     """Of `/v1/chat/completions`.
 
@@ -141,9 +186,13 @@ class ChatBody(Sampling):
         messages: `{"role": ..., "content": text or text parts}`, oldest first.
         max_tokens: the older name of `max_completion_tokens`.
         chat_template_kwargs: as vLLM has it: variables of the chat template.
+        tools: functions that the model may call.
+        tool_choice: whether a call may come, "auto"; must, "required"; which; or none.
     """
 
     messages: list[dict[str, Any]]
+    tools: Annotated[list[Tool], pydantic.Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: Flag | None = None
@@ -201,6 +250,7 @@ class ResponseBody(Body):
         input: a text, or messages.
         instructions: a system message before them.
         max_output_tokens: most tokens of the answer.
+        document: as of `Sampling`.
     """
 
     input: str | list[dict[str, Any]]
@@ -210,4 +260,5 @@ class ResponseBody(Body):
     top_p: Number | None = None
     text: TextOptions | None = None
     stream: Flag = False
+    document: DocumentName | None = None
     metadata: dict[str, str] | None = None

@@ -6,14 +6,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from models.errors import InputError
 from models.text.tokenizer import Tokenizer
-from wavejax.engine.batching import Event, Handle, Request, Room, Stats
+from wavejax.documents.shelf import Shelf
+from wavejax.engine.batching import Event, Handle, Kept, Request, Room, Stats
 from wavejax.engine.checks import MOST_INT32
 from wavejax.engine.prompt_text import EncodedPrompt, encode_prompt
 from wavejax.engine.sampling import Sampler
 from wavejax.server.errors import ApiError
 from wavejax.server.schemas import Body, Sampling
+from wavejax.server.thoughts import BEGIN, has_thoughts
+
+_LAST_TOKENS = 32  # Of a prompt: enough to see whether it ends with a mark.
 
 
 @runtime_checkable
@@ -65,6 +71,7 @@ class Service:
         stop_tokens: which end an answer.
         sampler: how tokens are drawn where a request does not say.
         limits: of a request.
+        shelf: kept documents; None: there are none.
         created: when it was made, seconds since 1970.
     """
 
@@ -76,6 +83,7 @@ class Service:
     stop_tokens: tuple[int, ...]
     sampler: Sampler = dataclasses.field(default_factory=lambda: Sampler(temperature=1.0))
     limits: Limits = dataclasses.field(default_factory=Limits)
+    shelf: Shelf | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def check_model(self, body: Body) -> None:
@@ -91,39 +99,73 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def encode_messages(
-        self, messages: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_args: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> EncodedPrompt:
         """Encode a conversation; long ones take time, so not in the event loop.
+
+        Args:
+            messages: oldest first.
+            template_args: variables of the chat template.
+            tools: functions that the model may call.
 
         Raises:
             InputError: the model cannot answer these.
         """
-        # OpenAI's newer name of a system message, which templates do not know.
-        given = [
-            {**message, "role": "system"} if message.get("role") == "developer" else message
-            for message in messages
-        ]
-        return encode_prompt(self.tokenizer, given, template_args=template_args or {})
+        given = known_roles(messages)
+        return encode_prompt(self.tokenizer, given, template_args=template_args or {}, tools=tools)
 
     def encode_text(self, text: str, add_special: bool = True) -> EncodedPrompt:
         """Encode a text that is to be continued."""
         return EncodedPrompt(self.tokenizer.encode(text, add_special=add_special), True)
 
-    def new_tokens(self, prompt_tokens: int, asked: int | None, param: str, whose: str) -> int:
+    def thoughts_begun(self, prompt: Sequence[int] | np.ndarray) -> bool | None:
+        """Whether a prompt ends where thoughts have begun; None for a model that does not think."""
+        if not has_thoughts(self.tokenizer.chat_template):
+            return None
+        last = [int(token) for token in prompt[-_LAST_TOKENS:]]
+        text = self.tokenizer.backend.decode(last, skip_special_tokens=False)
+        return text.rstrip().endswith(BEGIN)
+
+    def kept(self, prompt: EncodedPrompt, asked: int | None) -> Kept | None:
+        """Find a document that a prompt begins with, if an answer of so many tokens fits then."""
+        if self.shelf is None:
+            return None
+        found = self.shelf.best(prompt.ids)
+        return found if found and self._room(prompt, found) >= (asked or 1) else None
+
+    def new_tokens(
+        self,
+        prompt: EncodedPrompt,
+        asked: int | None,
+        param: str,
+        whose: str,
+        kept: Kept | None = None,
+    ) -> int:
         """How many tokens an answer may have.
 
         Args:
-            prompt_tokens: of its prompt.
+            prompt: which it answers.
             asked: by the request; None: as many as there is room for, to `limits.new_tokens`.
             param: the field that asks.
             whose: the field that has the prompt.
+            kept: what the prompt begins with.
 
         Raises:
             ApiError: there is no room for so much, with both numbers. Nothing is cut.
         """
+        prompt_tokens = len(prompt.ids)
         left = self.context - prompt_tokens
-        rooms = [room.new_tokens for room in self.engine.rooms if room.holds(prompt_tokens, 1)]
-        most = min(self.limits.new_tokens, max(rooms, default=self.limits.new_tokens))
+        most = self._room(prompt, kept)
+        if most < 1 <= left and kept is not None:
+            rest = prompt_tokens - kept.reused(prompt.ids)
+            message = (
+                f"the prompt has {rest} tokens besides the document's, and there is room for "
+                f"{most + rest} with the answer's: shorten it"
+            )
+            raise ApiError(400, message, param=whose, code="context_length_exceeded")
         if asked is None:
             asked = max(1, min(left, most))
         if asked > left:
@@ -141,14 +183,28 @@ class Service:
             raise ApiError(400, message, param=param, code="max_tokens_exceeded")
         return asked
 
+    def _room(self, prompt: EncodedPrompt, kept: Kept | None) -> int:
+        """Count the new tokens that the engine has room for, up to the limit of an answer."""
+        begun, more = (len(prompt.ids), 0) if kept is None else kept.room_of(prompt.ids)
+        rooms = [room.new_tokens for room in self.engine.rooms if room.holds(begun, 1)]
+        return min(self.limits.new_tokens, max(rooms, default=self.limits.new_tokens) - more)
+
     def requests(
         self,
         body: Sampling,
         prompt: EncodedPrompt,
         new_tokens: int,
         logprobs: int | None,
+        kept: Kept | None = None,
     ) -> list[Request]:
         """Return what the engine is asked for: `n` answers to one prompt.
+
+        Args:
+            body: how tokens are drawn.
+            prompt: which is answered.
+            new_tokens: the most of an answer.
+            logprobs: how many of the most probable tokens to tell of; None for none.
+            kept: what the prompt begins with.
 
         Raises:
             ApiError: several answers would all be the same.
@@ -175,6 +231,7 @@ class Service:
             stop=stop,
             logprobs=logprobs,
             raw=prompt.raw,
+            kept=kept,
         )
         return [dataclasses.replace(one, sequence=number) for number in range(body.n)]
 
@@ -202,6 +259,14 @@ class Service:
         if body.ignore_eos:
             return own
         return tuple(sorted({*self.stop_tokens, *own})) if own else None
+
+
+def known_roles(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rename OpenAI's newer name of a system message, which templates do not know."""
+    return [
+        {**message, "role": "system"} if message.get("role") == "developer" else message
+        for message in messages
+    ]
 
 
 def _seed(given: int | None) -> int:

@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.wavejax.cli.conftest import SMALL_ZONES, Result
 from wavejax.serve import main
 
 ROOT = Path(__file__).parents[3]
@@ -111,6 +113,38 @@ def test_sigterm_drains(serve: Callable[..., Process], tiny: Path) -> None:
     assert server.process.stdout.read() == ""
 
 
+@pytest.mark.slow(40)
+def test_it_answers_questions_to_kept_documents(
+    serve: Callable[..., Process], generate: Callable[..., Result], tiny: Path, tmp_path: Path
+) -> None:
+    """Of wave attention, kept by the other command: the answer is that command's."""
+    text, kept = tmp_path / "text", tmp_path / "kept"
+    text.write_text("The town lies in a wide valley. " * 10)
+    settings = ["--model", tiny, *SMALL_ZONES]
+    save = ["--prompt-file", text, "--save-document", kept / "valley"]
+    assert generate(*settings, *save).status == 0
+    asked = ["--document", kept / "valley", "--prompt", "Where?", "--max-new-tokens", 20, "--json"]
+    told = json.loads(generate(*settings, *asked).out)
+    server = serve(
+        *settings, "--port", 0, "--slots", 1, "--max-new-tokens", 64, "--documents", kept
+    )
+    server.wait_ready()
+    body = {
+        "messages": [{"role": "user", "content": "Where?"}],
+        "document": "valley",
+        "temperature": 0,
+        "max_tokens": 20,
+    }
+    got = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()
+    assert got["choices"][0]["message"]["content"] == told["answers"][0]["text"]
+    assert got["usage"]["prompt_tokens_details"]["cached_tokens"] > 300
+    body |= {"document": "hill"}
+    missing = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+    assert missing.status_code == 404
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line of an error of start-up."""
     assert main([str(argument) for argument in arguments]) == 2
@@ -138,6 +172,7 @@ def test_a_port_that_is_taken(tiny: Path, capsys: pytest.CaptureFixture[str]) ->
         (("--slots", "0"), "--slots"),
         (("--sampling", "model"), "generation_config.json"),
         (("--model", "/nowhere"), "/nowhere"),
+        (("--documents", "/nowhere"), "/nowhere is no folder"),
         (("--attention", "full", "--store", "host"), "--store host"),
     ],
 )

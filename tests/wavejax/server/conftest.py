@@ -16,10 +16,12 @@ import httpx
 import openai
 
 import wavejax
+from models.text.tokenizer import Tokenizer
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import CONTEXT, TEMPLATE, TINY, write_tokenizer
 from wavejax import LanguageModel
 from wavejax.batching import batch_engine
+from wavejax.documents.shelf import Shelf
 from wavejax.engine.batching import BatchEngine
 from wavejax.server.app import create_app
 from wavejax.server.running import QuietServer, listening_socket, server_config
@@ -72,15 +74,23 @@ def start(tiny_model: LanguageModel, tiny_engine: BatchEngine) -> Iterator[Calla
     """Starts servers, which end with the module."""
     ends: list[Callable[[], None]] = []
 
-    def run(*, key: str | None = None, limits: Limits | None = None, engine: Any = None) -> Running:
+    def run(
+        *,
+        key: str | None = None,
+        limits: Limits | None = None,
+        engine: Any = None,
+        shelf: Shelf | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Running:
         service = Service(
             name=NAME,
-            tokenizer=tiny_model.tokenizer,
+            tokenizer=tokenizer or tiny_model.tokenizer,
             engine=engine or tiny_engine,
             context=CONTEXT,
             vocab=tiny_model.config.vocab_size,
             stop_tokens=tiny_model.stop_tokens,
             limits=limits or Limits(new_tokens=64),
+            shelf=shelf,
         )
         socket = listening_socket("127.0.0.1", 0)
         server = QuietServer(server_config(create_app(service, key), drain_seconds=5))

@@ -65,3 +65,4 @@ def test_they_add_up(server: Running, access_lines: list[str]) -> None:
     assert abs(first_token + decode - total) < 1e-6
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
     assert after["wavejax:slots"] == 2
+    assert after["vllm:kv_cache_usage_perc"] == 0

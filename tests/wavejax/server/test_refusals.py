@@ -45,7 +45,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None, list[str]]] = {
         ["set `stream`"],
     ),
     "logit_bias": (CHAT, {"logit_bias": {"5": 1}}, "logit_bias", ["not supported"]),
-    "tools": (CHAT, {"tools": [{"type": "function"}]}, "tools", ["not supported"]),
+    "tools": (
+        CHAT,
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        "tools",
+        ["not supported"],
+    ),
     "an unknown field": (CHAT, {"max_token": 5}, "max_token", ["not supported"]),
     "echo with logprobs": (TEXT, {"echo": True, "logprobs": 1}, "echo", ["log-prob"]),
     "suffix": (TEXT, {"suffix": "x"}, "suffix", ["not supported"]),

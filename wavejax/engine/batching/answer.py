@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from models.text.tokenizer import Tokenizer
+from wavejax.engine.batching.admission import room_of
 from wavejax.engine.batching.handle import Channel
 from wavejax.engine.batching.request import (
     FinishReason,
@@ -34,6 +35,7 @@ class Answer:
         first: when its first token came.
         tokens: that came.
         dispatched: steps that the device was asked for.
+        cached: tokens of the prompt that were not read anew.
         reason: why it ended.
     """
 
@@ -49,12 +51,18 @@ class Answer:
     first: float | None = None
     tokens: int = 0
     dispatched: int = 0
+    cached: int = 0
     reason: FinishReason | None = None
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt)
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """Tokens that a slot must have room for: a prompt's, and an answer's."""
+        return room_of(self.request)
 
     @property
     def left(self) -> int:
@@ -70,9 +78,9 @@ class Answer:
         """Whether its last piece has come."""
         return self.reason is not None
 
-    def tell(self, layers: int, of: int) -> None:
+    def tell(self, read_tokens: int) -> None:
         """Tell how far the prompt has been read."""
-        self.channel.put(Progress(self.prompt_tokens * layers // of, self.prompt_tokens))
+        self.channel.put(Progress(read_tokens, self.prompt_tokens))
 
     def take(self, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
         """Take a token; the answer may end with it."""
@@ -118,7 +126,7 @@ class Answer:
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.tokens,
-            cached_tokens=0,
+            cached_tokens=self.cached,
             waited_seconds=started - self.submitted,
             read_seconds=max(0.0, read - started),
             first_token_seconds=None if self.first is None else self.first - self.submitted,

@@ -9,10 +9,11 @@ from typing import Any, TypedDict
 from models.errors import InputError
 from models.parameters import Params
 from models.text.tokenizer import Tokenizer
+from wavejax.engine.batching.admission import check_room, reused_by
 from wavejax.engine.batching.answer import Answer, decoder_of
 from wavejax.engine.batching.handle import Channel, Handle
 from wavejax.engine.batching.request import EngineClosed, Event, Request
-from wavejax.engine.batching.rooms import Room, as_rooms, check_context, check_fits
+from wavejax.engine.batching.rooms import Room, as_rooms, check_context
 from wavejax.engine.batching.scheduler import Scheduler
 from wavejax.engine.batching.stats import Stats
 from wavejax.engine.batching.warmup import warm
@@ -149,7 +150,7 @@ class BatchEngine:
             raise InputError("stop texts need a tokenizer: give the engine one, or `stop_tokens`")
         prompt_tokens = len(request.prompt)
         check_context(self.max_context, prompt_tokens, request.max_new_tokens)
-        check_fits(self.rooms, self._memory, prompt_tokens, request.max_new_tokens)
+        check_room(request, self._generator.attention, self.rooms, self._memory)
         channel = Channel(on_event)
         channel.wake = self._wake
         answer = Answer(
@@ -157,7 +158,7 @@ class BatchEngine:
             request,
             channel,
             self._clock(),
-            bucket(prompt_tokens) <= self._short,
+            bucket(prompt_tokens - reused_by(request)) <= self._short,
             decoder_of(self._tokenizer, request),
         )
         self._scheduler.line.push(answer)
@@ -242,6 +243,11 @@ class BatchEngine:
         """Whether its thread works. `failure` says why not, if it failed."""
         return self._thread is not None and self._thread.is_alive() and self.failure is None
 
+    @property
+    def generator(self) -> Generator:
+        """What generates: documents that requests go on from are to be loaded for it."""
+        return self._generator
+
     def stats(self) -> Stats:
         """Return what it has done so far, and does; from any thread."""
         with self._changed:
@@ -253,8 +259,8 @@ class BatchEngine:
                 waiting=len(scheduler.line),
                 reading=len(scheduler.readings),
                 running=len(scheduler.running),
-                slots=sum(batch.room.slots for batch in scheduler.batches if batch.state),
                 longest_stall_seconds=scheduler.longest_stall,
+                **scheduler.held,
                 **scheduler.counts,
             )
 

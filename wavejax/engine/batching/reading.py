@@ -7,8 +7,7 @@ of every sequence, and a parked slot's goes where no row of the new prompt will 
 
 import dataclasses
 import functools
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,14 @@ from jax import Array
 from models import unstacked
 from models.parameters import Params
 from wavejax.attention.causal_block import block_tokens, section_blocks
-from wavejax.attention.dense import DenseAttention
 from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.engine import compiled
 from wavejax.engine.batching import layer_parts
+from wavejax.engine.batching.admission import parks
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
+from wavejax.engine.batching.slot_reading import Part, SlotReading
 from wavejax.engine.interface import Engine
 from wavejax.engine.prefill import read_prompt
 from wavejax.engine.prompts import bucket
@@ -32,19 +32,7 @@ from wavejax.engine.staged_state import StagedState
 from wavejax.engine.state import commit
 
 
-class Part(NamedTuple):
-    """The work that comes next.
-
-    Attributes:
-        key: the kind; parts of one kind take about as long a unit.
-        units: the most that one run may do.
-    """
-
-    key: Hashable
-    units: int
-
-
-class Reading:
+class Reading(SlotReading):
     """Reads one prompt into a slot.
 
     Args:
@@ -55,8 +43,8 @@ class Reading:
     """
 
     def __init__(self, batch: Batch, slot: int, answer: Answer, whole: bool):
-        self.batch, self.slot, self.answer, self.whole = batch, slot, answer, whole
-        batch.kept.add(slot)
+        super().__init__(batch, slot, answer)
+        self.whole = whole
         config = batch.engine.model_config
         prompt: Any = answer.request.prompt
         self.layers = config.num_layers  # to run: fewer for warming up
@@ -68,12 +56,6 @@ class Reading:
         self._layer = self._done = 0
         self._hidden: Any = None
         self._made: Any = None
-        self.error: Exception | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether the answer has its seat."""
-        return self._kind == "done"
 
     @property
     def blocks(self) -> int:
@@ -81,9 +63,9 @@ class Reading:
         return self.padded // self._block
 
     def abandon(self) -> None:
-        """Leave the slot: free at once. What was written is written over by the next prompt."""
-        self.batch.kept.discard(self.slot)
-        self._kind, self._hidden, self._made = "done", None, None
+        """See `SlotReading.abandon`."""
+        super().abandon()
+        self._hidden, self._made = None, None
 
     def part(self) -> Part:
         """Say what comes next."""
@@ -96,8 +78,7 @@ class Reading:
             return Part(("attend", self.padded, number), left)
         return Part((self._kind, self.padded), 1)
 
-    def run(self, units: int) -> None:
-        """Do so many units of `part`, and waits for them. `error` has what goes wrong."""
+    def _run(self, units: int) -> Any:
         runs = {
             "all": self._all,
             "begin": self._begin,
@@ -107,11 +88,7 @@ class Reading:
             "write": self._write,
             "end": self._end,
         }
-        try:
-            jax.block_until_ready(runs[self._kind](units))
-        except Exception as error:  # of this prompt: the engine ends its answer
-            self.error = error
-            self.abandon()
+        return runs[self._kind](units)
 
     def skip(self) -> None:
         """Leave out the rest of a layer's blocks: for warming up."""
@@ -172,8 +149,8 @@ class Reading:
         given = self._hidden, *self._where, state.attention_state, state.logits
         cache, logits = engine.finish_prefill(self._ends, *given)
         self.batch.state = dataclasses.replace(state, attention_state=cache, logits=logits)
-        self.batch.seat(self.slot, self.answer)
-        self._kind, self._hidden, self._made = "done", None, None
+        self._seat()
+        self._hidden, self._made = None, None
         return logits
 
     def _all(self, _: int) -> Any:
@@ -183,8 +160,7 @@ class Reading:
         given = prompt, self.slot, state.attention_state, state.logits
         cache, logits = read_prompt(engine, self.batch.params, *given)
         self.batch.state = dataclasses.replace(state, attention_state=cache, logits=logits)
-        self.batch.seat(self.slot, self.answer)
-        self._kind = "done"
+        self._seat()
         return logits
 
     def _leave_layer(self, cache: Any) -> Any:
@@ -192,7 +168,7 @@ class Reading:
         batch = self.batch
         batch.state = dataclasses.replace(batch.whole_state, attention_state=cache)
         self._layer += 1
-        self.answer.tell(self._layer, self.layers)
+        self.answer.tell(self.answer.prompt_tokens * self._layer // self.layers)
         self._kind = "end" if self._layer == self.layers else "layer" if self.whole else "enter"
         return self._hidden, batch.engine.arrays_of(cache)
 
@@ -212,14 +188,6 @@ class Reading:
     @property
     def _ends(self) -> Params:
         return unstacked.without_layers(self.batch.params)
-
-
-def parks(attention: AnyAttention) -> bool:
-    """Whether slots of an attention can be parked: of those that are known to allow it.
-
-    A class of one's own may read prompts in its own way, also one made of these.
-    """
-    return type(attention) in (WaveAttention, DenseAttention)
 
 
 def park(engine: Engine, attention_state: Any, slot: Array, length: Array) -> Any:

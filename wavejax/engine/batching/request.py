@@ -8,6 +8,7 @@ import numpy as np
 
 from models.errors import InputError
 from wavejax.engine.checks import MOST_INT32, as_prompts, as_stop_tokens, whole_number
+from wavejax.engine.interface import Engine
 from wavejax.engine.sampling import Sampler
 
 MOST_LOGPROBS = 20
@@ -51,6 +52,37 @@ class Constraint(Protocol):
         """Take in the token that came."""
 
 
+@runtime_checkable
+class Restorable(Protocol):
+    """A kept sequence on its way into a slot, step by step; the slot's lengths come last."""
+
+    @property
+    def steps(self) -> int:
+        """Count the steps that are left."""
+
+    def step(self, attention_state: Any) -> Any:
+        """Do one step, and return the attention state that takes the donated one's place."""
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """What was read before, and some prompts begin with: a `wavejax.documents.Document`."""
+
+    def reused(self, prompt: Sequence[int] | np.ndarray) -> int:
+        """Count the prompt's first tokens that need not be read."""
+
+    def room_of(self, prompt: Sequence[int] | np.ndarray) -> tuple[int, int]:
+        """Count the room that a prompt needs: a prompt's, and, besides its answer, an answer's."""
+
+    def last_logits(self) -> np.ndarray:
+        """Return the logits of the token after the last one that is kept, `[vocab]`."""
+
+    def restoring(
+        self, engine: Engine, attention_state: Any, slot: int, prompt: np.ndarray
+    ) -> Restorable:
+        """Begin to put what `reused` counts into a slot; raises InputError where it cannot be."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """One prompt to answer.
@@ -68,6 +100,7 @@ class Request:
             besides the token's own; None tells none.
         raw: whether the answer continues the prompt's text; else it is a text of its own.
         constraint: what may come next; None: anything.
+        kept: what the prompt begins with, so that the rest alone is read; None: nothing.
     """
 
     prompt: Sequence[int] | np.ndarray
@@ -80,6 +113,7 @@ class Request:
     logprobs: int | None = None
     raw: bool = False
     constraint: Constraint | None = None
+    kept: Kept | None = None
 
     def checked(self, vocab: int, stop_tokens: tuple[int, ...]) -> "Request":
         """Return the same request with numbers of Python's own, its prompt as an array.
@@ -97,9 +131,11 @@ class Request:
         logprobs = self.logprobs
         if logprobs is not None:
             logprobs = whole_number("`logprobs`", logprobs, 0, min(MOST_LOGPROBS, vocab))
+        prompt = as_prompts([self.prompt], vocab)[0]
         return dataclasses.replace(
             self,
-            prompt=as_prompts([self.prompt], vocab)[0],
+            prompt=prompt,
+            kept=self.kept if self.kept is not None and self.kept.reused(prompt) else None,
             max_new_tokens=whole_number("`max_new_tokens`", self.max_new_tokens, 1, MOST_INT32),
             seed=whole_number("`seed`", self.seed, -MOST_INT32 - 1, MOST_INT32),
             sequence=whole_number("`sequence`", self.sequence, 0, MOST_INT32),

@@ -34,6 +34,11 @@ class Room:
         object.__setattr__(self, "prompt_tokens", bucket(self.prompt_tokens))
         object.__setattr__(self, "new_tokens", answer_room(self.new_tokens))
 
+    @property
+    def tokens(self) -> int:
+        """Of a slot: prompt and answer."""
+        return self.prompt_tokens + self.new_tokens
+
     def holds(self, prompt_tokens: int, new_tokens: int) -> bool:
         """Whether a request fits a slot."""
         return bucket(prompt_tokens) <= self.prompt_tokens and new_tokens <= self.new_tokens

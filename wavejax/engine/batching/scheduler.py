@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from models.parameters import Params
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
+from wavejax.engine.batching.kept_reading import KeptReading
 from wavejax.engine.batching.line import Blocked, Line
 from wavejax.engine.batching.pace import Pace, reads_whole
 from wavejax.engine.batching.reading import Reading
 from wavejax.engine.batching.request import FinishReason
 from wavejax.engine.batching.rooms import Room
+from wavejax.engine.batching.slot_reading import SlotReading
 from wavejax.engine.batching.turn import read_all
 from wavejax.engine.generator import Generator
 from wavejax.engine.prompts import bucket
@@ -55,7 +57,7 @@ class Scheduler:
         self.generator = generator
         self.batches = [Batch(generator, params, room) for room in rooms]
         self.line = Line(queue_limit, most_passes)
-        self.readings: dict[bool, Reading] = {}  # by whether its prompt is short
+        self.readings: dict[bool, SlotReading] = {}  # by whether its prompt is short
         self.running: set[Answer] = set()
         self.finished: collections.Counter[FinishReason] = collections.Counter()
         self.counts = dict.fromkeys(
@@ -72,6 +74,18 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether anyone waits, is read or runs."""
         return bool(len(self.line) or self.readings or self.running)
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Slots that have memory, their tokens, and those in use; see `Stats`."""
+        rooms = [batch.room for batch in self.batches if batch.state]
+        reading = sum(one.answer.prompt_tokens for one in self.readings.values())
+        running = sum(answer.prompt_tokens + answer.tokens for answer in self.running)
+        return {
+            "slots": sum(room.slots for room in rooms),
+            "token_room": sum(room.slots * room.tokens for room in rooms),
+            "held_tokens": reading + running,
+        }
 
     def turn(self) -> None:
         """Do one turn; see the class."""
@@ -103,22 +117,27 @@ class Scheduler:
                 if taken is None:
                     return
                 answer, (batch, slot) = taken
-                padded = bucket(answer.prompt_tokens)
-                config = self.generator.model_config
-                whole = reads_whole(self.pace, config, padded, self.stall / 2)
-                self.readings[answer.short] = Reading(batch, slot, answer, whole)
+                self.readings[answer.short] = self._reading(batch, slot, answer)
             answer.started = self.clock()
             try:
                 self._allocate(batch)
             except Exception as error:  # memory that the planner knew nothing of
                 self._end(answer, "error", error)
 
+    def _reading(self, batch: Batch, slot: int, answer: Answer) -> SlotReading:
+        """Choose how a prompt gets into its slot."""
+        if answer.request.kept is not None:
+            return KeptReading(batch, slot, answer)
+        padded, config = bucket(answer.prompt_tokens), self.generator.model_config
+        whole = reads_whole(self.pace, config, padded, self.stall / 2)
+        return Reading(batch, slot, answer, whole)
+
     def _place(self, answer: Answer) -> Place | Blocked:
         """Find the smallest room's slot that holds a request, or say why there is none now."""
         if answer.short in self.readings:
             return "reading"
         for batch in self.batches:
-            if not batch.room.holds(answer.prompt_tokens, answer.request.max_new_tokens):
+            if not batch.room.holds(*answer.room):
                 continue
             slot = batch.free_slot()
             if slot is not None and (batch.state is not None or self._fits(batch)):
@@ -222,7 +241,7 @@ class Scheduler:
                 return
             self._admit()
 
-    def _seated(self, reading: Reading) -> None:
+    def _seated(self, reading: SlotReading) -> None:
         """Let the answer run whose prompt has been read, or end it if that failed."""
         if reading.error is not None:
             self._fail(reading, reading.error)
@@ -234,7 +253,7 @@ class Scheduler:
             self.running.add(answer)
             self.counts["prompt_tokens"] += answer.prompt_tokens
 
-    def _fail(self, reading: Reading, error: Exception) -> None:
+    def _fail(self, reading: SlotReading, error: Exception) -> None:
         """End the answer of a prompt that could not be read; the others if their state is lost."""
         self._end(reading.answer, "error", error)
         if reading.batch.lost:

@@ -20,6 +20,8 @@ class Stats:
         reading: requests whose prompts are being read.
         running: requests whose answers come.
         slots: of all rooms that have memory now.
+        held_tokens: of prompts that are read or answered, and of their answers so far.
+        token_room: that those slots have together, for prompts and answers.
         decode_calls: of the compiled step.
         read_parts: parts of prompts that were read.
         longest_stall_seconds: the longest that running answers waited from one call's tokens to the
@@ -35,9 +37,16 @@ class Stats:
     reading: int
     running: int
     slots: int
+    held_tokens: int
+    token_room: int
     decode_calls: int
     read_parts: int
     longest_stall_seconds: float
+
+    @property
+    def usage(self) -> float:
+        """The share of the slots' tokens that is in use, from 0 to 1."""
+        return self.held_tokens / self.token_room if self.token_room else 0.0
 
     @property
     def unfinished(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from wavejax.engine.batching.pace import Pace
-from wavejax.engine.batching.reading import Part
+from wavejax.engine.batching.slot_reading import Part
 
 
 @runtime_checkable

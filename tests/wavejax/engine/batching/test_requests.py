@@ -194,6 +194,23 @@ def test_a_constraint_says_what_may_come_and_its_errors_are_its_requests_own(alo
     assert rules[0].accepted[0] == 2 * int(logits[::2].argmax())
 
 
+def test_tokens_in_use_are_those_of_prompts_and_answers():
+    engine, pieces = make_engine(steps=1), []
+    handle = engine.submit(Request(PROMPT, 6, stop_tokens=()), pieces.append)
+    assert engine.stats().usage == 0
+    shares = []
+    while engine.turn():
+        stats, came = engine.stats(), sum(isinstance(one, Piece) for one in pieces)
+        assert stats.token_room == ROOM.slots * (ROOM.prompt_tokens + ROOM.new_tokens)
+        assert stats.held_tokens == len(PROMPT) + came
+        shares.append(stats.usage)
+    assert len(set(shares)) > 3
+    assert shares == sorted(shares)
+    assert max(shares) <= (len(PROMPT) + 6) / stats.token_room
+    assert engine.stats().held_tokens == 0
+    assert handle.done
+
+
 def test_a_prompt_that_fails_ends_its_own_request(monkeypatch, alone):
     engine = make_engine()
     running = engine.submit(Request(PROMPT, 20, stop_tokens=()))

@@ -4,7 +4,7 @@ import pytest
 
 from models.config import ModelConfig
 from wavejax.engine.batching.pace import Pace, layer_work, reads_whole
-from wavejax.engine.batching.reading import Part
+from wavejax.engine.batching.slot_reading import Part
 from wavejax.engine.batching.turn import read_all, read_some
 
 
