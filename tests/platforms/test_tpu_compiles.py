@@ -37,6 +37,14 @@ def test_smollm2s_step_compiles(chip):
     assert 0 < facts["bytes"] < facts["memory"]
 
 
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_smollm2s_step_with_staged_rows_compiles(chip):
+    found = programs("--chip", chip, "--model", "smollm2", "--tokens", 32_768, "--fetch", "staged")
+    assert set(found) == {"select", "attend", "finish"}
+    for facts in found.values():
+        assert 0 < facts["bytes"] < facts["memory"]
+
+
 def test_llama_3_8bs_step_compiles():
     """With 16 GB of weights it is for the larger chip."""
     facts = programs("--chip", "v6e", "--model", "llama-3-8b")["decode_n"]
