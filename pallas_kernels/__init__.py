@@ -33,8 +33,9 @@ GPU.
 the same in a row table.
 
 Each op is a folder: `__init__.py` (its signature), `reference.py` (its meaning, in plain JAX) and
-`triton.py` (its kernels for GPUs). `types.py` has what ops hand to each other. `shapes.py` names
-the real shapes that tests and benchmarks share; `testing` makes inputs of them.
+`triton.py` (its kernels for GPUs); two have `tpu.py` (a kernel for TPUs). `types.py` has what ops
+hand to each other. `shapes.py` names the real shapes that tests and benchmarks share; `testing`
+makes inputs of them.
 """
 
 from pallas_kernels.append_rows import append_rows

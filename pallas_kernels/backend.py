@@ -1,11 +1,12 @@
-"""The one door to Pallas' Triton backend: what kernels take from it, and for what they are lowered.
+"""The one door to Pallas' backends: what kernels take from them, and for what they are lowered.
 
-A kernel is traced before it is known for which platform it will be lowered. What only NVIDIA's GPUs
-take, CUDA's assembly, is asked for by `takes_assembly`; and a call that asks is one of
-`per_platform`, which traces it anew where it is lowered for another platform than it was traced
-for.
+Of Triton's, for GPUs, and of Mosaic's, for TPUs. A kernel for GPUs is traced before it is known for
+which platform it will be lowered. What only NVIDIA's GPUs take, CUDA's assembly, is asked for by
+`takes_assembly`; and a call that asks is one of `per_platform`, which traces it anew where it is
+lowered for another platform than it was traced for.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as _tpu
 from jax.experimental.pallas import triton as _triton
 from jax.extend import core
 from jax.interpreters import batching, mlir
@@ -22,8 +24,14 @@ store = _triton.store
 atomic_add = _triton.atomic_add
 debug_barrier = _triton.debug_barrier
 
+# A TPU's memories, and copies between them that run beside the program.
+vector_memory = _tpu.VMEM
+scalar_memory = _tpu.SMEM
+copy_semaphores = _tpu.SemaphoreType.DMA
+async_copy = _tpu.make_async_copy
+
 # JAX's names of the platforms that the kernels are lowered for.
-CUDA, ROCM = "cuda", "rocm"
+CUDA, ROCM, TPU = "cuda", "rocm", "tpu"
 
 # Which of them is traced for, where that is known. It is part of the keys of JAX's caches.
 _traced_for = jax.make_user_context(default_value=None)
@@ -41,6 +49,47 @@ def pallas_call(
     """
     parameters = _triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
     return pl.pallas_call(kernel, compiler_params=parameters, **settings)
+
+
+def tpu_call(
+    kernel: Callable[..., None],
+    *,
+    scalars: int,
+    scratch: tuple[Any, ...],
+    interpret: bool,
+    grid: tuple[int, ...],
+    in_specs: Any,
+    out_specs: Any,
+    **settings: Any,
+) -> Callable[..., Any]:
+    """Return what `pl.pallas_call` does, for TPUs.
+
+    The grid's last axis is one program's work in turn: what it keeps in its scratch memory lasts
+    from one step to the next. The other axes are rows of their own.
+
+    Args:
+        kernel: of the scalars' refs, the operands', the results' and the scratch memory's.
+        scalars: how many operands are in scalar memory before the kernel starts, for its
+            `in_specs` too. They come first, and have no spec.
+        scratch: see `pltpu.PrefetchScalarGridSpec`.
+        interpret: run it as plain JAX on any platform, as a TPU would: with its memories and
+            copies, NaN in memory that nobody wrote, and a detector of races. For tests.
+        grid, in_specs, out_specs, settings: see `pl.pallas_call`.
+    """
+    rows: Any = ("parallel",) * (len(grid) - 1)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=_tpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=scalars,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        compiler_params=_tpu.CompilerParams(dimension_semantics=(*rows, "arbitrary")),
+        interpret=_tpu.InterpretParams(detect_races=True) if interpret else False,
+        **settings,
+    )
 
 
 def inline_assembly(text: str, *operands: Any, dtype: Any) -> Any:
@@ -89,6 +138,16 @@ def takes_assembly() -> bool:
     return _platform() == CUDA
 
 
+def is_for_tpu() -> bool:
+    """Say whether what is traced is for TPUs: said by `traced_for_tpu`, or JAX's default device."""
+    return _platform() == TPU
+
+
+def traced_for_tpu() -> contextlib.AbstractContextManager[None]:
+    """Trace for TPUs what is traced inside, whatever JAX's default device: to compile for them."""
+    return _traced_for(TPU)
+
+
 def is_for_default_device() -> bool:
     """Say whether what is traced is for JAX's default device, or may be."""
     return _platform() == _guess()
@@ -131,6 +190,8 @@ def _platform() -> str:
 
 
 def _guess() -> str:
+    if jax.default_backend() == "tpu":
+        return TPU
     return ROCM if jax.default_backend() == "gpu" and not on_nvidia() else CUDA
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax
 
+from pallas_kernels import backend
 from pallas_kernels.explanation import Choice, Explanation, FallbackWarning
 from pallas_kernels.toolbox import launch
 
@@ -18,7 +19,7 @@ OLDEST_GPU = (8, 0)
 # The environment variable that chooses for a whole process.
 VARIABLE = "WAVEJAX_IMPLEMENTATION"
 
-Implementation = Literal["auto", "xla", "triton"]
+Implementation = Literal["auto", "xla", "triton", "tpu"]
 
 Result = TypeVar("Result")
 
@@ -42,7 +43,8 @@ def use_implementation(
     (`jax.jit(f).lower(...).compile()`) stays as it is.
 
     Args:
-        implementation: "xla", plain JAX; "triton", the kernels; or "auto", the platform's best.
+        implementation: "xla", plain JAX; "triton", the kernels for GPUs; "tpu", those for TPUs,
+            which few ops have; or "auto", the platform's best.
         by: who asks, for `explain`.
 
     Raises:
@@ -97,8 +99,9 @@ def call(
 ) -> Result:
     """Call the implementation asked for; with "auto" the platform's best that supports the case.
 
-    "auto" takes the kernel on a CUDA GPU of compute capability 8.0 or later. It falls back to
-    "xla" where the kernel raises NotImplementedError, and warns of it once for each reason.
+    "auto" takes the kernel on a CUDA GPU of compute capability 8.0 or later, and on a TPU. It falls
+    back to "xla" where the kernel raises NotImplementedError; on a GPU it warns of it once for each
+    reason. On a TPU most ops have no kernel.
 
     The choice is made while the op is traced. A jitted caller keeps it for as long as it keeps the
     trace. `use_implementation` is part of `jit`'s cache key. The environment variable is not: set
@@ -126,17 +129,21 @@ def call(
         result = implementations[request.implementation](*operands, **settings)
         _record(op, request.implementation, f"asked for by {request.by}")
         return result
-    if "triton" not in implementations:
+    on_gpu = jax.default_backend() == "gpu"
+    kernel = "tpu" if backend.is_for_tpu() else "triton"
+    if kernel == "tpu" and kernel not in implementations:
+        reason, lost = "there is no kernel for tpu", False
+    elif kernel not in implementations:
         reason, lost = "plain JAX serves this case best", False
-    elif unfit := _unfit():
-        reason, lost = unfit, jax.default_backend() == "gpu"
+    elif kernel == "triton" and (unfit := _unfit()):
+        reason, lost = unfit, on_gpu
     else:
         try:
-            result = implementations["triton"](*operands, **settings)
+            result = implementations[kernel](*operands, **settings)
         except NotImplementedError as error:
-            reason, lost = str(error).removeprefix(f"{op}: "), True
+            reason, lost = str(error).removeprefix(f"{op}: "), kernel == "triton"
         else:
-            _record(op, "triton", "the kernel supports this case")
+            _record(op, kernel, "the kernel supports this case")
             return result
     result = implementations["xla"](*operands, **settings)
     _record(op, "xla", reason, warn=lost)
@@ -183,9 +190,9 @@ def _check(name: str, source: str) -> Implementation:
 
 def _unfit() -> str | None:
     """Why JAX's default device takes no kernels; None where it does."""
-    backend = jax.default_backend()
-    if backend != "gpu":
-        return f"there are no kernels for {backend}"
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return f"there are no kernels for {platform}"
     capability = launch.compute_capability()
     if capability is None or capability >= OLDEST_GPU:
         return None

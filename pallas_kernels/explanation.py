@@ -17,7 +17,7 @@ class Choice:
 
     Attributes:
         op: the op's name.
-        implementation: what it took, "xla" or "triton".
+        implementation: what it took, "xla", "triton" or "tpu".
         platform: JAX's default backend, such as "gpu" or "cpu".
         reason: why it took that, in words.
     """

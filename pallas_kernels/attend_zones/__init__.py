@@ -1,9 +1,9 @@
-"""The op `attend_zones`. Its meaning is in `reference.py`, its kernels are in `triton.py`."""
+"""The op `attend_zones`. Its meaning is `reference.py`; `triton.py` and `tpu.py` are kernels."""
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attend_zones import reference, triton
+from pallas_kernels.attend_zones import reference, tpu, triton
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.types import Estimate, Picks, SteadyRows, StoredRows, ZoneStates
 
@@ -53,7 +53,11 @@ def attend_zones(
     return dispatch.call(
         "attend_zones",
         implementation,
-        {"xla": reference.attend_zones, "triton": triton.attend_zones},
+        {
+            "xla": reference.attend_zones,
+            "triton": triton.attend_zones,
+            "tpu": tpu.attend_zones,
+        },
         query,
         steady,
         rows,

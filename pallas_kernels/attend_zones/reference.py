@@ -64,12 +64,16 @@ def attend_rows(query: Array, rows: Array, valid: Array, *, scale: float) -> tup
         scale: multiplies every product of query and key.
     """
     # A row that is not valid may hold anything, NaN included.
-    rows = jnp.where(valid[..., None, None], rows, 0)
+    rows = jnp.where(valid[..., None, None], rows, 0).reshape(*rows.shape[:3], -1)
+    # Multiplied as they lie, a key beside its value: XLA for CPUs would gather the rows again for
+    # each operand that it cuts out of them, number by number.
+    head_dim = query.shape[-1]
+    beside_nothing = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, head_dim)))
     logits = scale * jnp.einsum(
-        "bhgd,bhnd->bhgn", query, rows[..., 0, :], preferred_element_type=jnp.float32
+        "bhgd,bhnd->bhgn", beside_nothing, rows, preferred_element_type=jnp.float32
     )
-    logits = jnp.where(valid[:, :, None, :], logits, MASKED)
-    return attend_logits(logits, rows[..., 1, :])
+    output, logsumexp = attend_logits(jnp.where(valid[:, :, None, :], logits, MASKED), rows)
+    return output[..., head_dim:], logsumexp
 
 
 def attend_logits(logits: Array, values: Array) -> tuple[Array, Array]:

@@ -1,10 +1,10 @@
-"""The op `score_clusters`. Its meaning is in `reference.py`, its kernels are in `triton.py`."""
+"""The op `score_clusters`. Its meaning is `reference.py`; `triton.py` and `tpu.py` are kernels."""
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.score_clusters import reference, triton
+from pallas_kernels.score_clusters import reference, tpu, triton
 from pallas_kernels.types import ClusterScores
 
 
@@ -38,7 +38,11 @@ def score_clusters(
     return dispatch.call(
         "score_clusters",
         implementation,
-        {"xla": reference.score_clusters, "triton": triton.score_clusters},
+        {
+            "xla": reference.score_clusters,
+            "triton": triton.score_clusters,
+            "tpu": tpu.score_clusters,
+        },
         query,
         centroids,
         offsets,

@@ -10,7 +10,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 import pallas_kernels as ops
-from pallas_kernels import dispatch
+from pallas_kernels import backend, dispatch
 
 BY = {"xla": lambda: "plain JAX", "triton": lambda: "the kernel"}
 
@@ -71,7 +71,7 @@ def test_the_variable_chooses_the_context_wins_over_it_the_argument_over_both(mo
 
 
 def test_names_that_do_not_exist_are_errors(monkeypatch):
-    message = "no implementation 'cuda'; give one of auto, xla, triton"
+    message = "no implementation 'cuda'; give one of auto, xla, triton, tpu"
     # Tests check what is passed before the function does.
     with (
         pytest.raises((ValueError, TypeCheckError), match="'cuda'"),
@@ -184,6 +184,35 @@ def test_gpus_too_old_for_the_kernels_get_plain_jax(monkeypatch, kind, capabilit
     messages = [str(warning.message) for warning in caught]
     expected = "an_op runs in plain JAX on a GPU: the GPU has compute capability 7.5; the kernels "
     assert messages == ([] if kernels else [expected + "need 8.0"])
+
+
+def test_a_tpu_takes_its_own_kernels_and_no_others(monkeypatch):
+    """Without a warning: there most ops are meant to run in plain JAX."""
+    pretend(monkeypatch, "TPU v6 lite", backend="tpu")
+    of_tpu = BY | {"tpu": lambda: "the TPU's kernel"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(by=of_tpu) == "the TPU's kernel"
+        assert choose("xla", of_tpu) == "plain JAX"
+        assert choose(by=BY) == "plain JAX"
+        assert choose(by=BY | {"tpu": unsupported}) == "plain JAX"
+    assert told() == [
+        ("an_op", "tpu", "the kernel supports this case"),
+        ("an_op", "xla", "asked for by its argument"),
+        ("an_op", "xla", "there is no kernel for tpu"),
+        ("an_op", "xla", "head_dim is 32; the kernel knows 64"),
+    ]
+    pretend(monkeypatch)
+    assert choose(by=of_tpu) == "the kernel"
+    assert choose("tpu", of_tpu) == "the TPU's kernel"
+
+
+def test_a_program_for_tpus_takes_their_kernels_on_any_machine():
+    by = BY | {"tpu": lambda: "the TPU's kernel"}
+    assert choose(by=by) == "plain JAX"
+    with backend.traced_for_tpu():
+        assert choose(by=by) == "the TPU's kernel"
+    assert choose(by=by) == "plain JAX"
 
 
 def test_a_named_implementation_that_is_not_there_fails_loudly():

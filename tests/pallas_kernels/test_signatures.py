@@ -11,6 +11,7 @@ OPS = sorted(name for name in vars(ops) if inspect.isfunction(getattr(ops, name)
 OPS.remove("use_implementation")
 # In plain JAX alone: "auto" says so, and `dispatch.no_kernel` refuses.
 WITHOUT_KERNEL = {"build_moments", "build_spread"}
+WITH_TPU_KERNEL = {"attend_zones", "score_clusters"}
 
 
 def taken(function):
@@ -29,6 +30,7 @@ def test_implementations_take_what_the_op_takes(op):
     assert len(of_op) <= 8
     assert of_op.pop("implementation") == (inspect.Parameter.KEYWORD_ONLY, None)
     names = ["reference"] if op in WITHOUT_KERNEL else ["reference", "triton"]
+    names += ["tpu"] if op in WITH_TPU_KERNEL else []
     plain, *kernels = (
         taken(getattr(importlib.import_module(f"pallas_kernels.{op}.{name}"), op)) for name in names
     )

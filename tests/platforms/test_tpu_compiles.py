@@ -31,14 +31,36 @@ def programs(*arguments: object) -> dict[str, dict]:
     return {facts["program"]: facts for facts in found}
 
 
+KERNELS = ["attend_zones", "score_clusters"]
+
+
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_smollm2s_step_compiles(chip):
     facts = programs("--chip", chip, "--model", "smollm2", "--tokens", 32_768)["decode_n"]
+    assert facts["kernels"] == KERNELS
     assert 0 < facts["bytes"] < facts["memory"]
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_smollm2s_step_with_staged_rows_compiles(chip):
+    found = programs("--chip", chip, "--model", "smollm2", "--tokens", 32_768, "--fetch", "staged")
+    assert set(found) == {"select", "attend", "finish"}
+    for facts in found.values():
+        assert 0 < facts["bytes"] < facts["memory"]
 
 
 def test_llama_3_8bs_step_compiles():
     """With 16 GB of weights it is for the larger chip."""
     facts = programs("--chip", "v6e", "--model", "llama-3-8b")["decode_n"]
+    assert facts["kernels"] == KERNELS
     assert facts["arguments"] > 16e9
     assert facts["bytes"] < facts["memory"]
+
+
+def test_the_kernels_compile():
+    """For every head dim, odd groups and both dtypes."""
+    found = programs("--chip", "v6e", "--kernels")
+    assert len(found) == 8
+    for name, facts in found.items():
+        assert facts["kernels"] == [name.split("-")[0]]
+        assert 0 < facts["bytes"] < facts["memory"]

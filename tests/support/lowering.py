@@ -1,4 +1,4 @@
-"""Lowers functions for a GPU that is not there."""
+"""Lowers functions for a GPU or a TPU that is not there."""
 
 import collections
 import contextlib
@@ -14,14 +14,14 @@ from pallas_kernels._compat import JAX_VERSION
 
 
 def lower_for(platform: str, function: Any, *args: Any) -> str:
-    """The program that `function` becomes on "cuda" or "rocm", kernels and all.
+    """The program that `function` becomes on "cuda", "rocm" or "tpu", kernels and all.
 
     Args:
         function: to be jitted.
         args: arrays, or `jax.ShapeDtypeStruct`.
     """
     with contextlib.ExitStack() as stack:
-        if JAX_VERSION >= (0, 11):
+        if JAX_VERSION >= (0, 11) and platform != "tpu":
             # From 0.11 on, Pallas asks which GPU it lowers for.
             from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 

@@ -11,6 +11,9 @@ from models.errors import InputError
 from pallas_kernels import explain
 from pallas_kernels.dispatch import VARIABLE, requested
 
+# Implementations that are kernels, and the platform of each as JAX names it.
+KERNELS = {"triton": "gpu", "tpu": "tpu"}
+
 HELP = "At the end, say which implementation each op took, and why."
 
 
@@ -23,20 +26,21 @@ def check_variable() -> None:
 
 
 def check_platform() -> None:
-    """Raise InputError where kernels are asked for and JAX has no GPU; starts JAX's device."""
-    backend = jax.default_backend()
-    if requested(None) == "triton" and backend != "gpu":
+    """Raise InputError where kernels of another platform are asked for; starts JAX's device."""
+    backend, asked = jax.default_backend(), requested(None)
+    if asked in KERNELS and backend != KERNELS[asked]:
         raise InputError(
-            f"{VARIABLE} is triton, and there are no kernels for {backend}: leave it out, or set "
-            "it to xla"
+            f"{VARIABLE} is {asked}, and there are no such kernels for {backend}: leave it out, or "
+            "set it to xla"
         )
 
 
 def asked_for_kernels(error: NotImplementedError) -> str | None:
     """Describe a case that kernels do not support, if the variable asks for them; else None."""
-    if os.environ.get(VARIABLE) != "triton":
+    asked = os.environ.get(VARIABLE)
+    if asked not in KERNELS:
         return None
-    return f"{error}; {VARIABLE}=triton allows nothing else: leave it out, or set it to xla"
+    return f"{error}; {VARIABLE}={asked} allows nothing else: leave it out, or set it to xla"
 
 
 def print_explanation() -> None:

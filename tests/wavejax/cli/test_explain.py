@@ -49,7 +49,11 @@ def test_a_plan_runs_nothing_to_explain(generate: Generate, tiny: Path) -> None:
     ("value", "message"),
     [
         ("cuda", "error: WAVEJAX_IMPLEMENTATION: no implementation 'cuda'; give one of auto, xla"),
-        ("triton", "error: WAVEJAX_IMPLEMENTATION is triton, and there are no kernels for cpu"),
+        (
+            "triton",
+            "error: WAVEJAX_IMPLEMENTATION is triton, and there are no such kernels for cpu",
+        ),
+        ("tpu", "error: WAVEJAX_IMPLEMENTATION is tpu, and there are no such kernels for cpu"),
     ],
 )
 def test_a_variable_that_cannot_hold_is_one_line(
@@ -67,7 +71,10 @@ def test_what_kernels_do_not_support_is_one_line_where_they_are_asked_for(
 ) -> None:
     error = NotImplementedError("an_op: head_dim is 32; the kernel knows 64")
     assert asked_for_kernels(error) is None
-    monkeypatch.setenv(VARIABLE, "triton")
-    line = asked_for_kernels(error)
-    assert line is not None
-    assert line.startswith("an_op: head_dim is 32; the kernel knows 64; WAVEJAX_IMPLEMENTATION=")
+    monkeypatch.setenv(VARIABLE, "xla")
+    assert asked_for_kernels(error) is None
+    for asked in ("triton", "tpu"):
+        monkeypatch.setenv(VARIABLE, asked)
+        line = asked_for_kernels(error)
+        assert line is not None
+        assert line.startswith(f"{error}; WAVEJAX_IMPLEMENTATION={asked} allows nothing else")
