@@ -17,6 +17,7 @@ LEAST_CLUSTER_SIZE = 8
 
 MOMENT_RANKS = (0, 1, 2, 4)
 MOMENT_DTYPES = ("model", "bfloat16", "int8")
+ROW_DTYPES = ("model", "int8")
 
 # Settings that only steer how a decode step reads what is kept: no index depends on them. A new
 # setting is not among them until somebody says that it is.
@@ -78,6 +79,11 @@ class WaveConfig:
     moment_dtype: str = _setting(
         "model", "of these directions: model, the model's own; bfloat16; int8, a scale a vector"
     )
+    row_dtype: str = _setting(
+        "model",
+        "of the keys and values kept of indexed tokens: model, the model's own; int8, a scale a "
+        "key and a value",
+    )
     bounds: bool = _setting(
         False, "keep what bounds of the estimate are made of, as attend_zones takes it"
     )
@@ -122,6 +128,7 @@ class WaveConfig:
         if self.bounds and not self.moment_rank:
             raise InputError("`bounds` want moments: give `moment_rank` of 1, 2 or 4")
         _check_known("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
+        _check_known("row_dtype", self.row_dtype, ROW_DTYPES)
         _check_range("admission_ratio", self.admission_ratio, 1, 10**9)
         _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)
         # k-means begins in the middle of as many equal parts; the last part's middle is at

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.errors import InputError
+from pallas_kernels.types import Rows
 from wavejax.attention.dense import DenseState
 from wavejax.config import WaveConfig
 from wavejax.documents import arrays
@@ -28,6 +29,7 @@ from wavejax.store.state import WaveState
 
 _AHEAD = 2  # Layers whose files are read and checked while an earlier one is put in its place.
 _WINDOW = "steady/window"
+_ROWS, _SCALES = "store/rows/data", "store/rows/scales"
 
 
 def grown_tokens(folder: Folder) -> int:
@@ -76,7 +78,7 @@ def restore(
     parts = {part.name: part for part in arrays.parts_of(attention_state)}
     kept = {name: folder.arrays[name].read() for name, part in parts.items() if not part.by_layer}
     cut = None
-    stores: list[np.ndarray] = []
+    stores: list[Rows] = []
     if length is not None and config is not None:
         counts = (int(kept[name]) for name in ("index/tokens", "index/prompt_tokens"))
         cut, window = cut_at(config, length, *counts), kept[_WINDOW]
@@ -97,18 +99,16 @@ def restore(
             continue
         layers = part.array.shape[0]
         files = [folder.arrays[f"{name}/{layer}"] for layer in range(layers)]
-        if staged and cut is None:
+        held = staged and name == _ROWS
+        if held and cut is None:
             rows = ArrivingRows(attention_state.rows)
             rows.receive(slot, files)
             attention_state = StagedState(state, rows)
             continue
-        if cut is not None:
-            reads: list[Callable[[], np.ndarray]] = [
-                functools.partial(between, layer, 0, cut.indexed) for layer in range(layers)
-            ]
-        else:
-            reads = [functools.partial(_first, file, length) for file in files]
-        if staged:
+        first = length if cut is None else cut.indexed
+        reads: list[Callable[[], np.ndarray]]
+        reads = [functools.partial(_first, file, first) for file in files]
+        if held:
             _fill(attention_state, slot, reads)
         else:
             new[name] = _put_layers(part, slot, reads)
@@ -165,18 +165,20 @@ def _axes(part: Part) -> tuple[str, ...]:
     return (part.axes[0], *part.axes[2:]) if part.axes[:2] == arrays.STACKED else ()
 
 
-def _read_stores(folder: Folder, layers: int) -> list[np.ndarray]:
+def _read_stores(folder: Folder, layers: int) -> list[Rows]:
     """Map the kept row store of every layer, and check it."""
-    names = [
-        next(one for one in folder.arrays if one.startswith("store/") and one.endswith(f"/{layer}"))
-        for layer in range(layers)
-    ]
+
+    def read(layer: int) -> Rows:
+        data, scales = (folder.arrays.get(f"{name}/{layer}") for name in (_ROWS, _SCALES))
+        kept: Any = data and data.read(), scales and scales.read()
+        return Rows(*kept)
+
     with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
-        return list(pool.map(lambda name: folder.arrays[name].read(), names))
+        return list(pool.map(read, range(layers)))
 
 
 def _rows_of(
-    stores: list[np.ndarray], window: np.ndarray, layer: int, start: int, end: int
+    stores: list[Rows], window: np.ndarray, layer: int, start: int, end: int
 ) -> np.ndarray:
     return rows_between(stores[layer], window[layer], start, end)
 

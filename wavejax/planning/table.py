@@ -34,7 +34,8 @@ def plan_text(plan: Plan, model: str) -> str:
         if need.slots:
             slots = "1 slot" if need.slots == 1 else f"{need.slots:,} slots"
             add(f"row cache, {slots} a head", need.cache)
-        add("steady zone", need.steady)
+        scaled = plan.attention.row_dtype == "int8"
+        add("steady zone, scales" if scaled else "steady zone", need.steady)
         on_device = need.rows_on == "device"
         add("row store", *((need.rows,) if on_device else (None, need.rows)))
     add("workspace", need.workspace)

@@ -70,7 +70,7 @@ def test_flags_reach_attention_and_sampler(
             expected[field.name] = not value
             flags.append(f"--no-{flag}" if value else f"--{flag}")
         elif isinstance(value, str):
-            expected[field.name] = "int8"  # the moments' dtype: there is no other
+            expected[field.name] = "int8"  # of moments and rows: there is no other
             flags += [f"--{flag}", "int8"]
         else:
             # Of the fields at 1, only the ratio may be more.
