@@ -197,6 +197,20 @@ class WaveConfig:
         wanted = max(wanted, self.most_retrieved(tokens))
         return max(1, min(wanted + self.max_cluster_size, tokens))
 
+    def reads_all(self, tokens: int) -> bool:
+        """Say whether every token of a sequence of so many is attended to exactly.
+
+        Args:
+            tokens: that it holds, however many of them came with its prompt.
+        """
+        rest = tokens - self.sink_tokens
+        indexed = 0 if rest < self.window_tokens else rest - self.local_tokens
+        if self.min_token_mass > 0 or self.admission_ratio > 1:
+            return not indexed
+        retrieved = max(self.min_retrieved_tokens, int(self.retrieval_fraction * indexed))
+        candidates = max(self.min_candidate_tokens, int(self.candidate_fraction * indexed))
+        return indexed <= (min(retrieved, candidates) if self.token_codes else retrieved)
+
     def cache_slots(self, tokens: int) -> int:
         """Slots of the row cache for so many indexed tokens."""
         like = max(tokens, LIKE_RETRIEVED * self.min_retrieved_tokens)

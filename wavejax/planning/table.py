@@ -6,6 +6,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
+from wavejax.attention.protocol import AnyAttention
 from wavejax.planning.plan import Plan, gib, shortage
 
 _WIDTH = 100  # columns
@@ -63,10 +64,11 @@ def _run(plan: Plan) -> str:
 def _notes(plan: Plan) -> list[str]:
     """Return what was chosen and why, and how far the same run could go."""
     notes = []
+    name = attention_name(plan.attention)
+    if plan.chosen is not None:
+        notes.append(f"attention: {name}; {plan.chosen}")
     if not plan.attention.has_index:
-        name = type(plan.attention).__name__
-        name = "full" if name == "DenseAttention" else name
-        notes.append(f"attention: {name}; {plan.reason}")
+        notes.append(f"{'store' if plan.chosen else f'attention: {name}'}; {plan.reason}")
     else:
         notes.append(f"store: {plan.need.rows_on}; {plan.reason}")
         if plan.shrunk is not None:
@@ -88,6 +90,12 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
+def attention_name(attention: AnyAttention) -> str:
+    """Name an attention as `--attention` does; one of another kind by its class."""
+    name = type(attention).__name__
+    return {"DenseAttention": "full", "WaveAttention": "wave"}.get(name, name)
+
+
 def plan_json(plan: Plan, model: str) -> dict[str, object]:
     """Return what `--plan --json` prints: all of it, in bytes and tokens."""
     return {
@@ -96,6 +104,8 @@ def plan_json(plan: Plan, model: str) -> dict[str, object]:
         "prompt_tokens": plan.prompt_tokens,
         "new_tokens": plan.new_tokens,
         "dtype": plan.dtype,
+        "attention": attention_name(plan.attention),
+        "attention_reason": plan.chosen,
         "store": plan.need.rows_on,
         "reason": plan.reason,
         "cache_fraction": plan.attention.cache_fraction if plan.attention.has_index else None,
