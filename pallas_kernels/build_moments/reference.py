@@ -84,8 +84,14 @@ def build_moments_of_row(keys: Array, values: Array, clusters: Clusters, *, rank
 
     within = mean_over_members(along)
     if rank > 1:
-        _, turned = jnp.linalg.eigh(within)
-        basis = _times(basis, turned[..., ::-1])
+        # A dependent column, of zeros, is not to be mixed with one along which nothing varies: it
+        # has a variance of its own, less than any.
+        none = jnp.all(basis == 0, axis=1)
+        trace = jnp.trace(within, axis1=-2, axis2=-1)[:, None]
+        apart = jnp.where(none, -trace, 0)[..., None] * jnp.eye(rank)
+        _, turned = jnp.linalg.eigh(within + apart)
+        turned, length = _unit(_times(basis, turned[..., ::-1]).swapaxes(1, 2))
+        basis = jnp.where(length[..., None] > 0.5, turned, 0).swapaxes(1, 2)
         within = mean_over_members(along)
     lambdas = jnp.maximum(jnp.diagonal(within, axis1=-2, axis2=-1), 0)
     weights = mean_over_members(lambda d, e: product(e, d, basis))

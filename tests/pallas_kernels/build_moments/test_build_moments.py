@@ -53,9 +53,10 @@ def exact(keys, values, order):
         yield e.T @ d / count, d.T @ d / count
 
 
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("rank", [1, 2, 4, HEAD_DIM])
-def test_directions_are_the_best(rank):
-    keys, values, order = case(rank)
+def test_directions_are_the_best(rank, seed):
+    keys, values, order = case(seed)
     found = build(keys, values, clusters_of(keys, values, order), rank=rank)
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
     assert found.directions.shape == found.weights.shape == (len(SIZES), rank, HEAD_DIM)
