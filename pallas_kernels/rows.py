@@ -14,6 +14,16 @@ RowFormat = Literal["plain", "scaled"]
 EMPTY = -1
 
 
+def check_formats(reader: str, stored: "StoredRows") -> None:
+    """Raise NotImplementedError where store and row cache are not of one format."""
+    store, cache = stored
+    if store.format != cache.format:
+        raise NotImplementedError(
+            f"{reader}: the store's rows are {store.format}, the row cache's {cache.format}; it "
+            "wants one format"
+        )
+
+
 def is_held(entry: Array) -> Bool[Array, "..."]:
     """Say which entries of a row table, int32 of any shape, are not `EMPTY`."""
     return entry >= 0
@@ -24,14 +34,16 @@ class Rows(NamedTuple):
 
     Frozen, and a pytree of one or two arrays. The format follows from the fields:
 
-    - "plain": the numbers themselves. All ops read it, and it is all that is made today.
-    - "scaled": each number times its row's scale. No op reads it yet: see `plain`.
+    - "plain": the numbers themselves.
+    - "scaled": int8 levels, each times its vector's scale: `rounding.quantise` makes them, and
+      `rounding.dequantise` the numbers again.
 
     Attributes:
         data: `[layers, batch, kv_heads, tokens, 2, head_dim]`, keys and values; may lie in
             `pinned_host` memory. In a row cache `slots` stand in place of `tokens`.
-        scales: None; or, for "scaled", `[layers, batch, kv_heads, tokens, 2]`, one number for
-            each key and one for each value.
+        scales: None; or, for "scaled", `[layers, batch, kv_heads, tokens, 2]` float32, one for
+            each key and one for each value. Always on the device, also of rows in host memory: a
+            row then crosses the bus as one aligned piece, whose length is a power of two.
     """
 
     data: Num[Array, "layers batch kv_heads tokens 2 head_dim"]
@@ -64,22 +76,6 @@ class Rows(NamedTuple):
         if self.scales is not None:
             scales = math.prod(self.scales.shape[4:]) * self.scales.dtype.itemsize
         return self.width * self.dtype.itemsize + scales
-
-    def plain(self, reader: str) -> Num[Array, "layers batch kv_heads tokens 2 head_dim"]:
-        """Return `data`, for a reader that knows plain rows only.
-
-        Args:
-            reader: who reads, for the message: an op's name.
-
-        Raises:
-            NotImplementedError: the rows have scales.
-        """
-        if self.scales is not None:
-            raise NotImplementedError(
-                f"{reader}: the KV rows have scales (format {self.format!r}); it reads plain rows "
-                "only, so give Rows(data) without scales"
-            )
-        return self.data
 
 
 class SteadyRows(NamedTuple):

@@ -1,6 +1,7 @@
 """What decode steps had to move: by shapes, and by what the row caches counted."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,8 @@ def _wave_bytes(attention: Any, cache: WaveState) -> float:
     """Bytes that a step of wave attention reads besides the retrieved rows."""
     index, steady = cache.index, cache.steady
     layers, _, kv_heads = cache.store.rows.shape[:3]
-    row = cache.store.rows.row_bytes
+    # Of a row in the window, in the model's own dtype; a centroid and a mean value take as much.
+    row = math.prod(steady.window.shape[4:]) * steady.window.dtype.itemsize
     windows = int(np.asarray(steady.sink_tokens + steady.window_tokens).sum())
     clusters = int(np.asarray(index.num_clusters, np.int64).sum())
     # A centroid, a sum of values and an edge of each cluster.

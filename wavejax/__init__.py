@@ -31,7 +31,7 @@ Attentions:
 
 - `WaveAttention`, `DenseAttention`: pure functions of a state, for any decoder.
 - `Attention`: their interface, with the order of the calls. `CacheShape`: a KV cache's sizes.
-- `WaveConfig`: the settings of wave attention.
+- `WaveConfig`: the settings of wave attention. `AutoAttention`: wave or full, by the plan.
 - `WaveState`, with its parts `WaveIndex`, `RowStore`, `RowCache` and `SteadyZone`.
 
 Implementations of the ops:
@@ -105,6 +105,7 @@ if TYPE_CHECKING:
     from wavejax.engine.text import TextStream as TextStream
     from wavejax.language_model import LanguageModel as LanguageModel
     from wavejax.loading import load as load
+    from wavejax.planning.auto import AutoAttention as AutoAttention
     from wavejax.planning.plan import Plan as Plan
     from wavejax.planning.plan import make_plan as make_plan
     from wavejax.store.index import WaveIndex as WaveIndex
@@ -141,6 +142,7 @@ _MODULE_OF = {
     "CacheShape": "wavejax.store.shape",
     "DenseAttention": "wavejax.attention.dense",
     "WaveConfig": "wavejax.config",
+    "AutoAttention": "wavejax.planning.auto",
     "WaveState": "wavejax.store.state",
     "WaveIndex": "wavejax.store.index",
     "RowStore": "wavejax.store.rows",

@@ -17,6 +17,7 @@ LEAST_CLUSTER_SIZE = 8
 
 MOMENT_RANKS = (0, 1, 2, 4)
 MOMENT_DTYPES = ("model", "bfloat16", "int8")
+ROW_DTYPES = ("model", "int8")
 
 # Settings that only steer how a decode step reads what is kept: no index depends on them. A new
 # setting is not among them until somebody says that it is.
@@ -81,6 +82,11 @@ class WaveConfig:
     )
     moment_dtype: str = _setting(
         "model", "of these directions: model, the model's own; bfloat16; int8, a scale a vector"
+    )
+    row_dtype: str = _setting(
+        "model",
+        "of the keys and values kept of indexed tokens: model, the model's own; int8, a scale a "
+        "key and a value",
     )
     bounds: bool = _setting(
         False, "keep what bounds of the estimate are made of, as attend_zones takes it"
@@ -150,6 +156,7 @@ class WaveConfig:
                 "`estimation_fraction=1`, or `tolerance=0`"
             )
         _check_known("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
+        _check_known("row_dtype", self.row_dtype, ROW_DTYPES)
         _check_range("admission_ratio", self.admission_ratio, 1, 10**9)
         _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)
         # k-means begins in the middle of as many equal parts; the last part's middle is at
@@ -217,6 +224,20 @@ class WaveConfig:
         wanted = max(share, self.min_candidate_tokens) if self.token_codes else 0
         wanted = max(wanted, self.most_retrieved(tokens))
         return max(1, min(wanted + self.max_cluster_size, tokens))
+
+    def reads_all(self, tokens: int) -> bool:
+        """Say whether every token of a sequence of so many is attended to exactly.
+
+        Args:
+            tokens: that it holds, however many of them came with its prompt.
+        """
+        rest = tokens - self.sink_tokens
+        indexed = 0 if rest < self.window_tokens else rest - self.local_tokens
+        if self.min_token_mass > 0 or self.admission_ratio > 1:
+            return not indexed
+        retrieved = max(self.min_retrieved_tokens, int(self.retrieval_fraction * indexed))
+        candidates = max(self.min_candidate_tokens, int(self.candidate_fraction * indexed))
+        return indexed <= (min(retrieved, candidates) if self.token_codes else retrieved)
 
     def cache_slots(self, tokens: int) -> int:
         """Slots of the row cache for so many indexed tokens."""

@@ -32,10 +32,11 @@ from wavejax.engine.prompt_text import (
 )
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.text import Generation, TextPiece, TextRun, TextStream
+from wavejax.planning.auto import AutoAttention
 from wavejax.planning.free_memory import free_besides
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan
 
-AttentionChoice = WaveConfig | AnyAttention
+AttentionChoice = WaveConfig | AutoAttention | AnyAttention
 MOST_SAMPLES = 65536
 
 
@@ -52,7 +53,8 @@ class LanguageModel:
         params: its parameters; their layers are stacked, or apart where that is faster.
         tokenizer: text to token ids and back.
         stop_tokens: an answer ends after any of these.
-        attention: the settings of wave attention, or any attention, which is used as it is.
+        attention: the settings of wave attention; `AutoAttention`, of which each call's plan makes
+            wave or full attention; or any attention, which is used as it is.
         store: where wave attention keeps keys and values: "auto", "device" or "host".
         fetch: how rows on the host reach the device: "auto", "in_place" or "staged".
         max_context: most tokens, prompt and answer; None as `config` has it.

@@ -19,6 +19,7 @@ from wavejax.config import WaveConfig
 from wavejax.engine.generator import Generator
 from wavejax.engine.sampling import Sampler
 from wavejax.language_model import AttentionChoice, LanguageModel
+from wavejax.planning.auto import AutoAttention
 from wavejax.planning.free_memory import set_memory_limits
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan, pinned_need
 
@@ -29,7 +30,8 @@ class OpenedModel:
 
     Attributes:
         checkpoint: where it is, and its configuration.
-        attention: settings of wave attention, or an attention that is used as it is.
+        attention: settings of wave attention, `AutoAttention`, or an attention that is used as it
+            is.
         dtype: of weights and caches; "auto" is float32 on a CPU, bfloat16 elsewhere.
         store: where wave attention keeps keys and values.
         fetch: how rows on the host reach the device.
@@ -157,8 +159,9 @@ def load(
             SmolLM2 package.
         dtype: of weights and caches: "bfloat16", "float16" or "float32". "auto" is float32 on a
             CPU, bfloat16 elsewhere.
-        attention: "wave", "full", the settings of wave attention (`WaveConfig`), or any
-            `Attention`, which is then used as it is: no plan decides where its rows go.
+        attention: "wave"; "full"; "auto", of which each call takes what should be faster, or fits;
+            the settings of wave attention (`WaveConfig`); or any `Attention`, which is then used
+            as it is: no plan decides where its rows go.
         store: where wave attention keeps keys and values: "device", "host", or "auto", on the
             device while they fit.
         fetch: how rows on the host reach the device: "in_place", "staged", or "auto".
@@ -191,14 +194,35 @@ def load(
 
 
 def attention_of(choice: str | AttentionChoice) -> AttentionChoice:
-    """Return settings by name: "wave" or "full"; raise InputError for another name or kind."""
-    named = {"wave": WaveConfig, "full": DenseAttention}
-    if isinstance(choice, str) and choice in named:
-        return named[choice]()
-    if isinstance(choice, WaveConfig | Attention):
+    """Return settings by name, or as they are; raise InputError for another name or kind."""
+    if isinstance(choice, str):
+        return named_attention(choice, WaveConfig())
+    if isinstance(choice, WaveConfig | AutoAttention | Attention):
         return choice
-    raise InputError(
-        f"`attention` is {choice!r}; it must be 'wave', 'full', a WaveConfig or an Attention"
+    raise _unknown(choice)
+
+
+def named_attention(name: str, config: WaveConfig) -> AttentionChoice:
+    """Return "wave", "full" or "auto" by the settings of wave attention; raise InputError else.
+
+    Also where full attention is asked for and rows in another dtype, which it does not have.
+    """
+    if name == "full" and config.row_dtype != "model":
+        raise InputError(
+            f"`row_dtype={config.row_dtype!r}` is for wave attention, full attention keeps the "
+            "model's dtype: leave it out, or give `attention='wave'`"
+        )
+    named: dict[str, AttentionChoice]
+    named = {"wave": config, "full": DenseAttention(), "auto": AutoAttention(config)}
+    if name not in named:
+        raise _unknown(name)
+    return named[name]
+
+
+def _unknown(choice: object) -> InputError:
+    return InputError(
+        f"`attention` is {choice!r}; it must be 'wave', 'full', 'auto', a WaveConfig or an "
+        "Attention"
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from pallas_kernels import dispatch
 from pallas_kernels.append_rows import reference, triton
@@ -13,7 +13,7 @@ from pallas_kernels.types import Rows
 
 def append_rows(
     store: Rows,
-    rows: Float[Array, "kv_heads new 2 head_dim"],
+    rows: Num[Array, "kv_heads new 2 head_dim"],
     layer: Int[Array, ""] | int,
     sequence: Int[Array, ""] | int,
     start: Int[Array, ""] | int,
@@ -27,7 +27,8 @@ def append_rows(
 
     Args:
         store: all rows, in token order; may lie in `pinned_host` memory.
-        rows: the new ones, on the device; converted to the store's dtype.
+        rows: the new ones, on the device; converted to the store's dtype, or quantised where the
+            store has scales (`rounding.quantise`).
         layer, sequence: int32, where in the stack.
         start: int32, the first row to write.
         implementation: see `pallas_kernels.dispatch.call`. With "auto" the kernel writes to host
@@ -38,7 +39,7 @@ def append_rows(
         the store with the new rows.
 
     Raises:
-        NotImplementedError: a store that has scales; or what `pallas_kernels.dispatch.call` raises.
+        NotImplementedError: as `pallas_kernels.dispatch.call`.
     """
     implementations: dict[str, Callable[..., Rows]] = {"xla": reference.append_rows}
     on_host = jax.typeof(store.data).memory_space == jax.memory.Space.Host

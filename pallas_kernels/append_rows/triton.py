@@ -11,6 +11,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import backend as plt
+from pallas_kernels.append_rows.reference import write
+from pallas_kernels.rounding import quantise
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import Rows
 
@@ -66,12 +68,18 @@ def append_rows(
     """See `pallas_kernels.append_rows`. What would pass the store's end is not written.
 
     Raises:
-        NotImplementedError: see `launch.check_heads`; or there are no rows, or more than fit; or
-            the store's have scales.
+        NotImplementedError: see `launch.check_heads`; or there are no rows, or more than fit.
     """
-    data = store.plain("append_rows")
+    data, scales = store
     kv_heads, new, _, head_dim = rows.shape
-    launch.check_heads("append_rows", 1, head_dim, data.dtype, rows.dtype)
+    if scales is not None:
+        rows, new_scales = quantise(rows)
+        assert new_scales is not None
+        # On the device, where XLA does well.
+        scales = write(scales, new_scales, layer, sequence, start)
+    # Levels are copied as they are.
+    floats = () if data.dtype == rows.dtype == jnp.int8 else (data.dtype, rows.dtype)
+    launch.check_heads("append_rows", 1, head_dim, *floats)
     if not 0 < new <= data.shape[3]:
         raise NotImplementedError(
             f"append_rows: {new} rows for a store of {data.shape[3]}; the kernel wants 1 or more, "
@@ -95,7 +103,7 @@ def append_rows(
         # Pallas says of all results that they are on the device. This one's buffer is the
         # operand's, which XLA follows from the program's input on: it drops the transfer.
         written = jax.device_put(written, jax.memory.Space.Host)
-    return Rows(written)
+    return Rows(written, scales)
 
 
 def _kernel(

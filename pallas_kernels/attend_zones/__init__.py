@@ -40,7 +40,8 @@ def attend_zones(
     Args:
         query: one decode step's queries, grouped by the kv head that they share.
         steady: the steady zone.
-        rows: the store and the row cache. Without slots the kernel wants the store on the device.
+        rows: the store and the row cache, of one format: scaled rows stand for the numbers that
+            `rounding.dequantise` gives. Without slots the kernel wants the store on the device.
         picks: from `select_tokens`.
         estimate: what is left to the clusters.
         layer: which layer of the stacks.
@@ -48,7 +49,7 @@ def attend_zones(
         implementation: see `pallas_kernels.dispatch.call`.
 
     Raises:
-        NotImplementedError: rows that have scales; or what `pallas_kernels.dispatch.call` raises.
+        NotImplementedError: rows of two formats; or what `pallas_kernels.dispatch.call` raises.
     """
     return dispatch.call(
         "attend_zones",

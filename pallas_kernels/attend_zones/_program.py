@@ -30,6 +30,8 @@ class Operands(NamedTuple):
         logits, value_means, offsets, remaining: as in `Estimate`.
         layer: int32 scalar.
         claims_before: see `choose_part`; None where parts are taken in order.
+        store_scales, cache_scales_before: the scales of `StoredRows`; None for plain rows, and
+            where there is no row cache.
     """
 
     query: Any
@@ -48,6 +50,8 @@ class Operands(NamedTuple):
     remaining: Any
     layer: Any
     claims_before: Any
+    store_scales: Any
+    cache_scales_before: Any
 
 
 class Results(NamedTuple):
@@ -59,6 +63,7 @@ class Results(NamedTuple):
         missed_tokens, missed_slots: `[batch, kv_heads, retrieved]` int32, scratch: the missed
             rows', without the hits between them.
         claims: in place of `claims_before`.
+        cache_scales: in place of `cache_scales_before`.
     """
 
     outputs: Any
@@ -67,6 +72,20 @@ class Results(NamedTuple):
     missed_tokens: Any = None
     missed_slots: Any = None
     claims: Any = None
+    cache_scales: Any = None
+
+
+def aliases(operands: Operands, results: Results) -> dict[int, int]:
+    """Tell the numbers of the operands that are written in place, and of the results they are."""
+
+    def number(fields: Any, name: str) -> int:
+        before = fields[: fields._fields.index(name)]
+        return sum(field is not None for field in before)
+
+    in_place = [
+        name for name in ("cache", "claims", "cache_scales") if getattr(results, name) is not None
+    ]
+    return {number(operands, f"{name}_before"): number(results, name) for name in in_place}
 
 
 class ProgramOfRow:
@@ -132,16 +151,36 @@ class ProgramOfRow:
         )
         return [keys, values]
 
-    def attend(self, state: State, query: Array, rows: list[Array], valid: Array) -> State:
-        """Attends to a tile of keys and values."""
+    def load_scales(self, scales: Any, places: Array, valid: Array) -> list[Array]:
+        """Scales `[n]` of keys and of values, zero where not valid."""
+        return [plt.load(scales.at[*self.row, places, kv], mask=valid, other=0) for kv in (0, 1)]
+
+    def attend(
+        self,
+        state: State,
+        query: Array,
+        rows: list[Array],
+        valid: Array,
+        scales: list[Array] | None = None,
+    ) -> State:
+        """Attends to a tile of keys and values; levels with scales are not multiplied by them.
+
+        The products are: a key's scale multiplies its logits, a value's its weights. Levels are
+        whole numbers that every float holds.
+        """
         output, peak, masses = state
         keys, values = rows
+        if scales is not None:
+            keys, values = keys.astype(query.dtype), values.astype(query.dtype)
         exponents = (self.scale * LOG2_E) * launch.dot(query, keys, (1, 1))
+        if scales is not None:
+            exponents = exponents * scales[0][None, :]
         exponents = jnp.where(valid[None, :], exponents, MASKED)
         higher = jnp.maximum(peak, jnp.max(exponents, axis=1))
         weights = jnp.where(valid[None, :], jnp.exp2(exponents - higher[:, None]), 0.0)
         shrink = jnp.exp2(peak - higher)[:, None]
-        output = output * shrink + launch.dot(weights.astype(values.dtype), values, (1, 0))
+        weighted = weights if scales is None else weights * scales[1][None, :]
+        output = output * shrink + launch.dot(weighted.astype(values.dtype), values, (1, 0))
         return output, higher, masses * shrink + weights
 
     def finish(self, state: State) -> None:

@@ -68,13 +68,22 @@ class Program(ProgramOfRow):
             following = read(out.missed_tokens, i + 1), read(out.missed_slots, i + 1)
             valid = token != NO_ID
             rows = self.load_rows(refs.store, token, valid)
+            scales = None
+            if refs.store_scales is not None:
+                scales = self.load_scales(refs.store_scales, token, valid)
             # What is admitted in a step is no hit in it, so no order matters.
             admitted = self.of_rows((slot >= 0) & (slot < out.cache.shape[3]))
             for kv, vectors in enumerate(rows):
                 into = out.cache.at[*self.row, slot[:, None], kv, self.d]
                 plt.store(into, vectors, mask=admitted)
+            if scales is not None:
+                has_slot = (slot >= 0) & (slot < out.cache.shape[3])
+                for kv, numbers in enumerate(scales):
+                    at = (*self.row, slot, kv)
+                    plt.store(out.cache_scales.at[*at], numbers, mask=has_slot)
             # The query is read again for each tile: else it holds 32 registers of each thread.
-            return i + 1, *following, self.attend(state, self.load_query(), rows, valid)
+            attended = rows, valid, scales
+            return i + 1, *following, self.attend(state, self.load_query(), *attended)
 
         # No `fori_loop`: Triton would make its reads asynchronous copies, and those read a host's
         # memory at half of the speed.
@@ -93,11 +102,15 @@ class Program(ProgramOfRow):
         steps, places = self.hits_of_share(split, splits, size)
         query, cached = self.load_query(), self.out.cache is not None
         source = self.out.cache if cached else self.refs.store
+        scales = self.out.cache_scales if cached else self.refs.store_scales
 
         def step(i: Array, state: State) -> State:
             place = _row(places, i)
             rows = self.load_rows(source, place, place != NO_ID)
-            return self.attend(state, query, rows, place != NO_ID)
+            if scales is None:
+                return self.attend(state, query, rows, place != NO_ID)
+            its = self.load_scales(scales, place, place != NO_ID)
+            return self.attend(state, query, rows, place != NO_ID, its)
 
         self.finish(lax.fori_loop(0, steps, step, self.start(size)))
 

@@ -8,6 +8,8 @@ from pallas_kernels import _compat
 from pallas_kernels.attend_zones._bounds import zone_bounds
 from pallas_kernels.attend_zones._rest import attend_rest, what_remains
 from pallas_kernels.numerics import is_masked, log_count, log_sum_exp
+from pallas_kernels.rounding import dequantise
+from pallas_kernels.rows import check_formats
 from pallas_kernels.types import (
     MASKED,
     NO_ID,
@@ -20,8 +22,13 @@ from pallas_kernels.types import (
 )
 
 
+def read_stored(store: Rows, layer: Array | int, tokens: Array) -> Rows:
+    """Read rows of the store, on the device: `[batch, kv_heads, n, ...]`, in the store's format."""
+    return jax.tree.map(lambda array: read_rows(array, layer, tokens), store)
+
+
 def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:
-    """Read rows of the store: `[batch, kv_heads, n, 2, head_dim]`, on the device.
+    """Read of an array `[layers, batch, kv_heads, tokens, ...]`: `[batch, kv_heads, n, ...]`.
 
     A store in host memory is read by the host's processor, since XLA does not gather across
     memories; the rows it gathered then go to the device in one transfer.
@@ -35,7 +42,9 @@ def read_rows(store: Array, layer: Array | int, tokens: Array) -> Array:
     )
     index = jnp.stack(jnp.broadcast_arrays(*parts), axis=-1).astype(jnp.int32)
     numbers = lax.GatherDimensionNumbers(
-        offset_dims=(3, 4), collapsed_slice_dims=(0, 1, 2, 3), start_index_map=(0, 1, 2, 3)
+        offset_dims=tuple(range(3, store.ndim - 1)),
+        collapsed_slice_dims=(0, 1, 2, 3),
+        start_index_map=(0, 1, 2, 3),
     )
 
     def gather(store: Array, index: Array) -> Array:
@@ -97,7 +106,8 @@ def attend_zones(
     batch, kv_heads = query.shape[:2]
     b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     sink, sink_tokens, window, window_tokens = steady
-    store, cache_rows = (held.plain("attend_zones") for held in rows)
+    store, cache = rows
+    check_formats("attend_zones", rows)
     tokens, slots, hit = picks
     correction = estimate.correction
 
@@ -111,29 +121,45 @@ def attend_zones(
     )
     of_steady = attend_rows(query, steady_rows, steady_valid[:, None, :], scale=scale)
 
-    read = missed = read_rows(store, layer, jnp.where(hit, 0, tokens))
-    if cache_rows.shape[3]:
-        admitted = jnp.where(hit, NO_ID, slots)
-        cache_rows = cache_rows.at[layer, b, h, admitted].set(missed, mode="drop")
+    read = missed = read_stored(store, layer, jnp.where(hit, 0, tokens))
+    if cache.shape[3]:
+        cache = admit(cache, missed, layer, jnp.where(hit, NO_ID, slots))
         # Read after the admission: reading before it would make XLA copy the whole cache.
-        cached = cache_rows[layer, b, h, jnp.minimum(slots, cache_rows.shape[3] - 1)]
-        read = jnp.where((slots != NO_ID)[..., None, None], cached, missed)
-    retrieved = attend_rows(query, read, tokens != NO_ID, scale=scale)
+        at = jnp.minimum(slots, cache.shape[3] - 1)
+        has_slot = slots != NO_ID
+
+        def from_cache(cached: Array, missed: Array) -> Array:
+            chosen = has_slot[(..., *(None,) * (missed.ndim - 3))]
+            return jnp.where(chosen, cached[layer, b, h, at], missed)
+
+        read = jax.tree.map(from_cache, cache, missed)
+    # Exactly the numbers that were rounded to, so that float rows of them give the same.
+    numbers = dequantise(read)
+    retrieved = attend_rows(query, numbers, tokens != NO_ID, scale=scale)
 
     if correction is None:
         rest, estimated = None, attend_clusters(estimate, layer)
     else:
-        rest = what_remains(query, read, tokens != NO_ID, estimate, layer, scale=scale)
+        rest = what_remains(query, numbers, tokens != NO_ID, estimate, layer, scale=scale)
         estimated = attend_rest(rest, correction, layer)
 
     parts = (of_steady, retrieved, estimated)
     outputs = jnp.stack([output for output, _ in parts])
     logsumexps = jnp.stack([logsumexp for _, logsumexp in parts])
     if rest is None or correction is None or correction.spread is None:
-        return ZoneStates(outputs, logsumexps, Rows(cache_rows))
-    given = query, read, tokens != NO_ID, rest, estimate
+        return ZoneStates(outputs, logsumexps, cache)
+    given = query, numbers, tokens != NO_ID, rest, estimate
     certain = zone_bounds(*given, (outputs, logsumexps), layer, scale=scale)
-    return ZoneStates(outputs, logsumexps, Rows(cache_rows), certain)
+    return ZoneStates(outputs, logsumexps, cache, certain)
+
+
+def admit(cache: Rows, rows: Rows, layer: Array | int, slots: Array) -> Rows:
+    """Write rows into slots `[batch, kv_heads, n]` of a layer of the row cache; NO_ID for none."""
+    batch, kv_heads = slots.shape[:2]
+    b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
+    return jax.tree.map(
+        lambda held, new: held.at[layer, b, h, slots].set(new, mode="drop"), cache, rows
+    )
 
 
 def attend_clusters(estimate: Estimate, layer: Array | int) -> tuple[Array, Array]:

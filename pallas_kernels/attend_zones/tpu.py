@@ -50,12 +50,16 @@ def attend_zones(
 
     Raises:
         NotImplementedError: see `mosaic.check_heads`; or a row cache, a store in host memory, rows
-            of several dtypes, no room for retrieved rows, clusters or the window, or a correction
-            of the estimate.
+            in 8 bits or of several dtypes, no room for retrieved rows, clusters or the window, or a
+            correction of the estimate.
     """
     batch, kv_heads, group, head_dim = query.shape
     sink, sink_tokens, window, window_tokens = steady
-    store, cache = (held.plain("attend_zones") for held in rows)
+    if any(held.scales is not None for held in rows):
+        raise NotImplementedError(
+            "attend_zones: rows in 8 bits; the TPU's kernel wants them in the query's dtype"
+        )
+    store, cache = (held.data for held in rows)
     logits, value_means, offsets, remaining, correction = estimate
     if correction is not None:
         raise NotImplementedError("attend_zones: there is no kernel for moments yet")

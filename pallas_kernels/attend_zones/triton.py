@@ -8,9 +8,10 @@ from jax import Array
 
 from pallas_kernels import backend, tuning
 from pallas_kernels.attend_zones._config import Config, heuristic
-from pallas_kernels.attend_zones._program import Operands, Results
+from pallas_kernels.attend_zones._program import Operands, Results, aliases
 from pallas_kernels.attend_zones._roles import by_processor
 from pallas_kernels.attend_zones._zones import Program
+from pallas_kernels.rows import check_formats
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import Estimate, Picks, Rows, SteadyRows, StoredRows, ZoneStates
 
@@ -37,24 +38,32 @@ def attend_zones(
     come from host memory: see `_roles`. Without a row cache the store's rows are read as hits are.
 
     Raises:
-        NotImplementedError: see `launch.check_heads`; or rows of several dtypes, no room for
-            retrieved rows, clusters or the window, or no row cache before a store on the host; or
-            a correction of the estimate.
+        NotImplementedError: see `launch.check_heads`; or rows of several dtypes, scaled rows with
+            a query in float16, no room for retrieved rows, clusters or the window, or no row cache
+            before a store on the host; or a correction of the estimate.
     """
     batch, kv_heads, group, head_dim = query.shape
     sink, sink_tokens, window, window_tokens = steady
-    store, cache_rows = (held.plain("attend_zones") for held in rows)
+    check_formats("attend_zones", rows)
+    (store, store_scales), (cache_rows, cache_scales) = rows
     tokens, slots, hit = picks
     logits, value_means, offsets, remaining, correction = estimate
     if correction is not None:
         raise NotImplementedError("attend_zones: there is no kernel for moments yet")
     by_name = {"sink": sink, "window": window, "store": store, "cache": cache_rows}
+    scaled = store_scales is not None
     for name, array in by_name.items():
-        if array.dtype != query.dtype:
+        levels = scaled and name in ("store", "cache")
+        if array.dtype != (jnp.int8 if levels else query.dtype):
             raise NotImplementedError(
                 f"attend_zones: {name} is {array.dtype}, query {query.dtype}; the kernel wants "
-                "one dtype"
+                "one dtype, and int8 where rows have scales"
             )
+    if scaled and query.dtype == jnp.float16:
+        raise NotImplementedError(
+            "attend_zones: rows have scales and query is float16, which does not hold weights "
+            "times scales; the kernel wants bfloat16 or float32"
+        )
     launch.check_heads("attend_zones", group, head_dim, query.dtype, value_means.dtype)
     cached = cache_rows.size > 0
     if not cached and jax.typeof(store).memory_space == jax.memory.Space.Host:
@@ -102,28 +111,26 @@ def attend_zones(
         remaining,
         launch.scalar(layer),
         jnp.zeros(missed + 1, jnp.int32) if choosing else None,
+        store_scales,
+        cache_scales if cached else None,
     )
     results = Results(
         jax.ShapeDtypeStruct((parts, *query.shape), jnp.float32),
         jax.ShapeDtypeStruct((parts, *query.shape[:3]), jnp.float32),
     )
-    in_place: list[str] = []
     if cached:
         kept = jax.ShapeDtypeStruct(cache_rows.shape, cache_rows.dtype)
         scratch = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
         results = results._replace(cache=kept, missed_tokens=scratch, missed_slots=scratch)
-        in_place.append("cache")
+        if cache_scales is not None:
+            its = jax.ShapeDtypeStruct(cache_scales.shape, cache_scales.dtype)
+            results = results._replace(cache_scales=its)
     if choosing:
         results = results._replace(claims=jax.ShapeDtypeStruct((missed + 1,), jnp.int32))
-        in_place.append("claims")
 
     def kernel(operands: Operands, results: Results) -> None:
         Program(operands, results, config, scale, with_sink, interpret).run()
 
-    # By number: all operands and results that come before these are there.
-    aliases = {
-        Operands._fields.index(f"{name}_before"): Results._fields.index(name) for name in in_place
-    }
     [found] = launch.call(
         kernel,
         (operands,),
@@ -132,8 +139,8 @@ def attend_zones(
         name="attend_zones",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        aliases=aliases,
+        aliases=aliases(operands, results),
         interpret=interpret,
     )
-    cache = Rows(found.cache) if cached else rows.cache
+    cache = Rows(found.cache, found.cache_scales) if cached else rows.cache
     return ZoneStates(found.outputs, found.logsumexps, cache)

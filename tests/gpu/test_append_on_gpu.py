@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import pallas_kernels as ops
+from pallas_kernels.rounding import quantise
 from tests.support.gpu_cases import SEED
 
 pytestmark = pytest.mark.gpu
@@ -71,6 +72,24 @@ def test_append_rows(head_dim, dtype, rows_dtype):
         np.testing.assert_array_equal(bits_of(store), expected, err_msg=f"seed {SEED}")
         assert store.unsafe_buffer_pointer() == address
         assert store.sharding.memory_kind == "pinned_host"
+
+
+def test_rows_are_rounded_as_they_are_written():
+    """Levels in host memory, scales on the device: both in place, every byte of both."""
+    rng = np.random.default_rng(SEED)
+    shape, new, start = (LAYERS, BATCH, HEADS, TOKENS, 2, 128), 1023, 777
+    levels = rng.integers(-127, 128, shape, np.int8)
+    scales = rng.normal(size=shape[:-1]).astype(np.float32)
+    store = ops.Rows(jax.device_put(levels, HOST), jnp.asarray(scales))
+    addresses = [x.unsafe_buffer_pointer() for x in store]
+    rows = jnp.asarray(rng.normal(size=(HEADS, new, 2, 128)), jnp.bfloat16)
+    store = jax.jit(ops.append_rows, donate_argnums=0)(store, rows, 1, 0, start)
+    assert [x.unsafe_buffer_pointer() for x in store] == addresses
+    assert store.data.sharding.memory_kind == "pinned_host"
+    for held, expected, written in zip(store, (levels, scales), quantise(rows), strict=True):
+        expected[1, 0, :, start : start + new] = written
+        found = np.asarray(jax.device_put(held, jax.memory.Space.Device))
+        np.testing.assert_array_equal(found, expected, err_msg=f"seed {SEED}")
 
 
 def test_append_rows_in_a_loop():

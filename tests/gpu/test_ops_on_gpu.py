@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
+from pallas_kernels.rounding import dequantise, quantise
 from pallas_kernels.select_clusters import triton as select_clusters
 from pallas_kernels.testing import make_step
 from pallas_kernels.types import MASKED, NO_ID
@@ -119,6 +120,40 @@ class TestOps:
             found.cache_rows.data[1 - LAYER].astype(np.float32),
             np.asarray(inputs_of(case).cache_rows[1 - LAYER].astype(jnp.float32)),
         )
+
+    def test_attend_zones_of_levels(self, case):
+        """Rows in int8: the kernel folds scales in, and copies levels and scales as they are."""
+        if case.shape.dtype == "float16" or case.shape.tokens > 500_000:
+            pytest.skip("not for float16; and a million rows in float32 are much for a test")
+        made, inputs = references_of(case), inputs_of(case)
+        (query, steady, stored, *rest), keywords = arguments("attend_zones", case, inputs, made)
+        device, host = jax.memory.Space.Device, jax.memory.Space.Host
+        store = jax.jit(quantise)(jax.device_put(stored.store.data, device))
+        cache = jax.jit(quantise)(stored.cache.data)
+        numbers = ops.StoredRows(*(ops.Rows(dequantise(rows)) for rows in (store, cache)))
+        if case.store == "host":
+            store = store._replace(data=jax.device_put(store.data, host))
+
+        def attend(implementation):
+            return lambda *a: ops.attend_zones(*a, **keywords, implementation=implementation)
+
+        levels = ops.StoredRows(store, cache)
+        found = run_twice(attend(KERNEL), query, steady, levels, *rest)
+        floats = (jnp.bfloat16, jnp.float16)
+        given = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if x.dtype in floats else x, (query, steady, rest)
+        )
+        expected = jax.jit(attend("xla"))(*given[:2], numbers, *given[2])
+        merged = [
+            ops.merge_states(
+                jnp.asarray(x.outputs), jnp.asarray(x.logsumexps), implementation="xla"
+            )
+            for x in (found, expected)
+        ]
+        for name, one, best in zip(("output", "logsumexp"), *merged, strict=True):
+            assert_close(one, best, case.shape.dtype, name)
+        copied = jax.tree.map(jnp.asarray, found.cache_rows)
+        np.testing.assert_array_equal(dequantise(copied), expected.cache_rows.data)
 
 
 def separated_logits(shape, offsets):

@@ -1,5 +1,7 @@
 """`fetch="staged"` on a CUDA GPU: the tokens that kernels reading host memory in place give."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,8 @@ from wavejax import Generator, WaveAttention
 pytestmark = [pytest.mark.gpu, pytest.mark.slow(120)]
 
 
-def test_both_ways_of_fetching_say_the_same():
+@pytest.mark.parametrize("row_dtype", ["model", "int8"])
+def test_both_ways_of_fetching_say_the_same(row_dtype):
     """In float32, token for token: a ragged batch, past a growth."""
     ids = jnp.zeros((1, 1), jnp.int32)
     params = Decoder(LLAMA, lambda layer, q, k, v, state: (q, state)).init(
@@ -20,9 +23,10 @@ def test_both_ways_of_fetching_say_the_same():
     )
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, LLAMA.vocab_size, length).tolist() for length in (3000, 1200, 40)]
+    config = dataclasses.replace(CONFIG, row_dtype=row_dtype)
     tokens, facts = [], []
     for fetch in ("in_place", "staged"):
-        generator = Generator(LLAMA, WaveAttention(CONFIG, fetch=fetch))
+        generator = Generator(LLAMA, WaveAttention(config, fetch=fetch))
         state = generator.start(params, prompts, 150)
         state, found = generator.decode_n(params, state, 150)
         tokens.append(np.asarray(found))

@@ -193,7 +193,21 @@ def _attention(heads: Heads) -> dict[str, Any]:
     cache = _of(*row, TOKENS, d, dtype=dtype)
     state = (81, *own, heads.group)
     merge_states = attend_dense.merging.merge_states
-    return {
+    levels = small | {
+        name: _of(*small[of].shape[: 6 - cut], dtype=kind)
+        for of in ("store", "cache_rows")
+        for name, cut, kind in (
+            (of, 0, jnp.int8), (of.replace("_rows", "") + "_scales", 1, jnp.float32)
+        )
+    }  # fmt: skip
+    # No float16 holds weights times scales.
+    scaled = {} if dtype == "float16" else {
+        f"attend_zones-levels-{'host' if host else 'device'}": (
+            functools.partial(attend, host=host), (levels, layer), {"attend_zones"}
+        )
+        for host in (False, True)
+    }  # fmt: skip
+    return scaled | {
         "attend_zones": (attend, (arrays, layer), {"attend_zones"}),
         "attend_zones-no-slots": (attend, (no_slots, layer), {"attend_zones"}),
         # Small enough that processors choose their parts.

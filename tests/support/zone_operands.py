@@ -11,9 +11,12 @@ def zone_operands(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
 
     Args:
         arrays: by the names of the groups' fields, and `query`; `cache_rows` are the row cache's.
-            All rows are plain.
+            Stored rows are plain, but with `store_scales` and `cache_scales`.
     """
-    stored = StoredRows(Rows(arrays["store"]), Rows(arrays["cache_rows"]))
+    stored = StoredRows(
+        Rows(arrays["store"], arrays.get("store_scales")),
+        Rows(arrays["cache_rows"], arrays.get("cache_scales")),
+    )
     steady, picks, estimate = (
         group(**{name: arrays[name] for name in group._fields if name in arrays})
         for group in (SteadyRows, Picks, Estimate)

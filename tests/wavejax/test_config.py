@@ -69,7 +69,7 @@ def test_a_value_of_another_type_is_named_with_the_type(field):
 
 def test_every_field_is_checked_and_explained():
     checked = {*SIZES, *COUNTS, *SHARES, "max_cluster_size", "admission_ratio", "token_codes"}
-    checked |= {"moment_rank", "moment_dtype", "bounds"}
+    checked |= {"moment_rank", "moment_dtype", "row_dtype", "bounds"}
     assert checked == {field.name for field in dataclasses.fields(WaveConfig)}
     assert all(field.metadata["help"] for field in dataclasses.fields(WaveConfig))
 

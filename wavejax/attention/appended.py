@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from pallas_kernels import _compat
-from pallas_kernels.types import MASKED
+from pallas_kernels.rounding import dequantise
+from pallas_kernels.types import MASKED, Rows
 from wavejax.attention.dense import DenseState
 from wavejax.attention.protocol import AnyAttention, Layer, PromptKV, PromptQuery, scale_of
 from wavejax.attention.wave import WaveAttention
@@ -44,7 +45,7 @@ def append(
     *,
     sequence: Int[Array, ""],
     count: Int[Array, ""],
-    stored: Float[Array, "kv_heads stored 2 head_dim"] | None = None,
+    stored: Num[Array, "kv_heads stored 2 head_dim"] | None = None,
 ) -> tuple[PromptQuery, Any]:
     """Attend exactly, and write the new keys and values, in one layer. Moves no length.
 
@@ -162,12 +163,24 @@ def _read_store(
     state: WaveState, layer: Array, sequence: Array, stored: Array | None
 ) -> tuple[ReadBlock, int]:
     """Make what reads a block of the row store, wherever it is; give the store's room too."""
+    rows, scales = state.store.rows
+    kv_heads, room = rows.shape[2], rows.shape[3] if stored is None else stored.shape[1]
+    block = min(BLOCK, room)
+
+    def of_scales(start: Array) -> Array | None:
+        if scales is None:
+            return None
+        where = (layer, sequence, jnp.int32(0), start, jnp.int32(0))
+        return lax.dynamic_slice(scales, where, (1, 1, kv_heads, block, 2))[0, 0]
+
     if stored is not None:
-        block, room = min(BLOCK, stored.shape[1]), stored.shape[1]
-        return lambda start: lax.dynamic_slice_in_dim(stored, start, block, axis=1), room
-    rows = state.store.rows.plain("append")
-    room = rows.shape[3]
-    sizes = (1, 1, rows.shape[2], min(BLOCK, room), *rows.shape[4:])
+
+        def read_staged(start: Array) -> Array:
+            levels = lax.dynamic_slice_in_dim(stored, start, block, axis=1)
+            return dequantise(Rows(levels, of_scales(start)))
+
+        return read_staged, room
+    sizes = (1, 1, kv_heads, block, *rows.shape[4:])
 
     def cut(rows: Array, where: Array) -> Array:
         numbers = lax.GatherDimensionNumbers(
@@ -176,6 +189,9 @@ def _read_store(
         return lax.gather(rows, where, numbers, sizes, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
     def read(start: Array) -> Array:
+        return dequantise(Rows(read_data(start), of_scales(start)))
+
+    def read_data(start: Array) -> Array:
         where = jnp.stack([layer, sequence, start]).astype(jnp.int32)
         if jax.typeof(rows).memory_space != jax.memory.Space.Host:
             return cut(rows, where)

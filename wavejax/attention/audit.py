@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from pallas_kernels.attend_zones.reference import attend_rows, read_rows
+from pallas_kernels.attend_zones.reference import attend_rows, read_stored
 from pallas_kernels.merge_states.reference import merge_states
+from pallas_kernels.rounding import dequantise
 from wavejax.attention.protocol import scale_of
 from wavejax.config import WaveConfig
 from wavejax.store.audit import KEPT, AuditLog
@@ -90,13 +91,13 @@ def exact_output(
         in_window: int32, rows in each sequence's window, the step's own included.
         scale: multiplies every product of query and key.
     """
-    store, steady = state.store.rows.plain("audit"), state.steady
+    store, steady = state.store.rows, state.steady
     _, batch, kv_heads, tokens = store.shape[:4]
     # As of one head alone: its rows are read wherever they lie, and no other's.
     row = (layer * batch + sequence) * kv_heads + head
-    alone = store.reshape(-1, 1, 1, *store.shape[3:])
+    alone = jax.tree.map(lambda array: array.reshape(-1, 1, 1, *array.shape[3:]), store)
     place = jnp.arange(tokens, dtype=jnp.int32)
-    stored = read_rows(alone, row, place[None, None])
+    stored = dequantise(read_stored(alone, row, place[None, None]))
     parts = (
         (stored, place < state.index.tokens[sequence]),
         _held(steady.sink[layer, sequence, head], steady.sink_tokens[sequence]),

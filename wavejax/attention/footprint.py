@@ -17,10 +17,10 @@ class Footprint:
     """Bytes of a state, and of one layer's temporaries; in plain JAX, where kernels take less.
 
     Attributes:
-        rows: of the state, all tokens' keys and values.
+        rows: of the state, all tokens' keys and values, without scales.
         index: of the state, what finds tokens.
         cache: of the state, the row cache with its table.
-        steady: of the state, the rest.
+        steady: of the state, the rest: the steady zone, and scales of the rows if they have any.
         slots: KV rows that the cache holds, in each layer, sequence and kv head; a number.
         beside_attention: temporaries while a prompt is attended to, besides those of attending.
         writing: temporaries while a prompt's cache is written, its attention over.
@@ -69,7 +69,8 @@ def wave_footprint(
     config: WaveConfig, state: WaveState, shape: CacheShape, heads: int, prompt_tokens: int
 ) -> Footprint:
     """Count for wave attention; arguments as of `plain_footprint`, and the settings."""
-    index, cache, rows = (nbytes(part) for part in (state.index, state.cache, state.store))
+    kept = state.index, state.cache, state.store.rows.data
+    index, cache, rows = map(nbytes, kept)
     itemsize = state.steady.window.dtype.itemsize
     query, pair = heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim
     arriving = _transfers(config, state)
@@ -80,7 +81,8 @@ def wave_footprint(
         steady=nbytes(state) - index - cache - rows,
         slots=state.cache.rows.shape[3],
         # The rows side by side, padded for the window, and cut for the store; attention is over.
-        writing=prompt_tokens * (4 * pair + query) * itemsize,
+        # Rounded, they are written as they are made, but for those that leave the device.
+        writing=prompt_tokens * ((4 * pair + query) * itemsize + _rounded(state, shape)),
         indexing=_indexing(config, shape, prompt_tokens, itemsize),
         step=_wave_step(config, state, heads, itemsize),
         prompt_transfer=arriving[0],
@@ -99,6 +101,12 @@ def _itemsize(tree: object) -> int:
     return max(leaves, key=lambda leaf: leaf.size).dtype.itemsize if leaves else 1
 
 
+def _rounded(state: WaveState, shape: CacheShape) -> int:
+    """Bytes of one token's levels and scales in a layer, if rows are rounded."""
+    rows = state.store.rows
+    return 0 if rows.scales is None else shape.kv_heads * rows.row_bytes
+
+
 def _transfers(config: WaveConfig, state: WaveState) -> tuple[int, int]:
     """Bytes on the device of staged rows on their way: as a prompt is read, and in a step."""
     rows = state.store.rows
@@ -106,8 +114,10 @@ def _transfers(config: WaveConfig, state: WaveState) -> tuple[int, int]:
     token = kv_heads * rows.row_bytes
     # A layer's rows leave while the next one is computed.
     prompt = tokens * token
-    # Those of two layers, and one layer's as they are attended to, values in float32.
-    missed = 4 * batch * config.most_retrieved(tokens) * token
+    # Those of two layers, and one layer's as they are attended to, values in float32; or keys and
+    # values, once as they are and once without what is not valid, if they are in int8.
+    times = 4 if rows.scales is None else 10
+    missed = times * batch * config.most_retrieved(tokens) * token
     # A growth's leave in all layers at once, while the next sequence's are cut out.
     grown = 2 * layers * config.growth_tokens * token
     return prompt, max(missed, grown)
@@ -146,4 +156,7 @@ def _wave_step(config: WaveConfig, state: WaveState, heads: int, itemsize: int) 
     head += 2 * window * 2 * head_dim * itemsize
     retrieved = config.most_retrieved(state.index.token_ids.shape[-1])
     head += step_bytes(config, clusters, retrieved, group, head_dim)
+    if state.store.rows.scales is not None:
+        # Levels read, and their numbers: as they are and without what is not valid.
+        head += retrieved * 2 * head_dim * (1 + 2 * 4)
     return batch * kv_heads * head

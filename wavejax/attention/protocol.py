@@ -232,6 +232,11 @@ class Attention(abc.ABC, Generic[State]):
         return "device"
 
     @property
+    def row_dtype(self) -> str:
+        """What keys and values are kept in: "model", the default, or "int8"."""
+        return "model"
+
+    @property
     def has_index(self) -> bool:
         """Whether the state has an index, which estimates what is not retrieved."""
         return False

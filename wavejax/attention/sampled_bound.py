@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels.attend_zones.reference import read_rows
+from pallas_kernels.attend_zones.reference import read_stored
 from pallas_kernels.numerics import is_masked
+from pallas_kernels.rounding import dequantise
 from pallas_kernels.select_tokens.reference import segment_start
 from pallas_kernels.types import NO_ID
 from wavejax.config import WaveConfig
@@ -97,8 +98,7 @@ def sampled_bound(
     u = jnp.where(there, jnp.exp(selection.logits - logsumexp[..., None]), 0)
     drawn = draw_tokens(config, layer, jnp.sum(u, axis=2), remaining, selection, state, turn)
     remains = drawn.remains
-    store = state.store.rows.plain("tolerance")
-    rows = read_rows(store, layer, jnp.where(remains, drawn.rows, 0))
+    rows = dequantise(read_stored(state.store.rows, layer, jnp.where(remains, drawn.rows, 0)))
     # Where nothing is estimated there may be anything, NaN included.
     rows = jnp.where(remains[..., None, None], rows, 0).astype(jnp.float32)
     keys, values = rows[..., 0, :], rows[..., 1, :]

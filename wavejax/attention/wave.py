@@ -19,7 +19,7 @@ from typing import get_args
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 import pallas_kernels as ops
 from models.errors import InputError
@@ -40,20 +40,11 @@ from wavejax.attention.protocol import (
 )
 from wavejax.attention.tolerance import merge_zones
 from wavejax.config import WaveConfig
-from wavejax.store import prompt, room
+from wavejax.store import prompt, room, rows
 from wavejax.store.audit import init_audit
 from wavejax.store.growth import grow
 from wavejax.store.index import init_index
 from wavejax.store.moments import check_staged
-from wavejax.store.rows import (
-    Fetch,
-    RowCache,
-    StoreKind,
-    as_rows,
-    best_fetch,
-    init_cache,
-    init_store,
-)
 from wavejax.store.shape import CacheShape
 from wavejax.store.sizes import cluster_capacity, segment_sizes
 from wavejax.store.state import Selection, WaveState
@@ -84,13 +75,16 @@ class WaveAttention(Attention[WaveState]):
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
-    store: StoreKind = "host"
-    fetch: Fetch | None = None
+    store: rows.StoreKind = "host"
+    fetch: rows.Fetch | None = None
     cached: bool = False
     implementation: Implementation | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name, known in (("store", get_args(StoreKind)), ("fetch", (None, *get_args(Fetch)))):
+        for name, known in (
+            ("store", get_args(rows.StoreKind)),
+            ("fetch", (None, *get_args(rows.Fetch))),
+        ):
             value = getattr(self, name)
             if value not in known:
                 raise InputError(f"`{name}` is {value!r}; it must be one of {known}")
@@ -110,6 +104,10 @@ class WaveAttention(Attention[WaveState]):
         return True
 
     @property
+    def row_dtype(self) -> str:
+        return self.config.row_dtype
+
+    @property
     def cache_fraction(self) -> float:
         return self.config.cache_fraction
 
@@ -120,7 +118,7 @@ class WaveAttention(Attention[WaveState]):
     @property
     def staged(self) -> bool:
         """Whether KV rows are fetched by `wavejax.engine.staged`; may start JAX's device."""
-        return self.store == "host" and (self.fetch or best_fetch()) == "staged"
+        return self.store == "host" and (self.fetch or rows.best_fetch()) == "staged"
 
     def init_state(
         self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
@@ -135,13 +133,11 @@ class WaveAttention(Attention[WaveState]):
         slots = config.cache_slots(tokens) if self.has_cache else 0
         check_staged(config, self.staged)
         stack, row = shape.stack(batch), (2, shape.head_dim)
-        # Staged rows are not the state's, and an empty store in pinned memory is still one.
-        kept = 0 if self.staged else tokens
-        store: StoreKind = "device" if self.staged else self.store
+        row_dtype, held = rows.dtype_of(config.row_dtype, dtype), (*stack, tokens, *row)
         return WaveState(
             index=init_index(config, shape, batch, clusters, tokens, growths, dtype),
-            store=init_store((*stack, kept, *row), dtype, store),
-            cache=init_cache((*stack, slots, *row), tokens, dtype),
+            store=rows.init_store(held, row_dtype, self.store, staged=self.staged),
+            cache=rows.init_cache((*stack, slots, *row), tokens, row_dtype),
             steady=init_steady(config, shape, batch, dtype),
             step=jnp.int32(0),
             attended=jnp.zeros(batch, jnp.float32),
@@ -172,9 +168,9 @@ class WaveAttention(Attention[WaveState]):
         *,
         sequence: Int[Array, ""],
         length: Int[Array, ""],
-    ) -> tuple[Float[Array, "kv_heads indexed 2 head_dim"], WaveState]:
-        """Write a prompt but for its row store, and return what this is to hold first."""
-        return prompt.index_prompt(self.config, layer, key, value, state, sequence, length)
+    ) -> tuple[Num[Array, "kv_heads indexed 2 head_dim"], WaveState]:
+        """Write a prompt but for the rows that the host is to hold, and return those."""
+        return prompt.write_staged(self.config, layer, key, value, state, sequence, length)
 
     def finish_prefill(
         self, state: WaveState, sequence: Int[Array, ""], length: Int[Array, ""]
@@ -222,7 +218,7 @@ class WaveAttention(Attention[WaveState]):
         kv_heads, scale = key.shape[2], scale_of(query)
         grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         # 1. Push the token's KV row onto the window.
-        steady = push_rows(state.steady, layer, as_rows(key[:, 0], value[:, 0]))
+        steady = push_rows(state.steady, layer, rows.as_rows(key[:, 0], value[:, 0]))
         state = dataclasses.replace(state, steady=steady)
         # 2. Score the clusters: a logit of each centroid, for each query head.
         scores = retrieval.score_clusters(grouped, state.index, layer, scale=scale)
@@ -231,7 +227,7 @@ class WaveAttention(Attention[WaveState]):
         # 6. Decide how many tokens of each cluster to estimate.
         found = scores, retrieved, state.index, layer
         selection = retrieval.selection_of(self.config, grouped, *found)
-        cache = RowCache(state.cache.rows, retrieved.table)
+        cache = rows.RowCache(state.cache.rows, retrieved.table)
         return selection, dataclasses.replace(state, cache=cache)
 
     @by_own_implementation

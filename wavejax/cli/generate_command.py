@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from models.errors import InputError
-from wavejax.attention.dense import DenseAttention
 from wavejax.cli import documents
 from wavejax.cli.compilation import keep_compiled_programs
 from wavejax.cli.encoding import encode_prompts
@@ -28,13 +28,15 @@ from wavejax.cli.planning import check_context, print_plan
 from wavejax.cli.progress import progress_bar
 from wavejax.cli.run import Run
 from wavejax.config import WaveConfig
+from wavejax.documents.text import pinned
 from wavejax.engine.generator import Generator
 from wavejax.engine.model_sampling import check_samples, model_sampling
 from wavejax.engine.prompt_text import EncodedPrompt, check_lengths
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.text import TextRun
-from wavejax.loading import check_placement, open_model
+from wavejax.loading import check_placement, named_attention, open_model
 from wavejax.planning.plan import FetchChoice, StoreChoice
+from wavejax.planning.table import attention_name
 
 
 @click.command(
@@ -75,7 +77,9 @@ def command(
     """Generate text with full or with wave attention, and print it as it comes."""
     # All that can be wrong with the input is found before the weights are read.
     sampler, config = fields_of(Sampler, settings), fields_of(WaveConfig, settings)
-    wave_or_full = config if attention == "wave" else DenseAttention()
+    wave_or_full = named_attention(attention, config)
+    if document is not None:
+        wave_or_full = pinned(wave_or_full, Path(document))
     check_placement(wave_or_full, store, fetch)
     check_variable()
     if explained and only_plan:
@@ -170,7 +174,9 @@ def command(
         raise
     finally:
         if as_json and (run.interrupted or run.result.facts):
-            facts = {"model": str(checkpoint.path), "attention": attention, "seed": seed}
+            named = attention_name(plan.attention)
+            facts = {"model": str(checkpoint.path), "attention": named, "seed": seed}
+            facts |= {"attention_reason": plan.chosen} if plan.chosen else {}
             facts["sampler"] = dataclasses.asdict(sampler)
             if asked is not None:
                 facts |= {"document": document, "reused_tokens": asked.reused}
@@ -181,7 +187,8 @@ def command(
         documents.say_reused(asked)
     if explained and not as_json:
         print_explanation()
-    print(run.facts_line(sampling_text(stated) if stated else None), file=sys.stderr)
+    chosen = plan.chosen and f"{attention_name(plan.attention)} attention ({plan.chosen})"
+    print(run.facts_line(sampling_text(stated) if stated else None, chosen), file=sys.stderr)
 
 
 def _not_given(values: dict[str, Any]) -> dict[str, Any]:

@@ -50,9 +50,11 @@ LOADING_OPTIONS = [
     option(
         RESEARCH,
         "--attention",
-        type=click.Choice(["wave", "full"]),
+        type=click.Choice(["wave", "full", "auto"]),
         default="wave",
         show_default=True,
+        help="auto: full where it should be faster, for short contexts, and wave where full is "
+        "slower or does not fit; --plan says which and why.",
     ),
     options_from(WaveConfig, RESEARCH, cache_fraction=MEMORY),
 ]

@@ -115,10 +115,12 @@ class Run:
             },
         }
 
-    def facts_line(self, sampling: str | None = None) -> str:
+    def facts_line(self, sampling: str | None = None, attention: str | None = None) -> str:
         """Return the facts of the run, on one line.
 
-        `sampling` is what the model has, if it was asked.
+        Args:
+            sampling: what the model has, if it was asked.
+            attention: which was taken and why, if the plan chose it.
         """
         result = self.result
         facts = result.facts
@@ -135,6 +137,7 @@ class Run:
             [
                 f"first token after {result.first_token_seconds:.2f} s",
                 "one token" if speed is None else f"{speed:.1f} tokens/s",
+                *([] if attention is None else [attention]),
                 *([] if sampling is None else [f"sampling as the model has it: {sampling}"]),
                 "all tokens are exact" if exact else retrieved,
                 *([] if hits is None else [f"cache hits: {share(hits)}"]),

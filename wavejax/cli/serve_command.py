@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from models.errors import InputError
-from wavejax.attention.dense import DenseAttention
 from wavejax.batching import batch_engine
 from wavejax.cli.compilation import keep_compiled_programs
 from wavejax.cli.explaining import check_platform, check_variable
@@ -25,7 +24,7 @@ from wavejax.documents.shelf import Shelf, check_shelf
 from wavejax.engine.model_sampling import FILE as GENERATION_CONFIG
 from wavejax.engine.model_sampling import model_sampling
 from wavejax.engine.sampling import Sampler
-from wavejax.loading import check_placement, open_model
+from wavejax.loading import check_placement, named_attention, open_model
 from wavejax.planning.plan import FetchChoice, StoreChoice
 
 QUESTION_TOKENS = 1024  # Room for a question besides its answer, where there are documents.
@@ -68,7 +67,7 @@ def command(
     """
     # All that can be wrong is found before the weights are read.
     config = fields_of(WaveConfig, settings)
-    wave_or_full = config if attention == "wave" else DenseAttention()
+    wave_or_full = named_attention(attention, config)
     check_placement(wave_or_full, store, fetch)
     check_variable()
     server = server_packages()

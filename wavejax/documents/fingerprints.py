@@ -23,6 +23,8 @@ from wavejax.engine.modes import own_modes
 _FREE_OF_MODEL = ("max_context", "stop_token_ids", "bos_token_id", "sliding_window")
 # Of wave attention's settings, what nothing that is kept depends on.
 _FREE_SETTINGS = (*DECODE_SETTINGS, "cache_fraction", "audit", "tolerance")
+# Settings that documents kept before them do not name, and what they were then.
+_ADDED = {"row_dtype": "model"}
 _PROBE = 'The "naïve" fox\'s 12,345 cafés:\n\n\t漢字 -- x_1 = 0.5;  done!'
 
 
@@ -80,6 +82,7 @@ def check_fingerprints(where: str, kept: Mapping[str, Any], now: Mapping[str, An
         ("settings", "give the settings that it was read with"),
     ):
         theirs, ours = kept.get(group) or {}, now.get(group) or {}
+        theirs = {name: x for name, x in _ADDED.items() if name in ours} | theirs
         if kept["attention"] != now["attention"]:
             theirs = ours = {}  # said below
         different = [

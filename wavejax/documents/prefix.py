@@ -14,6 +14,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
+from pallas_kernels.rounding import dequantise
+from pallas_kernels.types import Rows
 from wavejax.config import WaveConfig
 from wavejax.store.index import WaveIndex, append_segments
 
@@ -105,17 +107,18 @@ def cut_arrays(
     }
 
 
-def rows_between(store: np.ndarray, window: np.ndarray, start: int, end: int) -> np.ndarray:
+def rows_between(store: Rows, window: np.ndarray, start: int, end: int) -> np.ndarray:
     """Take one layer's KV rows from a store row to another, `[kv_heads, end - start, 2, head_dim]`.
 
     Args:
-        store: the kept row store of that layer, `[kv_heads, indexed, 2, head_dim]`.
+        store: the kept row store of that layer, its data `[kv_heads, indexed, 2, head_dim]`.
         window: the kept window of that layer, whose first row follows the store's last.
         start, end: store rows.
     """
     indexed = store.shape[1]
+    taken = jax.tree.map(lambda array: array[:, start : min(end, indexed)], store)
     parts = [
-        store[:, start : min(end, indexed)],
+        taken.data if taken.scales is None else np.asarray(dequantise(taken)),
         window[:, max(0, start - indexed) : max(0, end - indexed)],
     ]
     return np.concatenate(parts, axis=1)

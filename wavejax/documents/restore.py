@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.errors import InputError
+from pallas_kernels.types import Rows
 from wavejax.attention.dense import DenseState
 from wavejax.config import WaveConfig
 from wavejax.documents import arrays
@@ -31,7 +32,8 @@ from wavejax.store.state import WaveState
 
 _AHEAD = 2  # Layers whose files are read and checked while an earlier one is put in its place.
 _WINDOW = "steady/window"
-Rows = concurrent.futures.Future[np.ndarray]
+_ROWS, _SCALES = "store/rows/data", "store/rows/scales"
+Coming = concurrent.futures.Future[np.ndarray]
 
 
 def grown_tokens(folder: Folder) -> int:
@@ -98,7 +100,8 @@ class Restoring:
             kept[_WINDOW] = np.stack([self._between(i, start, end) for i in range(len(stores))])
         elif length is not None:
             kept["tokens"] = np.asarray(length, np.int32)
-        _check_room(folder, parts, kept, length if self._cut is None else self._cut.indexed)
+        first = length if self._cut is None else self._cut.indexed
+        _check_room(folder, parts, kept, first)
         if rest > _room_left(state, config, kept):
             raise _no_room(f" and the {rest} tokens after it")
         self._kept, self._work = kept, collections.deque[Callable[[Any], Any]]()
@@ -106,7 +109,7 @@ class Restoring:
             if part.by_layer:
                 layers = range(part.array.shape[0])
                 files = [folder.arrays[f"{name}/{layer}"] for layer in layers]
-                self._plan_rows(name, files, length, staged)
+                self._plan_rows(name, files, first, staged and name == _ROWS)
         self._work.append(self._put_small)
 
     @property
@@ -123,23 +126,18 @@ class Restoring:
         return self._work.popleft()(attention_state)
 
     def _plan_rows(
-        self, name: str, files: list[StoredArray], length: int | None, staged: bool
+        self, name: str, files: list[StoredArray], first: int | None, held: bool
     ) -> None:
-        """List the steps that put rows in their place."""
-        if staged and self._cut is None:
+        """List the steps that put rows in their place; the host holds those that are `held`."""
+        if held and self._cut is None:
             self._work.append(functools.partial(self._receive, files))
             return
-        layers = range(len(files))
-        if self._cut is not None:
-            reads = [functools.partial(self._between, i, 0, self._cut.indexed) for i in layers]
-        else:
-            reads = [functools.partial(_first, file, length) for file in files]
         # The next layers' files are read and checked while one is put in its place.
         pool = concurrent.futures.ThreadPoolExecutor(_AHEAD)
-        coming = [pool.submit(read) for read in reads]
+        coming = [pool.submit(_first, file, first) for file in files]
         pool.shutdown(wait=False)
         for layer, rows in enumerate(coming):
-            put = self._fill if staged else functools.partial(self._put_layer, name)
+            put = self._fill if held else functools.partial(self._put_layer, name)
             self._work.append(functools.partial(put, layer, rows))
 
     def _receive(self, files: list[StoredArray], attention_state: StagedState) -> StagedState:
@@ -148,7 +146,7 @@ class Restoring:
         rows.receive(self._slot, files)
         return StagedState(attention_state.on_device, rows)
 
-    def _fill(self, layer: int, coming: Rows, attention_state: StagedState) -> StagedState:
+    def _fill(self, layer: int, coming: Coming, attention_state: StagedState) -> StagedState:
         held, rows = attention_state.rows, coming.result()
         if isinstance(held, ArrivingRows):
             held.settle(self._slot)
@@ -156,10 +154,13 @@ class Restoring:
         held.rows[layer, self._slot, :, : rows.shape[1]] = rows
         return attention_state
 
-    def _put_layer(self, name: str, layer: int, coming: Rows, state: Any) -> Any:
+    def _put_layer(self, name: str, layer: int, coming: Coming, attention_state: Any) -> Any:
         rows = coming.result()
-        part = next(part for part in arrays.parts_of(state) if part.name == name)
-        return _replaced(state, {name: arrays.put(part, self._slot, rows, layer)})
+        staged = isinstance(attention_state, StagedState)
+        state = attention_state.on_device if staged else attention_state
+        part = next(part for part in arrays.parts_of(attention_state) if part.name == name)
+        state = _replaced(state, {name: arrays.put(part, self._slot, rows, layer)})
+        return StagedState(state, attention_state.rows) if staged else state
 
     def _put_small(self, attention_state: Any) -> Any:
         """Put all but the rows; then the slot holds the sequence."""
@@ -229,18 +230,20 @@ def _axes(part: Part) -> tuple[str, ...]:
     return (part.axes[0], *part.axes[2:]) if part.axes[:2] == arrays.STACKED else ()
 
 
-def _read_stores(folder: Folder, layers: int) -> list[np.ndarray]:
+def _read_stores(folder: Folder, layers: int) -> list[Rows]:
     """Map the kept row store of every layer, and check it."""
-    names = [
-        next(one for one in folder.arrays if one.startswith("store/") and one.endswith(f"/{layer}"))
-        for layer in range(layers)
-    ]
+
+    def read(layer: int) -> Rows:
+        data, scales = (folder.arrays.get(f"{name}/{layer}") for name in (_ROWS, _SCALES))
+        kept: Any = data and data.read(), scales and scales.read()
+        return Rows(*kept)
+
     with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
-        return list(pool.map(lambda name: folder.arrays[name].read(), names))
+        return list(pool.map(read, range(layers)))
 
 
 def _rows_of(
-    stores: list[np.ndarray], window: np.ndarray, layer: int, start: int, end: int
+    stores: list[Rows], window: np.ndarray, layer: int, start: int, end: int
 ) -> np.ndarray:
     return rows_between(stores[layer], window[layer], start, end)
 

@@ -13,6 +13,7 @@ from models.errors import InputError
 from models.parameters import Params
 from models.text.conversation import read_messages
 from models.text.tokenizer import Tokenizer
+from wavejax.attention.dense import DenseAttention
 from wavejax.documents.document import Document, load_document, save_document
 from wavejax.documents.files import Folder, read_folder, refuse_other
 from wavejax.documents.fingerprints import weights_fingerprint
@@ -24,7 +25,8 @@ from wavejax.engine.prompt_text import EncodedPrompt, Message, check_lengths, en
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.state import DecodeState
 from wavejax.engine.text import TextRun, TextStream
-from wavejax.language_model import MOST_SAMPLES, LanguageModel
+from wavejax.language_model import MOST_SAMPLES, AttentionChoice, LanguageModel
+from wavejax.planning.auto import AutoAttention
 
 _BETWEEN = "\n\n"  # Between a document and a question, in one message.
 _ANY_QUESTIONS = ("A", "1", " ", "\n")  # They have no beginning in common.
@@ -230,6 +232,18 @@ def keep_text(
     )
 
 
+def pinned(attention: AttentionChoice, path: Path) -> AttentionChoice:
+    """Return the attention that goes on with a document: of `AutoAttention` the one that kept it.
+
+    Raises:
+        InputError: there is no document at `path`.
+    """
+    if not isinstance(attention, AutoAttention):
+        return attention
+    kept = read_folder(path).facts["fingerprints"]["attention"]
+    return DenseAttention() if kept == DenseAttention.__name__ else attention.config
+
+
 def ask_document(
     model: LanguageModel,
     path: str | os.PathLike[str],
@@ -269,7 +283,8 @@ def ask_document(
     check_lengths(model.config, asked.ids, new_tokens, model.max_context)
     lengths, room = asked.lengths(new_tokens)
     batch = len(lengths) * samples
-    generator = model.generator(max(lengths), room, batch=batch, sampler=chosen)
+    planned = dataclasses.replace(model, attention=pinned(model.attention, Path(path)))
+    generator = planned.generator(max(lengths), room, batch=batch, sampler=chosen)
     if model not in _weights:
         _weights[model] = weights_fingerprint(model.params)
     read = asked.reader(generator, _weights[model])

@@ -153,6 +153,7 @@ def grow(attention: WaveAttention, state: WaveState, rows: HostRows, due: np.nda
     starts = np.asarray(state.index.tokens)
     for sequence in np.flatnonzero(due).tolist():
         start = int(starts[sequence])
-        oldest = programs.oldest(state.steady.window, np.int32(sequence), size)
+        dtype = rows.rows.dtype
+        oldest = programs.oldest(state.steady.window, np.int32(sequence), size, dtype)
         rows.put((slice(None), sequence, slice(None), slice(start, start + size)), oldest)
     return programs.grow_index(attention, state, due)

@@ -5,14 +5,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 import pallas_kernels as ops
 from models import decoder
 from models.config import ModelConfig
 from models.parameters import Params
-from pallas_kernels.attend_zones.reference import attend_rows
+from pallas_kernels.attend_zones.reference import admit, attend_rows, read_rows
 from pallas_kernels.numerics import list_places
+from pallas_kernels.rounding import dequantise
 from pallas_kernels.types import NO_ID, Rows, ZoneStates
 from wavejax.attention.causal import causal_attention
 from wavejax.attention.implementation import implementation_of
@@ -21,7 +23,7 @@ from wavejax.engine import compiled
 from wavejax.engine.interface import Engine
 from wavejax.engine.state import DecodeState
 from wavejax.store import growth
-from wavejax.store.rows import RowStore
+from wavejax.store.rows import RowStore, held_on_host, init_store
 from wavejax.store.state import Selection, WaveState
 
 
@@ -44,7 +46,7 @@ def prefill_layer(
         output = causal_attention(query[0], key[0], value[0], scale=scale_of(query))[None]
         where = {"sequence": sequence, "length": length}
         rows, state = attention.index_prompt(layer, key[0], value[0], state, **where)
-        return output, (state, rows.astype(state.store.rows.dtype))
+        return output, (state, rows)
 
     positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
     return decoder.apply_layer(model_config, params, layer, hidden, positions, attend_prompt, state)
@@ -101,7 +103,11 @@ def attend(
 ) -> tuple[ZoneStates, WaveState]:
     """Attends to all that is on the device."""
     # Nothing is missed, so nothing is read of what stands for the store.
-    stored = dataclasses.replace(state, store=RowStore(Rows(state.steady.window)))
+    window, cached = state.steady.window, state.cache.rows
+    stands_for = RowStore(Rows(window))
+    if cached.scales is not None:
+        stands_for = init_store((*window.shape[:3], 1, *window.shape[4:]), cached.dtype, "device")
+    stored = dataclasses.replace(state, store=stands_for)
     zones, stored = attention.attend(layer, selection, stored)
     state = dataclasses.replace(stored, store=state.store)
     # The cache is the state's; no array may come out twice, to be donated twice.
@@ -123,18 +129,19 @@ def finish(
     state: WaveState,
 ) -> tuple[Array, WaveState]:
     """Attends to the missed rows, admits them to the cache, and ends the layer."""
-    batch, kv_heads, width = block.shape[:3]
+    batch, width = block.shape[0], block.shape[2]
     tokens, slots = tokens[..., :width], slots[..., :width]
-    missed = attend_rows(query, block, tokens != NO_ID, scale=scale_of(query))
+    scales = state.store.rows.scales
+    rows = Rows(block, None if scales is None else read_rows(scales, layer, tokens))
+    missed = attend_rows(query, dequantise(rows), tokens != NO_ID, scale=scale_of(query))
     parts = (
         jnp.concatenate([all_else, part[None]])
         for all_else, part in zip(zones[:2], missed, strict=True)
     )
     with implementation_of(attention):
         output, _ = ops.merge_states(*parts, dtype=query.dtype)
-    b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
-    cached = state.cache.rows.plain('fetch="staged"').at[layer, b, h, slots].set(block, mode="drop")
-    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, rows=Rows(cached)))
+    cached = admit(state.cache.rows, rows, layer, slots)
+    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, rows=cached))
     output = output.reshape(batch, 1, -1, query.shape[-1])
     return decoder.leave_layer(
         model_config, decoder.pick_layer(params, layer), hidden, output
@@ -159,10 +166,10 @@ def leave_step(
 due = jax.jit(WaveAttention.due, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def oldest(window: Array, sequence: Array, size: int) -> Array:
-    """Return the rows that leave a sequence's window as its index grows."""
-    return window[:, sequence, :, :size]
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def oldest(window: Array, sequence: Array, size: int, dtype: np.dtype) -> Array:
+    """Return the rows that leave a sequence's window as its index grows, as the host holds them."""
+    return held_on_host(window[:, sequence, :, :size], dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")

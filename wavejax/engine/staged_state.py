@@ -13,7 +13,7 @@ class StagedState:
     """The KV cache: on the device all but the rows. No pytree: a program gets `on_device` alone.
 
     Attributes:
-        on_device: the state whose store has no room.
+        on_device: the state whose store has no room, but for scales if rows have any.
         rows: the store.
     """
 
@@ -28,7 +28,7 @@ def on_device_of(cache: Any) -> Any:
 
 def hold_rows(attention: WaveAttention, empty: WaveState) -> StagedState:
     """Return the state of an empty cache whose rows are staged."""
-    rows = empty.store.rows.plain('fetch="staged"')
+    rows = empty.store.rows
     layers, batch, kv_heads, _, *row = rows.shape
     room = empty.index.token_ids.shape[-1]
     shape = (layers, batch, kv_heads, room, *row)

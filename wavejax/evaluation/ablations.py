@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -10,6 +11,7 @@ import pallas_kernels as ops
 from models.errors import InputError
 from pallas_kernels.encode_tokens import rotate
 from pallas_kernels.numerics import heaviest, log_sum_exp, ordered_bits
+from pallas_kernels.rounding import dequantise
 from pallas_kernels.score_tokens.reference import list_members
 from pallas_kernels.select_tokens.reference import segment_start
 from pallas_kernels.types import MASKED, NO_ID, Candidates, ClusterScores, Retrieved
@@ -130,8 +132,8 @@ class AblatedAttention(WaveAttention):
         batch, kv_heads, _ = positions.shape
         b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
         at = jnp.where(listed, clusters, 0)
-        rows = state.store.rows.plain("ablations")
-        keys = rows[layer, b, h, self._tokens(layer, positions, state), 0]
+        tokens = self._tokens(layer, positions, state)
+        keys = dequantise(jax.tree.map(lambda x: x[layer, b, h, tokens, 0], state.store.rows))
         residual = keys.astype(jnp.float32) - index.centroids[layer, b, h, at].astype(jnp.float32)
         turned = rotate if self.rotated else jnp.float32
         residual, turned_query = turned(residual), turned(query)

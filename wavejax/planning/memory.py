@@ -27,7 +27,7 @@ class MemoryNeed:
         weights: the parameters, on the device.
         index: the wave index, on the device; 0 for full attention.
         cache: the row cache and its table, on the device; where there is none, its counters.
-        steady: the steady zone, on the device.
+        steady: the steady zone, and scales of rows in int8, on the device.
         rows: all tokens' keys and values: the row store, or full attention's cache.
         rows_on: where `rows` are.
         workspace: what reading the longest prompt, or a decode step, takes besides, on the device.

@@ -4,8 +4,8 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -13,11 +13,13 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.decoder import MLP_BLOCK
 from models.errors import InputError
+from wavejax.attention.dense import DenseAttention
 from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.prompts import SMALLEST_BUCKET, bucket
 from wavejax.engine.sampling import Sampler
+from wavejax.planning.auto import AutoAttention, faster
 from wavejax.planning.free_memory import PINNED_LIMIT, FreeMemory, free_memory
 from wavejax.planning.memory import MemoryNeed, footprint, memory_need
 from wavejax.store.rows import Fetch, StoreKind
@@ -28,7 +30,17 @@ FetchChoice = Literal["auto"] | Fetch
 # pinned, such as a stack of layers' weights.
 STAGING_BYTES = 8 * 2**30
 _LONGEST = 2**24  # tokens; nobody waits for more
-_Choice = tuple[AnyAttention, MemoryNeed, str]
+
+
+class _Candidate(NamedTuple):
+    """A way to run, and why it would be chosen: as of `Plan`."""
+
+    attention: AnyAttention
+    reason: str
+    chosen: str | None = None
+
+
+_Choice = tuple[_Candidate, MemoryNeed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +53,7 @@ class Plan:
         need: what it takes.
         free: what there is.
         reason: why the store is where it is.
+        chosen: why it is this attention, where the plan chose it (`AutoAttention`); else None.
         shrunk: the cache fraction asked for, where the plan has a smaller cache; else None.
         longest: tokens of the longest prompt, padded, that the same run could have; 0 for none.
     """
@@ -54,6 +67,7 @@ class Plan:
     need: MemoryNeed
     free: FreeMemory
     reason: str
+    chosen: str | None
     shrunk: float | None
     longest: int
 
@@ -86,7 +100,7 @@ class Plan:
 
 def make_plan(
     model: ModelConfig,
-    attention: WaveConfig | AnyAttention,
+    attention: WaveConfig | AutoAttention | AnyAttention,
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -105,8 +119,9 @@ def make_plan(
 
     Args:
         model: the model's sizes.
-        attention: the settings of wave attention, whose `cache_fraction` is what is asked for; or
-            an attention that is taken as it is, `DenseAttention` or any other.
+        attention: the settings of wave attention, whose `cache_fraction` is what is asked for;
+            `AutoAttention`, wave or full attention, whichever is faster; or an attention that is
+            taken as it is, `DenseAttention` or any other.
         batch: sequences.
         prompt_tokens: of the longest prompt.
         new_tokens: to generate.
@@ -132,19 +147,22 @@ def make_plan(
             dtype=dtype,
             sampler=sampler,
         )
-        choices = [
-            (candidate, need(candidate), why)
-            for candidate, why in _candidates(attention, store, fetch, free, need)
-        ]
+        found: Iterable[_Candidate]
+        if isinstance(attention, AutoAttention):
+            found = _of_both(attention, store, fetch, free, need, batch, prompt + new_tokens)
+        else:
+            found = _candidates(attention, store, fetch, free, need)
+        choices = [(candidate, need(candidate.attention)) for candidate in found]
         # Of what does not fit, the last is shown: it takes least of the device.
         fitting = (choice for choice in choices if shortage(choice[1], free) is None)
         return next(fitting, choices[-1])
 
-    chosen, need, reason = choose(prompt_tokens, free)
+    (taken, reason, chosen), need = choose(prompt_tokens, free)
     shrunk = None
-    if isinstance(attention, WaveConfig):
-        asked = attention.cache_fraction
-        shrunk = asked if chosen.cache_fraction < asked else None
+    config = attention.config if isinstance(attention, AutoAttention) else attention
+    if isinstance(config, WaveConfig) and taken.has_index:
+        asked = config.cache_fraction
+        shrunk = asked if taken.cache_fraction < asked else None
 
     if shortage(need, free) is not None:
         reason = "nothing fits; shown is what takes least of the device's memory"
@@ -161,9 +179,36 @@ def make_plan(
     uneven = buckets[count + 1 : bisect.bisect_left(buckets, 4 * MLP_BLOCK)]
     longest = next(filter(fits, reversed(uneven)), longest)
     return Plan(
-        model, batch, prompt_tokens, new_tokens, dtype.name, chosen, need, free, reason, shrunk,
-        longest,
+        model, batch, prompt_tokens, new_tokens, dtype.name, taken, need, free, reason, chosen,
+        shrunk, longest,
     )  # fmt: skip
+
+
+def _of_both(
+    auto: AutoAttention,
+    store: StoreChoice,
+    fetch: FetchChoice,
+    free: FreeMemory,
+    need: Callable[[WaveAttention], MemoryNeed],
+    batch: int,
+    tokens: int,
+) -> list[_Candidate]:
+    """Ways to run by either attention, the best first."""
+    waves = list(_candidates(auto.config, store, fetch, free, need))
+    if store == "host" or fetch != "auto":
+        why = "its rows are asked for in host memory"
+        return [candidate._replace(chosen=why) for candidate in waves]
+    better, why = faster(auto.config, batch, tokens, free.name)
+    [full] = _candidates(DenseAttention(), store, fetch, free, need)
+    if better == "full":
+        small = "full attention is faster, but does not fit"
+        return [full._replace(chosen=why), *(wave._replace(chosen=small) for wave in waves)]
+    # In host memory the missed rows cost more than is gained (docs/performance.md).
+    on_device = [wave._replace(chosen=why) for wave in waves if wave.attention.store == "device"]
+    slower = "wave attention's rows and index do not fit on the device, and would be slower else"
+    none = "full attention does not fit on the device"
+    on_host = [wave._replace(chosen=none) for wave in waves if wave.attention.store == "host"]
+    return [*on_device, full._replace(chosen=slower), *on_host]
 
 
 def _candidates(
@@ -172,16 +217,16 @@ def _candidates(
     fetch: FetchChoice,
     free: FreeMemory,
     need: Callable[[WaveAttention], MemoryNeed],
-) -> Iterator[tuple[AnyAttention, str]]:
+) -> Iterator[_Candidate]:
     """Ways to run, the best first, and why each would be chosen."""
     if not isinstance(attention, WaveConfig):
         kept = "on the device" if attention.store == "device" else "in host memory"
-        yield attention, f"it keeps keys and values {kept}"
+        yield _Candidate(attention, f"it keeps keys and values {kept}")
         return
     without = dataclasses.replace(attention, cache_fraction=0.0)
     if store != "host":
         why = "asked for" if store == "device" else "it fits there"
-        yield WaveAttention(attention, "device"), why
+        yield _Candidate(WaveAttention(attention, "device"), why)
     if store == "device" or (store == "auto" and free.device is None):
         return  # on a CPU, the host's memory is the same
     why = "asked for" if store == "host" else "it does not fit on the device"
@@ -189,7 +234,7 @@ def _candidates(
         WaveAttention, store="host", fetch=None if fetch == "auto" else fetch
     )
     cached, uncached = on_host(attention), on_host(without)
-    yield cached, why
+    yield _Candidate(cached, why)
     if free.device is not None:
         # A cache's bytes grow with its slots, but for the table, which has an entry a token.
         full = need(cached)
@@ -197,8 +242,8 @@ def _candidates(
         if least < free.device < most:
             part = (free.device - least) / (most - least)
             smaller = attention.with_part_of_cache(full.slots, part)
-            yield on_host(smaller), f"{why}, with a smaller row cache"
-    yield uncached, f"{why}, without a row cache"
+            yield _Candidate(on_host(smaller), f"{why}, with a smaller row cache")
+    yield _Candidate(uncached, f"{why}, without a row cache")
 
 
 def shortage(need: MemoryNeed, free: FreeMemory) -> tuple[str, int, int] | None:
@@ -220,7 +265,7 @@ def shortage(need: MemoryNeed, free: FreeMemory) -> tuple[str, int, int] | None:
 
 def pinned_need(
     model: ModelConfig,
-    attention: WaveConfig | AnyAttention,
+    attention: WaveConfig | AutoAttention | AnyAttention,
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -228,6 +273,8 @@ def pinned_need(
     fetch: FetchChoice = "auto",
 ) -> int:
     """Bytes that XLA should be allowed to pin, whatever the plan will be; starts no device."""
+    if isinstance(attention, AutoAttention):
+        attention = attention.config  # which may come to lie in host memory
     if isinstance(attention, WaveConfig):
         attention = WaveAttention(attention, "device" if fetch == "staged" else "host")
     if attention.store == "device":

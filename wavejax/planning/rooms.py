@@ -12,6 +12,7 @@ from models.config import ModelConfig
 from wavejax.attention.protocol import AnyAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.batching.rooms import Room, as_rooms
+from wavejax.planning.auto import AutoAttention
 from wavejax.planning.free_memory import FreeMemory, free_memory
 from wavejax.planning.memory import MemoryNeed, memory_need
 from wavejax.planning.plan import FetchChoice, Plan, StoreChoice, make_plan, shortage
@@ -35,7 +36,7 @@ class RoomPlan:
 
 def plan_rooms(
     model: ModelConfig,
-    attention: WaveConfig | AnyAttention,
+    attention: WaveConfig | AutoAttention | AnyAttention,
     rooms: Sequence[Room],
     dtype: DTypeLike,
     *,
@@ -47,7 +48,8 @@ def plan_rooms(
 
     Args:
         model: the model's sizes.
-        attention: the settings of wave attention, or an attention that is taken as it is.
+        attention: the settings of wave attention, or an attention that is taken as it is. Of
+            `AutoAttention` all rooms have what is chosen for the largest one.
         rooms: as they are wanted: fewer slots where not all fit, each room by itself.
         dtype: of weights and states.
         store: as of `make_plan`.

@@ -6,6 +6,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
+from wavejax.attention.protocol import AnyAttention
 from wavejax.planning.plan import Plan, gib, shortage
 
 _WIDTH = 100  # columns
@@ -34,7 +35,8 @@ def plan_text(plan: Plan, model: str) -> str:
         if need.slots:
             slots = "1 slot" if need.slots == 1 else f"{need.slots:,} slots"
             add(f"row cache, {slots} a head", need.cache)
-        add("steady zone", need.steady)
+        scaled = plan.attention.row_dtype == "int8"
+        add("steady zone, scales" if scaled else "steady zone", need.steady)
         on_device = need.rows_on == "device"
         add("row store", *((need.rows,) if on_device else (None, need.rows)))
     add("workspace", need.workspace)
@@ -62,10 +64,11 @@ def _run(plan: Plan) -> str:
 def _notes(plan: Plan) -> list[str]:
     """Return what was chosen and why, and how far the same run could go."""
     notes = []
+    name = attention_name(plan.attention)
+    if plan.chosen is not None:
+        notes.append(f"attention: {name}; {plan.chosen}")
     if not plan.attention.has_index:
-        name = type(plan.attention).__name__
-        name = "full" if name == "DenseAttention" else name
-        notes.append(f"attention: {name}; {plan.reason}")
+        notes.append(f"{'store' if plan.chosen else f'attention: {name}'}; {plan.reason}")
     else:
         notes.append(f"store: {plan.need.rows_on}; {plan.reason}")
         if plan.shrunk is not None:
@@ -87,6 +90,12 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
+def attention_name(attention: AnyAttention) -> str:
+    """Name an attention as `--attention` does; one of another kind by its class."""
+    name = type(attention).__name__
+    return {"DenseAttention": "full", "WaveAttention": "wave"}.get(name, name)
+
+
 def plan_json(plan: Plan, model: str) -> dict[str, object]:
     """Return what `--plan --json` prints: all of it, in bytes and tokens."""
     return {
@@ -95,6 +104,8 @@ def plan_json(plan: Plan, model: str) -> dict[str, object]:
         "prompt_tokens": plan.prompt_tokens,
         "new_tokens": plan.new_tokens,
         "dtype": plan.dtype,
+        "attention": attention_name(plan.attention),
+        "attention_reason": plan.chosen,
         "store": plan.need.rows_on,
         "reason": plan.reason,
         "cache_fraction": plan.attention.cache_fraction if plan.attention.has_index else None,

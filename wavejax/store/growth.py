@@ -6,23 +6,21 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool
 
-import pallas_kernels as ops
 from wavejax.config import WaveConfig
 from wavejax.store import index
-from wavejax.store.rows import RowStore
+from wavejax.store.rows import append_rows
 from wavejax.store.state import WaveState
 
 
 def grow(config: WaveConfig, state: WaveState, due: Bool[Array, " batch"]) -> WaveState:
     """Move the oldest `growth_tokens` of each due sequence's window into its index and store.
 
-    A store without room for a single KV row stays as it is: the caller then keeps the KV rows.
+    A store without room for a single KV row gets no rows: the caller then keeps them.
     By a loop that goes round for the sequences that are due, mostly not once: for a `lax.cond` XLA
     would copy the whole state, every step.
     """
     growth, local = config.growth_tokens, config.local_tokens
     layers = state.steady.window.shape[0]
-    stored = state.store.rows.shape[3] > 0
 
     sequences = jnp.argsort(~due)  # those that are due come first
     count = jnp.sum(due, dtype=jnp.int32)
@@ -44,9 +42,7 @@ def grow(config: WaveConfig, state: WaveState, due: Bool[Array, " batch"]) -> Wa
             jnp.full(1, growth, jnp.int32),
             start + growth,
         )
-        store = state.store
-        if stored:
-            store = RowStore(ops.append_rows(store.rows, oldest, layer, sequence, start))
+        store = append_rows(state.store, oldest, layer, sequence, start)
         kept = state.steady.window.at[layer, sequence, :, :local].set(window[:, growth:])
         return dataclasses.replace(
             state,

@@ -3,12 +3,11 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-import pallas_kernels as ops
 from wavejax.config import WaveConfig
 from wavejax.store.index import append_prompt, clear
-from wavejax.store.rows import RowStore, as_rows, forget
+from wavejax.store.rows import append_rows, as_rows, forget, held_on_host
 from wavejax.store.sizes import segment_sizes
 from wavejax.store.state import WaveState
 from wavejax.store.steady import fill_steady
@@ -36,8 +35,28 @@ def write_prompt(
     rows, state = index_prompt(config, layer, key, value, state, sequence, length)
     if not rows.shape[1]:
         return state
-    store = RowStore(ops.append_rows(state.store.rows, rows, layer, sequence, 0))
+    store = append_rows(state.store, rows, layer, sequence, 0)
     return dataclasses.replace(state, store=store)
+
+
+def write_staged(
+    config: WaveConfig,
+    layer: Int[Array, ""],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads head_dim"],
+    state: WaveState,
+    sequence: Int[Array, ""],
+    length: Int[Array, ""],
+) -> tuple[Num[Array, "kv_heads indexed 2 head_dim"], WaveState]:
+    """Write a prompt into one layer, but for rows that the host is to hold: see `write_prompt`.
+
+    Returns:
+        these rows, from the first one on, padding included, as `held_on_host` makes them; and the
+        state, with their scales if they have any.
+    """
+    rows, state = index_prompt(config, layer, key, value, state, sequence, length)
+    store = append_rows(state.store, rows, layer, sequence, 0)
+    return held_on_host(rows, store.rows.dtype), dataclasses.replace(state, store=store)
 
 
 def index_prompt(

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
+import pallas_kernels as ops
+from pallas_kernels.append_rows.reference import write
+from pallas_kernels.rounding import quantise
 from pallas_kernels.select_tokens import empty_table
 from pallas_kernels.types import EMPTY, Rows, RowTable
 from wavejax._pytree import state
@@ -38,7 +41,7 @@ class RowStore:
 
     Attributes:
         rows: `[layers, batch, kv_heads, tokens, 2, head_dim]`, with their format; in `pinned_host`
-            memory or on the device.
+            memory or on the device. Of staged rows only the scales are here, if they have any.
     """
 
     rows: Rows
@@ -72,14 +75,40 @@ class RowCache:
     }
 
 
-def init_store(shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind) -> RowStore:
+def dtype_of(choice: str, dtype: DTypeLike) -> np.dtype:
+    """Return the dtype that rows are kept in.
+
+    Args:
+        choice: "model", the model's own, or "int8", with scales.
+        dtype: the model's own.
+    """
+    return jnp.dtype(dtype if choice == "model" else choice)
+
+
+def init_store(
+    shape: tuple[int, ...], dtype: DTypeLike, kind: StoreKind, *, staged: bool = False
+) -> RowStore:
     """Make an empty store of shape `[layers, batch, kv_heads, tokens, 2, head_dim]`.
 
     A GPU's store in host memory holds anything until its rows are written.
+
+    Args:
+        shape: of the rows.
+        dtype: of the rows; int8 for rows with scales.
+        kind: where they are.
+        staged: whether the host holds the rows: here is then room for their scales alone.
     """
+    scales = _init_scales(shape, dtype)
+    if staged:
+        shape, kind = (*shape[:3], 0, *shape[4:]), "device"
     if kind == "device":
-        return RowStore(Rows(jnp.zeros(shape, dtype)))
-    return RowStore(Rows(_in_host_memory(shape, jnp.dtype(dtype))))
+        return RowStore(Rows(jnp.zeros(shape, dtype), scales))
+    return RowStore(Rows(_in_host_memory(shape, jnp.dtype(dtype)), scales))
+
+
+def _init_scales(shape: tuple[int, ...], dtype: DTypeLike) -> Array | None:
+    """Make the scales of rows of int8, on the device; None for others."""
+    return jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -97,10 +126,43 @@ def _in_host_memory(shape: tuple[int, ...], dtype: np.dtype) -> Array:
 
 
 def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCache:
-    """Make an empty cache of shape `[layers, batch, kv_heads, slots, 2, head_dim]`."""
+    """Make an empty cache of shape `[layers, batch, kv_heads, slots, 2, head_dim]`.
+
+    Args:
+        shape: of the rows.
+        tokens: room in the store.
+        dtype: of the rows; int8 for rows with scales.
+    """
     layers, batch, kv_heads, slots = shape[:4]
     table = empty_table((layers, batch, kv_heads), tokens, slots)
-    return RowCache(Rows(jnp.zeros(shape, dtype)), table)
+    return RowCache(Rows(jnp.zeros(shape, dtype), _init_scales(shape, dtype)), table)
+
+
+def append_rows(
+    store: RowStore,
+    rows: Float[Array, "kv_heads new 2 head_dim"],
+    layer: Int[Array, ""] | int,
+    sequence: Int[Array, ""] | int,
+    start: Int[Array, ""] | int,
+) -> RowStore:
+    """Write one sequence's new rows, rounded as the store holds them: see `ops.append_rows`.
+
+    Of staged rows only the scales are written, if they have any; `held_on_host` makes the rest.
+    """
+    held = store.rows
+    if held.shape[3]:
+        return RowStore(ops.append_rows(held, rows, layer, sequence, start))
+    new = quantise(rows).scales
+    if held.scales is None or new is None or not rows.shape[1]:
+        return store
+    return RowStore(Rows(held.data, write(held.scales, new, layer, sequence, start)))
+
+
+def held_on_host(
+    rows: Float[Array, "*rows 2 head_dim"], dtype: DTypeLike
+) -> Num[Array, "*rows 2 head_dim"]:
+    """Return what the host holds of staged rows: their numbers, or their levels in int8."""
+    return quantise(rows).data if jnp.dtype(dtype) == jnp.int8 else rows.astype(dtype)
 
 
 def as_rows(

@@ -70,7 +70,7 @@ def test_flags_reach_attention_and_sampler(
             expected[field.name] = not value
             flags.append(f"--no-{flag}" if value else f"--{flag}")
         elif isinstance(value, str):
-            expected[field.name] = "int8"  # the moments' dtype: there is no other
+            expected[field.name] = "int8"  # of moments and rows: there is no other
             flags += [f"--{flag}", "int8"]
         else:
             # Of the fields at 1, only the ratio may be more.
@@ -272,3 +272,14 @@ def test_staged_rows_give_the_same_answers(
     assert not fed
     assert in_place == answers(generate(*common, "--fetch", "staged"))
     assert len(fed) >= 19
+
+
+def test_auto_gives_full_attentions_text_and_says_so(generate: Generate, tiny: Path) -> None:
+    run = ("--raw", "--prompt", "abc", "--max-new-tokens", 4)
+    expected = answers(generate(*FULL, tiny, *run, "--json"))
+    found = generate("--attention", "auto", "--model", tiny, *run, "--json")
+    assert answers(found) == expected
+    said = json.loads(found.out)
+    why = "by these settings wave attention would read all of 8 tokens too"
+    assert (said["attention"], said["attention_reason"]) == ("full", why)
+    assert f"full attention ({why}); all tokens are exact" in found.err

@@ -52,6 +52,20 @@ def test_of_prompts_and_every_choice(generate: Generate, tiny: Path) -> None:
     assert fewer["need"]["slots"] < printed["need"]["slots"]
 
 
+def test_auto_says_which_attention_and_why(generate: Generate, tiny: Path) -> None:
+    common = ("--model", tiny, "--plan", "--attention", "auto", "--context")
+    short = generate(*common, 100).out
+    why = "by these settings wave attention would read all of 356 tokens too"
+    assert f"\nattention: full; {why}\nstore; it keeps" in short
+    long = planned(generate(*common, 70_000, "--json"))
+    assert (long["attention"], long["store"]) == ("wave", "device")
+    assert "faster from some 60,000 tokens a sequence" in long["attention_reason"]
+    refused = generate("--model", tiny, "--attention", "full", "--row-dtype", "int8", "--plan")
+    assert refused.status == 2
+    assert refused.err.count("\n") == 1
+    assert "--row-dtype int8 is for wave attention" in refused.err
+
+
 def test_staged_rows_are_not_pinned(generate: Generate, tiny: Path) -> None:
     common = ("--model", tiny, "--plan", "--context", 5000, "--store", "host")
     for fetch in ("auto", "in_place", "staged"):

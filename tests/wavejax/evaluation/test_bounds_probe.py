@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ def measured():
     query, key, value = (x[batch, jnp.asarray(LENGTHS)][:, None] for x in stream)
     room = jnp.zeros((1, len(LENGTHS), query.shape[2], len(FIGURES)))
     state = BoundsState(full.keys, full.values, full.tokens, estimated, room)
-    _, state = BoundsProbe(method=method).decode(jnp.int32(0), query, key, value, state)
+    decode = jax.jit(BoundsProbe.decode, static_argnums=0)
+    _, state = decode(BoundsProbe(method=method), jnp.int32(0), query, key, value, state)
     [figures] = state.measured
     named = dict(zip(FIGURES, np.moveaxis(np.asarray(figures[0], np.float64), -1, 0), strict=True))
     read = np.asarray(wave_reads(method, jnp.int32(0), query, state.method, max(LENGTHS) + 1))

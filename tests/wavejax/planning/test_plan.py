@@ -162,7 +162,7 @@ def test_the_pinned_limit_holds_the_store_and_what_xla_stages():
 
 
 def test_the_platform_chooses_how_to_fetch(monkeypatch):
-    monkeypatch.setattr("wavejax.attention.wave.best_fetch", lambda: "staged")
+    monkeypatch.setattr("wavejax.store.rows.best_fetch", lambda: "staged")
     made = plan(free(PLENTY, pinned=0), store="host")
     made.check()
     assert made.attention.staged

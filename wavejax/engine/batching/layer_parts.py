@@ -119,10 +119,9 @@ def write_staged(
 ) -> tuple[Array, Any]:
     """As `write`, but returns the rows that the host is to hold, and the rest of the state."""
     key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
-    rows, attention_state = attention.index_prompt(
+    return attention.index_prompt(
         layer, key, value, attention_state, sequence=sequence, length=length
     )
-    return rows.astype(attention_state.store.rows.dtype), attention_state
 
 
 def write_layer(
