@@ -159,4 +159,16 @@ def _wave_step(config: WaveConfig, state: WaveState, heads: int, itemsize: int) 
     if state.store.rows.scales is not None:
         # Levels read, and their numbers: as they are and without what is not valid.
         head += retrieved * 2 * head_dim * (1 + 2 * 4)
+    if config.tolerance:
+        head += _tolerance_step(config, state.index.token_ids.shape[-1], group, head_dim)
     return batch * kv_heads * head
+
+
+def _tolerance_step(config: WaveConfig, tokens: int, group: int, head_dim: int) -> int:
+    """Bytes of one kv head: drawn rows and what is made of them, and rows retrieved besides."""
+    draws, row = config.tolerance_draws, 2 * head_dim * 4
+    # Rows as they are and without what is not valid, mean values; of each query head its parts of
+    # the sum, true, estimated and without their mean.
+    drawn = draws * (2 * row + head_dim * 4 + group * 3 * head_dim * 4)
+    more = min(config.most_retrieved(tokens) * config.tolerance_cap, tokens)
+    return drawn + more * (2 * row + 32)

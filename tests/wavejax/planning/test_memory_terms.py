@@ -75,6 +75,11 @@ CASES = {
         ),
         *(64, 4096, 1.5),
     ),
+    "what is drawn to hold a tolerance": (
+        model_of(heads=8, kv_heads=1, head_dim=64),
+        WaveConfig(**FEW, tolerance=0.1, tolerance_draws=4096, segment_tokens=256),
+        *(16, 1024, 1.5),
+    ),
     "the window in a step": (
         model_of(kv_heads=4, heads=4, head_dim=64),
         WaveConfig(**FEW | {"growth_tokens": 2048}),
