@@ -18,7 +18,7 @@ COUNTS = (
 )
 SHARES = (
     *("candidate_fraction", "retrieval_fraction", "min_token_mass"),
-    *("estimation_fraction", "cache_fraction", "audit"),
+    *("estimation_fraction", "cache_fraction", "audit", "tolerance"),
 )
 
 OUT_OF_RANGE = [
@@ -70,6 +70,7 @@ def test_a_value_of_another_type_is_named_with_the_type(field):
 def test_every_field_is_checked_and_explained():
     checked = {*SIZES, *COUNTS, *SHARES, "max_cluster_size", "admission_ratio", "token_codes"}
     checked |= {"moment_rank", "moment_dtype", "row_dtype", "bounds"}
+    checked |= {"delta", "tolerance_draws", "tolerance_cap", "exact_fallback"}  # test_tolerance.py
     assert checked == {field.name for field in dataclasses.fields(WaveConfig)}
     assert all(field.metadata["help"] for field in dataclasses.fields(WaveConfig))
 

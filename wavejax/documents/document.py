@@ -164,7 +164,7 @@ class Document:
         return self.folder.arrays["logits"].read()
 
     def restoring(
-        self, engine: Engine, attention_state: Any, slot: int, prompt: np.ndarray
+        self, engine: Engine, attention_state: object, slot: int, prompt: np.ndarray
     ) -> Restoring:
         """Begin to put what a prompt has of the document into a slot.
 

@@ -125,7 +125,7 @@ def test_full_and_wave_attention_tell_themselves_apart():
     assert wave.cache_fraction == CONFIG.cache_fraction
     assert full.counts(full.init_state(SHAPE, 1, 8, 8, jnp.float32)) is None
     counts = wave.counts(wave.init_state(SHAPE, 1, 8, 8, jnp.float32))
-    assert counts == (0, None, 0.0, 0, None)
+    assert counts == (0, None, 0.0, 0, None, None)
 
 
 @pytest.mark.parametrize(
