@@ -15,13 +15,13 @@ from tests.support.kernel_cases import ALL_HEADS, kernel_cases
 from tests.support.lowering import lower_for, triton_kernels
 from tests.support.platform_packages import import_package
 
-pytestmark = pytest.mark.slow(400)
+pytestmark = pytest.mark.slow(300)
 
 # By the platform that JAX lowers for: Triton's backend, and architectures with a warp's threads. Of
-# NVIDIA's the oldest and the newest, as each takes minutes.
+# NVIDIA's the oldest alone, as each takes minutes; newer ones have been compiled by hand.
 TARGETS = {
     "rocm": ("hip", {"gfx942": 64, "gfx1100": 32}),
-    "cuda": ("cuda", {80: 32, 120: 32}),
+    "cuda": ("cuda", {80: 32}),
 }
 HEADS = ALL_HEADS[0]
 

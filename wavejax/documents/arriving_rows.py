@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Int, Num
 
 from pallas_kernels.types import NO_ID
 from wavejax.documents.files import StoredArray
@@ -64,7 +64,7 @@ class Arrival:
         self,
         layer: int,
         tokens: Int[np.ndarray, "kv_heads width"],
-        block: Float[np.ndarray, "kv_heads width 2 head_dim"],
+        block: Num[np.ndarray, "kv_heads width 2 head_dim"],
     ) -> None:
         """Take from the file what of a block has not arrived: of rows that are the document's."""
         self.check()
@@ -110,7 +110,7 @@ class ArrivingRows(HostRows):
             self.settle(where[1])
         super().put(where, rows)
 
-    def of(self, layer: int, sequence: int) -> Float[np.ndarray, "kv_heads tokens 2 head_dim"]:
+    def of(self, layer: int, sequence: int) -> Num[np.ndarray, "kv_heads tokens 2 head_dim"]:
         """See `HostRows.of`; waits for the layer's rows, and no other's."""
         for arrival in self._arrivals:
             if arrival.slot == sequence:
@@ -119,7 +119,7 @@ class ArrivingRows(HostRows):
 
     def gather(
         self, layer: int, tokens: Int[np.ndarray, "batch kv_heads missed"]
-    ) -> Float[np.ndarray, "batch kv_heads width 2 head_dim"]:
+    ) -> Num[np.ndarray, "batch kv_heads width 2 head_dim"]:
         """See `HostRows.gather`."""
         self._arrivals = [one for one in self._arrivals if not one.ended]
         block = super().gather(layer, tokens)

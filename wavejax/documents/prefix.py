@@ -118,7 +118,9 @@ def rows_between(store: Rows, window: np.ndarray, start: int, end: int) -> np.nd
     indexed = store.shape[1]
     taken = jax.tree.map(lambda array: array[:, start : min(end, indexed)], store)
     parts = [
-        taken.data if taken.scales is None else np.asarray(dequantise(taken)),
+        np.asarray(dequantise(jax.tree.map(jnp.asarray, taken)))
+        if taken.scales is not None
+        else taken.data,
         window[:, max(0, start - indexed) : max(0, end - indexed)],
     ]
     return np.concatenate(parts, axis=1)

@@ -3,7 +3,7 @@
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Int, Num
 
 from pallas_kernels.types import NO_ID
 
@@ -50,7 +50,7 @@ class HostRows:
             self.rows[where] = np.asarray(rows)
         self._coming.clear()
 
-    def of(self, layer: int, sequence: int) -> Float[np.ndarray, "kv_heads tokens 2 head_dim"]:
+    def of(self, layer: int, sequence: int) -> Num[np.ndarray, "kv_heads tokens 2 head_dim"]:
         """View one sequence's KV rows in one layer, by store row: those put, once they are there.
 
         Args:
@@ -62,7 +62,7 @@ class HostRows:
 
     def gather(
         self, layer: int, tokens: Int[np.ndarray, "batch kv_heads missed"]
-    ) -> Float[np.ndarray, "batch kv_heads width 2 head_dim"]:
+    ) -> Num[np.ndarray, "batch kv_heads width 2 head_dim"]:
         """Read one layer's KV rows: of each head those listed, NO_ID after the last one.
 
         Args:
