@@ -61,8 +61,7 @@ def audit(
     order = jnp.argsort(~taken)
 
     def compare(i: Array, log: AuditLog) -> AuditLog:
-        head = chosen[order[i]]
-        b, h, g = head // (kv_heads * group), head // group % kv_heads, head % group
+        b, h, g = place_of(chosen[order[i]], query)
         exact = exact_output(layer, b, h, query[b, h, g], state, window, scale=scale)
         found = output[b, h, g].astype(jnp.float32)
         error = jnp.linalg.norm(found - exact) / jnp.maximum(jnp.linalg.norm(exact), 1e-30)
@@ -70,6 +69,14 @@ def audit(
 
     log = lax.fori_loop(0, jnp.sum(taken, dtype=jnp.int32), compare, log)
     return dataclasses.replace(state, audit=log)
+
+
+def place_of(
+    number: Int[Array, ""], query: Float[Array, "batch kv_heads group head_dim"]
+) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+    """Tell sequence, kv head and place in the group of a query head, by its number in a batch."""
+    kv_heads, group = query.shape[1:3]
+    return number // (kv_heads * group), number // group % kv_heads, number % group
 
 
 def exact_output(

@@ -52,19 +52,6 @@ class Draws(NamedTuple):
     remains: Array
 
 
-class SampledBound(NamedTuple):
-    """What draws say of |o - o^| / |o|, of each query head.
-
-    Attributes:
-        bound: `[..., heads]` float32, at least that, but for a probability of about delta; infinite
-            where o may be zero for all that the draws say.
-        estimate: the same shape, that itself, as far as it is above the draws' noise; else zero.
-    """
-
-    bound: Array
-    estimate: Array
-
-
 def sampled_bound(
     config: WaveConfig,
     layer: Int[Array, ""],
@@ -77,7 +64,7 @@ def sampled_bound(
     turn: Int[Array, ""],
     *,
     scale: float,
-) -> SampledBound:
+) -> Float[Array, "batch kv_heads group"]:
     """Read some estimated tokens' rows, and bound the output's relative error by them.
 
     Args:
@@ -90,6 +77,10 @@ def sampled_bound(
         turn: int32; each has draws of its own. They depend on it, the layer, the head and the
             sequence's length alone: a batch does not change them.
         scale: multiplies every product of query and key.
+
+    Returns:
+        float32, at least |o - o^| / |o| of each query head, but for a probability of about delta;
+        infinite where o may be zero for all that the draws say.
     """
     output, logsumexp = merged
     index = state.index
@@ -183,8 +174,8 @@ def bound_of_draws(
     known: Float[Array, "*heads head_dim"],
     output: Float[Array, "*heads head_dim"],
     delta: float,
-) -> SampledBound:
-    """Bound the relative error by draws of its parts.
+) -> Float[Array, "*heads"]:
+    """Bound the relative error by draws of its parts; see `sampled_bound`.
 
     Args:
         z: of each draw z_i / pi_i; two draws or more.
@@ -211,12 +202,10 @@ def bound_of_draws(
     mass = 1 + jnp.mean(a, axis=-1) - quantile * jnp.std(a, axis=-1) / math.sqrt(draws - 1)
     norm = jnp.linalg.norm(output, axis=-1)
 
-    def relative(x: Array) -> Array:
-        x = x / jnp.maximum(mass, 1e-6)
-        # The exact output is no shorter than by the error itself.
-        return jnp.where(x < norm, x / jnp.maximum(norm - x, 1e-30), jnp.where(x > 0, jnp.inf, 0))
-
-    return SampledBound(relative(length), relative(jnp.sqrt(square)))
+    error = length / jnp.maximum(mass, 1e-6)
+    # The exact output is no shorter than by the error itself.
+    unknown = jnp.where(error > 0, jnp.inf, 0)
+    return jnp.where(error < norm, error / jnp.maximum(norm - error, 1e-30), unknown)
 
 
 def _normalised(x: Array) -> Array:

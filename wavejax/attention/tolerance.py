@@ -17,7 +17,7 @@ import pallas_kernels as ops
 from models.errors import InputError
 from pallas_kernels.attend_zones.reference import attend_clusters
 from wavejax.attention import retrieval
-from wavejax.attention.audit import exact_output
+from wavejax.attention.audit import exact_output, place_of
 from wavejax.attention.protocol import scale_of
 from wavejax.attention.sampled_bound import sampled_bound
 from wavejax.config import WaveConfig
@@ -139,10 +139,8 @@ def bound_error(
         by_means = attend_clusters(retrieval.estimate_of(selection, state.index), layer)
         for output, logsumexp in (exact, by_means):
             known += jnp.exp(logsumexp - merged[1])[..., None] * (output - merged[0])
-    found = sampled_bound(
-        config, layer, selection, known, merged, state, turn, scale=scale_of(selection.query)
-    )
-    return merged[0], found.bound
+    given, scale = (config, layer, selection, known, merged, state, turn), scale_of(selection.query)
+    return merged[0], sampled_bound(*given, scale=scale)
 
 
 def _next(config: WaveConfig, budget: Array, bound: Array, cap: int) -> Array:
@@ -194,13 +192,11 @@ def _compute(
     state: WaveState,
 ) -> Array:
     """Compute some query heads exactly, one after another; as many as there are."""
-    kv_heads, group = query.shape[1:3]
     window, scale = window_tokens(config, state), scale_of(query)
     order = jnp.argsort(~which.ravel())
 
     def compute(i: Array, output: Array) -> Array:
-        head = order[i]
-        b, h, g = head // (kv_heads * group), head // group % kv_heads, head % group
+        b, h, g = place_of(order[i], query)
         exact = exact_output(layer, b, h, query[b, h, g], state, window, scale=scale)
         return output.at[b, h, g].set(exact)
 
