@@ -58,7 +58,8 @@ class Bench:
 
     def need(self, attention: AnyAttention, batch: int, context: int) -> MemoryNeed:
         """See `memory_need`."""
-        return memory_need(self.model, attention, batch, context, self.new_tokens, self.dtype)
+        sizes = batch, context, self.new_tokens
+        return memory_need(self.model, attention, *sizes, self.dtype, shortest_prompt=context)
 
     def largest(self, attention: AnyAttention, context: int) -> int:
         """Return the most sequences that fit; 0 if one does not."""

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -171,9 +171,9 @@ class LanguageModel:
         )
         ids = [one.ids for one in encoded]
         check_lengths(self.config, ids, new_tokens, self.max_context)
-        generator = self.generator(
-            max(map(len, ids)), new_tokens, batch=len(ids) * samples, sampler=chosen
-        )
+        lengths = [*map(len, ids)]
+        more = {"batch": len(ids) * samples, "shortest_prompt": min(lengths)}
+        generator = self.generator(max(lengths), new_tokens, sampler=chosen, **more)
         stops = (stop,) if isinstance(stop, str) else stop
         run = TextRun(generator, self.tokenizer, encoded, samples, stops)
 
@@ -217,6 +217,8 @@ class LanguageModel:
         max_new_tokens: int,
         batch: int = 1,
         sampler: Sampler | None = None,
+        *,
+        shortest_prompt: int = 1,
     ) -> Plan:
         """Where the keys and values of a run would go, and what it takes of memory.
 
@@ -225,13 +227,13 @@ class LanguageModel:
             max_new_tokens: to generate.
             batch: sequences.
             sampler: how tokens are drawn; None: in the way that takes most.
+            shortest_prompt: tokens of the shortest one.
         """
-        free = free_besides(self.params)
         shape = batch, prompt_tokens, max_new_tokens
         asked = self.attention, *shape, self.dtype
-        return make_plan(
-            self.config, *asked, store=self.store, fetch=self.fetch, sampler=sampler, free=free
-        )
+        where: dict[str, Any] = {"store": self.store, "fetch": self.fetch}
+        where |= {"free": free_besides(self.params), "shortest_prompt": shortest_prompt}
+        return make_plan(self.config, *asked, sampler=sampler, **where)
 
     def generator(
         self,
@@ -240,6 +242,7 @@ class LanguageModel:
         *,
         batch: int = 1,
         sampler: Sampler | None = None,
+        shortest_prompt: int = 1,
     ) -> Generator:
         """Return the generator of a run, for work on tokens and logits; arguments as of `plan`.
 
@@ -247,7 +250,8 @@ class LanguageModel:
             InputError: there is no memory for the run.
         """
         sampler = sampler or Sampler()
-        plan = self.plan(prompt_tokens, max_new_tokens, batch, sampler)
+        sizes = prompt_tokens, max_new_tokens, batch, sampler
+        plan = self.plan(*sizes, shortest_prompt=shortest_prompt)
         plan.check()
         return Generator(self.config, plan.attention, sampler, self.stop_tokens)
 

@@ -65,17 +65,32 @@ class OpenedModel:
         shape = self.checkpoint.config, self.attention, len(lengths), max(lengths), new_tokens
         set_memory_limits(pinned_need(*shape, dtype, self.fetch))
 
-    def plan(self, lengths: Sequence[int], new_tokens: int, sampler: Sampler | None = None) -> Plan:
+    def plan(
+        self,
+        lengths: Sequence[int],
+        new_tokens: int,
+        sampler: Sampler | None = None,
+        *,
+        shortest_prompt: int | None = None,
+    ) -> Plan:
         """Plans a run, and sets XLA's limits before anything starts JAX's device.
 
         Args:
             lengths: the tokens of each prompt.
             new_tokens: to generate.
             sampler: how tokens are drawn; None: in the way that takes most.
+            shortest_prompt: as of `make_plan`; None: the shortest of these.
         """
         self.set_memory_limits(lengths, new_tokens)
         shape = self.checkpoint.config, self.attention, len(lengths), max(lengths), new_tokens
-        return make_plan(*shape, self._dtype(), store=self.store, fetch=self.fetch, sampler=sampler)
+        return make_plan(
+            *shape,
+            self._dtype(),
+            store=self.store,
+            fetch=self.fetch,
+            sampler=sampler,
+            shortest_prompt=shortest_prompt or min(lengths),
+        )
 
     def load(
         self,

@@ -62,7 +62,14 @@ class DenseAttention(Attention[DenseState]):
         check_implementation(self.implementation)
 
     def init_state(
-        self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+        self,
+        shape: CacheShape,
+        batch: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        dtype: DTypeLike,
+        *,
+        shortest_prompt: int = 1,
     ) -> DenseState:
         room = prompt_tokens + new_tokens
         size = (*shape.stack(batch), room, shape.head_dim)

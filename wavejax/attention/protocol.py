@@ -76,7 +76,14 @@ class Attention(abc.ABC, Generic[State]):
 
     @abc.abstractmethod
     def init_state(
-        self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+        self,
+        shape: CacheShape,
+        batch: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        dtype: DTypeLike,
+        *,
+        shortest_prompt: int = 1,
     ) -> State:
         """Make an empty state.
 
@@ -86,6 +93,7 @@ class Attention(abc.ABC, Generic[State]):
             prompt_tokens: room for prompts of this many tokens, padding included.
             new_tokens: room for this many tokens more.
             dtype: of keys and values.
+            shortest_prompt: no prompt is shorter; what only shorter ones need may be left out.
         """
 
     def prefill(

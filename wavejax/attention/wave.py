@@ -46,7 +46,7 @@ from wavejax.store.growth import grow
 from wavejax.store.index import init_index
 from wavejax.store.moments import check_staged
 from wavejax.store.shape import CacheShape
-from wavejax.store.sizes import cluster_capacity, segment_sizes
+from wavejax.store.sizes import index_room
 from wavejax.store.state import Selection, WaveState
 from wavejax.store.steady import init_steady, push_rows
 from wavejax.store.tolerance import init_tolerance
@@ -121,15 +121,18 @@ class WaveAttention(Attention[WaveState]):
         return self.store == "host" and (self.fetch or rows.best_fetch()) == "staged"
 
     def init_state(
-        self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+        self,
+        shape: CacheShape,
+        batch: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        dtype: DTypeLike,
+        *,
+        shortest_prompt: int = 1,
     ) -> WaveState:
         config = self.config
-        segments = segment_sizes(config, config.indexed_tokens(prompt_tokens))
-        # What is generated fills the window's free room first; a prompt that is short of its
-        # bucket may leave the window nearly full.
-        growths = -(-new_tokens // config.growth_tokens)
-        tokens = max(1, sum(segments) + growths * config.growth_tokens)
-        clusters = cluster_capacity(config, segments, growths)
+        sizes = prompt_tokens, new_tokens, shortest_prompt
+        tokens, clusters, growths = index_room(config, *sizes)
         slots = config.cache_slots(tokens) if self.has_cache else 0
         check_staged(config, self.staged)
         stack, row = shape.stack(batch), (2, shape.head_dim)

@@ -144,7 +144,8 @@ def command(
     if asked is not None:
         lengths, room = asked.lengths(max_new_tokens)
     lengths = [length for length in lengths for _ in range(samples)]
-    plan = opened.plan(lengths, room, sampler)
+    shortest = None if asked is None else asked.shortest_prompt
+    plan = opened.plan(lengths, room, sampler, shortest_prompt=shortest)
     if only_plan:
         print_plan(plan, checkpoint, as_json)
         return

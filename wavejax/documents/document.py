@@ -17,7 +17,7 @@ from wavejax.documents import arrays
 from wavejax.documents.files import Folder, read_folder, refuse_other, write_folder
 from wavejax.documents.fingerprints import check_fingerprints, fingerprints, settings_of
 from wavejax.documents.prefix import reusable
-from wavejax.documents.restore import Restoring, check_arrays, grown_tokens
+from wavejax.documents.restore import Restoring, check_arrays, grown_tokens, shortest_prompt
 from wavejax.engine import appending, slots
 from wavejax.engine.checks import MOST_INT32, as_prompts, whole_number
 from wavejax.engine.generator import Generator
@@ -218,10 +218,13 @@ class Document:
         given = [self.token_ids] if prompts is None else as_prompts(prompts, vocab)
         each = as_samplers(samplers, len(given), generator.sampler)
         rooms = [self.room_of(one) for one in given]
-        begun = max(begun for begun, _ in rooms)
+        begun = [begun for begun, _ in rooms]
         room = new_tokens + max(rest for _, rest in rooms)
         dtype = self.fingerprints["dtype"]
-        state = generator.allocate(len(given), begun, room, dtype=dtype, samplers=each)
+        sizes = len(given), max(begun), room
+        state = generator.allocate(
+            *sizes, dtype=dtype, samplers=each, shortest_prompt=shortest_prompt(self.folder, begun)
+        )
         for slot, prompt in enumerate(given):
             more: dict[str, Any] = (
                 {"params": params, "prompt": prompt} if prompts is not None else {}

@@ -4,7 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,20 @@ def grown_tokens(folder: Folder) -> int:
         return 0
     prompt = int(folder.arrays["index/prompt_tokens"].read())
     return int(folder.facts["sizes"]["tokens"]) - prompt
+
+
+def shortest_prompt(folder: Folder, begun: Sequence[int]) -> int:
+    """Count the tokens of the shortest prompt that a state for a document must be made for.
+
+    The clusters that are kept are as large as those of the tokens that were indexed at once.
+
+    Args:
+        folder: the document's.
+        begun: of each sequence, the tokens that go where prompts go.
+    """
+    if "index/prompt_tokens" not in folder.arrays:
+        return min(begun)
+    return max(1, min(*begun, int(folder.arrays["index/prompt_tokens"].read())))
 
 
 def check_arrays(folder: Folder, attention_state: Any) -> None:

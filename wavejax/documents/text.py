@@ -18,6 +18,7 @@ from wavejax.documents.document import Document, load_document, save_document
 from wavejax.documents.files import Folder, read_folder, refuse_other
 from wavejax.documents.fingerprints import weights_fingerprint
 from wavejax.documents.prefix import common_prefix
+from wavejax.documents.restore import shortest_prompt
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.engine.model_sampling import check_samples
@@ -138,6 +139,7 @@ class Asked:
         # Of what is on disk, before anything is compared; for the plan.
         document = Document(folder, {}, folder.arrays["token_ids"].read())
         self.reused = [document.reused(ids) for ids in self.ids]
+        self.shortest_prompt = shortest_prompt(folder, [max(1, one) for one in self.reused])
 
     def lengths(self, new_tokens: int) -> tuple[list[int], int]:
         """Count the prompts' tokens that come with the document, and the room after them."""
@@ -282,9 +284,9 @@ def ask_document(
     asked = Asked(Path(path), model.tokenizer, questions)
     check_lengths(model.config, asked.ids, new_tokens, model.max_context)
     lengths, room = asked.lengths(new_tokens)
-    batch = len(lengths) * samples
     planned = dataclasses.replace(model, attention=pinned(model.attention, Path(path)))
-    generator = planned.generator(max(lengths), room, batch=batch, sampler=chosen)
+    more = {"batch": len(lengths) * samples, "shortest_prompt": asked.shortest_prompt}
+    generator = planned.generator(max(lengths), room, sampler=chosen, **more)
     if model not in _weights:
         _weights[model] = weights_fingerprint(model.params)
     read = asked.reader(generator, _weights[model])

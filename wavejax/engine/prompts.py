@@ -12,6 +12,12 @@ def bucket(tokens: int) -> int:
     return _rounded_up(tokens, SMALLEST_BUCKET)
 
 
+def least_of_bucket(tokens: int) -> int:
+    """Return the fewest tokens of a prompt that is padded as one of so many tokens is."""
+    padded = bucket(tokens)
+    return 1 if padded == SMALLEST_BUCKET else padded - _quarter(padded) + 1
+
+
 def answer_room(new_tokens: int) -> int:
     """Return the room made for so many new tokens: requests of one room share compiled programs.
 
@@ -23,5 +29,10 @@ def answer_room(new_tokens: int) -> int:
 def _rounded_up(tokens: int, least: int) -> int:
     if tokens <= least:
         return least
-    quarter = 2 ** ((tokens - 1).bit_length() - 3)
+    quarter = _quarter(tokens)
     return -(-tokens // quarter) * quarter
+
+
+def _quarter(tokens: int) -> int:
+    """Return a quarter of the power of two below."""
+    return 2 ** ((tokens - 1).bit_length() - 3)

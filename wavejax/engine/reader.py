@@ -77,9 +77,10 @@ class Reader(Parts):
         samplers: list[Sampler],
     ) -> DecodeState:
         dtype, layers = params["params"]["embedding"].dtype, self.model_config.num_layers
-        batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        sizes = len(prompts), max(lengths), new_tokens
         all_samplers = [self.sampler, *samplers]
-        state = slots.allocate(self.engine, batch, longest, new_tokens, dtype, all_samplers)
+        state = slots.allocate(self.engine, *sizes, dtype, all_samplers, min(lengths))
         for slot, prompt in enumerate(prompts):
             state = slots.insert(
                 self.engine,
@@ -91,7 +92,7 @@ class Reader(Parts):
                 sequence=int(sequences[slot]),
                 step=0,
                 sampler=samplers[slot],
-                progress=progress and _part_of(progress, slot * layers, batch * layers),
+                progress=progress and _part_of(progress, slot * layers, len(prompts) * layers),
             )
         return state
 
@@ -103,6 +104,7 @@ class Reader(Parts):
         *,
         dtype: DTypeLike = "float32",
         samplers: Iterable[Sampler] = (),
+        shortest_prompt: SupportsIndex = 1,
     ) -> DecodeState:
         """Make an empty state of so many slots, for `insert`; all its sequences are finished.
 
@@ -113,6 +115,8 @@ class Reader(Parts):
             dtype: of the caches; the parameters'.
             samplers: what the slots shall be made for, besides the generator's own sampler: whether
                 tokens are drawn, how many are ranked, whether penalties are counted.
+            shortest_prompt: no prompt is shorter; rounded down. An index of long prompts only is
+                smaller and faster: it needs no room for short ones' many clusters.
 
         Raises:
             InputError: a number is no whole one or out of range, or a sampler is none.
@@ -120,11 +124,11 @@ class Reader(Parts):
         slots_wanted = whole_number("batch", batch, 1, MOST_INT32)
         longest = whole_number("prompt_tokens", prompt_tokens, 1, MOST_INT32)
         new_tokens = whole_number("max_new_tokens", max_new_tokens, 0, MOST_INT32)
+        shortest = whole_number("shortest_prompt", shortest_prompt, 1, longest)
         made_for = [self.sampler, *as_samplers(samplers, None, self.sampler)]
         with own_modes():
-            return slots.allocate(
-                self.engine, slots_wanted, longest, new_tokens, jnp.dtype(dtype), made_for
-            )
+            sizes = slots_wanted, longest, new_tokens
+            return slots.allocate(self.engine, *sizes, jnp.dtype(dtype), made_for, shortest)
 
     def insert(
         self,

@@ -17,7 +17,7 @@ from models.parameters import Params
 from wavejax.engine import penalties
 from wavejax.engine.interface import Engine
 from wavejax.engine.prefill import read_prompt
-from wavejax.engine.prompts import answer_room, bucket
+from wavejax.engine.prompts import answer_room, bucket, least_of_bucket
 from wavejax.engine.sampling import Sampler, fits, settings_of, settings_row
 from wavejax.engine.state import DecodeState, commit
 from wavejax.store.shape import CacheShape
@@ -33,11 +33,19 @@ def allocate(
     new_tokens: int,
     dtype: DTypeLike,
     samplers: list[Sampler],
+    shortest_prompt: int = 1,
 ) -> DecodeState:
     """Return an empty state; see `Generator.allocate`."""
     room, vocab = bucket(prompt_tokens), engine.model_config.vocab_size
+    # Prompts of one bucket share compiled programs.
+    shortest = least_of_bucket(shortest_prompt)
     empty = engine.attention.init_state(
-        CacheShape.of(engine.model_config), batch, room, answer_room(new_tokens), dtype
+        CacheShape.of(engine.model_config),
+        batch,
+        room,
+        answer_room(new_tokens),
+        dtype,
+        shortest_prompt=shortest,
     )
     empty, logits = commit((empty, jnp.zeros((batch, vocab), jnp.float32)))
     # Memory that is refused shows now, not when all has been read and compiled for nothing.
@@ -52,6 +60,7 @@ def allocate(
         "counts": None if settings.penalties is None else penalties.no_counts(batch, vocab),
         "sampling": settings,
         "prompt_room": jnp.int32(room),
+        "shortest_prompt": jnp.int32(shortest),
     }
     return DecodeState(engine.hold(empty), logits, **commit(values))
 
@@ -118,7 +127,8 @@ def enter(
     rows["sampling"] = dataclasses.replace(settings, ranks=None)
     rows = _set_row(rows, jnp.int32(slot), row)
     rows["sampling"] = dataclasses.replace(rows["sampling"], ranks=settings.ranks)
-    return DecodeState(attention_state, logits, **rows, prompt_room=state.prompt_room)
+    new = {"attention_state": attention_state, "logits": logits} | rows
+    return dataclasses.replace(state, **new)
 
 
 def check_insert(state: DecodeState, slot: int, prompt_tokens: int, sampler: Sampler) -> None:
@@ -137,6 +147,12 @@ def check_insert(state: DecodeState, slot: int, prompt_tokens: int, sampler: Sam
         raise InputError(
             f"the prompt has {prompt_tokens} tokens, and there is room for {room}: give `allocate` "
             "a larger prompt_tokens"
+        )
+    shortest = 1 if state.shortest_prompt is None else int(state.shortest_prompt)
+    if prompt_tokens < shortest:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens, and the state was made for prompts of "
+            f"{shortest} and more: give `allocate` a smaller shortest_prompt"
         )
     if not fits(sampler, state.sampling, state.logits.shape[1]):
         raise InputError(

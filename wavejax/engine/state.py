@@ -34,6 +34,8 @@ class DecodeState:
         sampling: how each one's tokens are drawn; the most probable ones where left out.
         prompt_room: int32 scalar, tokens of the longest prompt that a slot has room for, padding
             included; None of a state that has no slots.
+        shortest_prompt: int32 scalar, tokens of the shortest prompt that a slot is made for; 1
+            where left out.
     """
 
     attention_state: object
@@ -46,6 +48,7 @@ class DecodeState:
     counts: TokenCounts | None = None
     sampling: SamplingSettings = SamplingSettings()
     prompt_room: Array | None = None
+    shortest_prompt: Array | None = None
 
     def __post_init__(self) -> None:
         batch = self.finished.shape[0]

@@ -62,7 +62,14 @@ class SparseAttention(DenseAttention):
         return SparseState
 
     def init_state(
-        self, shape: CacheShape, batch: int, prompt_tokens: int, new_tokens: int, dtype: DTypeLike
+        self,
+        shape: CacheShape,
+        batch: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        dtype: DTypeLike,
+        *,
+        shortest_prompt: int = 1,
     ) -> SparseState:
         """Return an empty state with room for so many tokens a sequence."""
         dense = super().init_state(shape, batch, prompt_tokens, new_tokens, dtype)

@@ -13,7 +13,7 @@ from models.parameters import parameter_shapes
 from wavejax.attention.causal import query_block
 from wavejax.attention.footprint import Footprint
 from wavejax.attention.protocol import AnyAttention
-from wavejax.engine.prompts import answer_room, bucket
+from wavejax.engine.prompts import answer_room, bucket, least_of_bucket
 from wavejax.engine.sampling import Sampler
 from wavejax.store.rows import StoreKind
 from wavejax.store.shape import CacheShape
@@ -78,6 +78,7 @@ def memory_need(
     new_tokens: int,
     dtype: DTypeLike,
     sampler: Sampler | None = None,
+    shortest_prompt: int = 1,
 ) -> MemoryNeed:
     """Compute the need from shapes alone; allocate nothing.
 
@@ -91,9 +92,10 @@ def memory_need(
         new_tokens: to generate.
         dtype: of weights and state.
         sampler: how tokens are drawn; None: in the way that takes most.
+        shortest_prompt: tokens of the shortest one.
     """
     room = bucket(prompt_tokens)
-    held = footprint(model, attention, batch, prompt_tokens, new_tokens, dtype)
+    held = footprint(model, attention, batch, prompt_tokens, new_tokens, dtype, shortest_prompt)
     sizes = [math.prod(shape) for shape in parameter_shapes(model).values()]
     itemsize = jnp.dtype(dtype).itemsize
     staged = attention.staged
@@ -122,12 +124,16 @@ def footprint(
     prompt_tokens: int,
     new_tokens: int,
     dtype: DTypeLike,
+    shortest_prompt: int = 1,
 ) -> Footprint:
     """Count what an attention takes, from shapes alone; start no device. Arguments as above."""
     shape, room = CacheShape.of(model), bucket(prompt_tokens)
     sizes = batch, room, answer_room(new_tokens), dtype
     # `eval_shape` traces, and placing an array in host memory is no traced operation.
-    state = jax.eval_shape(lambda: attention.on_device.init_state(shape, *sizes))
+    least = least_of_bucket(shortest_prompt)
+    state = jax.eval_shape(
+        lambda: attention.on_device.init_state(shape, *sizes, shortest_prompt=least)
+    )
     return attention.footprint(state, shape, model.num_heads, room)
 
 

@@ -110,6 +110,7 @@ def make_plan(
     fetch: FetchChoice = "auto",
     sampler: Sampler | None = None,
     free: FreeMemory | None = None,
+    shortest_prompt: int = 1,
 ) -> Plan:
     """Decides where the rows go and how many the cache holds; allocates nothing.
 
@@ -130,6 +131,7 @@ def make_plan(
         fetch: how its rows on the host reach the device; see `WaveAttention`.
         sampler: how tokens are drawn; None: in the way that takes most.
         free: what there is; None asks the device.
+        shortest_prompt: tokens of the shortest one.
 
     Returns:
         the plan. It may not fit: `Plan.check` says so.
@@ -146,6 +148,8 @@ def make_plan(
             new_tokens=new_tokens,
             dtype=dtype,
             sampler=sampler,
+            # Of another length than asked for, all prompts are of that length.
+            shortest_prompt=shortest_prompt if prompt == prompt_tokens else prompt,
         )
         found: Iterable[_Candidate]
         if isinstance(attention, AutoAttention):

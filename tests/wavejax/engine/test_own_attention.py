@@ -39,7 +39,7 @@ class SlidingAttention(Attention[Ring]):
 
     window: int = WINDOW
 
-    def init_state(self, shape, batch, prompt_tokens, new_tokens, dtype):
+    def init_state(self, shape, batch, prompt_tokens, new_tokens, dtype, *, shortest_prompt=1):
         size = (*shape.stack(batch), self.window, shape.head_dim)
         room = jnp.full(batch, prompt_tokens + new_tokens, jnp.int32)
         return Ring(jnp.zeros(size, dtype), jnp.zeros(size, dtype), jnp.zeros_like(room), room)

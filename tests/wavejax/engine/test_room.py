@@ -1,8 +1,10 @@
 """The room that `Generator.start` makes: what fits in it, and what is refused."""
 
 import dataclasses
+import functools
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from tests.support.tiny_generator import (
 )
 from wavejax import DenseAttention, Generator, InputError, WaveAttention
 from wavejax.attention import wave
-from wavejax.engine.prompts import SMALLEST_ROOM, answer_room, bucket
+from wavejax.engine.prompts import SMALLEST_ROOM, answer_room, bucket, least_of_bucket
 from wavejax.planning.memory import memory_need
 from wavejax.store.shape import CacheShape
 from wavejax.store.sizes import cluster_capacity, segment_sizes, sizes_of
@@ -96,7 +98,8 @@ def test_the_room_made_is_the_room_planned_and_no_less_than_asked(attention, ask
     state = generator.start(make_params(), make_prompts(lengths), asked)
     cache = generator.engine.arrays_of(state.attention_state)
     assert (np.asarray(attention.remaining(cache)) >= asked).all()
-    need = memory_need(MODEL, attention, 2, max(lengths), asked, jnp.float32)
+    sizes = 2, max(lengths), asked
+    need = memory_need(MODEL, attention, *sizes, jnp.float32, shortest_prompt=min(lengths))
     facts = generator.facts(state)
     assert (need.state, need.host) == (facts.device_bytes, facts.host_bytes)
     if isinstance(attention, DenseAttention):
@@ -112,7 +115,7 @@ def test_an_attention_of_no_such_kind_is_refused(name, value):
 
 
 # Where what is cut off clusters too large differs by segment, by one.
-@example(prompt=66, other=129, growth=10, size=5, most=2, clusters=0, new=0)
+@example(prompt=66, other=129, growth=10, size=5, most=2, clusters=0, new=0, less=66)
 @given(
     prompt=st.integers(1, 700),
     other=st.integers(1, 700),
@@ -121,9 +124,10 @@ def test_an_attention_of_no_such_kind_is_refused(name, value):
     most=st.integers(1, 3),
     clusters=st.integers(0, 30),
     new=st.integers(0, 90),
+    less=st.integers(0, 700),
 )
-def test_there_are_clusters_enough_for_every_prompt_beside_a_longer_one(
-    prompt, other, growth, size, most, clusters, new
+def test_there_are_clusters_enough_for_every_prompt_between_two_others(
+    prompt, other, growth, size, most, clusters, new, less
 ):
     """A short prompt's are smaller, so there may be more of them than of the longest one's."""
     sizes = {"cluster_size": size, "max_cluster_size": most * size, "min_clusters": clusters}
@@ -131,7 +135,7 @@ def test_there_are_clusters_enough_for_every_prompt_beside_a_longer_one(
     prompt, other = sorted((prompt, other))
     padded = segment_sizes(config, other)
     growths = -(-new // growth)
-    room = cluster_capacity(config, padded, growths)
+    room = cluster_capacity(config, padded, growths, max(0, prompt - less))
     own = [config.segment_tokens] * (prompt // config.segment_tokens)
     own += [prompt % config.segment_tokens]
     held = sum(capacity(count, *config.cluster_sizes(prompt)) for count in own)
@@ -152,6 +156,52 @@ def test_a_traced_number_of_tokens_has_the_same_clusters(tokens, size, clusters)
     config = dataclasses.replace(CONFIG, **sizes)
     found = sizes_of(config, jnp.int32(tokens))
     assert tuple(map(int, found)) == config.cluster_sizes(tokens)
+
+
+def test_long_prompts_alone_need_no_room_for_short_ones_many_clusters():
+    """At 122,880 tokens a shorter prompt may have 9,407 clusters, one of this bucket 5,760."""
+    attention, sizes = WaveAttention(store="device"), (1, 122_880, 64, jnp.bfloat16)
+
+    def clusters(**shortest):
+        make = functools.partial(attention.init_state, CacheShape.of(MODEL), *sizes, **shortest)
+        return jax.eval_shape(make).index.centroids.shape[3]
+
+    least = least_of_bucket(122_880)
+    growth = -(-attention.config.growth_tokens // 32) + attention.config.growth_tokens // 64
+    indexed = attention.config.indexed_tokens(122_880)
+    own = cluster_capacity(attention.config, segment_sizes(attention.config, indexed), 0, indexed)
+    assert clusters(shortest_prompt=least) == own + growth == 5808
+    assert clusters() == 9407
+
+
+@given(st.integers(1, 2**20))
+def test_the_least_prompt_of_a_bucket(tokens):
+    least = least_of_bucket(tokens)
+    assert bucket(least) == bucket(tokens)
+    assert least == 1 or bucket(least - 1) < bucket(tokens)
+
+
+def test_a_state_of_long_prompts_takes_no_shorter_ones():
+    """Its tokens are those of a state that takes all."""
+    config = dataclasses.replace(CONFIG, cluster_size=32, max_cluster_size=64, min_clusters=8)
+    generator = Generator(MODEL, WaveAttention(config), GREEDY)
+    params, prompts = make_params(), make_prompts((300, 290))
+    state, roomy = generator.start(params, prompts, 80), generator.allocate(2, 300, 80)
+    for slot, prompt in enumerate(prompts):
+        roomy = generator.insert(params, roomy, slot, prompt)
+    rooms = [one.attention_state.index.centroids.shape[3] for one in (state, roomy)]
+    assert rooms[0] < rooms[1]
+    (state, tokens), (_, same) = (generator.decode_n(params, one, 80) for one in (state, roomy))
+    np.testing.assert_array_equal(tokens, same)
+    state = generator.release(state, 0)
+    with pytest.raises(InputError, match="prompts of 257 and more: give `allocate` a smaller"):
+        generator.insert(params, state, 0, prompts[0][:256])
+    generator.insert(params, state, 0, prompts[0][:257])
+    made = generator.allocate(1, 300, 8, shortest_prompt=200)
+    with pytest.raises(InputError, match="prompts of 193 and more"):
+        generator.insert(params, made, 0, prompts[0][:192])
+    with pytest.raises(InputError, match=r"shortest_prompt is 301; it must be .* from 1 to 300"):
+        generator.allocate(1, 300, 8, shortest_prompt=301)
 
 
 def test_a_sequence_grows_as_often_beside_a_longer_prompt_as_alone():
