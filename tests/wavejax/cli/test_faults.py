@@ -141,7 +141,7 @@ def interrupted(tiny: Path, tmp_path: Path, wait_for: bytes, stream: str) -> tup
     readers = [threading.Thread(target=read, args=(name,)) for name in said]
     for reader in readers:
         reader.start()
-    assert seen.wait(120)
+    assert seen.wait(300), said
     assert process.poll() is None, said
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
