@@ -13,6 +13,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.support.quick_compilation import compile_quickly  # imports nothing of the three packages
+
 # Must come before any of the three packages is imported: annotated functions are then checked at
 # every call. Users of the packages do not pay for it.
 # Where a float is asked for an int will do, as for mypy.
@@ -41,17 +43,14 @@ def _few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation(request: pytest.FixtureRequest) -> None:
-    """Half the time to compile on CPUs: no machine-code optimisation, but all of XLA's passes.
+    """A third of the time to compile on CPUs: no machine-code optimisation, older loop emitters.
 
     Two thirds of the tests' time is compilation. (A compilation cache on disk does not pay: it
     serves one program in twelve.) Not for modules marked `optimised`, which look at compiled
     programs or run longer than they compile, nor on GPUs: there it is compiled as for users.
     """
     marked = request.node.get_closest_marker("optimised") is not None
-    quick = not marked and jax.default_backend() == "cpu"
-    if quick != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", quick)
-        jax.clear_caches()  # They do not tell one way of compiling from the other.
+    compile_quickly(not marked and jax.default_backend() == "cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
