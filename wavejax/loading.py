@@ -138,7 +138,7 @@ def open_model(
     path: str | Path | None = None,
     *,
     dtype: str = "auto",
-    attention: str | AttentionChoice = "wave",
+    attention: str | AttentionChoice = "auto",
     store: StoreChoice = "auto",
     fetch: FetchChoice = "auto",
     rope_scaling: str | None = None,
@@ -157,7 +157,7 @@ def load(
     path: str | Path | None = None,
     *,
     dtype: str = "auto",
-    attention: str | AttentionChoice = "wave",
+    attention: str | AttentionChoice = "auto",
     store: StoreChoice = "auto",
     fetch: FetchChoice = "auto",
     rope_scaling: str | None = None,
@@ -174,7 +174,7 @@ def load(
             SmolLM2 package.
         dtype: of weights and caches: "bfloat16", "float16" or "float32". "auto" is float32 on a
             CPU, bfloat16 elsewhere.
-        attention: "wave"; "full"; "auto", of which each call takes what should be faster, or fits;
+        attention: "auto", of which each call takes what should be faster, or fits; "wave"; "full";
             the settings of wave attention (`WaveConfig`); or any `Attention`, which is then used
             as it is: no plan decides where its rows go.
         store: where wave attention keeps keys and values: "device", "host", or "auto", on the
@@ -217,11 +217,14 @@ def attention_of(choice: str | AttentionChoice) -> AttentionChoice:
     raise _unknown(choice)
 
 
-def named_attention(name: str, config: WaveConfig) -> AttentionChoice:
+def named_attention(name: str | None, config: WaveConfig) -> AttentionChoice:
     """Return "wave", "full" or "auto" by the settings of wave attention; raise InputError else.
 
-    Also where full attention is asked for and rows in another dtype, which it does not have.
+    None is "auto", or "wave" where a setting is not as by default. InputError also where full
+    attention is asked for and rows in another dtype, which it does not have.
     """
+    if name is None:
+        name = "auto" if config == WaveConfig() else "wave"
     if name == "full" and config.row_dtype != "model":
         raise InputError(
             f"`row_dtype={config.row_dtype!r}` is for wave attention, full attention keeps the "

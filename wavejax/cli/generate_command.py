@@ -71,7 +71,7 @@ def command(
     dtype: str,
     store: StoreChoice,
     fetch: FetchChoice,
-    attention: str,
+    attention: str | None,
     **settings: Any,
 ) -> None:
     """Generate text with full or with wave attention, and print it as it comes."""

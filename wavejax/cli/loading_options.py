@@ -51,10 +51,10 @@ LOADING_OPTIONS = [
         RESEARCH,
         "--attention",
         type=click.Choice(["wave", "full", "auto"]),
-        default="wave",
-        show_default=True,
+        default=None,
         help="auto: full where it should be faster, for short contexts, and wave where full is "
-        "slower or does not fit; --plan says which and why.",
+        "slower or does not fit; --plan says which and why.  [default: auto, or wave where one of "
+        "its settings is given]",
     ),
     options_from(WaveConfig, RESEARCH, cache_fraction=MEMORY),
 ]

@@ -58,7 +58,7 @@ def command(
     dtype: str,
     store: StoreChoice,
     fetch: FetchChoice,
-    attention: str,
+    attention: str | None,
     **settings: Any,
 ) -> int:
     """Serve a model by an API that clients of OpenAI's know; SIGTERM or Ctrl-C ends it.

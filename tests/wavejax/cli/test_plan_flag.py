@@ -53,7 +53,7 @@ def test_of_prompts_and_every_choice(generate: Generate, tiny: Path) -> None:
 
 
 def test_auto_says_which_attention_and_why(generate: Generate, tiny: Path) -> None:
-    common = ("--model", tiny, "--plan", "--attention", "auto", "--context")
+    common = ("--model", tiny, "--plan", "--context")
     short = generate(*common, 100).out
     why = "by these settings wave attention would read all of 356 tokens too"
     assert f"\nattention: full; {why}\nstore; it keeps" in short

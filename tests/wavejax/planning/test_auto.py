@@ -1,6 +1,7 @@
 """`attention="auto"`: which attention a plan takes, and what it says of it."""
 
 import dataclasses
+import inspect
 
 import jax.numpy as jnp
 import pytest
@@ -12,7 +13,7 @@ from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, make_params, mak
 from wavejax import DenseAttention, Generator, InputError, WaveAttention, WaveConfig
 from wavejax.documents.text import pinned
 from wavejax.engine.prompts import bucket
-from wavejax.loading import attention_of
+from wavejax.loading import attention_of, named_attention, open_model
 from wavejax.planning.auto import CROSSOVERS, AutoAttention
 from wavejax.planning.free_memory import FreeMemory
 from wavejax.planning.memory import memory_need
@@ -141,6 +142,10 @@ def test_names():
     assert attention_of(AUTO) is AUTO
     with pytest.raises(InputError, match="must be 'wave', 'full', 'auto', a WaveConfig or an"):
         attention_of("fast")
+    assert named_attention(None, WaveConfig()) == AUTO
+    assert named_attention(None, CONFIG) == CONFIG
+    for function in (wavejax.load, open_model):
+        assert inspect.signature(function).parameters["attention"].default == "auto"
     assert set(CROSSOVERS) == {"NVIDIA", "cpu"}
 
 
