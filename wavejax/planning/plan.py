@@ -137,7 +137,7 @@ def make_plan(
         the plan. It may not fit: `Plan.check` says so.
     """
     free = free_memory() if free is None else free
-    dtype = jnp.dtype(dtype)
+    dtype, alike = jnp.dtype(dtype), shortest_prompt == prompt_tokens
 
     def choose(prompt: int, free: FreeMemory) -> _Choice:
         need = functools.partial(
@@ -148,8 +148,8 @@ def make_plan(
             new_tokens=new_tokens,
             dtype=dtype,
             sampler=sampler,
-            # Of another length than asked for, all prompts are of that length.
-            shortest_prompt=shortest_prompt if prompt == prompt_tokens else prompt,
+            # Where all prompts are as long as the longest, so they are at another length.
+            shortest_prompt=prompt if alike else min(shortest_prompt, prompt),
         )
         found: Iterable[_Candidate]
         if isinstance(attention, AutoAttention):

@@ -163,6 +163,11 @@ def test_it_is_planned_by_the_bytes_of_its_state():
     assert plan.reason == "it keeps keys and values on the device"
     plan.check()
 
+    class Unhashable(SlidingAttention):
+        __hash__ = None
+
+    assert memory_need(MODEL, Unhashable(), *shape, jnp.float32) == need
+
 
 def test_load_takes_it_and_no_other_place_for_it():
     attention = SlidingAttention()
