@@ -68,6 +68,7 @@ def test_one_file_knows_the_backend():
     assert knowing == {"pallas_kernels/backend.py"}
 
 
+@pytest.mark.slow
 def test_no_assembly_of_cuda_is_lowered_for_amd():
     """Whatever the host is, which here has no GPU: the kernels are traced for CUDA first."""
     launched = set()

@@ -44,6 +44,7 @@ def bench(*options):
     )
 
 
+@pytest.mark.slow
 def test_both_attentions_are_measured_and_failures_are_recorded(tmp_path):
     out, plot = tmp_path / "results.json", tmp_path / "decode.svg"
     done = bench(

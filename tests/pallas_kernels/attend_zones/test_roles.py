@@ -13,6 +13,8 @@ from tests.pallas_kernels.attend_zones.test_kernel import run_kernel, shapes, zo
 from tests.support.lowering import lower_for, triton_modules
 from tests.support.zone_operands import zone_operands
 
+pytestmark = pytest.mark.optimised  # equal to the bit, as compiled for users
+
 
 @pytest.mark.parametrize(
     "missed, others", [(64, 768), (64, 10), (64, 0), (5, 7), (128, 300), (132, 900), (1, 3)]

@@ -57,6 +57,7 @@ def test_all_tokens_retrieved(store, cache_fraction, token_codes):
     assert (np.asarray(state.index.tokens) > np.asarray(lengths)).all()
 
 
+@pytest.mark.slow
 def test_all_tokens_retrieved_with_the_default_growth():
     model = model_of(kv_heads=1, group=3, head_dim=32)
     config = WaveConfig(retrieval_fraction=1.0)
@@ -99,6 +100,7 @@ def test_a_prompt_shorter_than_the_steady_zone():
     assert state.index.tokens.tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_estimation_matters():
     """The comparison can fail: with few tokens retrieved the outputs differ, and less so with the
     rest estimated than with the rest dropped."""

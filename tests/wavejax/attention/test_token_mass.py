@@ -62,6 +62,7 @@ def retrieved_tokens(attention, stream):
     return [[set(row[row != NO_ID].tolist()) for row in rows] for rows in tokens]
 
 
+@pytest.mark.slow
 def test_the_tokens_of_enough_mass_are_retrieved_and_no_others(stream):
     """Planted tokens, another number for each kv head, with a fifth of a head's mass and more each,
     where the others have less than a hundredth. Each token is its own cluster: masses are exact."""
@@ -110,6 +111,7 @@ def test_masses_are_shares_of_all_tokens(stream, sinks):
             )
 
 
+@pytest.mark.slow
 def test_the_less_the_mass_the_more_is_retrieved_up_to_the_budget(stream):
     steps, lengths = 5, jnp.asarray(LENGTHS)
     full, _ = decode(DenseAttention(), started(DenseAttention(), stream), stream, lengths, steps)

@@ -49,6 +49,7 @@ CONFIG = {"segment_tokens": 128, "growth_tokens": 64, "local_tokens": 16}
 BUDGETS = [(0.03, 10, True), (0.3, 0, False), (1.0, 0, True)]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 400), min_size=2, max_size=2),

@@ -134,6 +134,7 @@ def test_other_settings_are_refused(whole, model):
     assert "holds an evaluation whose seed is 42, not 7: give another --out" in result.err
 
 
+@pytest.mark.slow
 def test_attention_is_reported_by_budget(model, tmp_path):
     arguments = (
         *("--model", model, "--tasks", "niah_single_1", "--lengths", LENGTH, "--samples", 1),

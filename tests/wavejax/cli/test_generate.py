@@ -93,6 +93,7 @@ def test_flags_reach_attention_and_sampler(
             assert value == expected[name], name
 
 
+@pytest.mark.slow
 def test_same_command_same_bytes_whether_alone_or_in_a_batch(
     generate: Generate, tiny: Path, tmp_path: Path
 ) -> None:

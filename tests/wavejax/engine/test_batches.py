@@ -54,6 +54,7 @@ def test_each_prompt_gets_what_it_gets_alone(name, sampler):
     assert moved == [alone[i] for i in order]
 
 
+@pytest.mark.slow
 def test_equal_prompts_get_different_samples_and_the_seed_fixes_all():
     generator = Generator(MODEL, ATTENTIONS["dense"], SAMPLED)
     prompt = PROMPTS[0]

@@ -76,6 +76,7 @@ def test_greedy_batch_gives_each_prompt_what_it_gets_alone(attention):
     check_alone(make_generator(attention, GREEDY), make_prompts(LENGTHS), chosen=(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "wave"])
 def test_sampled_batch_gives_each_prompt_what_it_gets_alone(attention):
     # With a stop token: those that go on must not notice.
@@ -144,6 +145,7 @@ def test_forced_tokens_come_from_the_logits_returned(attention):
     np.testing.assert_array_equal(generator.attention.lengths(state.attention_state), lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 def test_half_precision_runs(dtype):
     generator = make_generator("wave", GREEDY)

@@ -106,6 +106,7 @@ def test_the_stream_and_teacher_forcing():
     assert staged.attention.lengths(state.attention_state.on_device).tolist() == [LENGTHS[1] + 12]
 
 
+@pytest.mark.slow
 def test_half_precision_runs():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params())
     staged = generators(CONFIG)[1]

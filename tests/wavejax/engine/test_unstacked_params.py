@@ -33,6 +33,7 @@ def make_generator(attention):
     return Generator(MODEL, ATTENTIONS[attention], GREEDY, unroll=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "wave"])
 def test_both_forms_give_the_same_and_one_program_reads_all_layers(attention):
     generator, prompts = make_generator(attention), make_prompts((262, 318))
@@ -55,6 +56,7 @@ def test_both_forms_give_the_same_and_one_program_reads_all_layers(attention):
     np.testing.assert_allclose(last, other_last, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_staged_rows_take_both_forms():
     attention = dataclasses.replace(ATTENTIONS["wave"], fetch="staged")
     generator, prompts = Generator(MODEL, attention, GREEDY), make_prompts((262,))

@@ -55,6 +55,7 @@ def reads_of(attention, state, query):
     return np.asarray(attention.read(jnp.int32(0), query, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 64])
 def test_as_many_tokens_are_read_as_by_wave_attention(model, stream, steps):
     """Before and after the index of one sequence has grown; steady zones are the same tokens."""
@@ -176,6 +177,7 @@ def probed(method, model, stream):
     return np.asarray(output[:, 0]), np.asarray(state.recall[0]), np.asarray(state.error[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [SparseAttention(), WaveAttention(store="device")])
 def test_a_probe_finds_nothing_amiss_at_full_budget(model, stream, method):
     method = dataclasses.replace(

@@ -120,6 +120,7 @@ steps = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(slots=st.sampled_from(SLOTS), seed=st.integers(0, 2**31 - 1), steps=steps)
 def test_ops_read_the_right_rows(slots, seed, steps):
