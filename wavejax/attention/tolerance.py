@@ -75,7 +75,8 @@ def keep_within(
     if log is None:
         raise InputError("`tolerance` is set, but the state was made without: make it anew")
     output, bound = bound_error(config, layer, selection, zones, state, jnp.int32(0))
-    at_once = bound <= config.tolerance
+    limit = log.limits[:, None, None]
+    at_once = bound <= limit
     tokens = state.index.token_ids.shape[-1]
     first = config.most_retrieved(tokens)
     cap = min(first * config.tolerance_cap, tokens)
@@ -83,13 +84,13 @@ def keep_within(
         wide = _with_most(config, cap)
 
         def fails(carry: tuple[Array, Array, Array, Array, RowCache]) -> Array:
-            return jnp.any(_next(config, carry[0], carry[2], cap) > 0)
+            return jnp.any(_next(limit, carry[0], carry[2], cap) > 0)
 
         def retrieve_more(
             carry: tuple[Array, Array, Array, Array, RowCache],
         ) -> tuple[Array, Array, Array, Array, RowCache]:
             budget, output, bound, turn, cache = carry
-            more = _next(config, budget, bound, cap)
+            more = _next(limit, budget, bound, cap)
             given = dataclasses.replace(state, cache=cache)
             chosen, given = _select(wide, layer, selection.query, more, given)
             found, given = attend(chosen, given)
@@ -103,7 +104,7 @@ def keep_within(
         carry = budget, output, bound, jnp.int32(1), state.cache
         _, output, bound, _, cache = lax.while_loop(fails, retrieve_more, carry)
         state = dataclasses.replace(state, cache=cache)
-    within = bound <= config.tolerance
+    within = bound <= limit
     if config.exact_fallback:
         output = _compute(config, layer, selection.query, output, ~within, state)
     log = count(log, at_once, within, config.exact_fallback)
@@ -143,12 +144,12 @@ def bound_error(
     return merged[0], sampled_bound(*given, scale=scale)
 
 
-def _next(config: WaveConfig, budget: Array, bound: Array, cap: int) -> Array:
+def _next(limit: Array, budget: Array, bound: Array, cap: int) -> Array:
     """Say how many tokens each kv head is to retrieve now; 0 for one that is to stay as it is.
 
     A NaN is not within the tolerance, and no number of tokens mends it.
     """
-    past = jnp.any(bound > config.tolerance, axis=-1) & (budget < cap)
+    past = jnp.any(bound > limit, axis=-1) & (budget < cap)
     return jnp.where(past, jnp.minimum(2 * budget, cap), 0)
 
 

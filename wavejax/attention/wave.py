@@ -145,7 +145,7 @@ class WaveAttention(Attention[WaveState]):
             step=jnp.int32(0),
             attended=jnp.zeros(batch, jnp.float32),
             audit=init_audit(config.audit),
-            tolerance=init_tolerance(config.tolerance),
+            tolerance=init_tolerance(config.tolerance, batch),
         )
 
     @by_own_implementation

@@ -21,6 +21,7 @@ from wavejax.cli.serve_options import serve_options
 from wavejax.cli.streams import say
 from wavejax.config import WaveConfig
 from wavejax.documents.shelf import Shelf, check_shelf
+from wavejax.engine.batching.tolerances import default_tolerance
 from wavejax.engine.model_sampling import FILE as GENERATION_CONFIG
 from wavejax.engine.model_sampling import model_sampling
 from wavejax.engine.sampling import Sampler
@@ -130,6 +131,7 @@ def command(
             sampler=sampler,
             limits=limits,
             shelf=shelf,
+            tolerance=default_tolerance(engine.generator.attention),
         )
         where = url_of(bound)
 

@@ -27,7 +27,7 @@ from wavejax.store.state import WaveState
 
 STACKED = ("layers", "sequences")
 # The row cache, and what steps count; what has no axis of sequences is not kept either.
-_NOT_KEPT = ("cache", "attended")
+_NOT_KEPT = ("cache", "attended", "tolerance")
 # The bulk of a state, kept layer by layer.
 _STORE = ("store/rows/data",)
 _ROWS = ("store/rows", "keys", "values")

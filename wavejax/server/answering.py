@@ -5,10 +5,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from starlette.requests import Request as HttpRequest
 
 from wavejax.engine.batching import Completion, Event, Handle, Piece, Progress, Request
 from wavejax.engine.batching.request import completion_of
+from wavejax.engine.batching.tolerances import Met
 from wavejax.server.errors import ApiError, ClientGone
 from wavejax.server.metrics import Metrics
 from wavejax.server.service import Engine
@@ -66,11 +68,13 @@ class Answering:
             if request.sequence == 0 and pieces and pieces[-1].usage is not None
         )
         prompt, completion = self.prompt_tokens, self.completion_tokens
+        met = _met_by([pieces[-1] for pieces in self.pieces if pieces])
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            **({} if met is None else {"tolerance": met._asdict()}),
         }
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -145,6 +149,16 @@ class Answering:
             raise piece.error or ApiError(500, "the answer failed")
         if piece.finish_reason == "interrupted":
             raise ApiError(503, "the server is ending, and cancelled the answer", code="closing")
+
+
+def _met_by(ends: Sequence[Piece]) -> Met | None:
+    """How answers met their tolerances together, by their tokens; None where none has one."""
+    told = [one.usage for one in ends if one.usage is not None and one.usage.tolerance is not None]
+    weights = [max(1, usage.completion_tokens) for usage in told]
+    if not told:
+        return None
+    shares = np.average([usage.tolerance for usage in told], axis=0, weights=weights)
+    return Met(*shares.tolist())
 
 
 def end_reason(reason: str | None) -> EndReason | None:

@@ -26,7 +26,7 @@ def response_router(context: Context) -> APIRouter:
     async def responses(body: ResponseBody, request: Request) -> Any:
         context.service.check_model(body)
         requests = await context.prepare(
-            Sampling(temperature=body.temperature, top_p=body.top_p),
+            Sampling(temperature=body.temperature, top_p=body.top_p, tolerance=body.tolerance),
             messages_of(body),
             fields=("input", "max_output_tokens"),
             new_tokens=body.max_output_tokens,
@@ -97,6 +97,7 @@ class _Response:
                 "output_tokens": usage["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": self._thought_tokens},
                 "total_tokens": usage["total_tokens"],
+                **{name: usage[name] for name in ("tolerance",) if name in usage},
             },
         }
 

@@ -26,6 +26,7 @@ TokenIds = list[pydantic.NonNegativeInt]
 Positive = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
 DocumentName = Annotated[str, pydantic.Field(min_length=1, max_length=255)]
 Number = Annotated[float, pydantic.Field(strict=True)]
+Tolerance = Annotated[float, pydantic.Field(strict=True, ge=0, le=1)]
 Whole = Annotated[int, pydantic.Field(strict=True)]
 Flag = Annotated[bool, pydantic.Field(strict=True)]
 
@@ -97,6 +98,7 @@ class Sampling(Body):
         top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos: as vLLM has them.
         seed: None draws one.
         document: wavejax's own: a kept document, which the prompt begins with.
+        tolerance: wavejax's own: of attention's relative error, in place of the server's; 0: none.
     """
 
     temperature: Number | None = None
@@ -115,6 +117,7 @@ class Sampling(Body):
     stream: Flag = False
     stream_options: StreamOptions | None = None
     document: DocumentName | None = None
+    tolerance: Tolerance | None = None
     logit_bias: dict[str, float] | None = None
 
     def refuse_others(self) -> None:
@@ -250,7 +253,7 @@ class ResponseBody(Body):
         input: a text, or messages.
         instructions: a system message before them.
         max_output_tokens: most tokens of the answer.
-        document: as of `Sampling`.
+        document, tolerance: as of `Sampling`.
     """
 
     input: str | list[dict[str, Any]]
@@ -261,4 +264,5 @@ class ResponseBody(Body):
     text: TextOptions | None = None
     stream: Flag = False
     document: DocumentName | None = None
+    tolerance: Tolerance | None = None
     metadata: dict[str, str] | None = None

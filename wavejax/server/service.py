@@ -72,6 +72,7 @@ class Service:
         sampler: how tokens are drawn where a request does not say.
         limits: of a request.
         shelf: kept documents; None: there are none.
+        tolerance: of requests that give none; 0 where the engine has none to give.
         created: when it was made, seconds since 1970.
     """
 
@@ -84,6 +85,7 @@ class Service:
     sampler: Sampler = dataclasses.field(default_factory=lambda: Sampler(temperature=1.0))
     limits: Limits = dataclasses.field(default_factory=Limits)
     shelf: Shelf | None = None
+    tolerance: float = 0.0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def check_model(self, body: Body) -> None:
@@ -207,7 +209,7 @@ class Service:
             kept: what the prompt begins with.
 
         Raises:
-            ApiError: several answers would all be the same.
+            ApiError: several answers would all be the same, or there is no tolerance to change.
             InputError: a number is out of range.
         """
         if not prompt.ids:
@@ -222,6 +224,9 @@ class Service:
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         if not all(stop):
             raise ApiError(400, "`stop` has an empty text, which every text holds", param="stop")
+        if body.tolerance is not None and not self.tolerance:
+            message = "this server has no tolerance: start it with `--tolerance`, or leave it out"
+            raise ApiError(400, message, param="tolerance", code="unsupported_parameter")
         one = Request(
             prompt=prompt.ids,
             max_new_tokens=new_tokens,
@@ -232,6 +237,7 @@ class Service:
             logprobs=logprobs,
             raw=prompt.raw,
             kept=kept,
+            tolerance=body.tolerance,
         )
         return [dataclasses.replace(one, sequence=number) for number in range(body.n)]
 

@@ -9,7 +9,7 @@ from wavejax.store.audit import AuditLog
 from wavejax.store.index import WaveIndex
 from wavejax.store.rows import RowCache, RowStore
 from wavejax.store.steady import SteadyZone
-from wavejax.store.tolerance import ToleranceLog
+from wavejax.store.tolerance import Tolerances
 
 
 @pytree
@@ -25,7 +25,7 @@ class WaveState:
         attended: `[batch]` float32, the tokens that dense attention would have read so far, in
             each layer and kv head: what the share of tokens retrieved is a share of.
         audit: true errors of some heads; None without.
-        tolerance: how many heads were within it; None without.
+        tolerance: each sequence's, and how many heads were within it; None without.
     """
 
     index: WaveIndex
@@ -35,7 +35,7 @@ class WaveState:
     step: Array
     attended: Array
     audit: AuditLog | None = None
-    tolerance: ToleranceLog | None = None
+    tolerance: Tolerances | None = None
 
     AXES: ClassVar = {"step": (), "attended": ("sequences",)}
 

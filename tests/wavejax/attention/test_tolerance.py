@@ -10,7 +10,7 @@ from tests.support.attention_harness import decode, model_of, prefill, random_st
 from wavejax import DenseAttention, InputError, WaveAttention, WaveConfig
 from wavejax.engine.facts import facts_of
 from wavejax.store.shape import CacheShape
-from wavejax.store.tolerance import init_tolerance
+from wavejax.store.tolerance import begin, init_tolerance, shares_of
 
 MODEL = model_of(kv_heads=2, group=2, head_dim=16)
 CONFIG = WaveConfig(
@@ -29,7 +29,7 @@ def stream():
     return 2.5 * query, key, value + 1
 
 
-def run(attention, stream, lengths=tuple(LENGTHS)):
+def run(attention, stream, lengths=tuple(LENGTHS), limits=None):
     stream = tuple(x[: len(lengths)] for x in stream)
     # No prompt's state depends on the tolerance: one program reads it for all.
     reader = attention
@@ -39,7 +39,9 @@ def run(attention, stream, lengths=tuple(LENGTHS)):
     state = reader.init_state(CacheShape.of(MODEL), len(lengths), max(lengths), STEPS, jnp.float32)
     _, state = prefill(reader, state, stream, list(lengths))
     if reader is not attention:
-        log = init_tolerance(attention.config.tolerance)
+        log = init_tolerance(attention.config.tolerance, len(lengths))
+        if limits is not None:
+            log = dataclasses.replace(log, limits=jnp.asarray(limits, jnp.float32))
         state = dataclasses.replace(state, tolerance=log)
     outputs, state = decode(attention, state, stream, jnp.asarray(lengths, jnp.int32), STEPS)
     return np.asarray(outputs, np.float64), state
@@ -92,8 +94,9 @@ def test_a_wide_one_changes_nothing(stream):
     found, state = run(attention, stream)
     np.testing.assert_array_equal(found, plain)
     log = state.tolerance
-    assert int(log.heads) == STEPS * len(LENGTHS) * MODEL.num_heads
-    assert int(log.computed) == int(log.after_more) == 0
+    assert log.heads.tolist() == [STEPS * MODEL.num_heads] * len(LENGTHS)
+    assert not log.computed.any()
+    assert not log.after_more.any()
 
 
 def test_a_batch_changes_nothing(stream):
@@ -102,6 +105,34 @@ def test_a_batch_changes_nothing(stream):
     both, _ = run(attention, stream)
     alone, _ = run(attention, stream, LENGTHS[:1])
     np.testing.assert_allclose(both[:, 0], alone[:, 0], atol=1e-6)
+
+
+def test_each_sequence_has_its_own(stream):
+    """Without a limit the first one is as by no tolerance, and the second as by its own."""
+    attention = with_tolerance(0.2)
+    plain, _ = run(WaveAttention(CONFIG, "device"), stream)
+    bounded, _ = run(attention, stream)
+    found, state = run(attention, stream, limits=[np.inf, 0.2])
+    np.testing.assert_allclose(found[:, 0], plain[:, 0], atol=1e-6)
+    np.testing.assert_array_equal(found[:, 1], bounded[:, 1])
+    assert np.abs(bounded[:, 0] - plain[:, 0]).max() > 1e-3
+    assert shares_of(state.tolerance, 0) == (1.0, 0.0, 0.0, 0.0)
+    at_once, more, computed, never = shares_of(state.tolerance, 1)
+    assert more > 0
+    assert at_once < 1
+    assert computed == 0
+    assert at_once + more + never == pytest.approx(1)
+    both = np.asarray([at_once + 1, more, 0, never]) / 2
+    np.testing.assert_allclose(shares_of(state.tolerance), both)
+
+
+def test_a_slots_next_sequence_counts_anew(stream):
+    _, state = run(with_tolerance(0.2), stream)
+    other = shares_of(state.tolerance, 0)
+    log = begin(state.tolerance, jnp.int32(1), jnp.float32(0.5))
+    assert log.limits.tolist() == pytest.approx([0.2, 0.5])
+    assert shares_of(log, 1) is None
+    assert shares_of(log, 0) == shares_of(log) == other
 
 
 def test_rows_in_host_memory_give_the_same(stream):

@@ -81,6 +81,7 @@ def start(tiny_model: LanguageModel, tiny_engine: BatchEngine) -> Iterator[Calla
         engine: Any = None,
         shelf: Shelf | None = None,
         tokenizer: Tokenizer | None = None,
+        tolerance: float = 0.0,
     ) -> Running:
         service = Service(
             name=NAME,
@@ -91,6 +92,7 @@ def start(tiny_model: LanguageModel, tiny_engine: BatchEngine) -> Iterator[Calla
             stop_tokens=tiny_model.stop_tokens,
             limits=limits or Limits(new_tokens=64),
             shelf=shelf,
+            tolerance=tolerance,
         )
         socket = listening_socket("127.0.0.1", 0)
         server = QuietServer(server_config(create_app(service, key), drain_seconds=5))

@@ -1,6 +1,7 @@
 """One request on its way: its times, its tokens as pieces, and its end."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from models.text.tokenizer import Tokenizer
@@ -14,6 +15,7 @@ from wavejax.engine.batching.request import (
     TokenLogprobs,
     Usage,
 )
+from wavejax.engine.batching.tolerances import Met
 from wavejax.engine.prompt_text import EncodedPrompt
 from wavejax.engine.text import TokenDecoder
 
@@ -37,6 +39,7 @@ class Answer:
         dispatched: steps that the device was asked for.
         cached: tokens of the prompt that were not read anew.
         reason: why it ended.
+        met: says how the tolerance was met; waits for the device.
     """
 
     number: int
@@ -53,6 +56,7 @@ class Answer:
     dispatched: int = 0
     cached: int = 0
     reason: FinishReason | None = None
+    met: Callable[[], Met | None] = lambda: None
 
     @property
     def prompt_tokens(self) -> int:
@@ -131,6 +135,7 @@ class Answer:
             read_seconds=max(0.0, read - started),
             first_token_seconds=None if self.first is None else self.first - self.submitted,
             total_seconds=now - self.submitted,
+            tolerance=self.met(),
         )
 
 

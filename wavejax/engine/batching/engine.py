@@ -145,12 +145,13 @@ class BatchEngine:
             raise EngineClosed(f"the engine {state}, and takes no more requests")
         if not isinstance(request, Request):
             raise InputError(f"the request is of type {type(request).__name__}; give a Request")
-        request = request.checked(self._generator.model_config.vocab_size, self.stop_tokens)
+        model, attention = self._generator.model_config, self._generator.attention
+        request = request.checked(model.vocab_size, self.stop_tokens, attention)
         if request.stop and self._tokenizer is None:
             raise InputError("stop texts need a tokenizer: give the engine one, or `stop_tokens`")
         prompt_tokens = len(request.prompt)
         check_context(self.max_context, prompt_tokens, request.max_new_tokens)
-        check_room(request, self._generator.attention, self.rooms, self._memory)
+        check_room(request, attention, self.rooms, self._memory)
         channel = Channel(on_event)
         channel.wake = self._wake
         answer = Answer(

@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from models.errors import InputError
+from wavejax.attention.protocol import AnyAttention
+from wavejax.engine.batching import tolerances
 from wavejax.engine.checks import MOST_INT32, as_prompts, as_stop_tokens, whole_number
 from wavejax.engine.interface import Engine
 from wavejax.engine.sampling import Sampler
@@ -101,6 +103,8 @@ class Request:
         raw: whether the answer continues the prompt's text; else it is a text of its own.
         constraint: what may come next; None: anything.
         kept: what the prompt begins with, so that the rest alone is read; None: nothing.
+        tolerance: of attention's relative error, by an engine that has one; 0: none; None: the
+            engine's.
     """
 
     prompt: Sequence[int] | np.ndarray
@@ -114,16 +118,21 @@ class Request:
     raw: bool = False
     constraint: Constraint | None = None
     kept: Kept | None = None
+    tolerance: float | None = None
 
-    def checked(self, vocab: int, stop_tokens: tuple[int, ...]) -> "Request":
+    def checked(
+        self, vocab: int, stop_tokens: tuple[int, ...], attention: AnyAttention
+    ) -> "Request":
         """Return the same request with numbers of Python's own, its prompt as an array.
 
         Args:
             vocab: how many tokens the model has.
             stop_tokens: what None stands for.
+            attention: the engine's.
 
         Raises:
-            InputError: a token is not the model's, or a number is no whole one or out of range.
+            InputError: a token is not the model's, a number is no whole one or out of range, or
+                the attention has no tolerance.
         """
         own = self.stop_tokens
         if not isinstance(self.sampler, Sampler):
@@ -142,6 +151,7 @@ class Request:
             stop_tokens=stop_tokens if own is None else as_stop_tokens(own, vocab),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             logprobs=logprobs,
+            tolerance=tolerances.checked(self.tolerance, attention),
         )
 
 
@@ -157,6 +167,7 @@ class Usage:
         read_seconds: from then to the prompt's last layer.
         first_token_seconds: from `submit` to the first token; None if none came.
         total_seconds: from `submit` to the end.
+        tolerance: how the steps that the device did for it met its tolerance; None without one.
     """
 
     prompt_tokens: int
@@ -166,6 +177,7 @@ class Usage:
     read_seconds: float
     first_token_seconds: float | None
     total_seconds: float
+    tolerance: tolerances.Met | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,8 @@ def _run(
 ) -> None:
     """Read a prompt of zeros, and call the step with so many steps each."""
     request = Request(np.zeros(length, np.int32), max_new_tokens=1 << 20, sampler=sampler)
-    request = request.checked(scheduler.generator.model_config.vocab_size, ())
+    generator = scheduler.generator
+    request = request.checked(generator.model_config.vocab_size, (), generator.attention)
     answer = Answer(-1, request, Channel(lambda event: None), scheduler.clock())
     reading = Reading(batch, 0, answer, whole)
     # Two of each kind of part, for the first may compile.
