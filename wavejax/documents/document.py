@@ -283,7 +283,7 @@ class Document:
         if count == 0:
             return generator.insert(params, state, at, tokens.tolist(), sampler=own, **row)  # type: ignore[arg-type]
         with own_modes():
-            slots.check_insert(state, at, count, own)
+            slots.check_insert(state, at, count, own, shortest_prompt(self.folder, [count]))
             work = self.restoring(generator.engine, state.attention_state, at, tokens)
             held = state.attention_state
             while work.steps:

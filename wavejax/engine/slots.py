@@ -131,8 +131,21 @@ def enter(
     return dataclasses.replace(state, **new)
 
 
-def check_insert(state: DecodeState, slot: int, prompt_tokens: int, sampler: Sampler) -> None:
+def check_insert(
+    state: DecodeState,
+    slot: int,
+    prompt_tokens: int,
+    sampler: Sampler,
+    indexed_as: int | None = None,
+) -> None:
     """Whether a prompt can be read into a slot; waits for the device.
+
+    Args:
+        state: before.
+        slot: which.
+        prompt_tokens: the prompt's.
+        sampler: its own.
+        indexed_as: its clusters are as large as those of a prompt of so many; None: of its own.
 
     Raises:
         InputError: the slot is in use; the state has no room for so long a prompt; or the sampler
@@ -149,9 +162,10 @@ def check_insert(state: DecodeState, slot: int, prompt_tokens: int, sampler: Sam
             "a larger prompt_tokens"
         )
     shortest = 1 if state.shortest_prompt is None else int(state.shortest_prompt)
-    if prompt_tokens < shortest:
+    least = prompt_tokens if indexed_as is None else indexed_as
+    if least < shortest:
         raise InputError(
-            f"the prompt has {prompt_tokens} tokens, and the state was made for prompts of "
+            f"the prompt has {least} tokens, and the state was made for prompts of "
             f"{shortest} and more: give `allocate` a smaller shortest_prompt"
         )
     if not fits(sampler, state.sampling, state.logits.shape[1]):
