@@ -55,7 +55,10 @@ def shortest_prompt(folder: Folder, begun: Sequence[int]) -> int:
     """
     if "index/prompt_tokens" not in folder.arrays:
         return min(begun)
-    return max(1, min(*begun, int(folder.arrays["index/prompt_tokens"].read())))
+    indexed = int(folder.arrays["index/prompt_tokens"].read())
+    settings = folder.facts["fingerprints"]["settings"]
+    beside = settings["sink_tokens"] + settings["local_tokens"]
+    return min(*begun, indexed + beside) if indexed else 1
 
 
 def check_arrays(folder: Folder, attention_state: Any) -> None:

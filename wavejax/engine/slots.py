@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from models.errors import InputError
 from models.parameters import Params
+from wavejax.attention.protocol import AnyAttention
 from wavejax.engine import penalties
 from wavejax.engine.interface import Engine
 from wavejax.engine.prefill import read_prompt
@@ -37,16 +38,12 @@ def allocate(
 ) -> DecodeState:
     """Return an empty state; see `Generator.allocate`."""
     room, vocab = bucket(prompt_tokens), engine.model_config.vocab_size
+    shape, sizes = CacheShape.of(engine.model_config), (batch, room, answer_room(new_tokens))
     # Prompts of one bucket share compiled programs.
     shortest = least_of_bucket(shortest_prompt)
-    empty = engine.attention.init_state(
-        CacheShape.of(engine.model_config),
-        batch,
-        room,
-        answer_room(new_tokens),
-        dtype,
-        shortest_prompt=shortest,
-    )
+    if _is_for_all(engine.attention.on_device, shape, *sizes, jnp.dtype(dtype), shortest):
+        shortest = 1
+    empty = engine.attention.init_state(shape, *sizes, dtype, shortest_prompt=shortest)
     empty, logits = commit((empty, jnp.zeros((batch, vocab), jnp.float32)))
     # Memory that is refused shows now, not when all has been read and compiled for nothing.
     jax.block_until_ready(empty)
@@ -63,6 +60,25 @@ def allocate(
         "shortest_prompt": jnp.int32(shortest),
     }
     return DecodeState(engine.hold(empty), logits, **commit(values))
+
+
+@functools.lru_cache(maxsize=256)
+def _is_for_all(
+    attention: AnyAttention,
+    shape: CacheShape,
+    batch: int,
+    room: int,
+    new_tokens: int,
+    dtype: np.dtype,
+    shortest: int,
+) -> bool:
+    """Whether a state for prompts of `shortest` tokens and more has room for shorter ones too."""
+    sizes = batch, room, new_tokens, dtype
+    for_all, for_these = (
+        jax.eval_shape(lambda: attention.init_state(shape, *sizes, shortest_prompt=one))  # noqa: B023
+        for one in (1, shortest)
+    )
+    return bool(jax.tree.all(jax.tree.map(lambda x, y: x.shape == y.shape, for_all, for_these)))
 
 
 def insert(

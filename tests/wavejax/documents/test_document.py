@@ -130,10 +130,6 @@ def test_a_sequence_that_has_grown_goes_on(tmp_path):
     plain = dataclasses.replace(generator, sampler=GREEDY)
     with pytest.raises(InputError, match="the state has no room for the document"):
         document.insert(plain, plain.allocate(1, len(so_far), 0), 0)
-    # It was indexed as a shorter prompt, whose clusters may be smaller.
-    longer = plain.allocate(1, 2 * len(so_far), 80, shortest_prompt=len(so_far))
-    with pytest.raises(InputError, match=r"made for prompts of \d+ and more"):
-        document.insert(plain, longer, 0)
     restored = document.start(plain, 70)
     forced = plain.start(make_params(), [PROMPT], 3 * NEW_TOKENS)
     forced, _ = plain.force(make_params(), forced, first[:, None])

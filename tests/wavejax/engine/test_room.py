@@ -204,6 +204,20 @@ def test_a_state_of_long_prompts_takes_no_shorter_ones():
         generator.allocate(1, 300, 8, shortest_prompt=301)
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_state_that_has_room_for_shorter_prompts_takes_them(name):
+    """Of one size of clusters, or without any: also where `start` knew of long prompts alone."""
+    generator, params = Generator(MODEL, ATTENTIONS[name], GREEDY), make_params()
+    long, short = make_prompts((300, 20))
+    state = generator.release(generator.start(params, [long], 8), 0)
+    assert int(state.shortest_prompt) == 1
+    state = generator.insert(params, state, 0, short)
+    (_, tokens), (_, alone) = (
+        generator.decode_n(params, one, 8) for one in (state, generator.start(params, [short], 8))
+    )
+    np.testing.assert_array_equal(tokens, alone)
+
+
 def test_a_sequence_grows_as_often_beside_a_longer_prompt_as_alone():
     attention = ATTENTIONS["wave"]
     alone, both = (
