@@ -43,7 +43,7 @@ def _few_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation(request: pytest.FixtureRequest) -> None:
-    """A third of the time to compile on CPUs: no machine-code optimisation, older loop emitters.
+    """Less than half the time to compile on CPUs: no machine-code optimisation, older emitters.
 
     Two thirds of the tests' time is compilation. (A compilation cache on disk does not pay: it
     serves one program in twelve.) Not for modules marked `optimised`, which look at compiled

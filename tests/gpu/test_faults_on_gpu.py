@@ -46,7 +46,7 @@ print(json.dumps(results))
 def test_memory_refused_past_the_planner(store, new_tokens, said, random_model):
     """The device's, and host memory beyond what XLA may pin."""
     common = ["--model", str(random_model), "--prompt", "The quick brown fox " * 100]
-    common += ["--store", store, "--max-context", str(2 * 10**9)]
+    common += ["--attention", "wave", "--store", store, "--max-context", str(2 * 10**9)]
     arguments = [[*common, "--max-new-tokens", str(count)] for count in (4, new_tokens)]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, "-c", RUNS, json.dumps(arguments)]

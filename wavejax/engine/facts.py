@@ -8,6 +8,7 @@ import numpy as np
 
 from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.staged_state import StagedState
+from wavejax.store.tolerance import met_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def facts_of(attention: AnyAttention, state: Any) -> Facts:
         host + staged,
         counts.indexed,
         *_audit_of(counts.errors),
-        *_tolerance_of(counts.tolerance),
+        *((None, 0.0, 0.0) if counts.tolerance is None else met_by(counts.tolerance)),
     )
 
 
@@ -72,13 +73,3 @@ def _audit_of(errors: np.ndarray | None) -> tuple[int, float | None, float | Non
     if errors is None or not errors.size:
         return 0, None, None
     return errors.size, float(np.median(errors)), float(np.quantile(errors, 0.99))
-
-
-def _tolerance_of(
-    shares: tuple[float, float, float, float] | None,
-) -> tuple[float | None, float, float]:
-    """Say which share of heads met a tolerance, which after more, and which by computation."""
-    if shares is None:
-        return None, 0.0, 0.0
-    at_once, more, computed, _ = shares
-    return at_once + more + computed, more, computed

@@ -160,7 +160,8 @@ class Reader(Parts):
 
         Raises:
             InputError: before anything is read: as `start` raises; the slot is none or in use; the
-                prompt is too long for it; or the state was not made for such a sampler.
+                prompt is too long for it, or shorter than it was made for (`shortest_prompt`; of
+                `start`, a prompt of those lengths); or it was not made for such a sampler.
         """
         check_params(params, self.model_config)
         check_state(self.engine, self.sampler, state)

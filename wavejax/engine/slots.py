@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from models.errors import InputError
 from models.parameters import Params
-from wavejax.attention.protocol import AnyAttention
+from wavejax.attention.state_shapes import state_shapes
 from wavejax.engine import penalties
 from wavejax.engine.interface import Engine
 from wavejax.engine.prefill import read_prompt
@@ -41,8 +41,10 @@ def allocate(
     shape, sizes = CacheShape.of(engine.model_config), (batch, room, answer_room(new_tokens))
     # Prompts of one bucket share compiled programs.
     shortest = least_of_bucket(shortest_prompt)
-    if _is_for_all(engine.attention.on_device, shape, *sizes, jnp.dtype(dtype), shortest):
-        shortest = 1
+    if shortest > 1:  # Without an index, or of one size of clusters, shorter ones have room too.
+        given = engine.attention, shape, *sizes, jnp.dtype(dtype)
+        for_all, for_these = (jax.tree.leaves(state_shapes(*given, x)) for x in (1, shortest))
+        shortest = 1 if for_all == for_these else shortest
     empty = engine.attention.init_state(shape, *sizes, dtype, shortest_prompt=shortest)
     empty, logits = commit((empty, jnp.zeros((batch, vocab), jnp.float32)))
     # Memory that is refused shows now, not when all has been read and compiled for nothing.
@@ -60,25 +62,6 @@ def allocate(
         "shortest_prompt": jnp.int32(shortest),
     }
     return DecodeState(engine.hold(empty), logits, **commit(values))
-
-
-@functools.lru_cache(maxsize=256)
-def _is_for_all(
-    attention: AnyAttention,
-    shape: CacheShape,
-    batch: int,
-    room: int,
-    new_tokens: int,
-    dtype: np.dtype,
-    shortest: int,
-) -> bool:
-    """Whether a state for prompts of `shortest` tokens and more has room for shorter ones too."""
-    sizes = batch, room, new_tokens, dtype
-    for_all, for_these = (
-        jax.eval_shape(lambda: attention.init_state(shape, *sizes, shortest_prompt=one))  # noqa: B023
-        for one in (1, shortest)
-    )
-    return bool(jax.tree.all(jax.tree.map(lambda x, y: x.shape == y.shape, for_all, for_these)))
 
 
 def insert(
@@ -164,8 +147,8 @@ def check_insert(
         indexed_as: its clusters are as large as those of a prompt of so many; None: of its own.
 
     Raises:
-        InputError: the slot is in use; the state has no room for so long a prompt; or the sampler
-            needs what the state was not allocated for.
+        InputError: the slot is in use; the state has no room for so long a prompt, or for the many
+            clusters of so short a one; or the sampler needs what the state was not allocated for.
     """
     if state.prompt_room is None:
         raise InputError("the state has no slots: make it with `Generator.allocate`, or `start`")

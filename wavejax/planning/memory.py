@@ -1,13 +1,9 @@
 """What a run needs of memory, from shapes alone."""
 
 import dataclasses
-import functools
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
@@ -16,6 +12,7 @@ from models.parameters import parameter_shapes
 from wavejax.attention.causal import query_block
 from wavejax.attention.footprint import Footprint
 from wavejax.attention.protocol import AnyAttention
+from wavejax.attention.state_shapes import state_shapes
 from wavejax.engine.prompts import answer_room, bucket, least_of_bucket
 from wavejax.engine.sampling import Sampler
 from wavejax.store.rows import StoreKind
@@ -132,32 +129,8 @@ def footprint(
     """Count what an attention takes, from shapes alone; start no device. Arguments as above."""
     shape, room = CacheShape.of(model), bucket(prompt_tokens)
     sizes = batch, room, answer_room(new_tokens), jnp.dtype(dtype)
-    # Placing an array in host memory is no traced operation.
-    given = attention.on_device, shape, *sizes, least_of_bucket(shortest_prompt)
-    try:
-        hash(attention)
-    except TypeError:  # one's own, which a plan need not keep, and a generator refuses
-        state = _state_shapes.__wrapped__(*given)
-    else:
-        state = _state_shapes(*given)
+    state = state_shapes(attention, shape, *sizes, least_of_bucket(shortest_prompt))
     return attention.footprint(state, shape, model.num_heads, room)
-
-
-@functools.lru_cache(maxsize=1024)
-def _state_shapes(
-    attention: AnyAttention,
-    shape: CacheShape,
-    batch: int,
-    room: int,
-    new_tokens: int,
-    dtype: np.dtype,
-    shortest_prompt: int,
-) -> Any:
-    """Trace an empty state: tens of milliseconds, and a plan asks for dozens of them."""
-    sizes = batch, room, new_tokens, dtype
-    return jax.eval_shape(
-        lambda: attention.init_state(shape, *sizes, shortest_prompt=shortest_prompt)
-    )
 
 
 def _layer_weights(model: ModelConfig, itemsize: int) -> int:

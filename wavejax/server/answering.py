@@ -10,10 +10,10 @@ from starlette.requests import Request as HttpRequest
 
 from wavejax.engine.batching import Completion, Event, Handle, Piece, Progress, Request
 from wavejax.engine.batching.request import completion_of
-from wavejax.engine.batching.tolerances import Met
 from wavejax.server.errors import ApiError, ClientGone
 from wavejax.server.metrics import Metrics
 from wavejax.server.service import Engine
+from wavejax.store.tolerance import Met
 
 EndReason = Literal["stop", "length"]
 

@@ -1,7 +1,7 @@
 """What a tolerance asks of each sequence, and how many of its heads were within it."""
 
 import functools
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,26 @@ from wavejax._pytree import state
 
 Shares = tuple[float, float, float, float]
 """Of all heads those within the tolerance at once, after more tokens, when computed, never."""
+
+
+class Met(NamedTuple):
+    """How query heads met their tolerance, over layers and steps.
+
+    Attributes:
+        within: the share whose bound was within it in the end, exact computation counted.
+        more: the share that was so only after more tokens had been retrieved.
+        computed: the share that was computed exactly.
+    """
+
+    within: float
+    more: float
+    computed: float
+
+
+def met_by(shares: Shares) -> Met:
+    """Sum shares up."""
+    at_once, more, computed, _ = shares
+    return Met(at_once + more + computed, more, computed)
 
 
 @state

@@ -279,25 +279,3 @@ def test_staged_rows_give_the_same_answers(
     assert not fed
     assert in_place == answers(generate(*common, "--fetch", "staged"))
     assert len(fed) >= 19
-
-
-def test_auto_gives_full_attentions_text_and_says_so(generate: Generate, tiny: Path) -> None:
-    run = ("--raw", "--prompt", "abc", "--max-new-tokens", 4)
-    expected = answers(generate(*FULL, tiny, *run, "--json"))
-    found = generate("--model", tiny, *run, "--json")  # which is the default
-    assert answers(found) == expected
-    assert answers(generate("--attention", "auto", "--model", tiny, *run, "--json")) == expected
-    said = json.loads(found.out)
-    why = "by these settings wave attention would read all of 8 tokens too"
-    assert (said["attention"], said["attention_reason"]) == ("full", why)
-    assert f"full attention ({why}); all tokens are exact" in found.err
-
-
-@pytest.mark.parametrize(
-    "flags", [("--attention", "wave"), ("--tolerance", 0.5), ("--store", "host")]
-)
-def test_a_setting_of_wave_attention_asks_for_it(
-    generate: Generate, tiny: Path, flags: tuple[str, object]
-) -> None:
-    found = generate("--model", tiny, "--prompt", "abc", "--max-new-tokens", 2, *flags, "--json")
-    assert json.loads(found.out)["attention"] == "wave"

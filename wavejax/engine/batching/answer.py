@@ -15,9 +15,9 @@ from wavejax.engine.batching.request import (
     TokenLogprobs,
     Usage,
 )
-from wavejax.engine.batching.tolerances import Met
 from wavejax.engine.prompt_text import EncodedPrompt
 from wavejax.engine.text import TokenDecoder
+from wavejax.store.tolerance import Met
 
 
 @dataclasses.dataclass(eq=False)

@@ -17,7 +17,7 @@ from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.levels import Level, level_of
 from wavejax.engine.batching.request import TokenLogprobs
 from wavejax.engine.batching.rooms import Room
-from wavejax.engine.batching.tolerances import begin_slot, copy_log, met_by
+from wavejax.engine.batching.tolerances import begin_slot, copy_log, met_in
 from wavejax.engine.generator import Generator
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.state import NO_TOKEN, DecodeState, commit
@@ -126,14 +126,14 @@ class Batch:
         }
         state = dataclasses.replace(state, **_set_row(rows, jnp.int32(slot), row))
         self.state = begin_slot(state, slot, request.tolerance, self.engine.attention)
-        answer.met = lambda: met_by(copy_log(self.state), slot)
+        answer.met = lambda: met_in(copy_log(self.state), slot)
 
     def leave(self, answer: Answer) -> None:
         """Free an answer's slot: before the next call."""
         for slot, sitting in enumerate(self.seats):
             if sitting is answer:
                 if not answer.has_ended():  # the slot's next one counts anew, and may come first
-                    answer.met = functools.partial(met_by, copy_log(self.state), slot)
+                    answer.met = functools.partial(met_in, copy_log(self.state), slot)
                 self.seats[slot] = None
                 self._to_release.add(slot)
 

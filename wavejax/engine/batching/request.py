@@ -12,6 +12,7 @@ from wavejax.engine.batching import tolerances
 from wavejax.engine.checks import MOST_INT32, as_prompts, as_stop_tokens, whole_number
 from wavejax.engine.interface import Engine
 from wavejax.engine.sampling import Sampler
+from wavejax.store.tolerance import Met
 
 MOST_LOGPROBS = 20
 
@@ -177,7 +178,7 @@ class Usage:
     read_seconds: float
     first_token_seconds: float | None
     total_seconds: float
-    tolerance: tolerances.Met | None = None
+    tolerance: Met | None = None
 
 
 @dataclasses.dataclass(frozen=True)

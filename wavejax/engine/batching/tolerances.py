@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +13,7 @@ from wavejax.attention.wave import WaveAttention
 from wavejax.engine.checks import real_number
 from wavejax.engine.state import DecodeState
 from wavejax.store.state import WaveState
-from wavejax.store.tolerance import Tolerances, begin, shares_of
-
-
-class Met(NamedTuple):
-    """How a request's query heads met its tolerance, over layers and steps.
-
-    Attributes:
-        within: the share whose bound was within it in the end, exact computation counted.
-        more: the share that was so only after more tokens had been retrieved.
-        computed: the share that was computed exactly.
-    """
-
-    within: float
-    more: float
-    computed: float
+from wavejax.store.tolerance import Met, Tolerances, begin, met_by, shares_of
 
 
 def default_tolerance(attention: AnyAttention) -> float:
@@ -77,12 +62,9 @@ def copy_log(state: DecodeState | None) -> Tolerances | None:
     return jax.tree.map(jnp.copy, log)
 
 
-def met_by(log: Tolerances | None, slot: int) -> Met | None:
+def met_in(log: Tolerances | None, slot: int) -> Met | None:
     """Say how a slot's sequence met its tolerance; waits. None without one, or before a step."""
     if log is None or not math.isfinite(float(log.limits[slot])):
         return None
     shares = shares_of(log, slot)
-    if shares is None:
-        return None
-    at_once, more, computed, _ = shares
-    return Met(at_once + more + computed, more, computed)
+    return None if shares is None else met_by(shares)
