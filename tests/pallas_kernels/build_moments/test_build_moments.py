@@ -67,7 +67,8 @@ def test_directions_are_the_best(rank, seed):
         np.testing.assert_allclose(lengths[lengths > 0], 1, atol=1e-5)
         np.testing.assert_allclose(u @ u.T, np.diag(lengths > 0), atol=1e-4)
         best = np.sqrt((np.linalg.svd(cross, compute_uv=False)[rank:] ** 2).sum())
-        assert np.linalg.norm(cross - w.T @ u) <= 1.05 * best + 1e-4 * scale
+        # Directions come from C'C: in float32 it tells none below the square root of its epsilon.
+        assert np.linalg.norm(cross - w.T @ u) <= 1.05 * best + 2 * 2**-11.5 * scale
         np.testing.assert_allclose(w, u @ cross.T, atol=1e-4 * scale)
         # Of the keys' covariance, all that the span holds.
         np.testing.assert_allclose(
