@@ -8,6 +8,7 @@ Runs = Mapping[str, RunRecord]
 
 OPS = {"H200": "2026-11-27-ops-h200", "H100": "2026-11-27-ops-h100"}
 STEPS = {"H200": "2026-11-29-steps-h200", "H100": "2026-11-27-steps-h100"}
+INT8 = "2026-11-29-int8-rows-h200"
 MISSED = "2026-11-27-missed-rows-h200"
 RULER, ONE_BUDGET, FWE = "2026-11-26-ruler", "2026-11-26-one-budget", "2026-11-29-fwe-1.5b"
 BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
@@ -42,8 +43,12 @@ def speed(runs: Runs) -> str:
     line = f"whole model: 122,880 tokens, the largest batches ({full['batch']} and {wave['batch']})"
     rate = [f"{each['tokens_per_s']} tokens/s" for each in (full, wave)]
     rows.append([line, *rate, times(wave["tokens_per_s"], full["tokens_per_s"])])
+    full, wave = (runs[INT8][f"122880/largest/{name}"] for name in ("full", "device"))
+    line = f"the same with wave attention's rows in int8 ({full['batch']} and {wave['batch']})"
+    rate = [f"{each['tokens_per_s']} tokens/s" for each in (full, wave)]
+    rows.append([line, *rate, times(wave["tokens_per_s"], full["tokens_per_s"])])
     head = ["workload", "full attention", "wave attention", "times as fast"]
-    return table(head, rows) + dated(runs, OPS["H200"], STEPS["H200"])
+    return table(head, rows) + dated(runs, OPS["H200"], STEPS["H200"], INT8)
 
 
 def accuracy(runs: Runs) -> str:
@@ -94,23 +99,25 @@ def ops(runs: Runs) -> str:
     return table(head, [*rows, ["times as fast", *cells]]) + dated(runs, *OPS.values())
 
 
-def steps(device: str) -> Callable[[Runs], str]:
-    """Return the table of whole steps by context on a device."""
+def steps(name: str) -> Callable[[Runs], str]:
+    """Return the table of a record's whole steps, by context."""
 
     def make(runs: Runs) -> str:
-        run = runs[STEPS[device]]
         head = ["tokens", "method", "batch 1: ms a step", "times as fast"]
         head += ["largest batch", "tokens/s", "times as fast"]
         rows = []
-        for tokens, at in run.figures.items():
-            full_ms, full_rate = at["batch_1"]["full"]["ms"], at["largest"]["full"]["tokens_per_s"]
+        for tokens, at in runs[name].figures.items():
+            alone, largest = at.get("batch_1", {}), at["largest"]
             for place, words in PLACES.items():
-                ms, largest = at["batch_1"][place]["ms"], at["largest"][place]
-                rate = largest["tokens_per_s"]
-                first = f"{int(tokens):,}" if place == "full" else ""
-                row = [first, words, f"{ms:.2f}", times(full_ms, ms)]
-                rows.append([*row, str(largest["batch"]), str(rate), times(rate, full_rate)])
-        return table(head, rows) + dated(runs, STEPS[device])
+                if place not in largest:
+                    continue
+                row = [f"{int(tokens):,}" if place == "full" else "", words]
+                ms = [alone[each]["ms"] for each in ("full", place)] if alone else []
+                row += [f"{ms[1]:.2f}", times(*ms)] if ms else ["-", "-"]
+                batch, rate = largest[place]["batch"], largest[place]["tokens_per_s"]
+                slower = largest["full"]["tokens_per_s"]
+                rows.append([*row, str(batch), str(rate), times(rate, slower)])
+        return table(head, rows) + dated(runs, name)
 
     return make
 
@@ -204,8 +211,9 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     "speed": speed,
     "accuracy": accuracy,
     "ops": ops,
-    "steps on an H200": steps("H200"),
-    "steps on an H100": steps("H100"),
+    "steps on an H200": steps(STEPS["H200"]),
+    "steps on an H100": steps(STEPS["H100"]),
+    "steps, rows in int8": steps(INT8),
     "missed rows": missed,
     "ruler": ruler,
     "one budget": one_budget,
