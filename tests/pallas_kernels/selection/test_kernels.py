@@ -202,6 +202,9 @@ def test_select_tokens_exactly(slots, most, config, admission_ratio):
     table = empty_table(row, tokens, slots)
     room = 140
     settings = SelectionSettings(most, 4096, 8, admission_ratio)
+    # For each sequence in some cases, for each of its kv heads in others: both in all would be
+    # twice as many programs.
+    of_budget = (BATCH, HEADS)[: 1 + slots % 2]
     dropped = 0
     for step in range(7):
         selected = jnp.asarray(rng.random((BATCH, HEADS, clusters)) < 0.6)
@@ -212,7 +215,7 @@ def test_select_tokens_exactly(slots, most, config, admission_ratio):
         if step == 4:
             log_mass[:] = -2  # nothing but ties: no sample tells them apart
         listed = jnp.arange(room) < candidates.starts[..., -1:]
-        budget = rng.integers(0, most + 1, (BATCH, HEADS)[: 1 + step % 2])
+        budget = rng.integers(0, most + 1, of_budget)
         ranked = RankedTokens(
             jnp.where(listed, log_mass, MASKED), candidates, jnp.asarray(budget, jnp.int32)
         )

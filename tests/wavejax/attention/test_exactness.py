@@ -35,7 +35,8 @@ def compare(config, store, lengths, stream, model, steps=STEPS):
 
 
 @pytest.mark.parametrize(
-    ("store", "cache_fraction", "token_codes"), [("host", 0.05, True), ("device", 1.0, False)]
+    ("store", "cache_fraction", "token_codes"),
+    [pytest.param("host", 0.05, True, marks=pytest.mark.slow(30)), ("device", 1.0, False)],
 )
 def test_all_tokens_retrieved(store, cache_fraction, token_codes):
     """1,200 steps with growth, unequal lengths, a cache too small for what is retrieved."""
@@ -120,6 +121,7 @@ def test_estimation_matters():
     assert 1e-3 < estimated < dropped
 
 
+@pytest.mark.slow(25)
 def test_a_sequence_may_be_replaced_by_another():
     """A prefill into a used place leaves nothing of what was there."""
     model = model_of()

@@ -61,7 +61,7 @@ def test_the_log_sees_a_compilation():
     assert log.names
 
 
-@pytest.mark.parametrize("attention", ["dense", "wave"])
+@pytest.mark.parametrize("attention", ["dense", pytest.param("wave", marks=pytest.mark.slow(30))])
 def test_a_new_length_in_a_bucket_and_a_growth_compile_nothing(attention):
     generator = Generator(MODEL, ATTENTIONS[attention], GREEDY)
     before = compiled.decode_n._cache_size(), compiled.prefill_layer._cache_size()
@@ -85,7 +85,7 @@ def test_generators_of_one_attention_share_what_reads_prompts(attention):
     assert not log.names
 
 
-@pytest.mark.parametrize("attention", ["dense", "wave"])
+@pytest.mark.parametrize("attention", ["dense", pytest.param("wave", marks=pytest.mark.slow(20))])
 def test_requests_of_about_as_many_tokens_share_all_programs(attention):
     generator, prompts = Generator(MODEL, ATTENTIONS[attention], GREEDY), make_prompts((100,))
     before = compiled.decode_n._cache_size(), compiled.prefill_layer._cache_size()

@@ -70,7 +70,7 @@ def check_alone(generator, prompts, chosen):
         assert lengths[sequence] == length[0]
 
 
-@pytest.mark.parametrize("attention", ["dense", "wave"])
+@pytest.mark.parametrize("attention", ["dense", pytest.param("wave", marks=pytest.mark.slow(50))])
 def test_greedy_batch_gives_each_prompt_what_it_gets_alone(attention):
     # These two share their programs, alone.
     check_alone(make_generator(attention, GREEDY), make_prompts(LENGTHS), chosen=(1, 2))
@@ -227,7 +227,7 @@ def test_buckets_are_few():
     assert len(sizes) == 1 + 4 * 8  # four for each of the 8 doublings from 128 to 32768
 
 
-@pytest.mark.parametrize("attention", ["dense", "wave"])
+@pytest.mark.parametrize("attention", ["dense", pytest.param("wave", marks=pytest.mark.slow(50))])
 def test_a_sequence_ends_where_its_room_does(attention):
     """Asked for more than there is room for, a sequence stops: nothing it has read is lost."""
     params, prompts = make_params(), make_prompts((262,))

@@ -70,7 +70,9 @@ def answers_of(generator, prompts, **settings):
     return np.asarray(generator.decode_n(make_params(), state, STEPS)[1])
 
 
-@pytest.mark.parametrize("name", ["dense", "wave", "staged"])
+@pytest.mark.parametrize(
+    "name", ["dense", pytest.param("wave", marks=pytest.mark.slow(20)), "staged"]
+)
 def test_an_answer_is_that_of_the_loop(name):
     """Unequal prompts side by side; each step's logits are read before its token is drawn."""
     generator, params = generator_of(name, ALL), make_params()

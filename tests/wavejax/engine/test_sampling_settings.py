@@ -56,7 +56,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("attention", ["dense", "staged"])
+@pytest.mark.parametrize("attention", ["dense", pytest.param("staged", marks=pytest.mark.slow)])
 def test_other_settings_and_seeds_compile_nothing(attention, form, attention_of):
     first, *others = FORMS[form]
     answers(Generator(MODEL, attention_of(attention), first), PROMPTS[:2], seed=1)

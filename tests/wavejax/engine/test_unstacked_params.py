@@ -76,7 +76,7 @@ def weight_slices(text):
     return [shape for shape in shapes if shape[-2:] in matrices and shape[:-2] in {(), (1,)}]
 
 
-@pytest.mark.parametrize("attention", ["dense", "wave"])
+@pytest.mark.parametrize("attention", ["dense", pytest.param("wave", marks=pytest.mark.slow(30))])
 def test_a_step_slices_weights_out_of_stacks_only(attention):
     generator = make_generator(attention)
     cache = ATTENTIONS[attention].init_state(CacheShape.of(MODEL), 3, 320, NEW_TOKENS, jnp.float32)

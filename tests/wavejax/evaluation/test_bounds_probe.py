@@ -41,6 +41,7 @@ def measured():
     return stream, read, named
 
 
+@pytest.mark.slow
 def test_masses_and_norms_are_those_of_float64(measured):
     stream, read, found = measured
     query, key, value = (np.asarray(x, np.float64) for x in stream)

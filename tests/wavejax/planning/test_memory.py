@@ -90,7 +90,11 @@ def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32, sa
     return [program.memory_analysis().temp_size_in_bytes for program in (prefill, decode)]
 
 
-CASES = [("dense", WIDE, 16384), ("dense", DEEP_MLP, 2048), ("wave", WIDE, 16384)]
+CASES = [
+    ("dense", WIDE, 16384),
+    ("dense", DEEP_MLP, 2048),
+    pytest.param("wave", WIDE, 16384, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("attention, model, room", CASES)

@@ -41,6 +41,7 @@ def usage_of(server: Running, **fields: Any) -> dict[str, Any]:
     return found.usage.model_dump()
 
 
+@pytest.mark.slow
 def test_usage_tells_how_it_was_met(bounded: Running) -> None:
     by_default, wide = usage_of(bounded)["tolerance"], usage_of(bounded, tolerance=1)["tolerance"]
     for met in (by_default, wide):

@@ -39,7 +39,9 @@ def members(index, b, h):
     return [rows[first:end] for first, end in itertools.pairwise(offsets) if end > first]
 
 
-@pytest.mark.parametrize(("rank", "dtype"), [(2, "model"), (4, "int8")])
+@pytest.mark.parametrize(
+    ("rank", "dtype"), [pytest.param(2, "model", marks=pytest.mark.slow), (4, "int8")]
+)
 def test_moments_are_of_each_clusters_members(rank, dtype):
     config = WaveConfig(moment_rank=rank, moment_dtype=dtype, **SIZES)
     state, (keys, values) = grown_state(config, [290, 3], 200)

@@ -18,6 +18,7 @@ def attention(tolerance):
     return WaveAttention(dataclasses.replace(BOUNDED, tolerance=tolerance), "device")
 
 
+@pytest.mark.slow(45)
 def test_each_request_has_its_own():
     """None is the engine's, 0 none at all; the tokens are those of a generator with that one."""
     # By single steps, so that no more are counted than an answer has tokens, however fast it goes.
