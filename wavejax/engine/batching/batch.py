@@ -100,12 +100,13 @@ class Batch:
         self.calls.clear()
         self._to_release.clear()
 
-    def free_slot(self) -> int | None:
-        """Find a slot that a prompt may take; None if there is none."""
-        for slot, answer in enumerate(self.seats):
-            if answer is None and slot not in self.kept:
-                return slot
-        return None
+    def free_slots(self) -> list[int]:
+        """List the slots that a prompt may take."""
+        return [
+            slot
+            for slot, answer in enumerate(self.seats)
+            if answer is None and slot not in self.kept
+        ]
 
     def seat(self, slot: int, answer: Answer) -> None:
         """Begin an answer in a slot whose prompt has been read."""

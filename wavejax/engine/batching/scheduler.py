@@ -13,6 +13,7 @@ from wavejax.engine.batching.pace import Pace, reads_whole
 from wavejax.engine.batching.reading import Reading
 from wavejax.engine.batching.request import FinishReason
 from wavejax.engine.batching.rooms import Room
+from wavejax.engine.batching.sharing import like, seat_beside
 from wavejax.engine.batching.slot_reading import SlotReading
 from wavejax.engine.batching.turn import read_all
 from wavejax.engine.generator import Generator
@@ -139,9 +140,9 @@ class Scheduler:
         for batch in self.batches:
             if not batch.room.holds(*answer.room):
                 continue
-            slot = batch.free_slot()
-            if slot is not None and (batch.state is not None or self._fits(batch)):
-                return batch, slot
+            free = batch.free_slots()
+            if free and (batch.state is not None or self._fits(batch)):
+                return batch, free[0]
         return "room"
 
     def _fits(self, batch: Batch) -> bool:
@@ -242,22 +243,27 @@ class Scheduler:
             self._admit()
 
     def _seated(self, reading: SlotReading) -> None:
-        """Let the answer run whose prompt has been read, or end it if that failed."""
+        """Let the answers run whose prompt has been read; end the one that failed to read it."""
+        batch, answer = reading.batch, reading.answer
         if reading.error is not None:
-            self._fail(reading, reading.error)
+            self._fail(batch, answer, reading.error)
             return
-        answer = reading.answer
         answer.read = self.clock()
         with self._lock:
             self.readings.pop(answer.short)
-            self.running.add(answer)
-            self.counts["prompt_tokens"] += answer.prompt_tokens
+            others = like(answer, self.line, batch)
+            for other in others:
+                self.line.remove(other)
+            self.running.update((answer, *others))
+            self.counts["prompt_tokens"] += answer.prompt_tokens * (1 + len(others))
+        for other, error in seat_beside(batch, reading.slot, others, self.clock()):
+            self._fail(batch, other, error)
 
-    def _fail(self, reading: SlotReading, error: Exception) -> None:
-        """End the answer of a prompt that could not be read; the others if their state is lost."""
-        self._end(reading.answer, "error", error)
-        if reading.batch.lost:
-            self._fail_batch(reading.batch, error)
+    def _fail(self, batch: Batch, answer: Answer, error: Exception) -> None:
+        """End an answer whose slot could not be filled; the others if their state is lost."""
+        self._end(answer, "error", error)
+        if batch.lost:
+            self._fail_batch(batch, error)
 
     def _fail_batch(self, batch: Batch, error: Exception) -> None:
         """End all whose state is lost."""

@@ -14,7 +14,7 @@ class Stats:
         submitted: requests that were taken.
         refused: requests that `submit` raised an error for.
         finished: of each finish reason, answers that ended by it.
-        prompt_tokens: of all prompts that were read.
+        prompt_tokens: of all prompts that were read, or copied from one that was.
         generated_tokens: of all answers.
         waiting: requests in line.
         reading: requests whose prompts are being read.

@@ -14,6 +14,7 @@ from wavejax.engine.batching.pace import reads_whole
 from wavejax.engine.batching.reading import Reading
 from wavejax.engine.batching.request import Request
 from wavejax.engine.batching.scheduler import Scheduler
+from wavejax.engine.batching.sharing import copies, copy_slot
 from wavejax.engine.prompts import bucket
 from wavejax.engine.sampling import Sampler
 
@@ -55,6 +56,8 @@ def warm(
         for sampler in by_level.values():
             _run(scheduler, batch, min(lengths, default=1), sampler, True, scheduler.step_sizes)
             count()
+        if copies(batch.engine.attention):
+            batch.state = copy_slot(batch.whole_state, 0, 0)
         batch.drop()
 
 
