@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import os
 import threading
 import time
 import tracemalloc
@@ -18,7 +19,9 @@ from wavejax.engine.batching import QueueFull, Request
 # It runs longer than it compiles.
 pytestmark = [pytest.mark.optimised, pytest.mark.slow(120)]
 
-ROUNDS, REQUESTS, SUBMITTERS = 6, 100, 3
+# 21 rounds are some 2,000 requests.
+ROUNDS = int(os.environ.get("WAVEJAX_SOAK_ROUNDS", "6"))
+REQUESTS, SUBMITTERS = 100, 3
 LENGTHS = (1, 5, 60, 127)
 
 
