@@ -65,7 +65,10 @@ def audit(
         exact = exact_output(layer, b, h, query[b, h, g], state, window, scale=scale)
         found = output[b, h, g].astype(jnp.float32)
         error = jnp.linalg.norm(found - exact) / jnp.maximum(jnp.linalg.norm(exact), 1e-30)
-        return AuditLog(log.errors.at[log.count % KEPT].set(error), log.count + 1)
+        place = log.count % KEPT
+        return AuditLog(
+            log.errors.at[place].set(error), log.sequences.at[place].set(b), log.count + 1
+        )
 
     log = lax.fori_loop(0, jnp.sum(taken, dtype=jnp.int32), compare, log)
     return dataclasses.replace(state, audit=log)

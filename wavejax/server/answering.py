@@ -9,6 +9,7 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 
 from wavejax.engine.batching import Completion, Event, Handle, Piece, Progress, Request
+from wavejax.engine.batching.reads import summary
 from wavejax.engine.batching.request import completion_of
 from wavejax.server.errors import ApiError, ClientGone
 from wavejax.server.metrics import Metrics
@@ -68,13 +69,16 @@ class Answering:
             if request.sequence == 0 and pieces and pieces[-1].usage is not None
         )
         prompt, completion = self.prompt_tokens, self.completion_tokens
-        met = _met_by([pieces[-1] for pieces in self.pieces if pieces])
+        ends = [pieces[-1] for pieces in self.pieces if pieces]
+        met = _met_by(ends)
+        reads = [one.usage.reads for one in ends if one.usage is not None and one.usage.reads]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
             **({} if met is None else {"tolerance": met._asdict()}),
+            **({"attention": summary(reads)} if reads else {}),
         }
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:

@@ -97,7 +97,7 @@ class _Response:
                 "output_tokens": usage["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": self._thought_tokens},
                 "total_tokens": usage["total_tokens"],
-                **{name: usage[name] for name in ("tolerance",) if name in usage},
+                **{name: usage[name] for name in ("tolerance", "attention") if name in usage},
             },
         }
 

@@ -81,7 +81,7 @@ def test_bytes_by_memory(store):
 def test_an_audits_quantiles_are_of_the_errors_that_it_keeps(count):
     errors = np.full(KEPT, 7.0, np.float32)
     errors[:100] = np.arange(100) / 100
-    log = AuditLog(jnp.asarray(errors), jnp.int32(count))
+    log = AuditLog(jnp.asarray(errors), jnp.zeros(KEPT, jnp.int32), jnp.int32(count))
     state = dataclasses.replace(state_with(np.zeros((2, 2)), np.zeros((2, 2)), [1, 1]), audit=log)
     facts = facts_of(ATTENTIONS["wave"], state)
     kept = min(count, KEPT)

@@ -1,5 +1,6 @@
 """The page at `/` in headless Chromium: a file is dropped in, a question is answered."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.wavejax.server.conftest import HTTP, Running
+from tests.wavejax.server.conftest import HTTP, Running, make_engine
 from tests.wavejax.server.test_limits import Slow
+from wavejax import LanguageModel, WaveConfig
 from wavejax.engine.batching import BatchEngine
 from wavejax.server.page import policy_of
 from wavejax.server.service import Limits
@@ -19,6 +21,16 @@ from wavejax.server.service import Limits
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 TEXT = "The number is 42. Größe: 1 µm.\n"
 QUESTION = "Which number?"
+WAVE = WaveConfig(
+    local_tokens=8,
+    growth_tokens=16,
+    segment_tokens=128,
+    cluster_size=4,
+    max_cluster_size=8,
+    min_candidate_tokens=16,
+    min_retrieved_tokens=8,
+    audit=0.5,
+)
 
 
 def test_the_page_alone(server: Running) -> None:
@@ -105,6 +117,24 @@ def test_a_file_and_a_question(server: Running, page: Any) -> None:
     folder = os.environ.get("WAVEJAX_SCREENSHOTS")  # for the documentation
     if folder:
         page.screenshot(path=Path(folder) / "server-page.png")
+
+
+def test_what_wave_attention_read_is_shown(
+    start: Callable[..., Running], tiny_model: LanguageModel, page: Any
+) -> None:
+    model = dataclasses.replace(tiny_model, attention=WAVE)
+    with make_engine(model) as engine:
+        server = start(engine=engine)
+        page.goto(server.url)
+        drop_file(page, "note.txt", TEXT * 5)
+        page.get_by_label("Question").fill(QUESTION)
+        page.get_by_role("button", name="Ask").click()
+        wait_for_text(page, "#usage", "answered")
+        told = page.inner_text("#usage")
+    share = r"\d+\.\d %"
+    errors = rf"true error of \d+ heads: median {share}, 99 % below {share}"
+    assert re.search(rf"answered; {share} of the tokens retrieved; {errors}$", told), told
+    assert page.faults == []
 
 
 def test_reading_is_seen_and_stop_ends(

@@ -54,6 +54,7 @@ def test_usage_tells_how_it_was_met(bounded: Running) -> None:
     )
     assert text.usage is not None
     assert 0 <= text.usage.model_dump()["tolerance"]["within"] <= 1
+    assert 0 < text.usage.model_dump()["attention"]["retrieved"] < 1
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, "0.1", True])
@@ -64,7 +65,7 @@ def test_what_is_none_is_refused(bounded: Running, wrong: object) -> None:
 
 
 def test_a_server_without_one_refuses_it(server: Running) -> None:
-    assert "tolerance" not in usage_of(server)
+    assert not usage_of(server).keys() & {"tolerance", "attention"}
     with pytest.raises(openai.BadRequestError, match="start it with `--tolerance`") as refused:
         usage_of(server, tolerance=0.1)
     assert refused.value.param == "tolerance"

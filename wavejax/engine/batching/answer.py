@@ -7,6 +7,7 @@ from typing import Any
 from models.text.tokenizer import Tokenizer
 from wavejax.engine.batching.admission import room_of
 from wavejax.engine.batching.handle import Channel
+from wavejax.engine.batching.reads import Reads
 from wavejax.engine.batching.request import (
     FinishReason,
     Piece,
@@ -40,6 +41,7 @@ class Answer:
         cached: tokens of the prompt that were not read anew.
         reason: why it ended.
         met: says how the tolerance was met; waits for the device.
+        reads: says what its steps have read; waits for the device.
     """
 
     number: int
@@ -57,6 +59,7 @@ class Answer:
     cached: int = 0
     reason: FinishReason | None = None
     met: Callable[[], Met | None] = lambda: None
+    reads: Callable[[], Reads | None] = lambda: None
 
     @property
     def prompt_tokens(self) -> int:
@@ -136,6 +139,7 @@ class Answer:
             first_token_seconds=None if self.first is None else self.first - self.submitted,
             total_seconds=now - self.submitted,
             tolerance=self.met(),
+            reads=self.reads(),
         )
 
 

@@ -15,6 +15,7 @@ from wavejax.engine import penalties, slots
 from wavejax.engine.batching import watching
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.levels import Level, level_of
+from wavejax.engine.batching.reads import begin_reads, copy_counters, reads_in
 from wavejax.engine.batching.request import TokenLogprobs
 from wavejax.engine.batching.rooms import Room
 from wavejax.engine.batching.tolerances import begin_slot, copy_log, met_in
@@ -126,8 +127,10 @@ class Batch:
             "counts": state.counts and penalties.count_prompts([request.prompt], vocab),
         }
         state = dataclasses.replace(state, **_set_row(rows, jnp.int32(slot), row))
-        self.state = begin_slot(state, slot, request.tolerance, self.engine.attention)
+        state = begin_slot(state, slot, request.tolerance, self.engine.attention)
+        self.state = begin_reads(state, slot)
         answer.met = lambda: met_in(copy_log(self.state), slot)
+        answer.reads = lambda: reads_in(copy_counters(self.state, slot))
 
     def leave(self, answer: Answer) -> None:
         """Free an answer's slot: before the next call."""
@@ -135,6 +138,7 @@ class Batch:
             if sitting is answer:
                 if not answer.has_ended():  # the slot's next one counts anew, and may come first
                     answer.met = functools.partial(met_in, copy_log(self.state), slot)
+                    answer.reads = functools.partial(reads_in, copy_counters(self.state, slot))
                 self.seats[slot] = None
                 self._to_release.add(slot)
 

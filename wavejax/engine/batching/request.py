@@ -9,6 +9,7 @@ import numpy as np
 from models.errors import InputError
 from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.batching import tolerances
+from wavejax.engine.batching.reads import Reads
 from wavejax.engine.checks import MOST_INT32, as_prompts, as_stop_tokens, whole_number
 from wavejax.engine.interface import Engine
 from wavejax.engine.sampling import Sampler
@@ -169,6 +170,7 @@ class Usage:
         first_token_seconds: from `submit` to the first token; None if none came.
         total_seconds: from `submit` to the end.
         tolerance: how the steps that the device did for it met its tolerance; None without one.
+        reads: what these steps read, by wave attention; None by another, and without a step.
     """
 
     prompt_tokens: int
@@ -179,6 +181,7 @@ class Usage:
     first_token_seconds: float | None
     total_seconds: float
     tolerance: Met | None = None
+    reads: Reads | None = None
 
 
 @dataclasses.dataclass(frozen=True)
