@@ -49,7 +49,7 @@ class Setting:
 
     @contextmanager
     def engine(self, tokens: int, slots: int, **options: Any) -> Iterator[BatchEngine]:
-        """Give an engine that is warm; its memory is free afterwards."""
+        """Give an engine that is warm; closed afterwards, which frees its states."""
         room = Room(tokens, self.new_tokens, slots)
         engine = BatchEngine(self.generator, self.params, [room], steps=STEPS, **options)
         engine.warmup(prompt_tokens=sorted({tokens, min(tokens, self.prompt_tokens)}))
@@ -57,7 +57,6 @@ class Setting:
             yield engine
         finally:
             engine.close()
-            del engine
             gc.collect()
 
 
@@ -66,20 +65,23 @@ class Times:
 
     def __init__(self, engine: BatchEngine, request: Request):
         self.sent, self.tokens = time.perf_counter(), list[float]()
+        self.error: BaseException | None = None
         self.handle = engine.submit(request, self._take)
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Piece):
-            if event.error is not None:
-                raise event.error
+            self.error = event.error
             if event.token_id is not None:
                 self.tokens.append(time.perf_counter())
 
 
-def run(engine: BatchEngine) -> None:
-    """Do all the work there is, in this thread."""
+def run(engine: BatchEngine, *requests: Times) -> None:
+    """Do all the work there is, in this thread; raise what ended a request."""
     while engine.turn():
         pass
+    for one in requests:
+        if one.error is not None:
+            raise one.error
 
 
 def busy(setting: Setting) -> dict[str, float]:
@@ -87,7 +89,7 @@ def busy(setting: Setting) -> dict[str, float]:
     prompts, new = setting.prompts(setting.slots), setting.new_tokens
     with setting.engine(setting.prompt_tokens, setting.slots) as engine:
         seen = [Times(engine, Request(one, new, stop_tokens=())) for one in prompts]
-        run(engine)
+        run(engine, *seen)
     begun, ended = max(one.tokens[0] for one in seen), min(one.tokens[-1] for one in seen)
     within = sum(begun < at <= ended for one in seen for at in one.tokens)
     state = setting.generator.start(setting.params, prompts, new)
@@ -114,7 +116,7 @@ def unequal(setting: Setting) -> dict[str, float]:
             Times(engine, Request(prompt, int(length), stop_tokens=()))
             for prompt, length in zip(prompts, lengths, strict=True)
         ]
-        run(engine)
+        run(engine, *seen)
         engine_seconds = max(one.tokens[-1] for one in seen) - start
     _static(setting, prompts[: setting.slots], [STEPS])  # compiles
     start = time.perf_counter()
@@ -143,10 +145,10 @@ def stall(setting: Setting, max_stall_ms: float) -> dict[str, float]:
     [prompt], [long] = setting.prompts(1), setting.prompts(1, setting.long_tokens)
     with setting.engine(setting.long_tokens, 2, max_stall_ms=max_stall_ms) as engine:
         running = Times(engine, Request(prompt, setting.new_tokens, stop_tokens=()))
-        while not running.tokens:
+        while not running.tokens and running.error is None:
             engine.turn()
         late = Times(engine, Request(long, 1, stop_tokens=()))
-        run(engine)
+        run(engine, running, late)
     during = [at for at in running.tokens if late.sent <= at <= late.tokens[0]]
     gaps = np.diff(during)
     longest = float(gaps.max(initial=0.0)) * 1000
@@ -175,13 +177,13 @@ def document(setting: Setting) -> dict[str, float]:
             read, again, kept = [], [], []
             for _ in range(2):  # the first compiles
                 fresh = Times(engine, Request(asked, 1, stop_tokens=()))
-                run(engine)
+                run(engine, fresh)
                 start = time.perf_counter()
                 known = wavejax.load_document(path, generator=generator, params=params)
                 first = Times(engine, Request(asked, 1, stop_tokens=(), kept=known))
-                run(engine)
+                run(engine, first)
                 second = Times(engine, Request(asked, 1, stop_tokens=(), kept=known))
-                run(engine)
+                run(engine, second)
                 read.append(fresh.tokens[0] - fresh.sent)
                 again.append(first.tokens[0] - start)
                 kept.append(second.tokens[0] - second.sent)
