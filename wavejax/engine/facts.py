@@ -1,6 +1,7 @@
 """What a generation cost and used: the line of facts."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,13 +64,13 @@ def facts_of(attention: AnyAttention, state: Any) -> Facts:
         device,
         host + staged,
         counts.indexed,
-        *_audit_of(counts.errors),
+        *audit_of(counts.errors),
         *((None, 0.0, 0.0) if counts.tolerance is None else met_by(counts.tolerance)),
     )
 
 
-def _audit_of(errors: np.ndarray | None) -> tuple[int, float | None, float | None]:
-    """How many errors there are, their median and their 99th percentile."""
-    if errors is None or not errors.size:
+def audit_of(errors: Sequence[float] | np.ndarray | None) -> tuple[int, float | None, float | None]:
+    """Tell how many errors there are, their median and their 99th percentile."""
+    if errors is None or not len(errors):
         return 0, None, None
-    return errors.size, float(np.median(errors)), float(np.quantile(errors, 0.99))
+    return len(errors), float(np.median(errors)), float(np.quantile(errors, 0.99))

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
+from wavejax.engine.facts import audit_of
 from wavejax.engine.staged_state import StagedState, on_device_of
 from wavejax.engine.state import DecodeState
 from wavejax.store.audit import AuditLog, errors_of
@@ -38,7 +39,7 @@ class Counters(NamedTuple):
 
     Attributes:
         hits, misses: `[layers, kv_heads]` uint32.
-        attended: float32, in each layer and kv head.
+        attended: float32 scalar, in each layer and kv head.
         audit: the whole batch's.
         slot: whose.
         has_cache: whether there is a row cache.
@@ -103,16 +104,12 @@ def summary(reads: Sequence[Reads]) -> dict[str, float | int]:
         "error_median" and "error_99" of their true relative errors, if there are any.
     """
     retrieved = sum(one.retrieved for one in reads)
-    found: dict[str, float | int] = {
-        "retrieved": retrieved / sum(one.attended for one in reads),
-    }
+    found: dict[str, float | int] = {"retrieved": retrieved / sum(one.attended for one in reads)}
     if retrieved and all(one.hits is not None for one in reads):
         found["hits"] = sum(one.hits or 0 for one in reads) / retrieved
-    errors = [error for one in reads for error in one.errors]
-    if errors:
-        found["audited"] = len(errors)
-        found["error_median"] = float(np.median(errors))
-        found["error_99"] = float(np.quantile(errors, 0.99))
+    audited, median, most = audit_of([error for one in reads for error in one.errors])
+    if median is not None and most is not None:
+        found |= {"audited": audited, "error_median": median, "error_99": most}
     return found
 
 

@@ -71,11 +71,11 @@ def seat_beside(
         target = batch.free_slots()[0]
         try:
             batch.state = copy_slot(batch.whole_state, source, target)
+            batch.seat(target, answer)
         except Exception as error:  # memory that the planner knew nothing of
             return [(one, error) for one in answers[number:]]
         answer.cached = answer.prompt_tokens
         answer.tell(answer.prompt_tokens)
-        batch.seat(target, answer)
     return []
 
 

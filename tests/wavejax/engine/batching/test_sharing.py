@@ -140,6 +140,17 @@ def test_a_copy_is_the_whole_slot_and_nothing_else(name):
     assert differ > len(names) // 2
 
 
+def test_warming_up_compiles_the_copy():
+    engine = make_engine(None, (ROOM,))
+    sharing._copy.clear_cache()  # of what other tests compiled
+    engine.warmup(prompt_tokens=[len(PROMPT)])
+    compiled = sharing._copy._cache_size()
+    handles = [engine.submit(one) for one in samples(2)]
+    run(engine)
+    assert handles[1].result(0).usage.cached_tokens == len(PROMPT)
+    assert sharing._copy._cache_size() == compiled > 0
+
+
 @pytest.mark.parametrize("name", ["dense", "device"])
 def test_a_copy_takes_no_more_than_a_layers_part_of_a_slot(name):
     """In place: a slot may hold many gigabytes. Of 8 layers and 4 slots a copy would be 1/4."""
