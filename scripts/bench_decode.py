@@ -66,6 +66,14 @@ def wave_attention(config: WaveConfig, place: str) -> WaveAttention:
     return WaveAttention(config, "host", "staged" if place == "staged" else "in_place")
 
 
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="auto: float32 on a CPU, bfloat16 on a GPU.",
+)
+
 # What makes two results those of one configuration.
 IDENTITY = ("context", "batch", "attention", "store")
 
@@ -112,13 +120,7 @@ IDENTITY = ("context", "batch", "attention", "store")
 )
 @click.option("--growth", is_flag=True, help="Also time a step in which the index grows.")
 @click.option("--profile", "traces", type=click.Path(path_type=Path), help="Folder for traces.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="auto: float32 on a CPU, bfloat16 on a GPU.",
-)
+@dtype_option
 @click.option("--out", type=click.Path(path_type=Path), help="Write all figures here, as JSON.")
 @click.option("--explain", "explained", is_flag=True, help=HELP)
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Tokens/s by context.")

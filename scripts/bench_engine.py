@@ -21,7 +21,7 @@ from typing import Any
 import click
 import engine_parts
 import jax
-from bench_decode import parse_words
+from bench_decode import dtype_option, parse_words
 from decode_model import SHAPES, random_params
 from engine_parts import Setting
 from gpu_timing import device_facts
@@ -52,13 +52,7 @@ COUNT = click.IntRange(min=1)
     "--max-stall-ms", type=click.FloatRange(0, min_open=True), default=250.0, show_default=True
 )
 @click.option("--parts", default=",".join(PARTS), show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="auto: float32 on a CPU, bfloat16 on a GPU.",
-)
+@dtype_option
 @click.option("--out", type=click.Path(path_type=Path), help="Write all figures here, as JSON.")
 @options_from(WaveConfig)
 def command(
@@ -94,6 +88,7 @@ def command(
         long_tokens=long_tokens,
         new_tokens=new_tokens,
         slots=slots,
+        max_stall_ms=max_stall_ms,
     )
     report: dict[str, Any] = device_facts() | {
         **{name: getattr(setting, name) for name in ("prompt_tokens", "long_tokens", "new_tokens")},
@@ -105,9 +100,8 @@ def command(
         "parts": {},
     }
     for name in wanted:
-        given = (max_stall_ms,) if name == "stall" else ()
         try:
-            found = getattr(engine_parts, name)(setting, *given)
+            found = getattr(engine_parts, name)(setting)
         except Exception as error:  # The other parts are still worth measuring.
             found = {"error": f"{type(error).__name__}: {error}"[:1000]}
         report["parts"][name] = found

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ import wavejax
 from models.parameters import Params
 from wavejax import Generator
 from wavejax.engine.batching import BatchEngine, Event, Piece, Request, Room
+from wavejax.engine.batching.engine import EngineOptions
 
 STEPS = 8  # of a call of the step, here and there
 
@@ -30,6 +30,7 @@ class Setting:
         long_tokens: of the long one.
         new_tokens: the most of an answer.
         slots: answers side by side.
+        max_stall_ms: as of `BatchEngine`.
         seed: of the prompts.
     """
 
@@ -39,6 +40,7 @@ class Setting:
     long_tokens: int
     new_tokens: int
     slots: int
+    max_stall_ms: float
     seed: int = 0
 
     def prompts(self, count: int, tokens: int | None = None) -> list[np.ndarray]:
@@ -48,10 +50,11 @@ class Setting:
         return list(rng.integers(0, self.generator.model_config.vocab_size, shape, np.int32))
 
     @contextmanager
-    def engine(self, tokens: int, slots: int, **options: Any) -> Iterator[BatchEngine]:
+    def engine(self, tokens: int, slots: int) -> Iterator[BatchEngine]:
         """Give an engine that is warm; closed afterwards, which frees its states."""
         room = Room(tokens, self.new_tokens, slots)
-        engine = BatchEngine(self.generator, self.params, [room], steps=STEPS, **options)
+        options: EngineOptions = {"steps": STEPS, "max_stall_ms": self.max_stall_ms}
+        engine = BatchEngine(self.generator, self.params, [room], **options)
         engine.warmup(prompt_tokens=sorted({tokens, min(tokens, self.prompt_tokens)}))
         try:
             yield engine
@@ -140,10 +143,10 @@ def _static(setting: Setting, prompts: Sequence[np.ndarray], lengths: Sequence[i
     jax.block_until_ready(tokens)
 
 
-def stall(setting: Setting, max_stall_ms: float) -> dict[str, float]:
+def stall(setting: Setting) -> dict[str, float]:
     """Longest gap between an answer's tokens while a long prompt is read."""
     [prompt], [long] = setting.prompts(1), setting.prompts(1, setting.long_tokens)
-    with setting.engine(setting.long_tokens, 2, max_stall_ms=max_stall_ms) as engine:
+    with setting.engine(setting.long_tokens, 2) as engine:
         running = Times(engine, Request(prompt, setting.new_tokens, stop_tokens=()))
         while not running.tokens and running.error is None:
             engine.turn()
@@ -153,9 +156,9 @@ def stall(setting: Setting, max_stall_ms: float) -> dict[str, float]:
     gaps = np.diff(during)
     longest = float(gaps.max(initial=0.0)) * 1000
     return {
-        "max_stall_ms": max_stall_ms,
+        "max_stall_ms": setting.max_stall_ms,
         "longest_gap_ms": longest,
-        "ratio": longest / max_stall_ms,
+        "ratio": longest / setting.max_stall_ms,
         "gaps": len(gaps),
         "long_first_token_s": late.tokens[0] - late.sent,
     }

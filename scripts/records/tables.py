@@ -39,14 +39,14 @@ def speed(runs: Runs) -> str:
         full, wave = (steps[f"{tokens}/batch_1/{name}/ms"] for name in ("full", place))
         line = f"step of a whole model: batch 1, {words}"
         rows.append([line, f"{full:.2f} ms", f"{wave:.2f} ms", times(full, wave)])
-    full, wave = (steps[f"122880/largest/{name}"] for name in ("full", "device"))
-    line = f"whole model: 122,880 tokens, the largest batches ({full['batch']} and {wave['batch']})"
-    rate = [f"{each['tokens_per_s']} tokens/s" for each in (full, wave)]
-    rows.append([line, *rate, times(wave["tokens_per_s"], full["tokens_per_s"])])
-    full, wave = (runs[INT8][f"122880/largest/{name}"] for name in ("full", "device"))
-    line = f"the same with wave attention's rows in int8 ({full['batch']} and {wave['batch']})"
-    rate = [f"{each['tokens_per_s']} tokens/s" for each in (full, wave)]
-    rows.append([line, *rate, times(wave["tokens_per_s"], full["tokens_per_s"])])
+    for run, words in (
+        (steps, "whole model: 122,880 tokens, the largest batches"),
+        (runs[INT8], "the same with wave attention's rows in int8"),
+    ):
+        full, wave = (run[f"122880/largest/{name}"] for name in ("full", "device"))
+        line = f"{words} ({full['batch']} and {wave['batch']})"
+        rate = [f"{each['tokens_per_s']} tokens/s" for each in (full, wave)]
+        rows.append([line, *rate, times(wave["tokens_per_s"], full["tokens_per_s"])])
     head = ["workload", "full attention", "wave attention", "times as fast"]
     return table(head, rows) + dated(runs, OPS["H200"], STEPS["H200"], INT8)
 

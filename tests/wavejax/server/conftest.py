@@ -19,7 +19,7 @@ import wavejax
 from models.text.tokenizer import Tokenizer
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import CONTEXT, TEMPLATE, TINY, write_tokenizer
-from wavejax import LanguageModel
+from wavejax import LanguageModel, WaveConfig
 from wavejax.batching import batch_engine
 from wavejax.documents.shelf import Shelf
 from wavejax.engine.batching import BatchEngine
@@ -28,6 +28,15 @@ from wavejax.server.running import QuietServer, listening_socket, server_config
 from wavejax.server.service import Limits, Service
 
 NAME = "tiny"
+WAVE = WaveConfig(
+    local_tokens=8,
+    growth_tokens=16,
+    segment_tokens=128,
+    cluster_size=4,
+    max_cluster_size=8,
+    min_candidate_tokens=16,
+    min_retrieved_tokens=8,
+)
 HTTP = httpx.Client(timeout=120)  # httpx's own five seconds are few where programs compile
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.wavejax.server.conftest import HTTP, Running, make_engine
+from tests.wavejax.server.conftest import HTTP, WAVE, Running, make_engine
 from tests.wavejax.server.test_limits import Slow
-from wavejax import LanguageModel, WaveConfig
+from wavejax import LanguageModel
 from wavejax.engine.batching import BatchEngine
 from wavejax.server.page import policy_of
 from wavejax.server.service import Limits
@@ -21,16 +21,6 @@ from wavejax.server.service import Limits
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 TEXT = "The number is 42. Größe: 1 µm.\n"
 QUESTION = "Which number?"
-WAVE = WaveConfig(
-    local_tokens=8,
-    growth_tokens=16,
-    segment_tokens=128,
-    cluster_size=4,
-    max_cluster_size=8,
-    min_candidate_tokens=16,
-    min_retrieved_tokens=8,
-    audit=0.5,
-)
 
 
 def test_the_page_alone(server: Running) -> None:
@@ -127,7 +117,8 @@ def test_a_file_and_a_question(server: Running, page: Any) -> None:
 def test_what_wave_attention_read_is_shown(
     start: Callable[..., Running], tiny_model: LanguageModel, page: Any
 ) -> None:
-    model = dataclasses.replace(tiny_model, attention=WAVE)
+    audited = dataclasses.replace(WAVE, audit=0.5)
+    model = dataclasses.replace(tiny_model, attention=audited)
     with make_engine(model) as engine:
         server = start(engine=engine)
         page.goto(server.url)

@@ -7,21 +7,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests.wavejax.server.conftest import HTTP, NAME, Running, make_engine
-from wavejax import LanguageModel, WaveConfig
+from tests.wavejax.server.conftest import HTTP, NAME, WAVE, Running, make_engine
+from wavejax import LanguageModel
 
-SETTINGS = WaveConfig(
-    local_tokens=8,
-    growth_tokens=16,
-    segment_tokens=128,
-    cluster_size=4,
-    max_cluster_size=8,
-    min_candidate_tokens=16,
-    min_retrieved_tokens=8,
-    tolerance=0.5,
-    tolerance_draws=16,
-    tolerance_cap=2,
-)
+SETTINGS = dataclasses.replace(WAVE, tolerance=0.5, tolerance_draws=16, tolerance_cap=2)
 TEXT = "The town lies in a wide valley. The bridge over the river Elm was opened in 1907. " * 2
 GIVEN: Any = {"model": NAME, "prompt": TEXT, "temperature": 0, "max_tokens": 8}
 
