@@ -15,7 +15,7 @@ import wavejax
 from models.parameters import Params
 from wavejax import Generator
 from wavejax.engine.batching import BatchEngine, Event, Piece, Request, Room
-from wavejax.engine.batching.engine import EngineOptions
+from wavejax.engine.batching.options import EngineOptions
 
 STEPS = 8  # of a call of the step, here and there
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from wavejax.engine.batching import BatchEngine, Room
-from wavejax.engine.batching.engine import EngineOptions
+from wavejax.engine.batching.options import EngineOptions
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.language_model import LanguageModel

@@ -36,6 +36,27 @@ def free_tokens(attention: AnyAttention, state: Any) -> Int[Array, " batch"]:
     return attention.remaining(state)
 
 
+def fewest_tokens(attention: AnyAttention, state: Any) -> Int[Array, " batch"]:
+    """Count the tokens that `cut` must leave of each sequence, also after one step more: int32.
+
+    Wave attention's sinks and index stay as they are, and a full window is about to grow.
+    """
+    if isinstance(attention, WaveAttention):
+        growth = attention.config.growth_tokens * attention.due(state)
+        return state.steady.sink_tokens + state.index.tokens + growth
+    return jnp.zeros_like(attention.lengths(state))
+
+
+def cut(state: Any, sequence: Int[Array, ""], tokens: Int[Array, ""]) -> Any:
+    """Leave a sequence no more than its first tokens: `fewest_tokens` at least."""
+    if isinstance(state, DenseState):
+        return dataclasses.replace(state, tokens=state.tokens.at[sequence].set(tokens))
+    steady = state.steady
+    window = tokens - steady.sink_tokens[sequence] - state.index.tokens[sequence]
+    counts = steady.window_tokens.at[sequence].set(window)
+    return dataclasses.replace(state, steady=dataclasses.replace(steady, window_tokens=counts))
+
+
 def append(
     layer: Layer,
     query: PromptQuery,

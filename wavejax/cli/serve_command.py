@@ -28,7 +28,7 @@ from wavejax.engine.sampling import Sampler
 from wavejax.loading import check_placement, named_attention, open_model
 from wavejax.planning.plan import FetchChoice, StoreChoice
 
-QUESTION_TOKENS = 1024  # Room for a question besides its answer, where there are documents.
+QUESTION_TOKENS = 1024  # Room for a question besides its answer, where prompts go on.
 KEY_VARIABLE = "WAVEJAX_API_KEY"
 # What the extra `serve` installs, and what that in turn needs.
 _EXTRA = ("fastapi", "starlette", "pydantic", "uvicorn", "sse_starlette", "prometheus_client")
@@ -55,6 +55,7 @@ def command(
     request_seconds: float,
     max_stall_ms: float,
     documents: str | None,
+    reuse_slots: bool,
     warmup: bool,
     dtype: str,
     store: StoreChoice,
@@ -73,11 +74,11 @@ def command(
     check_variable()
     server = server_packages()
     key = api_key()
-    # Questions to a kept document go where answers go.
-    questions = 0
     if documents is not None:
         check_shelf(Path(documents))
-        questions = QUESTION_TOKENS
+    # Questions to a kept document, and a chat's next turn, go where answers go.
+    goes_on = reuse_slots or documents is not None
+    questions = QUESTION_TOKENS if goes_on else 0
     opened = open_model(
         model,
         dtype=dtype,
@@ -104,10 +105,11 @@ def command(
             max_new_tokens=max_new_tokens + questions,
             queue_limit=queue_limit,
             max_stall_ms=max_stall_ms,
+            reuse_slots=reuse_slots,
         )
         if warmup:
             with progress_bar("compiling", sys.stderr.isatty()) as report:
-                engine.warmup(samplers=(Sampler(), sampler), progress=report)
+                engine.warmup((Sampler(), sampler), progress=report, appended=goes_on)
         shelf = None
         if documents is not None:
             shelf = Shelf(

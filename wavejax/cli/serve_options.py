@@ -122,6 +122,14 @@ _OPTIONS = [
     ),
     option(
         REQUESTS,
+        "--reuse-slots/--no-reuse-slots",
+        default=False,
+        show_default=True,
+        help="A prompt that begins with what a free slot still holds goes on from there: a chat's "
+        "next turn, or a second question to a text. Its answer then depends on what came before.",
+    ),
+    option(
+        REQUESTS,
         "--warmup/--no-warmup",
         default=False,
         show_default=True,

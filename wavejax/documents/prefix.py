@@ -17,6 +17,7 @@ from jaxtyping import Int
 from pallas_kernels.rounding import dequantise
 from pallas_kernels.types import Rows
 from wavejax.config import WaveConfig
+from wavejax.engine.prompts import common_prefix
 from wavejax.store.index import WaveIndex, append_segments
 
 
@@ -41,13 +42,6 @@ class Cut(NamedTuple):
     def window(self) -> int:
         """Tokens in the window."""
         return self.length - self.sinks - self.indexed
-
-
-def common_prefix(kept: Int[np.ndarray, "_kept"], prompt: Int[np.ndarray, "_prompt"]) -> int:
-    """Count the tokens that two sequences begin with alike."""
-    shorter = min(len(kept), len(prompt))
-    different = np.flatnonzero(kept[:shorter] != prompt[:shorter])
-    return int(different[0]) if different.size else shorter
 
 
 def reusable(kept: Int[np.ndarray, "_kept"], prompt: Int[np.ndarray, "_prompt"]) -> int:

@@ -17,12 +17,12 @@ from wavejax.attention.dense import DenseAttention
 from wavejax.documents.document import Document, load_document, save_document
 from wavejax.documents.files import Folder, read_folder, refuse_other
 from wavejax.documents.fingerprints import weights_fingerprint
-from wavejax.documents.prefix import common_prefix
 from wavejax.documents.restore import shortest_prompt
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.engine.model_sampling import check_samples
 from wavejax.engine.prompt_text import EncodedPrompt, Message, check_lengths, encode_prompt
+from wavejax.engine.prompts import common_prefix
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.state import DecodeState
 from wavejax.engine.text import TextRun, TextStream

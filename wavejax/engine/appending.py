@@ -83,7 +83,7 @@ def append_some(
         free = int(appended.free_tokens(engine.attention, arrays)[slot])
         if free:
             break
-        attention_state = _grow(engine, attention_state)
+        attention_state = grow(engine, attention_state)
     piece = tokens[: min(free, PIECE)]
     given = engine, params, attention_state, logits, slot, piece
     return *_append_piece(*given), len(piece)
@@ -168,7 +168,7 @@ def _finish(
     return appended.advance(state, sequence, count), logits.at[sequence].set(last[0])
 
 
-def _grow(engine: Engine, attention_state: Any) -> Any:
+def grow(engine: Engine, attention_state: Any) -> Any:
     """Move the oldest tokens of full windows into their indexes."""
     attention = engine.attention
     if not isinstance(attention_state, StagedState):

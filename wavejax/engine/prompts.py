@@ -1,4 +1,7 @@
-"""The lengths that prompts are padded to, and the room that is made for answers."""
+"""The lengths that prompts are padded to, the room for answers, and what prompts share."""
+
+import numpy as np
+from jaxtyping import Int
 
 SMALLEST_BUCKET = 128
 SMALLEST_ROOM = 64
@@ -24,6 +27,13 @@ def answer_room(new_tokens: int) -> int:
     As a prompt's bucket, but of at least 64; none where none is asked for.
     """
     return _rounded_up(new_tokens, SMALLEST_ROOM) if new_tokens else 0
+
+
+def common_prefix(kept: Int[np.ndarray, "_kept"], prompt: Int[np.ndarray, "_prompt"]) -> int:
+    """Count the tokens that two sequences begin with alike."""
+    shorter = min(len(kept), len(prompt))
+    different = np.flatnonzero(kept[:shorter] != prompt[:shorter])
+    return int(different[0]) if different.size else shorter
 
 
 def _rounded_up(tokens: int, least: int) -> int:

@@ -8,7 +8,8 @@ import pytest
 import wavejax
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, make_params, make_prompts
 from wavejax import DenseAttention, Generator, WaveAttention
-from wavejax.documents.prefix import Cut, common_prefix, cut_at
+from wavejax.documents.prefix import Cut, cut_at
+from wavejax.engine.prompts import common_prefix
 from wavejax.store.sizes import segment_sizes
 
 # Segments of 128 tokens: the document has three in its index, the last of them cut short.

@@ -36,7 +36,7 @@ class Answer:
         started: when its reading began.
         read: when its prompt was read.
         first: when its first token came.
-        tokens: that came.
+        token_ids: that came.
         dispatched: steps that the device was asked for.
         cached: tokens of the prompt that were not read anew.
         reason: why it ended.
@@ -54,7 +54,7 @@ class Answer:
     started: float | None = None
     read: float | None = None
     first: float | None = None
-    tokens: int = 0
+    token_ids: list[int] = dataclasses.field(default_factory=list)
     dispatched: int = 0
     cached: int = 0
     reason: FinishReason | None = None
@@ -65,6 +65,11 @@ class Answer:
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens came."""
+        return len(self.token_ids)
 
     @property
     def room(self) -> tuple[int, int]:
@@ -93,7 +98,7 @@ class Answer:
         """Take a token; the answer may end with it."""
         if self.first is None:
             self.first = now
-        self.tokens += 1
+        self.token_ids.append(token)
         text, reason = "", None
         stops: Any = self.request.stop_tokens
         if token in stops:

@@ -14,6 +14,7 @@ from models.parameters import Params
 from wavejax.engine import penalties, slots
 from wavejax.engine.batching import watching
 from wavejax.engine.batching.answer import Answer
+from wavejax.engine.batching.ended import Ended, ended
 from wavejax.engine.batching.levels import Level, level_of
 from wavejax.engine.batching.reads import begin_reads, copy_counters, reads_in
 from wavejax.engine.batching.request import TokenLogprobs
@@ -52,10 +53,13 @@ class Batch:
         generator: what generates.
         params: the model's parameters.
         room: the slots' size, and how many there are.
+        reuse_slots: whether what free slots hold is noted, for prompts that begin with it.
     """
 
-    def __init__(self, generator: Generator, params: Params, room: Room):
+    def __init__(self, generator: Generator, params: Params, room: Room, reuse_slots: bool = False):
         self.generator, self.params, self.room = generator, params, room
+        self._reuse_slots, self._have_left = reuse_slots, 0
+        self.ended: dict[int, Ended] = {}  # by slot, of free ones
         self.engine = generator.engine
         self.state: DecodeState | None = None
         self.seats: list[Answer | None] = [None] * room.slots
@@ -98,21 +102,30 @@ class Batch:
     def drop(self) -> None:
         """Give the state's memory back."""
         self.state = None
+        self.ended.clear()
         self.calls.clear()
         self._to_release.clear()
 
     def free_slots(self) -> list[int]:
-        """List the slots that a prompt may take."""
-        return [
+        """List the slots that a prompt may take, those first that no prompt goes on from soon."""
+        free = [
             slot
             for slot, answer in enumerate(self.seats)
             if answer is None and slot not in self.kept
         ]
+        # Those that nothing has left come first, then who left first.
+        return sorted(free, key=lambda slot: self.ended[slot].number if slot in self.ended else 0)
+
+    def keep(self, slot: int) -> None:
+        """Keep a slot for a prompt: nothing goes on from what it holds."""
+        self.kept.add(slot)
+        self.ended.pop(slot, None)
 
     def seat(self, slot: int, answer: Answer) -> None:
         """Begin an answer in a slot whose prompt has been read."""
         request: Any = answer.request
         self.kept.discard(slot)
+        self.ended.pop(slot, None)
         self._to_release.discard(slot)
         self.seats[slot] = answer
         self._set_sampling()
@@ -141,6 +154,15 @@ class Batch:
                     answer.reads = functools.partial(reads_in, copy_counters(self.state, slot))
                 self.seats[slot] = None
                 self._to_release.add(slot)
+                self._note_ended(slot, answer)
+
+    def _note_ended(self, slot: int, answer: Answer) -> None:
+        if not self._reuse_slots:
+            return
+        self._have_left += 1
+        left = ended(self.engine, self.state, slot, answer, self._have_left)
+        if left is not None:
+            self.ended[slot] = left
 
     @property
     def waits_for_tokens(self) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from models.errors import InputError
 from models.parameters import Params
@@ -15,7 +15,7 @@ from wavejax.engine.batching.handle import Channel, Handle
 from wavejax.engine.batching.request import EngineClosed, Event, Request
 from wavejax.engine.batching.rooms import Room, as_rooms, check_context
 from wavejax.engine.batching.scheduler import Scheduler
-from wavejax.engine.batching.stats import Stats
+from wavejax.engine.batching.stats import Stats, held_by
 from wavejax.engine.batching.warmup import warm
 from wavejax.engine.checks import real_number, whole_number
 from wavejax.engine.generator import Generator
@@ -23,19 +23,6 @@ from wavejax.engine.modes import own_modes
 from wavejax.engine.prompts import bucket
 from wavejax.engine.sampling import Sampler
 from wavejax.engine.state_checks import check_params
-
-
-class EngineOptions(TypedDict, total=False):
-    """The keywords of `BatchEngine`, typed for those that hand them on."""
-
-    tokenizer: Tokenizer | None
-    memory: int | None
-    max_stall_ms: float
-    queue_limit: int
-    short_tokens: int
-    most_passes: int
-    steps: int
-    clock: Callable[[], float]
 
 
 class BatchEngine:
@@ -55,6 +42,9 @@ class BatchEngine:
         max_context: the most tokens of a request, prompt and answer; None: as the model has it.
         memory: bytes that the rooms' states may take together; None: as many as all take. A room
             has memory from its first request on, and gives it back when idle and another needs it.
+        reuse_slots: whether a prompt that begins with what a free slot still holds goes on from
+            there, as `Generator.append` does: a chat's next turn costs its own tokens. A request
+            then gets what its conversation gives, not what it gets alone.
         max_stall_ms: the longest that an answer waits from one call's tokens to the next one's
             while prompts are read. What compiles meanwhile takes longer: see `warmup`.
         queue_limit: the most requests that wait.
@@ -77,6 +67,7 @@ class BatchEngine:
         tokenizer: Tokenizer | None = None,
         max_context: int | None = None,
         memory: int | None = None,
+        reuse_slots: bool = False,
         max_stall_ms: float = 250.0,
         queue_limit: int = 64,
         short_tokens: int = 2048,
@@ -104,6 +95,7 @@ class BatchEngine:
             params,
             self.rooms,
             memory=self._memory,
+            reuse_slots=reuse_slots,
             stall=stall / 1000,
             queue_limit=whole_number("`queue_limit`", queue_limit, 1),
             most_passes=whole_number("`most_passes`", most_passes, 0),
@@ -194,6 +186,7 @@ class BatchEngine:
         samplers: Sequence[Sampler] = (Sampler(),),
         prompt_tokens: Sequence[int] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        appended: bool = False,
     ) -> None:
         """Compile ahead, and measure how long prompts take to read; before `start`.
 
@@ -202,6 +195,7 @@ class BatchEngine:
                 penalises. Each kind is a program; other numbers are not.
             prompt_tokens: lengths to read prompts of; None: all that have programs of their own.
             progress: called with (programs' runs done, in all).
+            appended: whether prompts will go on from what was kept, or what a slot holds.
 
         Raises:
             EngineClosed: it was started.
@@ -209,7 +203,7 @@ class BatchEngine:
         if self._thread is not None or self._closing:
             raise EngineClosed("the engine works already: `warmup` comes before `start`")
         with own_modes():
-            warm(self._scheduler, samplers, prompt_tokens, progress)
+            warm(self._scheduler, samplers, prompt_tokens, progress, appended)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for all to end.
@@ -261,7 +255,7 @@ class BatchEngine:
                 reading=len(scheduler.readings),
                 running=len(scheduler.running),
                 longest_stall_seconds=scheduler.longest_stall,
-                **scheduler.held,
+                **held_by(scheduler.batches, scheduler.readings.values(), scheduler.running),
                 **scheduler.counts,
             )
 

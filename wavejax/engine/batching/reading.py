@@ -201,12 +201,17 @@ def park(engine: Engine, attention_state: Any, slot: Array, length: Array) -> An
     if isinstance(attention, WaveAttention):
         config = attention.config
         length = jnp.int32(config.sink_tokens + config.window_tokens - 1)
-    arrays = _park(attention, engine.arrays_of(attention_state), slot, length)
+    return let_hold(engine, attention_state, slot, length)
+
+
+def let_hold(engine: Engine, attention_state: Any, slot: Array, length: Array) -> Any:
+    """Give a slot the lengths that a prompt of `length` tokens leaves; as held, and donated."""
+    arrays = _let_hold(engine.attention, engine.arrays_of(attention_state), slot, length)
     if isinstance(attention_state, StagedState):
         return StagedState(arrays, attention_state.rows)
     return arrays
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _park(attention: AnyAttention, state: Any, slot: Array, length: Array) -> Any:
+def _let_hold(attention: AnyAttention, state: Any, slot: Array, length: Array) -> Any:
     return attention.finish_prefill(state, slot, length)

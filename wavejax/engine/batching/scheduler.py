@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from models.parameters import Params
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
+from wavejax.engine.batching.continued_reading import ContinuedReading, slot_to_continue
 from wavejax.engine.batching.kept_reading import KeptReading
 from wavejax.engine.batching.line import Blocked, Line
 from wavejax.engine.batching.pace import Pace, reads_whole
@@ -35,7 +36,7 @@ class Scheduler:
     4. Prompts are read, for as long as answers may wait.
 
     Args:
-        generator, params, rooms, memory, queue_limit, most_passes, steps, clock: as of
+        generator, params, rooms, memory, reuse_slots, queue_limit, most_passes, steps, clock: as of
             `BatchEngine`.
         stall: seconds that answers may wait.
         lock: guards what `BatchEngine.submit` and `stats` see.
@@ -48,6 +49,7 @@ class Scheduler:
         rooms: Sequence[Room],
         *,
         memory: int | None,
+        reuse_slots: bool,
         stall: float,
         queue_limit: int,
         most_passes: int,
@@ -56,7 +58,7 @@ class Scheduler:
         lock: threading.Condition,
     ):
         self.generator = generator
-        self.batches = [Batch(generator, params, room) for room in rooms]
+        self.batches = [Batch(generator, params, room, reuse_slots) for room in rooms]
         self.line = Line(queue_limit, most_passes)
         self.readings: dict[bool, SlotReading] = {}  # by whether its prompt is short
         self.running: set[Answer] = set()
@@ -75,18 +77,6 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether anyone waits, is read or runs."""
         return bool(len(self.line) or self.readings or self.running)
-
-    @property
-    def held(self) -> dict[str, int]:
-        """Slots that have memory, their tokens, and those in use; see `Stats`."""
-        rooms = [batch.room for batch in self.batches if batch.state]
-        reading = sum(one.answer.prompt_tokens for one in self.readings.values())
-        running = sum(answer.prompt_tokens + answer.tokens for answer in self.running)
-        return {
-            "slots": sum(room.slots for room in rooms),
-            "token_room": sum(room.slots * room.tokens for room in rooms),
-            "held_tokens": reading + running,
-        }
 
     def turn(self) -> None:
         """Do one turn; see the class."""
@@ -122,11 +112,15 @@ class Scheduler:
             answer.started = self.clock()
             try:
                 self._allocate(batch)
+                self.readings[answer.short].prepare()
             except Exception as error:  # memory that the planner knew nothing of
                 self._end(answer, "error", error)
 
     def _reading(self, batch: Batch, slot: int, answer: Answer) -> SlotReading:
         """Choose how a prompt gets into its slot."""
+        held = batch.ended.get(slot)
+        if held is not None and held.reused(answer.request):
+            return ContinuedReading(batch, slot, answer)
         if answer.request.kept is not None:
             return KeptReading(batch, slot, answer)
         padded, config = bucket(answer.prompt_tokens), self.generator.model_config
@@ -134,9 +128,15 @@ class Scheduler:
         return Reading(batch, slot, answer, whole)
 
     def _place(self, answer: Answer) -> Place | Blocked:
-        """Find the smallest room's slot that holds a request, or say why there is none now."""
+        """Find the smallest room's slot that holds a request, or say why there is none now.
+
+        Before all others one that holds what its prompt begins with.
+        """
         if answer.short in self.readings:
             return "reading"
+        continued = slot_to_continue(self.batches, answer)
+        if continued is not None:
+            return continued
         for batch in self.batches:
             if not batch.room.holds(*answer.room):
                 continue

@@ -1,13 +1,17 @@
 """What all ways to fill a slot for an answer have in common: parts, their errors, and the end."""
 
 import abc
+import dataclasses
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from wavejax.engine import appending
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
+from wavejax.engine.prompts import bucket
 
 
 class Part(NamedTuple):
@@ -35,7 +39,10 @@ class SlotReading(abc.ABC):
         self.batch, self.slot, self.answer = batch, slot, answer
         self.error: Exception | None = None
         self.done = False
-        batch.kept.add(slot)
+        batch.keep(slot)
+
+    def prepare(self) -> None:  # noqa: B027 (most have nothing to prepare)
+        """Do what cannot wait for the first part's turn."""
 
     @abc.abstractmethod
     def part(self) -> Part:
@@ -62,3 +69,52 @@ class SlotReading(abc.ABC):
         """Let the answer begin, in a slot that has been filled."""
         self.batch.seat(self.slot, self.answer)
         self.done = True
+
+
+class AppendedReading(SlotReading):
+    """Appends the rest of a prompt to what its slot holds, as `Generator.append` does.
+
+    The slot holds a sequence that has ended: a decode step writes one row after it, which the next
+    tokens take the place of. A piece of them runs through all layers in one part.
+
+    Args:
+        batch, slot: as of `SlotReading`.
+        answer: whose prompt.
+        reused: tokens of the prompt that are not read anew.
+    """
+
+    def __init__(self, batch: Batch, slot: int, answer: Answer, reused: int):
+        super().__init__(batch, slot, answer)
+        prompt: Any = answer.request.prompt
+        self._prompt: np.ndarray = prompt
+        self._reused = self._read = reused
+
+    def part(self) -> Part:
+        """Say what comes next: a piece of the rest."""
+        count = min(appending.PIECE, len(self._prompt) - self._read)
+        sizes = bucket(self._read), bucket(count) if count else 0
+        return Part(("append", self.batch.room, *sizes), 1)
+
+    def _append(self) -> Any:
+        """Read a piece; the answer begins with the last one."""
+        batch = self.batch
+        state = batch.whole_state
+        given = state.attention_state, state.logits, self.slot, self._prompt[self._read :]
+        held, logits, count = appending.append_some(batch.engine, batch.params, *given)
+        batch.state = dataclasses.replace(state, attention_state=held, logits=logits)
+        self._read += count
+        self.answer.tell(self._read)
+        if self._read == len(self._prompt):
+            self._seat()
+        return logits
+
+    def _tell_reused(self) -> None:
+        """Say that what is reused is there."""
+        self.answer.cached = self._reused
+        self.answer.tell(self._reused)
+
+    def _hold(self, attention_state: Any) -> Any:
+        """Go on with a new attention state; return what to wait for."""
+        batch = self.batch
+        batch.state = dataclasses.replace(batch.whole_state, attention_state=attention_state)
+        return batch.engine.arrays_of(attention_state)

@@ -1,9 +1,12 @@
 """What an engine has done, and does."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from wavejax.engine.batching.answer import Answer
+from wavejax.engine.batching.batch import Batch
 from wavejax.engine.batching.request import FinishReason
+from wavejax.engine.batching.slot_reading import SlotReading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,3 +55,16 @@ class Stats:
     def unfinished(self) -> int:
         """How many requests were taken and have not ended: waiting, reading and running."""
         return self.waiting + self.reading + self.running
+
+
+def held_by(
+    batches: Sequence[Batch], readings: Iterable[SlotReading], running: Iterable[Answer]
+) -> dict[str, int]:
+    """Count slots that have memory, their tokens, and those in use; as fields of `Stats`."""
+    rooms = [batch.room for batch in batches if batch.state]
+    reading = sum(one.answer.prompt_tokens for one in readings)
+    return {
+        "slots": sum(room.slots for room in rooms),
+        "token_room": sum(room.slots * room.tokens for room in rooms),
+        "held_tokens": reading + sum(one.prompt_tokens + one.tokens for one in running),
+    }

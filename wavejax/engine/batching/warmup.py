@@ -4,14 +4,17 @@ import collections
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
+from wavejax.engine import appending
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
+from wavejax.engine.batching.continued_reading import cut_slot
 from wavejax.engine.batching.handle import Channel
 from wavejax.engine.batching.levels import Level, level_of
 from wavejax.engine.batching.pace import reads_whole
-from wavejax.engine.batching.reading import Reading
+from wavejax.engine.batching.reading import Reading, let_hold
 from wavejax.engine.batching.request import Request
 from wavejax.engine.batching.scheduler import Scheduler
 from wavejax.engine.batching.sharing import copies, copy_slot
@@ -24,6 +27,7 @@ def warm(
     samplers: Sequence[Sampler],
     prompt_tokens: Sequence[int] | None,
     progress: Callable[[int, int], None] | None,
+    appended: bool,
 ) -> None:
     """Run every program that requests will need, twice; see `BatchEngine.warmup`."""
     vocab = scheduler.generator.model_config.vocab_size
@@ -33,7 +37,8 @@ def warm(
         for number, batch in enumerate(scheduler.batches)
         for length in _lengths(scheduler.batches, number, prompt_tokens)
     ]
-    rounds = len(work) + len(scheduler.batches) * len(by_level)
+    pieces = _buckets(1, appending.PIECE) if appended else []
+    rounds = len(work) + len(scheduler.batches) * (len(by_level) + len(pieces))
     done = 0
 
     def count() -> None:
@@ -56,6 +61,9 @@ def warm(
         for sampler in by_level.values():
             _run(scheduler, batch, min(lengths, default=1), sampler, True, scheduler.step_sizes)
             count()
+        for tokens in pieces:
+            _append(batch, tokens)
+            count()
         if copies(batch.engine.attention):
             batch.state = copy_slot(batch.whole_state, 0, 0)
         batch.drop()
@@ -70,10 +78,25 @@ def _lengths(
     least = max((size for size in smaller if size < most), default=0)
     if prompt_tokens is not None:
         return sorted({bucket(one) for one in prompt_tokens if least < bucket(one) <= most})
-    lengths = [bucket(least + 1)]
+    return _buckets(least + 1, most)
+
+
+def _buckets(least: int, most: int) -> list[int]:
+    """List the padded lengths from the one of `least` tokens to the first of `most` or more."""
+    lengths = [bucket(least)]
     while lengths[-1] < most:
         lengths.append(bucket(lengths[-1] + 1))
     return lengths
+
+
+def _append(batch: Batch, tokens: int) -> None:
+    """Append so many tokens to a slot that holds nothing; fewer where a window takes no more."""
+    engine, state = batch.engine, batch.whole_state
+    emptied = let_hold(engine, state.attention_state, jnp.int32(0), jnp.int32(0))
+    given = appending.grow(engine, emptied), state.logits, 0, np.zeros(tokens, np.int32)
+    held, logits, count = appending.append_some(engine, batch.params, *given)
+    batch.state = dataclasses.replace(state, attention_state=held, logits=logits)
+    cut_slot(batch, 0, count)
 
 
 def _run(

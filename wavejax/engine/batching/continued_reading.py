@@ -1,0 +1,72 @@
+"""A prompt that begins with what a free slot still holds: that is cut to it, and the rest appended.
+
+A chat's next turn begins with the last one's prompt and answer, and a second question to a text
+with the text.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from wavejax.attention import appended
+from wavejax.engine.batching.answer import Answer
+from wavejax.engine.batching.batch import Batch
+from wavejax.engine.batching.slot_reading import AppendedReading
+from wavejax.engine.staged_state import StagedState, on_device_of
+
+
+class ContinuedReading(AppendedReading):
+    """Goes on in a slot from what it holds.
+
+    Args:
+        batch: as of `SlotReading`.
+        slot: one of `batch.ended`.
+        answer: whose prompt begins with what the slot holds.
+    """
+
+    def __init__(self, batch: Batch, slot: int, answer: Answer):
+        super().__init__(batch, slot, answer, batch.ended[slot].reused(answer.request))
+
+    def prepare(self) -> None:
+        """Cut what the slot holds: a step before it could grow what is to be cut."""
+        cut_slot(self.batch, self.slot, self._reused)
+        self._tell_reused()
+
+    def _run(self, units: int) -> Any:
+        return self._append()
+
+
+def slot_to_continue(batches: Sequence[Batch], answer: Answer) -> tuple[Batch, int] | None:
+    """Find the free slot from which the most tokens of a prompt are reused; None if there is none.
+
+    The smallest room's of several. Waits for the calls that the slots' answers were in.
+    """
+    found: list[tuple[int, Batch, int]] = [
+        (held.reused(answer.request), batch, slot)
+        for batch in batches
+        for slot, held in batch.ended.items()
+        if slot in batch.free_slots()
+    ]
+    if not any(reused for reused, _, _ in found):
+        return None
+    _, batch, slot = max(found, key=lambda one: one[0])
+    return batch, slot
+
+
+def cut_slot(batch: Batch, slot: int, tokens: int) -> None:
+    """Leave a slot the first tokens of what it holds."""
+    state = batch.whole_state
+    held = state.attention_state
+    arrays = _cut(on_device_of(held), jnp.int32(slot), jnp.int32(tokens))
+    new = StagedState(arrays, held.rows) if isinstance(held, StagedState) else arrays
+    batch.state = dataclasses.replace(state, attention_state=new)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _cut(state: Any, slot: Array, tokens: Array) -> Any:
+    return appended.cut(state, slot, tokens)
