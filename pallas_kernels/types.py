@@ -79,6 +79,22 @@ class ClusterScores(NamedTuple):
     products: Array | None = None
 
 
+class Reach(NamedTuple):
+    """What the members of a cluster might have more than its mean, as a part of their logits.
+
+    To a logit is added length * deviation.
+
+    Attributes:
+        lengths: `[batch, kv_heads, group]` float32, of the query, times the scale of its products
+            and the number of deviations that are added.
+        deviations: `[layers, batch, kv_heads, clusters]`, the standard deviation of the members'
+            keys along a direction, in the mean of all directions.
+    """
+
+    lengths: Float[Array, "batch kv_heads group"]
+    deviations: Float[Array, "layers batch kv_heads clusters"]
+
+
 class Candidates(NamedTuple):
     """The best clusters of each row of (sequence, kv head), and the list of their tokens.
 

@@ -65,6 +65,11 @@ class WaveConfig:
     token_codes: bool = _setting(True, "rank single tokens by one-bit codes, not whole clusters")
     candidate_fraction: float = _setting(0.25, "share of tokens whose codes are read")
     min_candidate_tokens: int = _setting(16384, "least tokens whose codes are read")
+    reach: float = _setting(
+        0.0,
+        "rank clusters, whose tokens' codes are read, by what a token of theirs might reach: by so "
+        "many standard deviations more than their mean",
+    )
     retrieval_fraction: float = _setting(0.009, "share of tokens retrieved and attended exactly")
     min_retrieved_tokens: int = _setting(4096, "least tokens retrieved: short contexts near exact")
     min_token_mass: float = _setting(
@@ -147,6 +152,9 @@ class WaveConfig:
         _check_known("moment_rank", self.moment_rank, MOMENT_RANKS)
         if self.bounds and not self.moment_rank:
             raise InputError("`bounds` want moments: give `moment_rank` of 1, 2 or 4")
+        _check_range("reach", self.reach, 0, 100)
+        if self.reach and not self.token_codes:
+            raise InputError("`reach` finds tokens for their codes: give `token_codes=True`")
         _check_range("delta", self.delta, 1e-6, 0.5)
         _check_range("tolerance_draws", self.tolerance_draws, 2, 65536)
         _check_range("tolerance_cap", self.tolerance_cap, 1, 65536)

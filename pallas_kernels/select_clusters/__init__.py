@@ -6,7 +6,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.select_clusters import reference, triton
 from pallas_kernels.select_clusters.reference import list_candidates as list_candidates
-from pallas_kernels.types import Candidates
+from pallas_kernels.types import Candidates, Reach
 
 
 def select_clusters(
@@ -17,6 +17,7 @@ def select_clusters(
     budget: Int[Array, " batch"],
     *,
     max_candidates: int,
+    reach: Reach | None = None,
     implementation: Implementation | None = None,
 ) -> Candidates:
     """Select the clusters of most group mass per token, until they hold `budget` tokens.
@@ -32,6 +33,8 @@ def select_clusters(
         layer: int32, which layer of `offsets`.
         budget: int32, tokens wanted, for each sequence.
         max_candidates: room for candidates a row, which the ops that read them must have too.
+        reach: rank clusters by what their members might reach in place of their means; None: by
+            the logits as they are.
         implementation: see `pallas_kernels.dispatch.call`.
     """
     return dispatch.call(
@@ -44,4 +47,5 @@ def select_clusters(
         layer,
         budget,
         max_candidates=max_candidates,
+        reach=reach,
     )

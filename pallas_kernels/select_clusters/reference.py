@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.numerics import heaviest, list_places, log_sum_exp, ordered_bits
-from pallas_kernels.types import GRANULE, MASKED, NO_ID, Candidates
+from pallas_kernels.types import GRANULE, MASKED, NO_ID, Candidates, Reach
 
 
 def list_candidates(selected: Array, sizes: Array, max_candidates: int) -> Candidates:
@@ -37,8 +37,12 @@ def select_clusters(
     budget: Array,
     *,
     max_candidates: int,
+    reach: Reach | None = None,
 ) -> Candidates:
     """See `pallas_kernels.select_clusters`."""
+    if reach is not None:
+        deviations = reach.deviations[layer].astype(jnp.float32)
+        logits = logits + reach.lengths[..., None] * deviations[:, :, None]
     sizes = jnp.diff(offsets[layer], axis=-1)
     mass = jnp.where(sizes > 0, log_sum_exp(logits - logsumexp[..., None], axis=2), MASKED)
     row_budget = jnp.broadcast_to(budget[:, None], mass.shape[:2])

@@ -24,7 +24,7 @@ from pallas_kernels.toolbox.sampled_split import (
     split,
 )
 from pallas_kernels.toolbox.selection_end import end_of_all, find_end, read_end
-from pallas_kernels.types import GRANULE, NO_ID, Candidates
+from pallas_kernels.types import GRANULE, NO_ID, Candidates, Reach
 
 __all__ = ["Config", "heuristic", "select_clusters"]
 
@@ -34,13 +34,17 @@ def _rank(
     logsumexp_ref: Any,
     offsets_ref: Any,
     layer_ref: Any,
+    reach: Any,
     keys_ref: Any,
     sizes_ref: Any,
     drawn_refs: Drawn | None,
     *,
     config: Config,
 ) -> None:
-    """Keys in the order of group mass, and sizes; both zero for a cluster without members."""
+    """Keys in the order of group mass, and sizes; both zero for a cluster without members.
+
+    `reach` is a `Reach` of refs, or None.
+    """
     _, kv_heads, group, clusters = logits_ref.shape
     part, row = pl.program_id(0), pl.program_id(1)
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
@@ -49,10 +53,15 @@ def _rank(
     begins = plt.load(offsets_ref.at[layer, b, h, c], mask=exists, other=0)
     sizes = plt.load(offsets_ref.at[layer, b, h, c + 1], mask=exists, other=0) - begins
     peak = jnp.full(config.share, -jnp.inf, jnp.float32)
+    if reach is not None:
+        deviations = plt.load(reach.deviations.at[layer, b, h, c], mask=exists, other=0)
+        deviations = deviations.astype(jnp.float32)
     heads = []
     for g in range(group):
         at = (b, h, jnp.int32(g))
         logits = plt.load(logits_ref.at[*at, c], mask=exists, other=0)
+        if reach is not None:
+            logits = logits + plt.load(reach.lengths.at[at]) * deviations
         heads.append(logits - plt.load(logsumexp_ref.at[at]))
         peak = jnp.maximum(peak, heads[-1])
     mass = sum(jnp.exp(x - peak) for x in heads)
@@ -160,6 +169,7 @@ def select_clusters(
     budget: Array,
     *,
     max_candidates: int,
+    reach: Reach | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Candidates:
@@ -192,7 +202,7 @@ def select_clusters(
         drawn = Drawn(rows.of(config.sample, dtype=jnp.uint32), rows.of(config.sample))
     keys, sizes, drawn = call(
         functools.partial(_rank, config=config),
-        (logits, logsumexp, offsets, launch.scalar(layer)),
+        (logits, logsumexp, offsets, launch.scalar(layer), reach),
         (rows.of(padded, dtype=jnp.uint32), rows.of(padded), drawn),
         padded // config.share,
         name="rank_clusters",

@@ -15,6 +15,7 @@ from pallas_kernels.types import (
     ClusterScores,
     Correction,
     Estimate,
+    Reach,
     Retrieved,
     RowTable,
 )
@@ -86,16 +87,22 @@ def of_all_tokens(
 
 
 def select_clusters(
-    config: WaveConfig, scores: ClusterScores, index: WaveIndex, layer: Int[Array, ""]
+    config: WaveConfig,
+    query: Float[Array, "batch kv_heads group head_dim"],
+    scores: ClusterScores,
+    index: WaveIndex,
+    layer: Int[Array, ""],
+    *,
+    scale: float,
 ) -> Candidates:
     """Select the clusters of most group mass, whose tokens are the candidates.
 
-    Args:
-        config: the settings.
-        scores: of the clusters, from `score_clusters` or `of_all_tokens`.
-        index: the index.
-        layer: int32, which layer.
+    Arguments as of `score_tokens`.
     """
+    reach = None
+    if index.deviations is not None:
+        length = jnp.linalg.norm(query.astype(jnp.float32), axis=-1)
+        reach = Reach(config.reach * scale * length, index.deviations)
     return ops.select_clusters(
         scores.logits,
         scores.logsumexp,
@@ -103,6 +110,7 @@ def select_clusters(
         layer,
         budgets(config, index.tokens)[1],
         max_candidates=config.most_candidates(index.token_ids.shape[-1]),
+        reach=reach,
     )
 
 

@@ -173,7 +173,7 @@ def _select(
     """Select as steps 2 to 6 of `WaveAttention.decode` do, by a budget of each kv head."""
     index, scale = state.index, scale_of(query)
     scores = retrieval.score_clusters(query, index, layer, scale=scale)
-    chosen = retrieval.select_clusters(config, scores, index, layer)
+    chosen = retrieval.select_clusters(config, query, scores, index, layer, scale=scale)
     masses = retrieval.score_tokens(config, query, scores, chosen, index, layer, scale=scale)
     table, step = state.cache.table, state.step
     retrieved = retrieval.select_tokens(

@@ -256,7 +256,7 @@ class WaveAttention(Attention[WaveState]):
         if config.min_token_mass > 0:
             scores = retrieval.of_all_tokens(scores, query, state.steady, layer, scale=scale)
         # 3. Select the clusters of most mass: their tokens are the candidates.
-        chosen = retrieval.select_clusters(config, scores, index, layer)
+        chosen = retrieval.select_clusters(config, query, scores, index, layer, scale=scale)
         # 4. Score the candidates, by their codes where there are codes.
         log_mass = retrieval.score_tokens(config, query, scores, chosen, index, layer, scale=scale)
         # 5. Select the tokens of most mass, and a slot of the row cache for each.

@@ -17,7 +17,6 @@ from pallas_kernels.select_tokens.reference import segment_start
 from pallas_kernels.types import MASKED, NO_ID, Candidates, ClusterScores, Retrieved
 from wavejax.attention import retrieval
 from wavejax.attention.wave import WaveAttention, scale_of
-from wavejax.store.index import WaveIndex
 from wavejax.store.state import Selection, WaveState
 
 # Of a uniform quantiser with so many bits, the step that loses least of a Gaussian, in its standard
@@ -58,8 +57,6 @@ class AblatedAttention(WaveAttention):
         rotated: whether residuals are rotated at random before they are coded.
         group_by: what ranks a token for the query heads that share a kv head: "sum", of its
             masses, or "max", the largest one.
-        reach: clusters rank by what a member might reach, in place of their mean: so many standard
-            deviations of a member's logit more, of residuals that lie in any direction alike.
         corrected: candidates that are not retrieved are estimated with the mean mass that their
             codes say they have, less what the codes' errors add to it on average; by default with
             the mass of their cluster's centroid.
@@ -71,7 +68,6 @@ class AblatedAttention(WaveAttention):
     code_bits: int = 1
     rotated: bool = True
     group_by: str = "sum"
-    reach: float = 0.0
     corrected: bool = False
 
     def __post_init__(self) -> None:
@@ -129,11 +125,8 @@ class AblatedAttention(WaveAttention):
 
     def _rank(self, layer: Array, query: Array, scores: ClusterScores, state: WaveState) -> Ranked:
         index, scale, head_dim = state.index, scale_of(query), query.shape[-1]
-        reached = scores
-        if self.reach:
-            more = self.reach * _deviations(query, index, layer, scale)
-            reached = scores._replace(logits=scores.logits + more)
-        chosen = retrieval.select_clusters(self.config, reached, index, layer)
+        given = self.config, query, scores, index, layer
+        chosen = retrieval.select_clusters(*given, scale=scale)
         most = self.config.most_candidates(index.token_ids.shape[-1])
         positions, clusters = list_members(chosen, index.offsets[layer], most)
         listed = clusters != NO_ID
@@ -172,25 +165,6 @@ def quantise(x: Float[Array, "*batch dim"], bits: int) -> Float[Array, "*batch d
     step = STEPS[bits] * deviation
     level = jnp.floor(x / jnp.maximum(step, 1e-30))
     return step * (jnp.clip(level, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + 0.5)
-
-
-def _deviations(query: Array, index: WaveIndex, layer: Array, scale: float) -> Array:
-    """Estimate a member's logit's standard deviation from its cluster's, by the codes' scales.
-
-    A rotated residual of length r in d dimensions has a scale near r sqrt(pi / 2 d), and a product
-    with the query q of standard deviation |q| r / sqrt(d).
-
-    Returns:
-        `[batch, kv_heads, group, clusters]` float32.
-    """
-    assert index.scales is not None
-    offsets = index.offsets[layer]
-    squares = jnp.square(index.scales[layer].astype(jnp.float32))
-    sums = jnp.pad(jnp.cumsum(squares, axis=-1), ((0, 0), (0, 0), (1, 0)))
-    sums = jnp.diff(jnp.take_along_axis(sums, offsets, axis=-1), axis=-1)
-    mean = sums / jnp.maximum(jnp.diff(offsets, axis=-1), 1)
-    length = jnp.linalg.norm(query.astype(jnp.float32), axis=-1, keepdims=True)
-    return scale * length * jnp.sqrt(2 / jnp.pi * jnp.maximum(mean, 0.0))[:, :, None]
 
 
 def _corrected(logits: Array, ranked: Ranked) -> Array:

@@ -15,6 +15,7 @@ from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.types import NO_ID, Moments, Spread
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
+from wavejax.store.deviations import init_deviations, put_deviations
 from wavejax.store.moments import (
     MOMENT_AXES,
     SPREAD_AXES,
@@ -47,6 +48,7 @@ class WaveIndex:
         codes: `[layers, batch, kv_heads, tokens, ceil(head_dim / 32)]` uint32, by index
             place; None without token codes, like `scales`.
         scales: `[layers, batch, kv_heads, tokens]`, the codes' scales, by index place.
+        deviations: `[layers, batch, kv_heads, clusters]`, of `Reach`; None without.
         token_ids: `[layers, batch, kv_heads, tokens]` uint16, the store row at each index place,
             counted from its segment's first one.
         tokens: `[batch]` int32, tokens in the index.
@@ -62,6 +64,7 @@ class WaveIndex:
     num_clusters: Array
     codes: Array | None
     scales: Array | None
+    deviations: Array | None
     token_ids: Array
     tokens: Array
     prompt_tokens: Array
@@ -76,6 +79,7 @@ class WaveIndex:
         "num_clusters": STACK,
         "codes": (*STACK, "tokens", "code_words"),
         "scales": (*STACK, "tokens"),
+        "deviations": (*STACK, "clusters"),
         "token_ids": (*STACK, "tokens"),
         "tokens": ("sequences",),
         "prompt_tokens": ("sequences",),
@@ -115,6 +119,7 @@ def init_index(
         num_clusters=jnp.zeros(stack, jnp.int32),
         codes=jnp.zeros((*stack, tokens, words), jnp.uint32) if coded else None,
         scales=jnp.zeros((*stack, tokens), dtype) if coded else None,
+        deviations=init_deviations(config, (*stack, clusters), dtype),
         token_ids=jnp.zeros((*stack, tokens), jnp.uint16),
         tokens=jnp.zeros(batch, jnp.int32),
         prompt_tokens=jnp.zeros(batch, jnp.int32),
@@ -255,7 +260,7 @@ def append_segments(
         whole = jnp.swapaxes(blocks, 0, 1).reshape(kv_heads, -1, *blocks.shape[3:])
         return _write(stack, whole, layer, sequence, start)
 
-    codes, scales = index.codes, index.scales
+    codes, scales, deviations = index.codes, index.scales, index.deviations
     if codes is not None and scales is not None:
         place = jnp.arange(keys.shape[2])
         # Unrolled: on a GPU a loop's rounds cost more than the search.
@@ -267,6 +272,7 @@ def append_segments(
         ordered = jnp.take_along_axis(keys, clusters.order[..., None], axis=2)
         coded = ops.encode_tokens(ordered, own, jnp.asarray(rotation(keys.shape[-1])))
         codes, scales = write(codes, coded.codes), write(scales, coded.scales)
+        deviations = put_deviations(deviations, coded.scales, cluster, clusters.offsets, at)
     return dataclasses.replace(
         index,
         centroids=centroids,
@@ -275,6 +281,7 @@ def append_segments(
         num_clusters=index.num_clusters.at[layer, sequence].set(ends[-1]),
         codes=codes,
         scales=scales,
+        deviations=deviations,
         token_ids=write(index.token_ids, clusters.order),
         moments=put_moments(index.moments, keys, values, clusters, at),
         spread=put_spread(index.spread, keys, values, clusters, at),

@@ -25,6 +25,7 @@ from pallas_kernels.types import (
     ClusterScores,
     IndexedTokens,
     RankedTokens,
+    Reach,
     SelectionSettings,
     TokenCodes,
 )
@@ -126,6 +127,33 @@ def test_select_clusters_exactly(group, clusters, most, budget, config):
     expected = select_clusters_reference.select_clusters(*operands, max_candidates=room)
     for field, x, y in zip(Candidates._fields, found, expected, strict=True):
         np.testing.assert_array_equal(x, y, err_msg=field)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_select_clusters_by_reach_exactly(dtype):
+    """Of small whole numbers: with them any arithmetic is exact."""
+    rng, group, clusters = np.random.default_rng(3), 3, 100
+    sizes, offsets = random_sizes(rng, clusters, 70)
+    logits = np.round(rng.normal(size=(BATCH, HEADS, 1, clusters)) * 3) * np.ones((group, 1)) - 9
+    logits = np.where(sizes[LAYER][:, :, None] > 0, logits, MASKED).astype(np.float32)
+    lengths = rng.integers(0, 4, (BATCH, HEADS, 1)) * np.ones(group)
+    deviations = rng.integers(0, 5, sizes.shape).astype(np.float32)
+    deviations[sizes == 0] = np.nan
+    reach = Reach(jnp.asarray(lengths, jnp.float32), jnp.asarray(deviations, dtype))
+    operands = (
+        *(jnp.asarray(logits), jnp.zeros((BATCH, HEADS, group)), offsets, LAYER),
+        jnp.asarray([170, 900], jnp.int32),
+    )
+    given = {"max_candidates": int(offsets.max()) // 2, "reach": reach}
+    config = select_clusters.Config(32, 32, True, 128)
+    found = select_clusters.select_clusters(*operands, **given, config=config, interpret=True)
+    expected = select_clusters_reference.select_clusters(*operands, **given)
+    for field, x, y in zip(Candidates._fields, found, expected, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=field)
+    plain = select_clusters_reference.select_clusters(
+        *operands, max_candidates=given["max_candidates"]
+    )
+    assert not np.array_equal(plain.selected, expected.selected)
 
 
 # The query in float32 parts by `dot`, in int8 by what stands in for the assembly, and no codes.

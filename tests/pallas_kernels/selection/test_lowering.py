@@ -17,6 +17,7 @@ from pallas_kernels.types import (
     ClusterScores,
     IndexedTokens,
     RankedTokens,
+    Reach,
     SelectionSettings,
     TokenCodes,
 )
@@ -81,6 +82,21 @@ MODULES = {
     "score_tokens": score_tokens,
     "select_tokens": select_tokens,
 }
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_selection_by_reach_lowers(platform):
+    given = shapes()["select_clusters"]
+    logits, _, offsets, *_ = given
+    deviations = jax.ShapeDtypeStruct((*offsets.shape[:-1], logits.shape[-1]), jnp.bfloat16)
+    reach = Reach(jax.ShapeDtypeStruct(logits.shape[:-1], jnp.float32), deviations)
+
+    def select(reach, *given):
+        return select_clusters.select_clusters(*given, max_candidates=1024, reach=reach)
+
+    text = lower_for(platform, select, reach, *given)
+    assert "triton" in text
+    assert "dynamic_slice" not in text
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])

@@ -13,7 +13,7 @@ import pallas_kernels as ops
 from pallas_kernels.numerics import heaviest, list_places, ordered_bits
 from pallas_kernels.select_clusters import list_candidates
 from pallas_kernels.select_tokens import empty_table, segment_start
-from pallas_kernels.types import EMPTY, GRANULE, MASKED, NO_ID
+from pallas_kernels.types import EMPTY, GRANULE, MASKED, NO_ID, Reach
 
 few_values = st.sampled_from([-3.0, -1.5, -0.0, 0.0, 0.25, 2.0, 2.0000002, 1e30, -1e30])
 
@@ -45,6 +45,33 @@ def test_list_places_compacts_in_order():
     np.testing.assert_array_equal(
         list_places(mark, 4), [[1, 2, 4, NO_ID], [NO_ID, NO_ID, NO_ID, NO_ID]]
     )
+
+
+def test_by_reach_clusters_that_lie_apart_come_before_their_means_do():
+    """Of whole numbers, so that sums are exact; against sorting in float64."""
+    rng = np.random.default_rng(8)
+    batch, heads, group, clusters = 2, 3, 1, 40
+    sizes = rng.integers(0, 9, (2, batch, heads, clusters))
+    offsets = np.concatenate([np.zeros((2, batch, heads, 1)), np.cumsum(sizes, -1)], -1)
+    logits = np.round(rng.normal(size=(batch, heads, group, clusters)) * 4)
+    lengths = rng.integers(1, 4, (batch, heads, group)).astype(float)
+    deviations = rng.integers(0, 6, (2, batch, heads, clusters)).astype(float)
+    deviations[sizes == 0] = np.nan  # Not in use, it may hold anything.
+    reach = Reach(jnp.asarray(lengths, jnp.float32), jnp.asarray(deviations, jnp.float32))
+    given = (
+        jnp.asarray(logits, jnp.float32),
+        jnp.zeros((batch, heads, group), jnp.float32),
+        jnp.asarray(offsets, jnp.int32),
+        1,
+        jnp.asarray([17, 60], jnp.int32),
+    )
+    chosen = ops.select_clusters(*given, max_candidates=64, reach=reach)
+    plain = ops.select_clusters(*given, max_candidates=64)
+    for b, h in np.ndindex(batch, heads):
+        reached = logits[b, h, 0] + lengths[b, h, 0] * deviations[1, b, h]
+        expected = by_sorting(np.nan_to_num(reached, nan=-99.0), sizes[1, b, h], (17, 60)[b])
+        np.testing.assert_array_equal(chosen.selected[b, h], expected & (sizes[1, b, h] > 0))
+    assert not np.array_equal(chosen.selected, plain.selected)
 
 
 @pytest.mark.parametrize("group", [1, 7])

@@ -171,6 +171,7 @@ def test_half_precision_is_kept_as_it_is(tmp_path):
 def test_all_of_an_index_is_kept_and_no_count_of_steps():
     """Moments and bounds too; not the row cache, nor what an audit found."""
     config = dataclasses.replace(CONFIG, moment_rank=2, moment_dtype="int8", bounds=True, audit=0.1)
+    config = dataclasses.replace(config, reach=1.0)
     shape = CacheShape.of(MODEL)
     state = WaveAttention(config, "device", cached=True).init_state(shape, 2, 300, 10, "float32")
     kept = {part.name for part in arrays.parts_of(state)}
@@ -179,7 +180,8 @@ def test_all_of_an_index_is_kept_and_no_count_of_steps():
     left_out = {name for name in names - kept if not name.startswith("cache/")}
     audit = {"audit/errors", "audit/count", "audit/sequences"}
     assert left_out == audit | {"step", "attended", "index/growths"}
-    assert {"index/moments/weight_scales", "store/rows/data", "steady/window"} <= kept
+    assert {"index/moments/weight_scales", "index/deviations"} <= kept
+    assert {"store/rows/data", "steady/window"} <= kept
     assert not any(name.startswith("cache/") for name in kept)
 
 
