@@ -26,6 +26,7 @@ from models.layer import (
     rms_norm,
 )
 from models.parameters import Params, nest, parameter_shapes
+from models.quantised import QuantisedMatrix, look_up
 
 __all__ = [
     "MLP_BLOCK",
@@ -76,6 +77,7 @@ class Decoder(nn.Module):
     The variables are one collection, ``params``, which is what checkpoints are loaded as
     (`checkpoints.open.Checkpoint.load_params`): ``embedding``, ``layers`` (a dict of stacks, the
     layer first), ``final_norm`` and, unless the embedding is tied, ``unembedding``.
+    Matrices may be quantised (`quantised.QuantisedMatrix`).
     `parameters.parameter_shapes` lists their shapes, `parameters.parameter_axes` names their axes
     ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab"), for a mesh's rules.
 
@@ -135,6 +137,11 @@ class Decoder(nn.Module):
 
     def _parameter(self, name: str, below: Any) -> Any:
         """Return the parameter `name`, or the group of that name: `below` holds the full paths."""
+        if self.has_variable("params", name):
+            given = self.get_variable("params", name)
+            nodes = jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, QuantisedMatrix))
+            if any(isinstance(node, QuantisedMatrix) for node in nodes):
+                return given  # Flax would compare its arrays' shapes with the floats'
         shapes = parameter_shapes(self.config)
 
         def init(key: Array) -> Any:
@@ -176,7 +183,7 @@ def apply_model(
       ValueError: the parameters have another number of layers than `config`.
     """
     layers = params["params"]["layers"]
-    count = len(layers) if isinstance(layers, tuple) else len(next(iter(layers.values())))
+    count = len(layers if isinstance(layers, tuple) else jax.tree.leaves(layers)[0])
     if count != config.num_layers:
         raise ValueError(f"the parameters have {count} layers, the model {config.num_layers}")
 
@@ -198,7 +205,8 @@ def embed(
     config: ModelConfig, params: Params, tokens: Int[Array, "batch tokens"]
 ) -> Float[Array, "batch tokens {config.hidden_size}"]:
     """Look up the tokens' embeddings, in the parameters' dtype."""
-    return params["params"]["embedding"][tokens]
+    table = params["params"]["embedding"]
+    return look_up(table, tokens) if isinstance(table, QuantisedMatrix) else table[tokens]
 
 
 def apply_layer(

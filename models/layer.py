@@ -15,14 +15,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.config import ModelConfig
 from models.parameters import Params
+from models.quantised import QuantisedMatrix, multiply
 from models.rope import cosines_and_sines, rotate
 
 MLP_BLOCK = 8192
 """Tokens of a prompt that go through an MLP at a time."""
 
 
-def pick_layer(params: Params, layer: Int[Array, ""] | int) -> dict[str, Array]:
-    """Give one layer's weights by their names.
+def pick_layer(params: Params, layer: Int[Array, ""] | int) -> dict[str, Any]:
+    """Give one layer's weights by their names: arrays, or quantised matrices.
 
     Args:
       params: the whole model's, or what `unstacked.only_layer` leaves of them.
@@ -42,17 +43,16 @@ def pick_layer(params: Params, layer: Int[Array, ""] | int) -> dict[str, Array]:
             )
         return layers[0]
     if isinstance(layer, int):
-        return {name: stack[layer] for name, stack in layers.items()}
+        return jax.tree.map(lambda stack: stack[layer], layers)
     # Unlike stack[layer], this has no code for negative numbers, so it stays a plain slice.
-    return {
-        name: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-        for name, stack in layers.items()
-    }
+    return jax.tree.map(
+        lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), layers
+    )
 
 
 def enter_layer(
     config: ModelConfig,
-    weights: dict[str, Array],
+    weights: dict[str, Any],
     layer: Int[Array, ""] | int,
     hidden: Float[Array, "batch tokens hidden"],
     positions: Int[Array, "batch tokens"],
@@ -92,7 +92,7 @@ def enter_layer(
 
 def leave_layer(
     config: ModelConfig,
-    weights: dict[str, Array],
+    weights: dict[str, Any],
     hidden: Float[Array, "batch tokens hidden"],
     attended: Float[Array, "batch tokens heads head_dim"],
 ) -> Float[Array, "batch tokens hidden"]:
@@ -152,15 +152,22 @@ def _by_blocks(function: Callable[[Array], Array], hidden: Array) -> Array:
 
 
 def linear(
-    inputs: Float[Array, "*batch in"], matrix: Float[Array, "out in"], dtype: Any = None
+    inputs: Float[Array, "*batch in"],
+    matrix: Float[Array, "out in"] | QuantisedMatrix,
+    dtype: Any = None,
 ) -> Float[Array, "*batch out"]:
-    """Multiply by a matrix that is stored ``[out, in]``; `dtype` is the product's, if given."""
+    """Multiply by a matrix that is stored ``[out, in]``; `dtype` is the product's, if given.
+
+    A quantised matrix gives what its dequantised numbers would, but for rounding (`multiply`).
+    """
+    if isinstance(matrix, QuantisedMatrix):
+        return multiply(inputs, matrix, dtype)
     return jnp.einsum("...i,oi->...o", inputs, matrix, preferred_element_type=dtype)
 
 
 def _heads(
     inputs: Float[Array, "batch tokens hidden"],
-    matrix: Float[Array, "heads_times_dim hidden"],
+    matrix: Float[Array, "heads_times_dim hidden"] | QuantisedMatrix,
     bias: Float[Array, "heads_times_dim"] | None,
     head_dim: int,
 ) -> Float[Array, "batch tokens heads {head_dim}"]:

@@ -5,7 +5,10 @@ from typing import Any
 from models.config import ModelConfig
 
 Params = dict[str, Any]
-"""``{"params": tree}`` as Flax gives it; `parameter_shapes` describes the tree."""
+"""``{"params": tree}`` as Flax gives it; `parameter_shapes` describes the tree.
+
+A matrix, or a stack of matrices, may be a `quantised.QuantisedMatrix` in place of an array.
+"""
 
 Path = tuple[str, ...]
 Axes = tuple[str, ...]

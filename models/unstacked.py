@@ -5,9 +5,11 @@ then moves all weights three times. With layers of their own there is nothing to
 layer must be written out in the program: no loop can run over them.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from models.parameters import Params
 
@@ -29,13 +31,14 @@ def unstack_layers(params: Params) -> Params:
         module `Decoder`, scans and checkpoints take stacks alone.
     """
     stacks = params["params"]["layers"]
-    count = len(next(iter(stacks.values())))
-    layers: tuple[dict[str, Array], ...] = tuple({} for _ in range(count))
+    count = len(jax.tree.leaves(stacks)[0])
+    layers: tuple[dict[str, Any], ...] = tuple({} for _ in range(count))
     for name, stack in stacks.items():
         for number, layer in enumerate(layers):
             layer[name] = _take(stack, number)
         jax.block_until_ready([layer[name] for layer in layers])
-        stack.delete()
+        for array in jax.tree.leaves(stack):
+            array.delete()
     return {"params": params["params"] | {"layers": layers}}
 
 
@@ -55,6 +58,7 @@ def without_layers(params: Params) -> Params:
 
 
 @jax.jit
-def _take(stack: Float[Array, "layers *shape"], layer: Int[Array, ""] | int) -> Array:
+def _take(stack: Any, layer: Int[Array, ""] | int) -> Any:
+    """Take a layer's part of a stack: of an array, or of all arrays of a quantised one."""
     # By a traced number: one program for all layers of a stack.
-    return lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), stack)
