@@ -124,6 +124,11 @@ def common_format(formats: Iterable[WeightFormat]) -> WeightFormat:
     return functools.reduce(of_two, formats)
 
 
+def bits_each(config: ModelConfig, nbytes: int) -> float:
+    """Return the bits that each of a model's numbers takes on average, of all their bytes."""
+    return 8 * nbytes / sum(map(math.prod, parameter_shapes(config).values()))
+
+
 def bytes_by_parameter(
     config: ModelConfig, itemsize: int, formats: Formats | None = None
 ) -> dict[Path, int]:

@@ -4,15 +4,18 @@ from pathlib import Path as FilePath
 
 import gguf
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 
 from models.checkpoints.gguf_config import ROPE_DIVISORS, config_from_gguf
 from models.checkpoints.gguf_encodings import is_decodable, undecodable_encoding
 from models.checkpoints.gguf_header import GgufTensor
+from models.checkpoints.gguf_levels import FORMATS, levels_of
 from models.checkpoints.gguf_parts import read_gguf_parts
-from models.checkpoints.tensor_source import TensorSource
+from models.checkpoints.levels import Arrays, converted
+from models.checkpoints.tensor_source import PackedTensors, TensorSource
 from models.errors import InputError
 from models.families import FAMILIES
+from models.formats import WeightFormat
 from models.parameters import Path
 
 _NAMES: dict[Path, str] = {
@@ -74,16 +77,26 @@ def open_gguf(path: FilePath) -> TensorSource:
     if FAMILIES[config.architecture].gguf_interleaved:
         permuted = {"attn_q.weight": config.num_heads, "attn_k.weight": config.num_kv_heads}
 
-    def read(name: str) -> Shaped[np.ndarray, "..."]:
+    def in_order(name: str, rows: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         heads = permuted.get(name.split(".", 2)[-1])
-        return raw(name) if heads is None else half_split_rows(raw(name), heads)
+        return rows if heads is None else half_split_rows(rows, heads)
 
+    def read_packed(name: str, format: WeightFormat) -> Arrays:
+        tensor = parts.tensors[name]
+        rows = read_bytes(parts.file_of[name], tensor).reshape(tensor.shape[0], -1)
+        arrays = converted(levels_of(rows, tensor.kind), FORMATS[tensor.kind], format)
+        return {key: in_order(name, array) for key, array in arrays.items()}
+
+    kinds = {name: tensor.kind for name, tensor in parts.tensors.items()}
     source = TensorSource(
         where=str(path),
         config=config,
         names=_NAMES,
         shapes=shapes,
-        read=read,
+        read=lambda name: in_order(name, raw(name)),
+        packed=PackedTensors(
+            {name: FORMATS[kind] for name, kind in kinds.items() if kind in FORMATS}, read_packed
+        ),
         harmless=lambda name: name == ROPE_DIVISORS,
     )
     source.check()
@@ -92,12 +105,7 @@ def open_gguf(path: FilePath) -> TensorSource:
 
 def read_gguf_tensor(path: FilePath, tensor: GgufTensor) -> Float[np.ndarray, "..."]:
     """Read and decode one tensor: float32, or float16 where the file stores that."""
-    try:
-        data = np.fromfile(path, np.uint8, tensor.size, offset=tensor.offset)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if data.size != tensor.size:
-        raise InputError(f"{path} became shorter while it was read")
+    data = read_bytes(path, tensor)
     if tensor.kind == gguf.GGMLQuantizationType.F16:
         return data.view(np.float16).reshape(tensor.shape)
     rows = data.reshape(*tensor.shape[:-1], -1)
@@ -106,14 +114,25 @@ def read_gguf_tensor(path: FilePath, tensor: GgufTensor) -> Float[np.ndarray, ".
     return gguf.quants.dequantize(rows, tensor.kind).reshape(tensor.shape)
 
 
+def read_bytes(path: FilePath, tensor: GgufTensor) -> UInt8[np.ndarray, "size"]:
+    """Read one tensor as it is in the file; InputError if it cannot be read."""
+    try:
+        data = np.fromfile(path, np.uint8, tensor.size, offset=tensor.offset)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if data.size != tensor.size:
+        raise InputError(f"{path} became shorter while it was read")
+    return data
+
+
 def half_split_rows(
-    matrix: Float[np.ndarray, "heads_times_dim hidden"], num_heads: int
-) -> Float[np.ndarray, "heads_times_dim hidden"]:
+    matrix: Shaped[np.ndarray, "heads_times_dim width"], num_heads: int
+) -> Shaped[np.ndarray, "heads_times_dim width"]:
     """Undoes llama.cpp's order of query and key rows.
 
     It stores each head's rows so that RoPE turns neighbours (2i, 2i + 1); the decoder turns
     (i, i + head_dim / 2).
     """
-    rows, hidden = matrix.shape
-    pairs = matrix.reshape(num_heads, rows // num_heads // 2, 2, hidden)
-    return pairs.swapaxes(1, 2).reshape(rows, hidden)
+    rows, width = matrix.shape
+    pairs = matrix.reshape(num_heads, rows // num_heads // 2, 2, width)
+    return pairs.swapaxes(1, 2).reshape(rows, width)

@@ -11,9 +11,10 @@ from models.checkpoints.model_path import ADAPTER, CONFIG_FILE, adapter, no_mode
 from models.checkpoints.new_folder import refuse_existing, remove_unfinished
 from models.checkpoints.orbax import load_orbax, open_orbax, save_orbax
 from models.checkpoints.safetensors import open_safetensors
-from models.checkpoints.tensor_source import Progress, parameter_dtype
+from models.checkpoints.tensor_source import Progress, check_weight_dtype, parameter_dtype
 from models.config import ModelConfig
 from models.errors import InputError
+from models.formats import Formats
 from models.parameters import Params, parameter_shapes
 from models.paths import is_file, stat_of
 
@@ -37,25 +38,43 @@ class Checkpoint:
     path: Path
     kind: str
     config: ModelConfig
-    _load: Callable[[str, Progress | None], Params] = field(repr=False, compare=False)
+    _load: Callable[[str, Progress | None, str], Params] = field(repr=False, compare=False)
+    _formats: Callable[[str], Formats] = field(repr=False, compare=False)
 
     def parameter_bytes(self, dtype: str) -> int:
         """Bytes that the parameters take as `dtype` (bfloat16, float16 or float32)."""
         sizes = map(math.prod, parameter_shapes(self.config).values())
         return sum(sizes) * parameter_dtype(dtype).itemsize
 
-    def load_params(self, dtype: str, progress: Progress | None = None) -> Params:
+    def formats(self, weight_dtype: str) -> Formats:
+        """Give the formats of the matrices that `load_params` does not keep as floats.
+
+        Args:
+          weight_dtype: as of `load_params`.
+
+        Raises:
+          InputError: unknown, or nothing that this kind of file can be kept in.
+        """
+        return self._formats(weight_dtype)
+
+    def load_params(
+        self, dtype: str, progress: Progress | None = None, weight_dtype: str = "model"
+    ) -> Params:
         """Read the parameters, laid out as `Decoder.init` does, onto JAX's default device.
 
         Args:
           dtype: bfloat16, float16 or float32.
           progress: called with the tensors read so far and all to read.
+          weight_dtype: how matrices are kept: "model", as `dtype`; "int8", with a scale a channel;
+            "int4", with a scale for 32 numbers; or "packed", as a GGUF file has them. All but
+            "model" make a `quantised.QuantisedMatrix` of each, or of each stack of them.
 
         Raises:
-          InputError: unknown dtype, unreadable data, or numbers too large for float16.
+          InputError: unknown dtype, unreadable data, numbers too large for float16 or not finite,
+            or as `formats` does.
         """
         parameter_dtype(dtype)
-        return self._load(dtype, progress)
+        return self._load(dtype, progress, weight_dtype)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -77,15 +96,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if path.suffix in (".safetensors", ".json"):
             raise InputError(f"{path} is one file of a model; give the folder that holds it")
         source = open_gguf(path)
-        return Checkpoint(path, "gguf", source.config, source.load)
+        return Checkpoint(path, "gguf", source.config, source.load, source.formats)
     if is_file(path / CONFIG_FILE):
         config = open_orbax(path)
-        return Checkpoint(path, "orbax", config, _orbax_loader(path, config))
+        return Checkpoint(path, "orbax", config, _orbax_loader(path, config), _only_floats(path))
     if is_file(path / ADAPTER):
         raise adapter(path)
     if is_file(path / "config.json"):
         source = open_safetensors(path)
-        return Checkpoint(path, "huggingface", source.config, source.load)
+        return Checkpoint(path, "huggingface", source.config, source.load, source.formats)
     raise no_model(path)
 
 
@@ -134,8 +153,25 @@ def find_default_model() -> Path:
     )
 
 
-def _orbax_loader(folder: Path, config: ModelConfig) -> Callable[[str, Progress | None], Params]:
-    def load(dtype: str, progress: Progress | None) -> Params:
+def _only_floats(folder: Path) -> Callable[[str], Formats]:
+    def formats(weight_dtype: str) -> Formats:
+        check_weight_dtype(weight_dtype)
+        if weight_dtype != "model":
+            raise InputError(
+                f"{folder} is a converted folder, whose weights are read all at once, as floats; "
+                f"`weight_dtype={weight_dtype!r}` is for Hugging Face folders and GGUF files: give "
+                "the model that it was converted from, or `weight_dtype='model'`"
+            )
+        return {}
+
+    return formats
+
+
+def _orbax_loader(
+    folder: Path, config: ModelConfig
+) -> Callable[[str, Progress | None, str], Params]:
+    def load(dtype: str, progress: Progress | None, weight_dtype: str) -> Params:
+        _only_floats(folder)(weight_dtype)
         # Orbax reads all tensors side by side, so progress has two steps.
         total = len(parameter_shapes(config))
         if progress is not None:

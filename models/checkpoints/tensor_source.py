@@ -1,6 +1,6 @@
 """Fills the parameter tree from a file that stores one tensor a layer, tensor by tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from models.checkpoints.levels import Arrays, quantise
 from models.config import ModelConfig
 from models.errors import InputError
+from models.formats import WeightFormat, common_format, formats_of_dtype, matrices
 from models.parameters import Params, Path, Shape, nest, parameter_shapes
+from models.quantised import QuantisedMatrix
 
 Progress = Callable[[int, int], None]
 """Called with the number of tensors read, and of all tensors to read."""
 
+WEIGHT_DTYPES = ("model", "int8", "int4", "packed")
+
 _NAMED_PROBLEMS = 10
 _ALIGNMENT = 64
+_QUANTISED_AT_ONCE = 2**22  # numbers
+
+
+@dataclass(frozen=True)
+class PackedTensors:
+    """Tensors that a file holds as levels of its own.
+
+    Attributes:
+      formats: by the tensor's name, a format that holds it exactly; others are floats.
+      read: gives a tensor in a format: its own, or one that it has in common with others.
+    """
+
+    formats: Mapping[str, WeightFormat]
+    read: Callable[[str, WeightFormat], Arrays]
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,7 @@ class TensorSource:
       read: gives a tensor, in any floating dtype, in the decoder's layout.
       harmless: whether a tensor that no parameter needs may be ignored.
       copies: pairs of tensors that must be equal, the second being read for nothing else.
+      packed: what it holds in 8 or 4 bits; None for a kind of file that has none.
     """
 
     where: str
@@ -41,6 +61,7 @@ class TensorSource:
     read: Callable[[str], Shaped[np.ndarray, "..."]]
     harmless: Callable[[str], bool]
     copies: tuple[tuple[str, str], ...] = field(default=())
+    packed: PackedTensors | None = None
 
     def check(self) -> None:
         """Raise one InputError that names every missing, extra and misshapen tensor."""
@@ -61,30 +82,97 @@ class TensorSource:
             {name: shape for name, shape in self.shapes.items() if not self.harmless(name)},
         )
 
-    def load(self, dtype: str, progress: Progress | None = None) -> Params:
+    def formats(self, weight_dtype: str) -> dict[Path, WeightFormat]:
+        """Give the formats that `load` keeps matrices in, by their paths; read no data.
+
+        Raises:
+          InputError: no such `weight_dtype`, or "packed" of a file that packs nothing.
+        """
+        check_weight_dtype(weight_dtype)
+        if weight_dtype != "packed":
+            return formats_of_dtype(self.config, weight_dtype)
+        if self.packed is None:
+            raise InputError(
+                f"{self.where} is no GGUF file; `weight_dtype='packed'` keeps what such a file "
+                "holds in 8 or 4 bits: give `weight_dtype='int8'` or 'int4'"
+            )
+        formats = {}
+        for path in matrices(self.config):
+            own = [self.packed.formats.get(name) for name in self._names_of(path)]
+            known = [one for one in own if one is not None]
+            if len(known) == len(own):
+                formats[path] = common_format(known)
+        return formats
+
+    def load(
+        self, dtype: str, progress: Progress | None = None, weight_dtype: str = "model"
+    ) -> Params:
         """Read all parameters, as `Decoder.init` lays them out, as arrays of `dtype`.
 
-        Holds the parameters and one tensor in memory at a time; where JAX's device is not the host,
-        one stack of layers instead of all parameters.
+        Matrices are quantised one by one, as they are read, if `weight_dtype` says so. Holds the
+        parameters and one tensor in memory at a time; where JAX's device is not the host, one stack
+        of layers instead of all parameters.
         """
-        target = parameter_dtype(dtype)
+        target, formats = parameter_dtype(dtype), self.formats(weight_dtype)
         self._check_copies()
         shapes = parameter_shapes(self.config)
         total = sum(len(self._names_of(path)) for path in shapes)
         done = 0
         leaves: dict[Path, Any] = {}
         for path, shape in shapes.items():
-            stack = _empty_aligned(shape, target)
-            parts = stack if _is_stacked(path) else stack[None]
-            for part, name in zip(parts, self._names_of(path), strict=True):
-                with np.errstate(over="ignore"):  # refused below, by name
-                    part[...] = self.read(name)
+            format, where = formats.get(path), f"{self.where}: {'.'.join(path)}"
+            sizes = {"floats": (shape, target)} if format is None else format.arrays(shape)
+            stacks = {name: _empty_aligned(*size) for name, size in sizes.items()}
+            for layer, name in enumerate(self._names_of(path)):
+                # Of a parameter that is not stacked there is one.
+                parts = {key: x[layer] if _is_stacked(path) else x for key, x in stacks.items()}
+                if format is None:
+                    with np.errstate(over="ignore"):  # refused below, by name
+                        parts["floats"][...] = self.read(name)
+                elif weight_dtype == "packed":
+                    self._keep(name, format, parts)
+                else:
+                    self._quantise(name, format, parts, target)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            refuse_overflow(f"{self.where}: {'.'.join(path)}", stack)
-            leaves[path] = jax.device_put(stack)
+            if format is None:
+                refuse_overflow(where, stacks["floats"])
+                leaves[path] = jax.device_put(stacks["floats"])
+            else:
+                arrays = {key: jax.device_put(x) for key, x in stacks.items()}
+                leaves[path] = QuantisedMatrix(**arrays, columns=shape[-1], dtype=target)
         return {"params": nest(leaves)}
+
+    def _keep(self, name: str, format: WeightFormat, parts: Arrays) -> None:
+        """Read a tensor's own levels into the arrays of a matrix."""
+        assert self.packed is not None
+        for key, array in self.packed.read(name, format).items():
+            parts[key][...] = array
+
+    def _quantise(
+        self, name: str, format: WeightFormat, parts: Arrays, target: np.dtype[Any]
+    ) -> None:
+        """Quantise a tensor into the arrays of a matrix, some rows at a time.
+
+        Raises:
+          InputError: a number is not finite, or too large for float16 where that is the target.
+        """
+        matrix = self.read(name)
+        rows = max(1, _QUANTISED_AT_ONCE // matrix.shape[-1])
+        for start in range(0, len(matrix), rows):
+            block = slice(start, start + rows)
+            for key, array in quantise(matrix[block], format).items():
+                parts[key][block] = array
+        largest = np.abs(parts["scales"].astype(np.float32)).max()
+        if not np.isfinite(largest):
+            raise InputError(
+                f"{self.where}: {name} holds NaN or infinity, which no level stands for: check the "
+                "file, or give `weight_dtype='model'` to see what comes of it"
+            )
+        most = largest * (127 if format.bits == 8 else 8)
+        with np.errstate(over="ignore"):
+            refuse_overflow(f"{self.where}: {name}", most.astype(target))
 
     def _names_of(self, path: Path) -> list[str]:
         if not _is_stacked(path):
@@ -124,6 +212,15 @@ def parameter_dtype(name: str) -> np.dtype[Any]:
     if name not in ("bfloat16", "float16", "float32"):
         raise InputError(f"dtype {name!r} is not supported; choose bfloat16, float16 or float32")
     return jnp.dtype(name)
+
+
+def check_weight_dtype(name: str) -> None:
+    """Raise InputError unless it is one of `WEIGHT_DTYPES`."""
+    if name not in WEIGHT_DTYPES:
+        raise InputError(
+            f"`weight_dtype` is {name!r}; choose {', '.join(WEIGHT_DTYPES[:-1])} or "
+            f"{WEIGHT_DTYPES[-1]}"
+        )
 
 
 def refuse_overflow(what: str, array: Any) -> None:

@@ -56,11 +56,13 @@ def write_gguf(
     encoding: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     metadata: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray] | None = None,
+    encoded: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
     **splitting: Any,
 ) -> None:
     """Writes a model given in Hugging Face's terms. `metadata` overrides (None drops) keys.
 
-    `splitting` are options of `gguf.GGUFWriter` that make several files of it.
+    `encoded` gives tensors as they are to stand in the file, bytes with their encoding, in place of
+    those in `tensors`. `splitting` are options of `gguf.GGUFWriter` that make several files of it.
     """
     architecture = _SAYS.get(config["model_type"], config["model_type"])
     head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -98,7 +100,10 @@ def write_gguf(
         for suffix, count in heads.items():
             if architecture in _INTERLEAVED and name.endswith(suffix):
                 tensor = interleave_rows(tensor, count)
-        if tensor.ndim == 1 or encoding == gguf.GGMLQuantizationType.F32:
+        if name in (encoded or {}):
+            data, kind = encoded[name]
+            writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
+        elif tensor.ndim == 1 or encoding == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(gguf_name(name), tensor)
         else:
             data = gguf.quants.quantize(tensor, encoding)
