@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Unpack
 
+from models.quantised import formats_of
 from wavejax.engine.batching import BatchEngine, Room
 from wavejax.engine.batching.options import EngineOptions
 from wavejax.engine.checks import MOST_INT32, whole_number
@@ -64,7 +65,8 @@ def batch_engine(
         rooms = [Room(size, most, slots) for size in sizes]
     free = free_besides(model.params)
     given = model.config, model.attention, rooms, model.dtype
-    plan = plan_rooms(*given, store=model.store, fetch=model.fetch, free=free)
+    formats = formats_of(model.params)
+    plan = plan_rooms(*given, store=model.store, fetch=model.fetch, free=free, formats=formats)
     generator = Generator(model.config, plan.attention, stop_tokens=model.stop_tokens)
     options.setdefault("memory", plan.memory)
     options.setdefault("tokenizer", model.tokenizer)

@@ -15,6 +15,7 @@ from models.config import ModelConfig
 from models.decoder import Attend, Decoder, State
 from models.errors import InputError
 from models.parameters import Params
+from models.quantised import formats_of
 from models.text.tokenizer import Tokenizer
 from wavejax.attention.causal import causal_attention
 from wavejax.attention.protocol import AnyAttention
@@ -229,11 +230,10 @@ class LanguageModel:
             sampler: how tokens are drawn; None: in the way that takes most.
             shortest_prompt: tokens of the shortest one.
         """
-        shape = batch, prompt_tokens, max_new_tokens
-        asked = self.attention, *shape, self.dtype
-        where: dict[str, Any] = {"store": self.store, "fetch": self.fetch}
-        where |= {"free": free_besides(self.params), "shortest_prompt": shortest_prompt}
-        return make_plan(self.config, *asked, sampler=sampler, **where)
+        asked = self.attention, batch, prompt_tokens, max_new_tokens, self.dtype
+        more: dict[str, Any] = {"store": self.store, "fetch": self.fetch, "sampler": sampler}
+        more |= {"free": free_besides(self.params), "shortest_prompt": shortest_prompt}
+        return make_plan(self.config, *asked, **more, formats=formats_of(self.params))
 
     def generator(
         self,

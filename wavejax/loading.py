@@ -4,12 +4,14 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from models.checkpoints.open import Checkpoint, find_default_model, open_checkpoint
 from models.checkpoints.tensor_source import Progress
 from models.errors import InputError
+from models.formats import Formats
 from models.rope_option import with_rope_scaling
 from models.text.tokenizer import Tokenizer, load_tokenizer
 from models.unstacked import unstack_layers
@@ -35,6 +37,7 @@ class OpenedModel:
         dtype: of weights and caches; "auto" is float32 on a CPU, bfloat16 elsewhere.
         store: where wave attention keeps keys and values.
         fetch: how rows on the host reach the device.
+        weight_dtype: of the weights' matrices; "model" is the same as `dtype`.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +45,12 @@ class OpenedModel:
     dtype: str = "auto"
     store: StoreChoice = "auto"
     fetch: FetchChoice = "auto"
+    weight_dtype: str = "model"
+
+    @functools.cached_property
+    def formats(self) -> Formats:
+        """The formats of the matrices that will not be floats."""
+        return self.checkpoint.formats(self.weight_dtype)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -90,6 +99,7 @@ class OpenedModel:
             fetch=self.fetch,
             sampler=sampler,
             shortest_prompt=shortest_prompt or min(lengths),
+            formats=self.formats,
         )
 
     def load(
@@ -112,7 +122,7 @@ class OpenedModel:
         plan = plan or self.plan([1], 1)
         config, stop_tokens = self.checkpoint.config, self.stop_tokens
         generator = Generator(config, plan.attention, stop_tokens=stop_tokens)
-        params = self.checkpoint.load_params(plan.dtype, progress)
+        params = self.checkpoint.load_params(plan.dtype, progress, self.weight_dtype)
         if unstacks(generator, plan):
             params = unstack_layers(params)
         return LanguageModel(
@@ -142,6 +152,7 @@ def open_model(
     store: StoreChoice = "auto",
     fetch: FetchChoice = "auto",
     rope_scaling: str | None = None,
+    weight_dtype: str = "auto",
 ) -> OpenedModel:
     """Find and check a model, reading headers only; arguments and errors as of `load`."""
     settings = attention_of(attention)
@@ -150,7 +161,10 @@ def open_model(
     if rope_scaling is not None:
         config = with_rope_scaling(checkpoint.config, rope_scaling)
         checkpoint = dataclasses.replace(checkpoint, config=config)
-    return OpenedModel(checkpoint, settings, dtype, store, fetch)
+    weights = "model" if weight_dtype == "auto" else weight_dtype
+    opened = OpenedModel(checkpoint, settings, dtype, store, fetch, weights)
+    opened.formats  # noqa: B018 (what the file cannot be kept in is said now)
+    return opened
 
 
 def load(
@@ -161,6 +175,7 @@ def load(
     store: StoreChoice = "auto",
     fetch: FetchChoice = "auto",
     rope_scaling: str | None = None,
+    weight_dtype: str = "auto",
     max_context: int | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -182,6 +197,9 @@ def load(
         fetch: how rows on the host reach the device: "in_place", "staged", or "auto".
         rope_scaling: "yarn:FACTOR" or "linear:FACTOR", as a model's authors may advise for prompts
             past its context.
+        weight_dtype: of the weights' matrices: "model", the same as `dtype`; "int8", 8 bits with a
+            scale a channel; "int4", 4 bits in groups of 32, embeddings in 8; "packed", as a GGUF
+            file has them. "auto" is "model": nothing else was measured on a GPU.
         max_context: most tokens, prompt and answer, in place of the model's own number.
         progress: called with (tensors read, tensors in all).
 
@@ -199,8 +217,9 @@ def load(
         >>> answer.finish_reason in ("stop", "length")
         True
     """
-    settings = {"dtype": dtype, "store": store, "fetch": fetch, "rope_scaling": rope_scaling}
-    opened = open_model(path, attention=attention, **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"dtype": dtype, "weight_dtype": weight_dtype}
+    settings |= {"store": store, "fetch": fetch, "rope_scaling": rope_scaling}
+    opened = open_model(path, attention=attention, **settings)
     if max_context is not None and max_context < 1:
         raise InputError(f"`max_context` is {max_context}; it must be 1 or more")
     # Prompts come later, of any length that the model takes.

@@ -15,7 +15,7 @@ _FLAGS = {
     for name in (
         *(field.name for settings in (WaveConfig, Sampler) for field in fields(settings)),
         "max_new_tokens", "max_context", "rope_scaling", "samples", "system", "raw", "messages",
-        "store", "fetch", "attention", "dtype",
+        "store", "fetch", "attention", "dtype", "weight_dtype",
         "new_tokens", "context", "haystack", "out", "plots",
         "host", "port", "slots", "queue_limit", "max_stall_ms",
     )

@@ -24,7 +24,7 @@ from wavejax.cli.guard import main_guard
 from wavejax.cli.interrupts import Terminated
 from wavejax.cli.model_sampling import sampling_text
 from wavejax.cli.options import GroupedCommand, fields_of
-from wavejax.cli.planning import check_context, print_plan
+from wavejax.cli.planning import check_context, print_plan, weights_text
 from wavejax.cli.progress import progress_bar
 from wavejax.cli.run import Run
 from wavejax.config import WaveConfig
@@ -69,6 +69,7 @@ def command(
     context: int | None,
     batch: int | None,
     dtype: str,
+    weight_dtype: str,
     store: StoreChoice,
     fetch: FetchChoice,
     attention: str | None,
@@ -103,6 +104,7 @@ def command(
         store=store,
         fetch=fetch,
         rope_scaling=rope_scaling,
+        weight_dtype=weight_dtype,
     )
     checkpoint = opened.checkpoint
     stated = None
@@ -177,6 +179,7 @@ def command(
         if as_json and (run.interrupted or run.result.facts):
             named = attention_name(plan.attention)
             facts = {"model": str(checkpoint.path), "attention": named, "seed": seed}
+            facts |= {"weight_bits": plan.weight_bits} if plan.formats else {}
             facts |= {"attention_reason": plan.chosen} if plan.chosen else {}
             facts["sampler"] = dataclasses.asdict(sampler)
             if asked is not None:
@@ -189,7 +192,8 @@ def command(
     if explained and not as_json:
         print_explanation()
     chosen = plan.chosen and f"{attention_name(plan.attention)} attention ({plan.chosen})"
-    print(run.facts_line(sampling_text(stated) if stated else None, chosen), file=sys.stderr)
+    of_model = sampling_text(stated) if stated else None
+    print(run.facts_line(of_model, chosen, weights_text(plan)), file=sys.stderr)
 
 
 def _not_given(values: dict[str, Any]) -> dict[str, Any]:

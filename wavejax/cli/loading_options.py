@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import click
 
+from models.checkpoints.tensor_source import WEIGHT_DTYPES
 from wavejax.cli.options import option, options_from
 from wavejax.config import WaveConfig
 
@@ -29,6 +30,16 @@ LOADING_OPTIONS = [
         default="auto",
         show_default=True,
         help="Of weights and caches; auto: float32 on a CPU, bfloat16 elsewhere.",
+    ),
+    option(
+        MEMORY,
+        "--weight-dtype",
+        type=click.Choice(["auto", *WEIGHT_DTYPES]),
+        default="auto",
+        show_default=True,
+        help="Of the weights' matrices. int8: 8 bits, a scale a channel; int4: 4 bits in groups of "
+        "32, embeddings in 8; packed: as a GGUF file has them; model: as --dtype; auto: model, "
+        "since nothing else was measured on a GPU.",
     ),
     option(
         MEMORY,

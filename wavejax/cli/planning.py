@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from models.checkpoints.open import Checkpoint
 from models.errors import InputError
+from wavejax.cli.progress import bytes_text
 from wavejax.planning.plan import Plan
 from wavejax.planning.table import plan_json, plan_text
 
@@ -17,6 +18,13 @@ def check_context(only_plan: bool, context: int | None, prompts: Sequence[str]) 
         raise InputError("--batch needs --context; a batch of prompts has its own size")
     if prompts:
         raise InputError("give --context or a prompt, not both: the prompt has a length")
+
+
+def weights_text(plan: Plan) -> str | None:
+    """Say what the weights take, where not all of them are of the run's dtype."""
+    if not plan.formats:
+        return None
+    return f"weights: {bytes_text(plan.need.weights)}, {plan.weight_bits:.1f} bits a number"
 
 
 def print_plan(plan: Plan, checkpoint: Checkpoint, as_json: bool) -> None:

@@ -115,12 +115,18 @@ class Run:
             },
         }
 
-    def facts_line(self, sampling: str | None = None, attention: str | None = None) -> str:
+    def facts_line(
+        self,
+        sampling: str | None = None,
+        attention: str | None = None,
+        weights: str | None = None,
+    ) -> str:
         """Return the facts of the run, on one line.
 
         Args:
             sampling: what the model has, if it was asked.
             attention: which was taken and why, if the plan chose it.
+            weights: what they take, if they are not all of the run's dtype.
         """
         result = self.result
         facts = result.facts
@@ -143,6 +149,7 @@ class Run:
                 *([] if hits is None else [f"cache hits: {share(hits)}"]),
                 *audit_text(facts),
                 *tolerance_text(facts),
+                *([] if weights is None else [weights]),
                 f"KV cache: {bytes_text(facts.device_bytes)} on the device, "
                 f"{bytes_text(facts.host_bytes)} on the host",
             ]

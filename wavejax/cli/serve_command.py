@@ -58,6 +58,7 @@ def command(
     reuse_slots: bool,
     warmup: bool,
     dtype: str,
+    weight_dtype: str,
     store: StoreChoice,
     fetch: FetchChoice,
     attention: str | None,
@@ -86,6 +87,7 @@ def command(
         store=store,
         fetch=fetch,
         rope_scaling=rope_scaling,
+        weight_dtype=weight_dtype,
     )
     checkpoint = opened.checkpoint
     opened.tokenizer  # noqa: B018 (one that is missing or damaged is said now)

@@ -130,8 +130,11 @@ def weights_fingerprint(params: Params) -> str:
 
 
 @jax.jit
-def _sums(arrays: dict[str, Array]) -> dict[str, Array]:
-    return jax.tree.map(_sum, arrays)
+def _sums(parameters: dict[str, Any]) -> dict[str, Array]:
+    """Sum each array, by its parameter's name; of a quantised matrix each of its arrays."""
+    leaves = jax.tree_util.tree_flatten_with_path(parameters)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    return {name: _sum(x) for name, (_, x) in zip(names, leaves, strict=True)}
 
 
 def _sum(array: Array) -> Array:

@@ -8,7 +8,8 @@ from jax.typing import DTypeLike
 
 from models.config import ModelConfig
 from models.decoder import mlp_block
-from models.parameters import parameter_shapes
+from models.formats import Formats, bytes_by_parameter
+from models.parameters import Path, parameter_shapes
 from wavejax.attention.causal import query_block
 from wavejax.attention.footprint import Footprint
 from wavejax.attention.protocol import AnyAttention
@@ -32,7 +33,8 @@ class MemoryNeed:
         rows_on: where `rows` are.
         workspace: what reading the longest prompt, or a decode step, takes besides, on the device.
         loading: host memory that reading the weights takes for a while, where the device has
-            memory of its own: the largest stack of layers.
+            memory of its own: the largest stack of layers; where that is quantised, one matrix in
+            float32 besides.
         slots: rows that the cache holds, in each layer, sequence and kv head; 0 without a cache.
         staged: whether `rows` on the host are staged (`engine.staged`), in memory not pinned.
     """
@@ -79,6 +81,7 @@ def memory_need(
     dtype: DTypeLike,
     sampler: Sampler | None = None,
     shortest_prompt: int = 1,
+    formats: Formats | None = None,
 ) -> MemoryNeed:
     """Compute the need from shapes alone; allocate nothing.
 
@@ -93,25 +96,31 @@ def memory_need(
         dtype: of weights and state.
         sampler: how tokens are drawn; None: in the way that takes most.
         shortest_prompt: tokens of the shortest one.
+        formats: of the weights that are not of that dtype.
     """
-    room = bucket(prompt_tokens)
+    room, formats = bucket(prompt_tokens), formats or {}
     held = footprint(model, attention, batch, prompt_tokens, new_tokens, dtype, shortest_prompt)
-    sizes = [math.prod(shape) for shape in parameter_shapes(model).values()]
     itemsize = jnp.dtype(dtype).itemsize
+    sizes = bytes_by_parameter(model, itemsize, formats)
+    loading = [
+        size + (4 * _matrix_size(model, path) if path in formats else 0)
+        for path, size in sizes.items()
+    ]
     staged = attention.staged
-    reading = _prefill_workspace(model, held, room, itemsize)
-    step = _layer_weights(model, itemsize) + _drawing_workspace(model, batch, sampler) + held.step
+    weights = _weights_workspace(model, itemsize, formats)
+    reading = weights + _prefill_workspace(model, held, room, itemsize, bool(formats))
+    step = weights + _drawing_workspace(model, batch, sampler) + held.step
     if staged:
         reading, step = reading + held.prompt_transfer, step + held.step_transfer
     return MemoryNeed(
-        weights=sum(sizes) * itemsize,
+        weights=sum(sizes.values()),
         index=held.index,
         cache=held.cache,
         steady=held.steady,
         rows=held.rows,
         rows_on=attention.store,
         workspace=max(reading, step),
-        loading=max(sizes) * itemsize,
+        loading=max(loading),
         slots=held.slots,
         staged=staged,
     )
@@ -133,26 +142,45 @@ def footprint(
     return attention.footprint(state, shape, model.num_heads, room)
 
 
-def _layer_weights(model: ModelConfig, itemsize: int) -> int:
-    """Bytes of one layer's weights: XLA may copy them out of the stack of all layers."""
-    stacks = [shape for path, shape in parameter_shapes(model).items() if path[0] == "layers"]
-    return itemsize * sum(math.prod(shape[1:]) for shape in stacks)
+def _weights_workspace(model: ModelConfig, itemsize: int, formats: Formats) -> int:
+    """Bytes of one layer's weights: XLA may copy them out of the stack of all layers.
+
+    And of what is quantised of a layer, and of the larger table, as floats: XLA may dequantise
+    all of a layer's matrices before the first product.
+    """
+    sizes = bytes_by_parameter(model, itemsize, formats)
+    layer = sum(size // model.num_layers for path, size in sizes.items() if path[0] == "layers")
+    floats = {path: itemsize * _matrix_size(model, path) for path in formats}
+    of_layer = sum(size for path, size in floats.items() if path[0] == "layers")
+    return layer + of_layer + max((x for path, x in floats.items() if len(path) == 1), default=0)
 
 
-def _prefill_workspace(model: ModelConfig, held: Footprint, room: int, itemsize: int) -> int:
-    """Bytes of one layer's temporaries, for a padded prompt; see `Generator.start`."""
+def _matrix_size(model: ModelConfig, path: Path) -> int:
+    """Count the numbers of a parameter, or of one layer's part of a stack."""
+    size = math.prod(parameter_shapes(model)[path])
+    return size // model.num_layers if path[0] == "layers" else size
+
+
+def _prefill_workspace(
+    model: ModelConfig, held: Footprint, room: int, itemsize: int, wide: bool
+) -> int:
+    """Bytes of one layer's temporaries, for a padded prompt; see `Generator.start`.
+
+    `wide`: products may be float32 before they are scaled.
+    """
     query, rows = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
     # The layer's input and output, and the input before, for which progress is waited.
     residual = 3 * model.hidden_size * itemsize * room
     # The MLP's gate, up and their product, of a block of tokens or of them all.
-    mlp = 3 * model.intermediate_size * itemsize * mlp_block(room)
+    product = max(4, itemsize) if wide else itemsize
+    mlp = model.intermediate_size * (2 * product + itemsize) * mlp_block(room)
     mlp += model.hidden_size * itemsize * room
     # Query, key and value, each as computed and heads first; the sections' outputs, and these
     # side by side; the logits of one block of queries, as they are, exponentiated, and rounded.
     block = query_block(room, model.num_heads) * model.num_heads * (8 + itemsize)
     attended = room * (2 * (2 * query + rows) * itemsize + block)
     attended = max(attended + held.beside_attention, held.writing)
-    return _layer_weights(model, itemsize) + residual + max(mlp, attended) + held.indexing
+    return residual + max(mlp, attended) + held.indexing
 
 
 def _drawing_workspace(model: ModelConfig, batch: int, sampler: Sampler | None) -> int:

@@ -1,6 +1,5 @@
 """The memory planner: where a run's rows go, how large its cache is, and whether it fits at all."""
 
-import bisect
 import dataclasses
 import functools
 import math
@@ -11,16 +10,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
-from models.decoder import MLP_BLOCK
 from models.errors import InputError
+from models.formats import Formats, bits_each
 from wavejax.attention.dense import DenseAttention
 from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
-from wavejax.engine.prompts import SMALLEST_BUCKET, bucket
 from wavejax.engine.sampling import Sampler
 from wavejax.planning.auto import AutoAttention, faster
 from wavejax.planning.free_memory import PINNED_LIMIT, FreeMemory, free_memory
+from wavejax.planning.lengths import longest_prompt
 from wavejax.planning.memory import MemoryNeed, footprint, memory_need
 from wavejax.store.rows import Fetch, StoreKind
 
@@ -29,7 +28,6 @@ FetchChoice = Literal["auto"] | Fetch
 # What XLA pins besides the store: it stages what it copies to the device from memory that is not
 # pinned, such as a stack of layers' weights.
 STAGING_BYTES = 8 * 2**30
-_LONGEST = 2**24  # tokens; nobody waits for more
 
 
 class _Candidate(NamedTuple):
@@ -56,6 +54,7 @@ class Plan:
         chosen: why it is this attention, where the plan chose it (`AutoAttention`); else None.
         shrunk: the cache fraction asked for, where the plan has a smaller cache; else None.
         longest: tokens of the longest prompt, padded, that the same run could have; 0 for none.
+        formats: of the weights that are not of `dtype`.
     """
 
     model: ModelConfig
@@ -70,6 +69,12 @@ class Plan:
     chosen: str | None
     shrunk: float | None
     longest: int
+    formats: Formats | None = None
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits that a number of the weights takes, on average."""
+        return bits_each(self.model, self.need.weights)
 
     def check(self) -> None:
         """Raise InputError, with the numbers and what to do, if the run does not fit."""
@@ -87,6 +92,8 @@ class Plan:
         advice = "use a shorter prompt, fewer prompts or new tokens"
         if self.dtype == "float32":
             advice += ", or `dtype='bfloat16'`"
+        if not self.formats:
+            advice += ", or `weight_dtype='int8'`"
         if name == "pinned memory":
             advice = f"set {PINNED_LIMIT}={math.ceil(needed / 2**30)} before JAX starts"
             advice += ", or `fetch='staged'`, which pins no rows"
@@ -111,6 +118,7 @@ def make_plan(
     sampler: Sampler | None = None,
     free: FreeMemory | None = None,
     shortest_prompt: int = 1,
+    formats: Formats | None = None,
 ) -> Plan:
     """Decides where the rows go and how many the cache holds; allocates nothing.
 
@@ -132,6 +140,7 @@ def make_plan(
         sampler: how tokens are drawn; None: in the way that takes most.
         free: what there is; None asks the device.
         shortest_prompt: tokens of the shortest one.
+        formats: of the weights that are not of that dtype.
 
     Returns:
         the plan. It may not fit: `Plan.check` says so.
@@ -150,6 +159,7 @@ def make_plan(
             sampler=sampler,
             # Where all prompts are as long as the longest, so they are at another length.
             shortest_prompt=prompt if alike else min(shortest_prompt, prompt),
+            formats=formats,
         )
         found: Iterable[_Candidate]
         if isinstance(attention, AutoAttention):
@@ -176,15 +186,9 @@ def make_plan(
     def fits(prompt: int) -> bool:
         return shortage(choose(prompt, unlimited)[1], unlimited) is None
 
-    buckets = _buckets()
-    count = bisect.bisect_left(buckets, True, key=lambda prompt: not fits(prompt))
-    longest = buckets[count - 1] if count else 0
-    # Of some lengths below four of its blocks the MLP takes less at once than of shorter ones.
-    uneven = buckets[count + 1 : bisect.bisect_left(buckets, 4 * MLP_BLOCK)]
-    longest = next(filter(fits, reversed(uneven)), longest)
     return Plan(
         model, batch, prompt_tokens, new_tokens, dtype.name, taken, need, free, reason, chosen,
-        shrunk, longest,
+        shrunk, longest_prompt(fits), formats,
     )  # fmt: skip
 
 
@@ -285,14 +289,6 @@ def pinned_need(
         return STAGING_BYTES
     held = footprint(model, attention, batch, prompt_tokens, new_tokens, dtype)
     return held.rows + STAGING_BYTES
-
-
-def _buckets() -> list[int]:
-    """Return the padded lengths of prompts, rising."""
-    sizes = [SMALLEST_BUCKET]
-    while sizes[-1] < _LONGEST:
-        sizes.append(bucket(sizes[-1] + 1))
-    return sizes
 
 
 def gib(count: int) -> str:

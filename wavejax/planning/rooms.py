@@ -4,11 +4,13 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
+from models.formats import Formats
 from wavejax.attention.protocol import AnyAttention
 from wavejax.config import WaveConfig
 from wavejax.engine.batching.rooms import Room, as_rooms
@@ -43,6 +45,7 @@ def plan_rooms(
     store: StoreChoice = "auto",
     fetch: FetchChoice = "auto",
     free: FreeMemory | None = None,
+    formats: Formats | None = None,
 ) -> RoomPlan:
     """Decide how many slots each room has, and where KV rows go; allocate nothing.
 
@@ -55,6 +58,7 @@ def plan_rooms(
         store: as of `make_plan`.
         fetch: as of `make_plan`.
         free: what there is, the weights' memory included; None asks the device.
+        formats: of the weights that are not of that dtype.
 
     Raises:
         InputError: not one slot of the smallest room fits.
@@ -64,7 +68,8 @@ def plan_rooms(
     def plan(room: Room, slots: int) -> Plan:
         sizes = slots, room.prompt_tokens, room.new_tokens
         left = _without(there_is, _readings(model, room.prompt_tokens, dtype))
-        return make_plan(model, attention, *sizes, dtype, store=store, fetch=fetch, free=left)
+        where: dict[str, Any] = {"store": store, "fetch": fetch, "free": left}
+        return make_plan(model, attention, *sizes, dtype, **where, formats=formats)
 
     def fits(plan: Plan) -> bool:
         return shortage(plan.need, plan.free) is None
@@ -81,7 +86,8 @@ def plan_rooms(
 
         def takes(slots: int, room: Room = room) -> int:
             sizes = slots, room.prompt_tokens, room.new_tokens
-            return _bytes(memory_need(model, chosen.attention, *sizes, dtype), limits)
+            need = memory_need(model, chosen.attention, *sizes, dtype, formats=formats)
+            return _bytes(need, limits)
 
         def there_are(slots: int, takes: Callable[[int], int] = takes) -> bool:
             return takes(slots) <= limits[0]

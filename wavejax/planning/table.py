@@ -27,7 +27,8 @@ def plan_text(plan: Plan, model: str) -> str:
         cells = [device, host] if not unified else [device if host is None else host]
         table.add_row(name, *("" if cell is None else gib(cell) for cell in cells))
 
-    add("weights", need.weights)
+    in_bits = f"weights, {plan.weight_bits:.1f} bits a number" if plan.formats else "weights"
+    add(in_bits, need.weights)
     if not plan.attention.has_index:
         add("keys and values", need.rows)
     else:
@@ -104,6 +105,7 @@ def plan_json(plan: Plan, model: str) -> dict[str, object]:
         "prompt_tokens": plan.prompt_tokens,
         "new_tokens": plan.new_tokens,
         "dtype": plan.dtype,
+        "weight_bits": plan.weight_bits,
         "attention": attention_name(plan.attention),
         "attention_reason": plan.chosen,
         "store": plan.need.rows_on,

@@ -1,6 +1,7 @@
 """What a run needs of memory: the bytes really made and really compiled; what there is."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -9,7 +10,9 @@ import pytest
 
 import pallas_kernels as ops
 from models.config import ModelConfig
+from models.formats import bytes_by_parameter, formats_of_dtype
 from models.parameters import nest, parameter_shapes
+from models.quantised import QuantisedMatrix
 from tests.support.attention_harness import model_of
 from tests.support.tiny_generator import CONFIG, MODEL, make_params
 from wavejax import DecodeState, DenseAttention, Generator, Sampler, WaveAttention, WaveConfig
@@ -64,14 +67,25 @@ WIDE = ModelConfig("llama", 1000, 2, 256, 512, 8, 2, 64, 10**6)
 DEEP_MLP = ModelConfig("llama", 1000, 2, 128, 1024, 4, 1, 32, 10**6)
 
 
-def compiled_workspace(model, attention, batch, room, new, dtype=jnp.float32, sampler=None):
+def compiled_workspace(
+    model, attention, batch, room, new, dtype=jnp.float32, sampler=None, formats=None
+):
     """Bytes of temporaries of the two programs, compiled for this machine."""
 
     def of(shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
+    def parameter(path, shape):
+        if path not in (formats or {}):
+            return of(shape)
+        sizes, more = formats[path].arrays(shape), {"columns": shape[-1], "dtype": dtype}
+        made = {name: functools.partial(jnp.zeros, *size) for name, size in sizes.items()}
+        return jax.eval_shape(
+            lambda: QuantisedMatrix(**{name: make() for name, make in made.items()}, **more)
+        )
+
     shapes = parameter_shapes(model)
-    params = {"params": nest({path: of(shape) for path, shape in shapes.items()})}
+    params = {"params": nest({path: parameter(path, shape) for path, shape in shapes.items()})}
     number = of((), jnp.int32)
 
     def state():
@@ -109,6 +123,27 @@ def test_the_workspace_is_enough_and_not_twice_too_much(attention, model, room):
     stream = 3 * room * model.hidden_size * 4
     assert max(prefill + stream, decode) <= need.workspace
     assert need.workspace <= 2 * max(prefill + stream, decode)
+
+
+LARGE_TABLE = ModelConfig("llama", 20_000, 2, 256, 1024, 8, 2, 64, 10**6)
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("model, room", [(LARGE_TABLE, 64), (DEEP_MLP, 2048)])
+def test_the_workspace_of_quantised_weights(model, room, weight_dtype):
+    """Of a short prompt it is the floats of the table; of a longer one products in float32."""
+    formats = formats_of_dtype(model, weight_dtype)
+    need = memory_need(model, DenseAttention(), 1, room, 64, jnp.float32, formats=formats)
+    prefill, decode = compiled_workspace(model, DenseAttention(), 1, room, 64, formats=formats)
+    stream = 3 * room * model.hidden_size * 4
+    assert max(prefill + stream, decode) <= need.workspace
+    assert need.workspace <= 2 * max(prefill + stream, decode)
+    floats = memory_need(model, DenseAttention(), 1, room, 64, jnp.float32)
+    assert need.weights < 0.3 * floats.weights
+    # One stack of levels and one matrix in float32 pass through the host.
+    stacks = bytes_by_parameter(model, 4, formats)
+    matrix = 4 * 20_000 * 256 if model is LARGE_TABLE else 4 * 1000 * 128
+    assert need.loading <= max(stacks.values()) + max(matrix, 4 * 128 * 1024)
 
 
 def test_a_long_batch_of_full_attention_decodes_with_more_than_it_reads_a_prompt_with():

@@ -1,0 +1,61 @@
+"""`--weight-dtype`: what is planned is what is held, what is held answers, the rest is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_gguf import write_gguf
+from tests.support.tiny_models import make_tensors
+from tests.wavejax.cli.conftest import TINY, Result
+
+Generate = Callable[..., Result]
+COMMON = ("--raw", "--prompt", "abcdef", "--max-new-tokens", 4)
+
+
+def test_the_plan_says_fewer_bytes(generate: Generate, tiny: Path) -> None:
+    needs, bits = {}, {}
+    for weight_dtype in ("auto", "model", "int8", "int4"):
+        common = ("--model", tiny, "--plan", "--context", 100, "--weight-dtype", weight_dtype)
+        said = json.loads(generate(*common, "--json").out)
+        needs[weight_dtype], bits[weight_dtype] = said["need"]["weights"], said["weight_bits"]
+        text = generate(*common).out
+        assert (f"weights, {said['weight_bits']:.1f} bits" in text) == ("int" in weight_dtype)
+    assert needs["auto"] == needs["model"] > 3 * needs["int8"] > 3 * needs["int4"]
+    assert bits["auto"] == 32
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_a_run_says_what_its_weights_take(
+    weight_dtype: str, generate: Generate, tiny: Path
+) -> None:
+    common = ("--model", tiny, *COMMON, "--weight-dtype", weight_dtype)
+    result = generate(*common)
+    assert result.status == 0
+    assert "; weights: " in result.err
+    assert " bits a number; KV cache" in result.err
+    printed = json.loads(generate(*common, "--json").out)
+    assert 4 < printed["weight_bits"] < 16
+    plain = generate("--model", tiny, *COMMON, "--json")
+    assert "weight_bits" not in json.loads(plain.out)
+
+
+def test_other_files_are_refused_by_the_flag(generate: Generate, tiny: Path) -> None:
+    result = generate("--model", tiny, *COMMON, "--weight-dtype", "packed")
+    assert result.status == 2
+    assert "is no GGUF file; --weight-dtype packed keeps" in result.err
+    assert "give --weight-dtype int8" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_packed_takes_what_the_file_has(generate: Generate, tmp_path: Path) -> None:
+    """Planning reads no tokenizer: a file without one will do."""
+    import gguf
+
+    config = TINY | {"hidden_size": 64, "intermediate_size": 96}
+    write_gguf(tmp_path / "m.gguf", config, make_tensors(config), gguf.GGMLQuantizationType.Q8_0)
+    common = ("--model", tmp_path / "m.gguf", "--plan", "--context", 9, "--json")
+    said = json.loads(generate(*common, "--weight-dtype", "packed").out)
+    # A scale in float16 for 32 numbers; norms are float32.
+    assert 8.5 < said["weight_bits"] < 8.7
