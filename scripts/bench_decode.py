@@ -24,7 +24,9 @@ from decode_timing import steps_needed
 from gpu_timing import copy_ceiling, device_facts
 
 from models.checkpoints.open import open_checkpoint
+from models.checkpoints.tensor_source import WEIGHT_DTYPES
 from models.errors import InputError
+from models.formats import formats_of_dtype
 from models.unstacked import unstack_layers
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.attention.protocol import AnyAttention
@@ -121,6 +123,13 @@ IDENTITY = ("context", "batch", "attention", "store")
 @click.option("--growth", is_flag=True, help="Also time a step in which the index grows.")
 @click.option("--profile", "traces", type=click.Path(path_type=Path), help="Folder for traces.")
 @dtype_option
+@click.option(
+    "--weight-dtype",
+    type=click.Choice(WEIGHT_DTYPES),
+    default="model",
+    show_default=True,
+    help="Of the weights' matrices; packed: of a GGUF file by --model.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write all figures here, as JSON.")
 @click.option("--explain", "explained", is_flag=True, help=HELP)
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Tokens/s by context.")
@@ -140,6 +149,7 @@ def command(
     growth: bool,
     traces: Path | None,
     dtype: str,
+    weight_dtype: str,
     out: Path | None,
     explained: bool,
     plot_path: Path | None,
@@ -156,6 +166,12 @@ def command(
     if checkpoint is not None and model_layers is not None:
         raise InputError("--model-layers makes a shape smaller, not a checkpoint: leave out one")
     sizes_of = SHAPES[shape] if checkpoint is None else checkpoint.config
+    if checkpoint is None and weight_dtype == "packed":
+        raise InputError("--weight-dtype packed is for a GGUF file: give one by --model")
+    if checkpoint is None:
+        formats = formats_of_dtype(SHAPES[shape], weight_dtype)
+    else:
+        formats = dict(checkpoint.formats(weight_dtype))
     if model_layers is not None:
         sizes_of = dataclasses.replace(sizes_of, num_layers=model_layers)
     choices: list[tuple[str, str | None, AnyAttention]] = []
@@ -175,6 +191,7 @@ def command(
     report: dict[str, Any] = device_facts() | {
         "model": sizes_of.to_json() | {"name": model or shape},
         "dtype": dtype,
+        "weight_dtype": weight_dtype,
         "steps": steps,
         "calls": CALLS,
         "unroll": unroll,
@@ -183,9 +200,10 @@ def command(
     }
     print({name: report[name] for name in ("device", "jax", "date", "copy")}, flush=True)
     if checkpoint is None:
-        params = random_params(sizes_of, dtype)
+        params = random_params(sizes_of, dtype, formats=formats)
     else:
-        params = with_smooth_embedding(sizes_of, checkpoint.load_params(dtype))
+        loaded = checkpoint.load_params(dtype, None, weight_dtype)
+        params = with_smooth_embedding(sizes_of, loaded)
     if gpu if unroll is None else unroll:
         params = unstack_layers(params)  # as the commands do
     jax.block_until_ready(params)

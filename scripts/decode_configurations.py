@@ -12,6 +12,7 @@ from decode_timing import Decoder, profile, time_decoding, time_growth
 
 from models.config import ModelConfig
 from models.parameters import Params
+from models.quantised import formats_of
 from wavejax import Generator
 from wavejax.attention.protocol import AnyAttention
 from wavejax.planning.free_memory import FreeMemory, host_available
@@ -59,7 +60,8 @@ class Bench:
     def need(self, attention: AnyAttention, batch: int, context: int) -> MemoryNeed:
         """See `memory_need`."""
         sizes = batch, context, self.new_tokens
-        return memory_need(self.model, attention, *sizes, self.dtype, shortest_prompt=context)
+        more: dict[str, Any] = {"shortest_prompt": context, "formats": formats_of(self.params)}
+        return memory_need(self.model, attention, *sizes, self.dtype, **more)
 
     def largest(self, attention: AnyAttention, context: int) -> int:
         """Return the most sequences that fit; 0 if one does not."""

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from models.checkpoints.levels import quantised
 from models.config import ModelConfig
+from models.formats import INT8, Formats, WeightFormat
 from models.parameters import Params, nest, parameter_shapes
+from models.quantised import QuantisedMatrix
 from models.rope import inverse_frequencies
 
 SHAPES = {
@@ -58,21 +61,28 @@ def new_key(seed: int) -> Array:
     return jax.random.key(seed, impl="unsafe_rbg")
 
 
-def random_params(model: ModelConfig, dtype: str, seed: int = 0) -> Params:
+def random_params(
+    model: ModelConfig, dtype: str, seed: int = 0, formats: Formats | None = None
+) -> Params:
     """Random parameters: ones for norms, zeros for biases, else of variance 1 / inputs.
 
-    The embedding is `smooth_embedding`.
+    The embedding is `smooth_embedding`. Matrices of `formats` have random levels, and one scale.
     """
-    leaves: dict[tuple[str, ...], Array] = {}
+    leaves: dict[tuple[str, ...], Any] = {}
+    formats = formats or {}
     for number, (path, shape) in enumerate(parameter_shapes(model).items()):
+        key = jax.random.fold_in(new_key(seed), number)
         if path == ("embedding",):
-            leaves[path] = smooth_embedding(model, dtype, seed)
+            smooth = smooth_embedding(model, dtype, seed)
+            leaves[path] = _in_format(smooth, formats.get(path))
+        elif path in formats:
+            leaves[path] = _random_levels(shape, dtype, formats[path], key)
         elif path[-1].endswith("norm"):
             leaves[path] = jnp.ones(shape, dtype)
         elif path[-1].endswith("bias"):
             leaves[path] = jnp.zeros(shape, dtype)
         else:
-            leaves[path] = _random_stack(shape, dtype, jax.random.fold_in(new_key(seed), number))
+            leaves[path] = _random_stack(shape, dtype, key)
     return {"params": nest(leaves)}
 
 
@@ -87,12 +97,42 @@ def _random_stack(shape: tuple[int, ...], dtype: str, key: Array) -> Array:
     return jax.lax.map(matrix, jax.random.split(key, shape[0]))
 
 
+def _in_format(matrix: Array, format: WeightFormat | None) -> Any:
+    return matrix if format is None else quantised(np.asarray(matrix), format)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _random_levels(
+    shape: tuple[int, ...], dtype: str, format: WeightFormat, key: Array
+) -> QuantisedMatrix:
+    sizes = format.arrays(shape)
+    size, kind = sizes["levels"]
+
+    def matrix(key: Array) -> Array:
+        return jax.random.bits(key, size[-2:], jnp.uint8).astype(kind)
+
+    if len(shape) == 2:
+        levels = matrix(key)
+    else:
+        levels = jax.lax.map(matrix, jax.random.split(key, shape[0]))
+    # Levels are as likely as each other: their standard deviation is their number / sqrt(12).
+    scale = shape[-1] ** -0.5 / (2**format.bits / 12**0.5)
+    scales = jnp.full(sizes["scales"][0], scale, sizes["scales"][1])
+    return QuantisedMatrix(levels, scales, columns=shape[-1], dtype=jnp.dtype(dtype))
+
+
 def with_smooth_embedding(model: ModelConfig, params: Params, seed: int = 0) -> Params:
-    """Return a checkpoint's parameters with a smooth embedding of the same size."""
+    """Return a checkpoint's parameters with a smooth embedding of the same size.
+
+    It is in int8 if the old one is in 8 or 4 bits.
+    """
     old = params["params"]["embedding"]
-    scale = jnp.std(old.astype(jnp.float32))
+    in_levels = isinstance(old, QuantisedMatrix)
+    floats = old.dequantise() if in_levels else old
+    scale = jnp.std(floats.astype(jnp.float32))
     smooth = smooth_embedding(model, old.dtype.name, seed) * scale.astype(old.dtype)
-    return {"params": params["params"] | {"embedding": smooth}}
+    new = _in_format(smooth, INT8 if in_levels else None)
+    return {"params": params["params"] | {"embedding": new}}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,14 +1,16 @@
 """Floats to levels: `quantise` of models.formats' own formats, and what formats have in common.
 
-NumPy throughout: matrices are quantised in the host's memory, as they are read.
+By NumPy: matrices are quantised in the host's memory, as they are read.
 """
 
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
 from models.formats import WeightFormat
+from models.quantised import QuantisedMatrix
 
 Arrays = dict[str, Any]
 """The arrays of a quantised matrix by their names, as `WeightFormat.arrays` describes them."""
@@ -45,6 +47,21 @@ def quantise(
         scales = (np.take_along_axis(numbers, place, axis=-1) / -8).astype(dtype)
         levels = np.clip(np.rint(numbers / _divisors(scales.astype(np.float32))), -8, 7)
         return {"levels": pack(levels.astype(np.int8) + 8), "scales": scales[..., 0]}
+
+
+def quantised(
+    matrices: Shaped[np.ndarray, "*lead out in"], format: WeightFormat
+) -> QuantisedMatrix:
+    """Quantise a matrix, or a stack of them, that is in the host's memory; see `quantise`.
+
+    The new matrix stands for floats of the same dtype, and lies on JAX's default device.
+    """
+    rows = matrices.reshape(-1, matrices.shape[-1])
+    arrays = {
+        name: jax.device_put(array.reshape(*matrices.shape[:-1], -1))
+        for name, array in quantise(rows, format).items()
+    }
+    return QuantisedMatrix(**arrays, columns=matrices.shape[-1], dtype=matrices.dtype)
 
 
 def pack(

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.formats import bytes_by_parameter, formats_of_dtype
+from models.quantised import QuantisedMatrix, formats_of
 from wavejax import WaveAttention
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,26 @@ def bench(*options):
         timeout=300,
         check=False,
     )
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_random_weights_may_be_levels(load, weight_dtype):
+    decode_model = load("decode_model")
+    model = decode_model.SHAPES["tiny"]
+    formats = formats_of_dtype(model, weight_dtype)
+    params = decode_model.random_params(model, "bfloat16", formats=formats)
+    assert formats_of(params) == formats
+    assert decode_model.memory_of(params) == sum(bytes_by_parameter(model, 2, formats).values())
+    for name, stack in params["params"]["layers"].items():
+        if isinstance(stack, QuantisedMatrix):
+            numbers = np.asarray(stack.dequantise("float32"))
+            assert numbers.std() == pytest.approx(stack.columns**-0.5, rel=0.05), name
+    # What makes the row cache hit stays: the embedding is that of floats, but for rounding.
+    expected = np.asarray(decode_model.smooth_embedding(model, "bfloat16", 0), np.float32)
+    table = params["params"]["embedding"]
+    assert np.abs(np.asarray(table.dequantise("float32")) - expected).max() < 0.05
+    again = decode_model.with_smooth_embedding(model, params)["params"]["embedding"]
+    assert again.format == table.format
 
 
 @pytest.mark.slow

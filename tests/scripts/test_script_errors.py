@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
         ("compare_replacement.py OUT --json FILE/found.json", "cannot write"),
         ("bench_kernels.py --shapes A", "--shapes: 'A' is none of batch8-128k, batch1-128k"),
         ("report_bounds.py --length 512", "--length is 512, of which nothing is estimated"),
+        ("bench_decode.py --shape tiny --weight-dtype packed", "give one by --model"),
         ("profile_step.py --shapes batch8-128k", "there is no GPU to profile: JAX runs on cpu"),
     ],
 )

@@ -2,12 +2,10 @@
 
 import gguf
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from models.checkpoints.levels import quantise
+from models.checkpoints.levels import quantised
 from models.formats import formats_of_dtype
-from models.parameters import nest, parameter_shapes
 from models.quantised import QuantisedMatrix
 
 Encoding = gguf.GGMLQuantizationType
@@ -76,20 +74,12 @@ def matrix_of_levels(bits, group, out, columns, seed=0):
 def quantised_params(config, params, weight_dtype):
     """Float parameters, stacked, with their matrices as loading by "int8" or "int4" makes them."""
     formats = formats_of_dtype(config, weight_dtype)
-    leaves = {}
-    for path in parameter_shapes(config):
-        leaf = params["params"]
-        for name in path:
-            leaf = leaf[name]
-        if path in formats:
-            matrices = np.asarray(leaf, np.float32).reshape(-1, *leaf.shape[-2:])
-            each = [quantise(matrix, formats[path]) for matrix in matrices]
-            arrays = {name: np.stack([one[name] for one in each]) for name in each[0]}
-            lead = leaf.shape[:-1]
-            arrays = {name: jnp.asarray(x.reshape(*lead, -1)) for name, x in arrays.items()}
-            leaf = QuantisedMatrix(**arrays, columns=leaf.shape[-1], dtype=leaf.dtype)
-        leaves[path] = leaf
-    return {"params": nest(leaves)}
+
+    def of(path, leaf):
+        at = tuple(key.key for key in path)
+        return quantised(np.asarray(leaf), formats[at]) if at in formats else leaf
+
+    return {"params": jax.tree_util.tree_map_with_path(of, params["params"])}
 
 
 def dequantised(params):

@@ -1,0 +1,54 @@
+"""`compare_weights.py`: its figures are those of the distributions, its ways those it names."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.checkpoints.open import open_checkpoint
+from models.formats import INT4, INT8
+from models.quantised import formats_of
+from tests.support.tiny_models import CONFIGS, make_tensors, write_folder
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    # It imports another script.
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        spec = importlib.util.spec_from_file_location("weights", SCRIPTS / "compare_weights.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    return module
+
+
+def test_figures_are_of_the_distributions(script):
+    """Two pieces of a vocabulary of two: by hand."""
+    expected = [jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))] * 2
+    given = [expected[0], jnp.log(jnp.array([[0.25, 0.75], [0.9, 0.1]]))]
+    found = script.compare(jnp.array([[0, 1], [0, 0]]), expected, given)
+    divergence = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
+    assert found["kl_nats"] == pytest.approx(divergence / 4, abs=1e-5)
+    # The second tokens: 1 of 0.5 and 0.5, 0 of 0.25 and 0.75.
+    assert found["perplexity"] == pytest.approx((1 / 0.5 / 0.25) ** 0.5, abs=0.01)
+    assert found["same_percent"] == 75.0
+    assert script.compare(jnp.array([[0, 1]]), expected[:1], expected[:1])["kl_nats"] == 0
+
+
+def test_each_way_has_its_formats(script, tmp_path):
+    config = CONFIGS["llama"]
+    write_folder(tmp_path, config, make_tensors(config))
+    found = {name: formats_of(params) for name, params in script.ways(open_checkpoint(tmp_path))}
+    down, table = ("layers", "down"), ("embedding",)
+    assert list(found) == ["model", "int8", "int4", "int4_groups_of_64", "int4_embedding_too"]
+    assert found["model"] == {}
+    assert {found["int8"][down], found["int8"][table], found["int4"][table]} == {INT8}
+    assert {found["int4"][down], found["int4_embedding_too"][table]} == {INT4}
+    assert found["int4_groups_of_64"][down].group == 64
