@@ -12,6 +12,7 @@ INT8 = "2026-11-29-int8-rows-h200"
 MISSED = "2026-11-27-missed-rows-h200"
 RULER, ONE_BUDGET, FWE = "2026-11-26-ruler", "2026-11-26-one-budget", "2026-11-29-fwe-1.5b"
 BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
+WEIGHTS = "2026-11-30-weights-cpu"
 SHAPES = {
     "batch8-128k": "batch 8, 131,072 tokens",
     "batch1-128k": "batch 1, 131,072",
@@ -207,6 +208,25 @@ def admission(runs: Runs) -> str:
     return table(head, rows) + dated(runs, ADMISSION)
 
 
+def weights(runs: Runs) -> str:
+    """Return the error by how weights are kept."""
+    names = {
+        "model": "`model`: the file's numbers in float32",
+        "packed": "`packed`: the file's own levels",
+        "int8": "`int8`",
+        "int4": "`int4`",
+        "int4_groups_of_64": "`int4` if groups had 64 numbers",
+        "int4_embedding_too": "`int4` if the embedding were in 4 bits too",
+    }
+    figures = ("bits", "kl_nats", "perplexity", "same_percent", "ms_per_step")
+    rows = [
+        [words, *(plain(str(runs[WEIGHTS][f"{name}/{figure}"])) for figure in figures)]
+        for name, words in names.items()
+    ]
+    head = ["`--weight-dtype`", "bits a number", "KL, nats", "perplexity", "same token, %"]
+    return table([*head, "ms a step, this CPU"], rows) + dated(runs, WEIGHTS)
+
+
 TABLES: dict[str, Callable[[Runs], str]] = {
     "speed": speed,
     "accuracy": accuracy,
@@ -220,6 +240,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     "fwe": fwe,
     "budget": budget,
     "admission": admission,
+    "weights": weights,
 }
 
 
