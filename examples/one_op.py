@@ -20,14 +20,15 @@ def main() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (BATCH, KV_HEADS, GROUP, HEAD_DIM))
     stack = (LAYERS, BATCH, KV_HEADS, TOKENS, HEAD_DIM)
-    key, value = jax.random.normal(keys[1], stack), jax.random.normal(keys[2], stack)
+    # `ops.Rows` say how they are held: as they are, or in 8 bits with a scale each.
+    key, value = (ops.Rows(jax.random.normal(each, stack)) for each in keys[1:])
 
     attend = jax.jit(ops.attend_dense, static_argnames=("scale", "implementation"))
     layer, scale, half = 1, HEAD_DIM**-0.5, jnp.array([TOKENS // 2])
     whole, _ = attend(query, key, value, 2 * half, layer, scale=scale)
 
     first = attend(query, key, value, half, layer, scale=scale)
-    later = key[..., TOKENS // 2 :, :], value[..., TOKENS // 2 :, :]
+    later = (ops.Rows(rows.data[..., TOKENS // 2 :, :]) for rows in (key, value))
     second = attend(query, *later, half, layer, scale=scale)
     # Parts first: [parts, batch, kv_heads, group, head_dim] and [parts, batch, kv_heads, group].
     outputs, logsumexps = (jnp.stack(each) for each in zip(first, second, strict=True))

@@ -39,6 +39,19 @@ def quantise(rows: Float[Array, "*rows head_dim"]) -> Rows:
     return Rows(jnp.clip(levels, -LEVELS, LEVELS).astype(jnp.int8), scales)
 
 
+def held_as(numbers: Float[Array, "*rows head_dim"], rows: Rows) -> Rows:
+    """Return new numbers in the format of rows that they shall be written to.
+
+    Args:
+        numbers: any floats; the last axis is a key, or a value.
+        rows: of any shape; only their format counts.
+
+    Returns:
+        the numbers rounded, as of `quantise`; or, for plain rows, as they are.
+    """
+    return Rows(numbers) if rows.scales is None else quantise(numbers)
+
+
 def dequantise(rows: Rows) -> Num[Array, "..."]:
     """Return the numbers that rows stand for: levels times scales, exact in float32.
 

@@ -32,6 +32,8 @@ def is_held(entry: Array) -> Bool[Array, "..."]:
 class Rows(NamedTuple):
     """KV rows, and how they are held: a token's key and value for one kv head, side by side.
 
+    Full attention has keys in one and values in another: of each row one vector, and no axis of 2.
+
     Frozen, and a pytree of one or two arrays. The format follows from the fields:
 
     - "plain": the numbers themselves.
@@ -46,8 +48,8 @@ class Rows(NamedTuple):
             row then crosses the bus as one aligned piece, whose length is a power of two.
     """
 
-    data: Num[Array, "layers batch kv_heads tokens 2 head_dim"]
-    scales: Float[Array, "layers batch kv_heads tokens 2"] | None = None
+    data: Num[Array, "layers batch kv_heads tokens *vectors head_dim"]
+    scales: Float[Array, "layers batch kv_heads tokens *vectors"] | None = None
 
     @property
     def format(self) -> RowFormat:
@@ -66,7 +68,7 @@ class Rows(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The numbers in one row: 2 * head_dim."""
+        """The numbers in one row: 2 * head_dim, or head_dim of keys or values alone."""
         return math.prod(self.data.shape[4:])
 
     @property
@@ -76,6 +78,10 @@ class Rows(NamedTuple):
         if self.scales is not None:
             scales = math.prod(self.scales.shape[4:]) * self.scales.dtype.itemsize
         return self.width * self.dtype.itemsize + scales
+
+    def of_layer(self, layer: Int[Array, ""] | int) -> "Rows":
+        """Take one layer's rows: of each array what lies at its first axis."""
+        return Rows(self.data[layer], None if self.scales is None else self.scales[layer])
 
 
 class SteadyRows(NamedTuple):

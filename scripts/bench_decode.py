@@ -5,8 +5,9 @@
 By itself it takes random weights of Llama-3-8B's shape, and caches of random keys and values, whose
 index is built as a prompt's is. `--prefill real` reads random prompts instead and times that.
 Wave attention's row cache is made to hit as often as `--hit-ratio` says, by feeding tokens that are
-as much alike as it takes. Whatever fails is recorded, and the rest goes on; the results are written
-after each configuration, to NAME.unfinished.json until all are there.
+as much alike as it takes. With `--row-dtype int8` full attention is timed in both dtypes. Whatever
+fails is recorded, and the rest goes on; the results are written after each configuration, to
+NAME.unfinished.json until all are there.
 """
 
 import dataclasses
@@ -155,7 +156,10 @@ def command(
     plot_path: Path | None,
     **settings: Any,
 ) -> None:
-    """Time whole decode steps of full and of wave attention."""
+    """Time whole decode steps of full and of wave attention.
+
+    With --row-dtype int8 full attention is timed twice: as it is, and with keys and values in int8.
+    """
     check_variable()
     config: WaveConfig = fields_of(WaveConfig, settings)
     lengths = [int(x) for x in parse_numbers("--contexts", contexts)]
@@ -177,6 +181,9 @@ def command(
     choices: list[tuple[str, str | None, AnyAttention]] = []
     if "full" in kinds:
         choices.append(("full", None, DenseAttention()))
+        if config.row_dtype != "model":
+            alike = DenseAttention(row_dtype=config.row_dtype)
+            choices.append((f"full-{config.row_dtype}", None, alike))
     if "wave" in kinds:
         choices += [("wave", place, wave_attention(config, place)) for place in places]
     new_tokens = steps_needed(steps, CALLS) + (4 * config.growth_tokens if growth else 0)

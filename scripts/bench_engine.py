@@ -72,7 +72,9 @@ def command(
     config: WaveConfig = fields_of(WaveConfig, settings)
     wanted = parse_words("--parts", parts, PARTS)
     kind: AnyAttention = (
-        DenseAttention() if attention == "full" else WaveAttention(config, "device")
+        DenseAttention(row_dtype=config.row_dtype)
+        if attention == "full"
+        else WaveAttention(config, "device")
     )
     set_memory_limits(0)  # pins nothing; before anything starts JAX's device
     gpu = jax.default_backend() == "gpu"

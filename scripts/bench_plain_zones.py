@@ -67,7 +67,7 @@ def _cases(shape: StepShape) -> dict[str, tuple[Callable[..., Any], tuple[Any, .
         Estimate(scores.logits, x.value_means, x.offsets, x.remaining),
     )
     lengths = jnp.full(shape.batch, shape.tokens, jnp.int32)
-    dense = x.query, *(jnp.copy(x.store[..., i, :]) for i in (0, 1)), lengths
+    dense = x.query, *(Rows(jnp.copy(x.store[..., i, :])) for i in (0, 1)), lengths
     settings: Any = {"scale": shape.scale, "implementation": "xla"}
     return {
         "attend_zones": (jax.jit(functools.partial(ops.attend_zones, **settings)), zones),

@@ -80,8 +80,8 @@ def bytes_of_step(
     weights = memory_of(tree) - (tree["embedding"].nbytes if "unembedding" in tree else 0)
     missed, host = 0.0, 0.0
     if isinstance(cache, DenseState):
-        layers, _, kv_heads, _, head_dim = cache.keys.shape
-        row = 2 * head_dim * cache.keys.dtype.itemsize
+        layers, _, kv_heads = cache.keys.shape[:3]
+        row = cache.keys.row_bytes + cache.values.row_bytes
         # Of the steps' middle.
         tokens = int(np.asarray(cache.tokens).sum()) - len(cache.tokens) * (steps - 1) / 2
         read = layers * kv_heads * row * tokens

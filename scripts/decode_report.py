@@ -11,9 +11,12 @@ from wavejax.evaluation.files import replacing
 from wavejax.evaluation.plots import pyplot
 
 COLUMNS = (
-    *("tokens", "batch", "attention", "ms/step", "floor", "tokens/s", "to full"),
+    *("tokens", "batch", "attention", "ms/step", "floor", "tokens/s", "to full", "to full-int8"),
     *("to host", "hits", "host MB", "GB/s of step", "prefill s", "growth ms", "kernels ms"),
 )
+
+# Full attention in the model's dtype and with rows in int8, and how ratios to them are named.
+BASELINES = {"full": "ratio", "full-int8": "int8_ratio"}
 
 # By the batch asked for, in the order of their first results.
 STYLES = ("-", ":", "--", "-.")
@@ -29,8 +32,9 @@ def add_ratios(results: Sequence[dict[str, Any]]) -> None:
     """Add to each result its tokens a second over others' at the same context.
 
     `full_ratio` over full attention's at the same batch, `best_ratio` over full attention's best
-    batch; wave attention's `host_ratio` over that of rows in host memory, read in place, at the
-    same batch.
+    batch, in the model's dtype; `full_int8_ratio` and `best_int8_ratio` over its own with rows in
+    int8; wave attention's `host_ratio` over that of rows in host memory, read in place, at the same
+    batch.
     """
     timed = [one for one in results if "tokens_per_s" in one]
     speeds = {
@@ -39,11 +43,12 @@ def add_ratios(results: Sequence[dict[str, Any]]) -> None:
     }
     for one in timed:
         at, speed = (one["context"], one["batch"]), one["tokens_per_s"]
-        full = [x for key, x in speeds.items() if (key[0], key[2]) == ("full", at[0])]
-        if full:
-            one["best_ratio"] = speed / max(full)
-        if ("full", None, *at) in speeds:
-            one["full_ratio"] = speed / speeds["full", None, *at]
+        for full, ratio in BASELINES.items():
+            of_full = [x for key, x in speeds.items() if (key[0], key[2]) == (full, at[0])]
+            if of_full:
+                one[f"best_{ratio}"] = speed / max(of_full)
+            if (full, None, *at) in speeds:
+                one[f"full_{ratio}"] = speed / speeds[full, None, *at]
         if one["attention"] == "wave" and ("wave", "host", *at) in speeds:
             one["host_ratio"] = speed / speeds["wave", "host", *at]
 
@@ -64,7 +69,7 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             f"{one['ms_per_step']:.2f}",
             f"{one['floor_ms']:.2f}",
             f"{one['tokens_per_s']:.1f}",
-            _number(one.get("full_ratio"), ".2f", "x"),
+            *(_number(one.get(f"full_{ratio}"), ".2f", "x") for ratio in BASELINES.values()),
             _number(one.get("host_ratio"), ".2f", "x"),
             _number(one.get("hit_ratio"), ".1%"),
             _number(one["bytes_per_step"]["host"] / 1e6 or None, ".1f"),

@@ -12,6 +12,7 @@ from gpu_timing import time_calls
 from jax import Array
 
 from pallas_kernels.attend_dense import triton as attend_dense
+from pallas_kernels.types import Rows
 
 
 def full_attention(
@@ -31,7 +32,7 @@ def full_attention(
     """
     lengths = jnp.full(keys.shape[0], keys.shape[2], jnp.int32)
     output, _ = attend_dense.attend_dense(
-        query, keys[None], values[None], lengths, 0, scale=scale, config=config
+        query, Rows(keys[None]), Rows(values[None]), lengths, 0, scale=scale, config=config
     )
     return output
 

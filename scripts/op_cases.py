@@ -203,9 +203,9 @@ class StepBench:
         return OpCase(call, outputs, (logsumexps,), moved)
 
     @functools.cached_property
-    def _caches(self) -> tuple[Array, Array]:
+    def _caches(self) -> tuple[Rows, Rows]:
         """Keys and values of two layers, as full attention keeps them."""
-        keys, values = (jnp.copy(self.inputs.store[:2, ..., i, :]) for i in (0, 1))
+        keys, values = (Rows(jnp.copy(self.inputs.store[:2, ..., i, :])) for i in (0, 1))
         return keys, values
 
     def _attend_dense(self, run: Run) -> OpCase:
@@ -216,8 +216,9 @@ class StepBench:
             return run("attend_dense", *operands, layer, scale=shape.scale), state
 
         lengths = jnp.full(shape.batch, shape.tokens, jnp.int32)
-        moved = (keys.nbytes + values.nbytes) / len(keys)
-        return OpCase(call, (x.query, keys, values, lengths), self.links[: len(keys)], moved)
+        layers = keys.shape[0]
+        moved = (keys.data.nbytes + values.data.nbytes) / layers
+        return OpCase(call, (x.query, keys, values, lengths), self.links[:layers], moved)
 
     def zone_bytes(self) -> float:
         """Return what `attend_zones` must read: mean values of clusters in use, and rows."""

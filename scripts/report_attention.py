@@ -15,6 +15,7 @@ import click
 from tqdm import tqdm
 
 from models.errors import InputError
+from wavejax.attention.dense import DenseAttention
 from wavejax.cli.entry import exit_process
 from wavejax.cli.guard import main_guard
 from wavejax.cli.progress import progress_bar
@@ -23,7 +24,7 @@ from wavejax.evaluation import attention_report, plots
 from wavejax.evaluation.bench import Bench
 from wavejax.evaluation.files import write_text
 from wavejax.evaluation.haystack import MANUAL, load_haystack
-from wavejax.evaluation.methods import FULL, parse_methods
+from wavejax.evaluation.methods import parse_methods
 from wavejax.evaluation.origins import parts_of, settings_of
 from wavejax.evaluation.records import Records
 from wavejax.evaluation.samples import Material
@@ -90,8 +91,8 @@ def command(
         floors = {"min_clusters": 0, "min_candidate_tokens": 0, "min_retrieved_tokens": 0}
         budget = {"retrieval_fraction": fraction, **floors}
         for name, attention in parse_methods(methods, budget).items():
-            if name == FULL:
-                raise InputError(f"{FULL} is what the methods are compared with: leave it out")
+            if type(attention) is DenseAttention:
+                raise InputError(f"{name} is what the methods are compared with: leave it out")
             attentions[f"{name} at {fraction:g}"] = attention
             facts[f"{name} at {fraction:g}"] = {"name": name, "fraction": fraction}
     tabulate()  # Not to be found missing after hours.

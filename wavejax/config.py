@@ -90,8 +90,8 @@ class WaveConfig:
     )
     row_dtype: str = _setting(
         "model",
-        "of the keys and values kept of indexed tokens: model, the model's own; int8, a scale a "
-        "key and a value",
+        "of the keys and values kept of indexed tokens, or of all tokens by full attention: model, "
+        "the model's own; int8, a scale a key and a value",
     )
     bounds: bool = _setting(
         False, "keep what bounds of the estimate are made of, as attend_zones takes it"
@@ -149,7 +149,7 @@ class WaveConfig:
             "cache_fraction",
         ):
             _check_range(name, getattr(self, name), 0, 1)
-        _check_known("moment_rank", self.moment_rank, MOMENT_RANKS)
+        check_known("moment_rank", self.moment_rank, MOMENT_RANKS)
         if self.bounds and not self.moment_rank:
             raise InputError("`bounds` want moments: give `moment_rank` of 1, 2 or 4")
         _check_range("reach", self.reach, 0, 100)
@@ -163,8 +163,8 @@ class WaveConfig:
                 "a `tolerance` wants all tokens estimated that are not retrieved: give "
                 "`estimation_fraction=1`, or `tolerance=0`"
             )
-        _check_known("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
-        _check_known("row_dtype", self.row_dtype, ROW_DTYPES)
+        check_known("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
+        check_known("row_dtype", self.row_dtype, ROW_DTYPES)
         _check_range("admission_ratio", self.admission_ratio, 1, 10**9)
         _check_range("max_cluster_size", self.max_cluster_size, self.cluster_size, 65536)
         # k-means begins in the middle of as many equal parts; the last part's middle is at
@@ -269,7 +269,8 @@ def _check_kind(name: str, value: Any, kind: type) -> None:
         raise InputError(f"`{name}` is {value!r}; it must be of type {kind.__name__}")
 
 
-def _check_known(name: str, value: Any, known: tuple[Any, ...]) -> None:
+def check_known(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    """Raise InputError where a setting's value is none of those that there are."""
     if value not in known:
         listed = ", ".join(map(str, known))
         raise InputError(f"`{name}` is {value}; it must be one of {listed}")

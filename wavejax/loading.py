@@ -15,7 +15,6 @@ from models.formats import Formats
 from models.rope_option import with_rope_scaling
 from models.text.tokenizer import Tokenizer, load_tokenizer
 from models.unstacked import unstack_layers
-from wavejax.attention.dense import DenseAttention
 from wavejax.attention.protocol import Attention
 from wavejax.config import WaveConfig
 from wavejax.engine.generator import Generator
@@ -239,18 +238,13 @@ def attention_of(choice: str | AttentionChoice) -> AttentionChoice:
 def named_attention(name: str | None, config: WaveConfig) -> AttentionChoice:
     """Return "wave", "full" or "auto" by the settings of wave attention; raise InputError else.
 
-    None is "auto", or "wave" where a setting is not as by default. InputError also where full
-    attention is asked for and rows in another dtype, which it does not have.
+    None is "auto", or "wave" where a setting is not as by default. `row_dtype` is of each of them;
+    the other settings are wave attention's.
     """
     if name is None:
         name = "auto" if config == WaveConfig() else "wave"
-    if name == "full" and config.row_dtype != "model":
-        raise InputError(
-            f"`row_dtype={config.row_dtype!r}` is for wave attention, full attention keeps the "
-            "model's dtype: leave it out, or give `attention='wave'`"
-        )
-    named: dict[str, AttentionChoice]
-    named = {"wave": config, "full": DenseAttention(), "auto": AutoAttention(config)}
+    auto = AutoAttention(config)
+    named: dict[str, AttentionChoice] = {"wave": config, "full": auto.full, "auto": auto}
     if name not in named:
         raise _unknown(name)
     return named[name]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.rounding import quantise
+from pallas_kernels.rounding import held_as
 from pallas_kernels.types import Rows
 
 
@@ -12,7 +12,7 @@ def append_rows(
     store: Rows, rows: Array, layer: Array | int, sequence: Array | int, start: Array | int
 ) -> Rows:
     """See `pallas_kernels.append_rows`."""
-    new = Rows(rows) if store.scales is None else quantise(rows)
+    new = held_as(rows, store)
     return jax.tree.map(lambda x, block: write(x, block, layer, sequence, start), store, new)
 
 

@@ -5,12 +5,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.attend_dense import reference, triton
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.types import Rows
 
 
 def attend_dense(
     query: Float[Array, "batch kv_heads group head_dim"],
-    keys: Float[Array, "layers batch kv_heads tokens head_dim"],
-    values: Float[Array, "layers batch kv_heads tokens head_dim"],
+    keys: Rows,
+    values: Rows,
     lengths: Int[Array, " batch"],
     layer: Int[Array, ""] | int,
     *,
@@ -24,8 +25,10 @@ def attend_dense(
 
     Args:
         query: one decode step's queries, grouped by the kv head that they share.
-        keys, values: of all layers; what lies past a sequence's length is not attended to and may
-            be anything, NaN included.
+        keys, values: of all layers, `[layers, batch, kv_heads, tokens, head_dim]`; of "scaled" ones
+            the levels, and `[layers, batch, kv_heads, tokens]` scales, stand for the numbers that
+            `rounding.dequantise` makes of them. What lies past a sequence's length is not attended
+            to and may be anything, NaN included, scales too.
         lengths: int32, how many tokens each sequence attends to, the first ones; none for 0 or
             less, all for more than there are.
         layer: which layer of the stacks.

@@ -14,7 +14,7 @@ from pallas_kernels import tuning
 from pallas_kernels.merge_states import triton as merging
 from pallas_kernels.numerics import log_total
 from pallas_kernels.toolbox import launch
-from pallas_kernels.types import MASKED
+from pallas_kernels.types import MASKED, Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,14 @@ class Config:
 
 
 def heuristic(rows: int, tokens: int, head_dim: int, itemsize: int) -> Config:
-    """Four programs for each of an H200's processors, if each then has four blocks to attend to."""
+    """Four programs for each of an H200's processors, if each then has four blocks to attend to.
+
+    Args:
+        rows: sequences times kv heads.
+        tokens: room of a sequence.
+        head_dim: of the heads.
+        itemsize: bytes of a number as it is multiplied: the query's, also for levels.
+    """
     # 16 KiB of keys and of values at once: three stages of both are 96 KiB of shared memory.
     block = 16384 // (launch.tile(head_dim) * itemsize)
     block = min(max(block, launch.DOT_TILE), 64, launch.tile(tokens, launch.DOT_TILE))
@@ -54,7 +61,7 @@ def _kernel(
     scale: float,
     config: Config,
 ) -> None:
-    """One split of one row: online softmax over its tokens."""
+    """One split of one row: online softmax over its tokens; keys and values are `Rows` of refs."""
     part, head, sequence = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, head_dim = query.shape[2:]
     layer = layer_ref[...]
@@ -76,13 +83,26 @@ def _kernel(
         here = (layer, sequence, head, token[:, None], dims[None, :])
         seen = token < length
         mask = seen[:, None] & in_dims[None, :]
-        k = plt.load(keys.at[here], mask=mask, other=0.0)
-        logits = jnp.where(seen[None, :], scale * launch.dot(q, k, (1, 1)), MASKED)
+
+        def load(rows: Any) -> Any:
+            """Read a block `[n, d]`; levels as numbers of the query's dtype, which holds them."""
+            block = plt.load(rows.data.at[here], mask=mask, other=0.0)
+            return block if rows.scales is None else block.astype(q.dtype)
+
+        def scaled(x: Any, rows: Any) -> Any:
+            """Multiply `[g, n]` by the block's scales, if there are any: so levels need not be."""
+            if rows.scales is None:
+                return x
+            at = rows.scales.at[layer, sequence, head, token]
+            return x * plt.load(at, mask=seen, other=0.0)[None, :]
+
+        k = load(keys)
+        logits = jnp.where(seen[None, :], scaled(scale * launch.dot(q, k, (1, 1)), keys), MASKED)
         higher = jnp.maximum(peak, jnp.max(logits, axis=1))
         mass = jnp.where(seen[None, :], jnp.exp(logits - higher[:, None]), 0.0)
         fade = jnp.exp(peak - higher)
-        v = plt.load(values.at[here], mask=mask, other=0.0)
-        total = total * fade[:, None] + launch.dot(mass.astype(v.dtype), v)
+        v = load(values)
+        total = total * fade[:, None] + launch.dot(scaled(mass, values).astype(v.dtype), v)
         return total, weight * fade + jnp.sum(mass, axis=1), higher
 
     start = (
@@ -102,8 +122,8 @@ def _kernel(
 
 def attend_dense(
     query: Array,
-    keys: Array,
-    values: Array,
+    keys: Rows,
+    values: Rows,
     lengths: Array,
     layer: Array | int,
     *,
@@ -114,20 +134,28 @@ def attend_dense(
     """See `pallas_kernels.attend_dense`.
 
     Raises:
-        NotImplementedError: see `launch.check_heads`; or query, keys and values differ in dtype.
+        NotImplementedError: see `launch.check_heads`; or query, keys and values differ in dtype or
+            format, but for levels; or there are levels, and the query is in float16.
     """
     batch, kv_heads, group, head_dim = query.shape
     tokens = keys.shape[3]
     launch.check_heads("attend_dense", group, head_dim, query.dtype)
-    if not query.dtype == keys.dtype == values.dtype:
+    scaled = keys.scales is not None
+    wanted = jnp.int8 if scaled else query.dtype
+    if keys.format != values.format or not wanted == keys.dtype == values.dtype:
         raise NotImplementedError(
             f"attend_dense: query is {query.dtype}, keys are {keys.dtype}, values {values.dtype}; "
-            "the kernel knows one dtype for all"
+            "the kernel knows one dtype for all, and int8 where keys and values have scales"
+        )
+    if scaled and query.dtype == jnp.float16:
+        raise NotImplementedError(
+            "attend_dense: keys and values have scales and query is float16, which does not hold "
+            "weights times scales; the kernel wants bfloat16 or float32"
         )
     if config is None:
         config = tuning.config(
             "attend_dense",
-            heuristic(batch * kv_heads, tokens, head_dim, keys.dtype.itemsize),
+            heuristic(batch * kv_heads, tokens, head_dim, query.dtype.itemsize),
             rows=batch * kv_heads,
             tokens=tokens,
             head_dim=head_dim,

@@ -37,7 +37,8 @@ def make_case(case, tokens=5000, layers=2):
     lengths = jnp.array([0, 1, tokens - 1777, tokens], jnp.int32)
     seen = (jnp.arange(tokens) < lengths[:, None])[None, :, None, :, None]
     key, value = (
-        jnp.where(seen, jax.random.normal(k, cache), jnp.nan).astype(dtype) for k in keys[:2]
+        ops.Rows(jnp.where(seen, jax.random.normal(k, cache), jnp.nan).astype(dtype))
+        for k in keys[:2]
     )
     heads = (batch, case.kv_heads, case.group, case.head_dim)
     return jax.random.normal(keys[2], heads).astype(dtype), key, value, lengths
@@ -55,7 +56,7 @@ def test_attend_dense(case, splits):
         lambda *a: attend_dense.attend_dense(*a, LAYER, scale=case.scale, config=config),
         *(query, keys, values, lengths),
     )
-    floats = (x.astype(jnp.float32) for x in (query, keys, values))
+    floats = jax.tree.map(lambda x: x.astype(jnp.float32), (query, keys, values))
     plain = jax.jit(lambda *a: ops.attend_dense(*a, LAYER, scale=case.scale, implementation="xla"))
     output, logsumexp = plain(*floats, lengths)
     np.testing.assert_array_equal(found[0][0], 0)

@@ -18,7 +18,7 @@ from pallas_kernels.select_clusters.reference import list_candidates
 from pallas_kernels.select_tokens.reference import empty_table
 from pallas_kernels.select_tokens.reference import select_tokens as select_plain
 from pallas_kernels.select_tokens.triton import select_tokens as select_kernel
-from pallas_kernels.types import MASKED, IndexedTokens, RankedTokens, SelectionSettings
+from pallas_kernels.types import MASKED, IndexedTokens, RankedTokens, Rows, SelectionSettings
 from tests.pallas_kernels.attend_zones.test_kernel import (
     COUNTS,
     HEADS,
@@ -162,7 +162,10 @@ def test_full_attention_says_nan(attend, kv):
     rows[:, :, 1, :, 30:] = np.nan  # past a sequence's end anything may lie
     bad = rows.copy()
     bad[kv, 1, 0, 1, 20, 5] = np.nan
-    clean, found = (attend(query, *map(jnp.asarray, x), lengths, 1, scale=0.2) for x in (rows, bad))
+    clean, found = (
+        attend(query, *(Rows(jnp.asarray(one)) for one in x), lengths, 1, scale=0.2)
+        for x in (rows, bad)
+    )
     assert np.isfinite(clean[0]).all()
     assert np.isnan(found[0][0, 1, :, 5]).all()
     assert np.isnan(found[1][0, 1]).all() == (kv == 0)

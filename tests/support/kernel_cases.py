@@ -190,7 +190,8 @@ def _attention(heads: Heads) -> dict[str, Any]:
     def append(store: Any, *others: Any) -> Any:
         return append_rows.append_rows(Rows(jax.device_put(store, HOST)), *others)
 
-    cache = _of(*row, TOKENS, d, dtype=dtype)
+    cache = Rows(_of(*row, TOKENS, d, dtype=dtype))
+    rounded = Rows(_of(*row, TOKENS, d, dtype=jnp.int8), _of(*row, TOKENS, dtype=jnp.float32))
     state = (81, *own, heads.group)
     merge_states = attend_dense.merging.merge_states
     levels = small | {
@@ -200,8 +201,15 @@ def _attention(heads: Heads) -> dict[str, Any]:
             (of, 0, jnp.int8), (of.replace("_rows", "") + "_scales", 1, jnp.float32)
         )
     }  # fmt: skip
+    attend_all = functools.partial(attend_dense.attend_dense, scale=0.1)
     # No float16 holds weights times scales.
     scaled = {} if dtype == "float16" else {
+        "attend_dense-levels": (
+            attend_all,
+            (query, rounded, rounded, _of(BATCH), layer),
+            {"attend_dense", "merge_states"},
+        )
+    } | {
         f"attend_zones-levels-{'host' if host else 'device'}": (
             functools.partial(attend, host=host), (levels, layer), {"attend_zones"}
         )
@@ -215,7 +223,7 @@ def _attention(heads: Heads) -> dict[str, Any]:
             functools.partial(attend, host=True), (small, layer), {"attend_zones"}
         ),
         "attend_dense": (
-            functools.partial(attend_dense.attend_dense, scale=0.1),
+            attend_all,
             (query, cache, cache, _of(BATCH), layer),
             {"attend_dense", "merge_states"},
         ),

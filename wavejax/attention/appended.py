@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Num
 
 from pallas_kernels import _compat
-from pallas_kernels.rounding import dequantise
+from pallas_kernels.rounding import dequantise, held_as
 from pallas_kernels.types import MASKED, Rows
 from wavejax.attention.dense import DenseState
 from wavejax.attention.protocol import AnyAttention, Layer, PromptKV, PromptQuery, scale_of
@@ -171,11 +171,14 @@ def _attend(
 def _read_dense(state: DenseState, layer: Array, sequence: Array) -> ReadBlock:
     block = min(BLOCK, state.keys.shape[3])
 
+    def cut(array: Array, start: Array) -> Array:
+        rest = array.shape[4:]
+        where = (layer, sequence, jnp.int32(0), start, *(jnp.int32(0) for _ in rest))
+        return lax.dynamic_slice(array, where, (1, 1, array.shape[2], block, *rest))[0, 0]
+
     def read(start: Array) -> Array:
-        where = (layer, sequence, jnp.int32(0), start, jnp.int32(0))
-        shape = (1, 1, state.keys.shape[2], block, state.keys.shape[4])
-        key, value = (lax.dynamic_slice(x, where, shape) for x in (state.keys, state.values))
-        return as_rows(key[0, 0], value[0, 0])
+        rows = (state.keys, state.values)
+        return as_rows(*(dequantise(jax.tree.map(lambda x: cut(x, start), each)) for each in rows))
 
     return read
 
@@ -235,7 +238,10 @@ def _write(state: Any, layer: Array, sequence: Array, new: Array, count: Array) 
     if isinstance(state, DenseState):
         room = state.keys.shape[3]
         put = functools.partial(write, first=state.tokens[sequence], axis_room=room)
-        keys, values = put(state.keys, by_token[:, :, 0]), put(state.values, by_token[:, :, 1])
+        keys, values = (
+            jax.tree.map(put, rows, held_as(by_token[:, :, i], rows))
+            for i, rows in enumerate((state.keys, state.values))
+        )
         return dataclasses.replace(state, keys=keys, values=values)
     steady = state.steady
     window = write(steady.window, by_token, steady.window_tokens[sequence], steady.window.shape[3])

@@ -4,15 +4,19 @@ import dataclasses
 import math
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from pallas_kernels import Implementation
-from pallas_kernels.types import MASKED
+from pallas_kernels.append_rows.reference import append_rows
+from pallas_kernels.rounding import dequantise, held_as
+from pallas_kernels.types import MASKED, Rows
 from wavejax._pytree import state as pytree
+from wavejax.attention.footprint import Footprint, with_levels
 from wavejax.attention.implementation import by_own_implementation, check_implementation
 from wavejax.attention.protocol import (
     Attention,
@@ -22,7 +26,11 @@ from wavejax.attention.protocol import (
     StepQuery,
     scale_of,
 )
+from wavejax.config import ROW_DTYPES, check_known
+from wavejax.store.rows import dtype_of, init_rows
 from wavejax.store.shape import STACK, CacheShape
+
+_AXES = {"data": (*STACK, "tokens", "head_dim"), "scales": (*STACK, "tokens")}
 
 
 @pytree
@@ -30,19 +38,16 @@ class DenseState:
     """The KV cache of all layers and sequences.
 
     Attributes:
-        keys, values: `[layers, batch, kv_heads, tokens, head_dim]`.
+        keys, values: `[layers, batch, kv_heads, tokens, head_dim]`, with their format: of "scaled"
+            ones levels, and scales `[layers, batch, kv_heads, tokens]`.
         tokens: `[batch]` int32, how many tokens each sequence holds.
     """
 
-    keys: Array
-    values: Array
+    keys: Rows
+    values: Rows
     tokens: Array
 
-    AXES: ClassVar = {
-        "keys": (*STACK, "tokens", "head_dim"),
-        "values": (*STACK, "tokens", "head_dim"),
-        "tokens": ("sequences",),
-    }
+    AXES: ClassVar = {"keys": _AXES, "values": _AXES, "tokens": ("sequences",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +56,20 @@ class DenseAttention(Attention[DenseState]):
 
     Attributes:
         implementation: how its op runs, as of `WaveAttention`.
+        row_dtype: what keys and values are kept in, of all tokens: "model", the model's own dtype;
+            "int8", rounded as they are written, with a scale for each key and each value. A prompt,
+            and what is appended, attends to its own tokens before they are rounded.
 
     Raises:
-        InputError: there is no such implementation.
+        InputError: there is no such implementation, or no such dtype.
     """
 
     implementation: Implementation | None = dataclasses.field(default=None, kw_only=True)
+    row_dtype: str = dataclasses.field(default="model", kw_only=True)
 
     def __post_init__(self) -> None:
         check_implementation(self.implementation)
+        check_known("row_dtype", self.row_dtype, ROW_DTYPES)
 
     def init_state(
         self,
@@ -71,10 +81,10 @@ class DenseAttention(Attention[DenseState]):
         *,
         shortest_prompt: int = 1,
     ) -> DenseState:
-        room = prompt_tokens + new_tokens
+        room, held = prompt_tokens + new_tokens, dtype_of(self.row_dtype, dtype)
         size = (*shape.stack(batch), room, shape.head_dim)
         # Two arrays, not one twice: a buffer cannot be donated twice.
-        keys, values = jnp.zeros(size, dtype), jnp.zeros(size, dtype)
+        keys, values = init_rows(size, held), init_rows(size, held)
         return DenseState(keys, values, jnp.zeros(batch, jnp.int32))
 
     @property
@@ -98,14 +108,11 @@ class DenseAttention(Attention[DenseState]):
         length: Int[Array, ""],
     ) -> DenseState:
         del length  # What lies past it is overwritten before it is ever attended to.
-
-        def write(cache: Array, new: Array) -> Array:
-            block = jnp.swapaxes(new, 0, 1)[None, None].astype(cache.dtype)
-            # Of the same type also where Python's numbers are of 64 bits.
-            start = (jnp.asarray(i, jnp.int32) for i in (layer, sequence, 0, 0, 0))
-            return lax.dynamic_update_slice(cache, block, tuple(start))
-
-        return DenseState(write(state.keys, key), write(state.values, value), state.tokens)
+        keys, values = (
+            append_rows(rows, jnp.swapaxes(new, 0, 1), layer, sequence, 0)
+            for rows, new in ((state.keys, key), (state.values, value))
+        )
+        return DenseState(keys, values, state.tokens)
 
     def finish_prefill(
         self, state: DenseState, sequence: Int[Array, ""], length: Int[Array, ""]
@@ -138,8 +145,12 @@ class DenseAttention(Attention[DenseState]):
         b, h = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
         at = (layer, b, h, state.tokens[:, None])
 
-        def write(cache: Array, new: Array) -> Array:
-            return cache.at[at].set(new[:, 0].astype(cache.dtype), unique_indices=True)
+        def write(rows: Rows, new: Array) -> Rows:
+            return jax.tree.map(
+                lambda cache, one: cache.at[at].set(one.astype(cache.dtype), unique_indices=True),
+                rows,
+                held_as(new[:, 0], rows),
+            )
 
         return DenseState(write(state.keys, key), write(state.values, value), state.tokens)
 
@@ -155,7 +166,8 @@ class DenseAttention(Attention[DenseState]):
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         # A weight of zero does not keep out a value that is not finite.
-        values = jnp.where(seen[..., None], state.values[layer], 0).astype(jnp.float32)
+        values = dequantise(state.values.of_layer(layer))
+        values = jnp.where(seen[..., None], values, 0).astype(jnp.float32)
         output = jnp.einsum("bhgs,bhsd->bhgd", weights, values)
         return output.astype(query.dtype).reshape(query.shape)
 
@@ -164,7 +176,15 @@ class DenseAttention(Attention[DenseState]):
     ) -> Float[Array, "batch kv_heads group tokens"]:
         """Multiply query and keys in one layer, scaled, float32, for all the room there is."""
         batch, _, heads, head_dim = query.shape
-        keys = state.keys[layer]
+        keys = dequantise(state.keys.of_layer(layer))
         grouped = query.reshape(batch, keys.shape[1], heads // keys.shape[1], head_dim)
         products = jnp.einsum("bhgd,bhsd->bhgs", grouped, keys, preferred_element_type=jnp.float32)
         return products / math.sqrt(head_dim)
+
+    def footprint(
+        self, state: DenseState, shape: CacheShape, heads: int, prompt_tokens: int, dtype: DTypeLike
+    ) -> Footprint:
+        found = super().footprint(state, shape, heads, prompt_tokens, dtype)
+        if self.row_dtype == "model":
+            return found
+        return with_levels(found, (state.keys, state.values), shape, prompt_tokens)

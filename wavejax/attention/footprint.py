@@ -3,7 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from pallas_kernels.types import Rows
 from wavejax.attention.moment_bytes import building_bytes, step_bytes
 from wavejax.config import WaveConfig
 from wavejax.store.index import segments_at_once
@@ -43,7 +46,9 @@ class Footprint:
     step_transfer: int = 0
 
 
-def plain_footprint(state: object, shape: CacheShape, heads: int, prompt_tokens: int) -> Footprint:
+def plain_footprint(
+    state: object, shape: CacheShape, heads: int, prompt_tokens: int, dtype: DTypeLike
+) -> Footprint:
     """Count for an attention that holds keys and values of the tokens that it attends to.
 
     Args:
@@ -51,8 +56,9 @@ def plain_footprint(state: object, shape: CacheShape, heads: int, prompt_tokens:
         shape: the layers and heads of the cache.
         heads: query heads.
         prompt_tokens: of the longest prompt, padding included.
+        dtype: of the model's numbers.
     """
-    rows, itemsize = nbytes(state), _itemsize(state)
+    rows, itemsize = nbytes(state), jnp.dtype(dtype).itemsize
     query, pair = heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim
     return Footprint(
         rows=rows,
@@ -65,13 +71,42 @@ def plain_footprint(state: object, shape: CacheShape, heads: int, prompt_tokens:
     )
 
 
+def with_levels(
+    plain: Footprint, rows: tuple[Rows, Rows], shape: CacheShape, prompt_tokens: int
+) -> Footprint:
+    """Correct the count of a state whose keys and values are levels with scales.
+
+    Args:
+        plain: as `plain_footprint` counts it.
+        rows: its keys and its values.
+        shape, prompt_tokens: as there.
+    """
+    levels = nbytes([each.data for each in rows])
+    token = shape.kv_heads * sum(each.row_bytes for each in rows)
+    return dataclasses.replace(
+        plain,
+        rows=levels,
+        steady=plain.rows - levels,
+        # Rounded as they are written.
+        writing=plain.writing + prompt_tokens * token,
+        # A layer's levels, and in float32 its keys and values, and its values without what is not
+        # seen.
+        step=levels // shape.layers * 7,
+    )
+
+
 def wave_footprint(
-    config: WaveConfig, state: WaveState, shape: CacheShape, heads: int, prompt_tokens: int
+    config: WaveConfig,
+    state: WaveState,
+    shape: CacheShape,
+    heads: int,
+    prompt_tokens: int,
+    dtype: DTypeLike,
 ) -> Footprint:
     """Count for wave attention; arguments as of `plain_footprint`, and the settings."""
     kept = state.index, state.cache, state.store.rows.data
     index, cache, rows = map(nbytes, kept)
-    itemsize = state.steady.window.dtype.itemsize
+    itemsize = jnp.dtype(dtype).itemsize
     query, pair = heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim
     arriving = _transfers(config, state)
     return Footprint(
@@ -93,12 +128,6 @@ def wave_footprint(
 def nbytes(tree: object) -> int:
     """Count the bytes of arrays, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _itemsize(tree: object) -> int:
-    """Bytes of a number of the largest array."""
-    leaves = jax.tree.leaves(tree)
-    return max(leaves, key=lambda leaf: leaf.size).dtype.itemsize if leaves else 1
 
 
 def _rounded(state: WaveState, shape: CacheShape) -> int:

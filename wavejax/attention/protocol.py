@@ -205,7 +205,7 @@ class Attention(abc.ABC, Generic[State]):
         return None
 
     def footprint(
-        self, state: State, shape: CacheShape, heads: int, prompt_tokens: int
+        self, state: State, shape: CacheShape, heads: int, prompt_tokens: int, dtype: DTypeLike
     ) -> Footprint:
         """Count the bytes that the state holds, and that one layer's work takes besides.
 
@@ -216,8 +216,9 @@ class Attention(abc.ABC, Generic[State]):
             shape: the layers and heads of the cache.
             heads: query heads.
             prompt_tokens: of the longest prompt, padding included.
+            dtype: of the model's keys and values, as `init_state` is given it.
         """
-        return plain_footprint(state, shape, heads, prompt_tokens)
+        return plain_footprint(state, shape, heads, prompt_tokens, dtype)
 
     @property
     def on_device(self) -> "Attention[State]":

@@ -293,6 +293,6 @@ class WaveAttention(Attention[WaveState]):
         return counts(state)
 
     def footprint(
-        self, state: WaveState, shape: CacheShape, heads: int, prompt_tokens: int
+        self, state: WaveState, shape: CacheShape, heads: int, prompt_tokens: int, dtype: DTypeLike
     ) -> Footprint:
-        return wave_footprint(self.config, state, shape, heads, prompt_tokens)
+        return wave_footprint(self.config, state, shape, heads, prompt_tokens, dtype)

@@ -31,6 +31,8 @@ _NOT_KEPT = ("cache", "attended", "tolerance")
 # The bulk of a state, kept layer by layer.
 _STORE = ("store/rows/data",)
 _ROWS = ("store/rows", "keys", "values")
+# What is kept under the name that it had before it had scales.
+_NAMED_BEFORE = {"keys/data": "keys", "values/data": "values"}
 
 
 class Part(NamedTuple):
@@ -52,6 +54,12 @@ class Part(NamedTuple):
         return self.name.startswith(_ROWS)
 
 
+def name_of(path: tuple[Any, ...]) -> str:
+    """Name an array of a state, by its path, as it is named in a document."""
+    name = "/".join(key.name for key in path)
+    return _NAMED_BEFORE.get(name, name)
+
+
 def parts_of(attention_state: Any) -> Iterator[Part]:
     """List what is kept of an attention's state, as an engine holds it."""
     state = attention_state
@@ -61,7 +69,7 @@ def parts_of(attention_state: Any) -> Iterator[Part]:
     named = jax.tree.leaves(logical_axes(state), is_leaf=lambda x: isinstance(x, PartitionSpec))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     for (path, array), axes in zip(leaves, named, strict=True):
-        name = "/".join(key.name for key in path)
+        name = name_of(path)
         if name.startswith(_NOT_KEPT) or "sequences" not in axes:
             continue
         if name in _STORE and isinstance(attention_state, StagedState):

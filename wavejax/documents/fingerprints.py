@@ -56,7 +56,7 @@ def fingerprints(
 def settings_of(model_config: ModelConfig, attention: AnyAttention) -> dict[str, Any]:
     """Describe the part of `fingerprints` that is settings: no weight is read."""
     model = model_config.to_json()
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"row_dtype": attention.row_dtype}
     if isinstance(attention, WaveAttention):
         settings = dataclasses.asdict(attention.config)
     said = {

@@ -207,7 +207,7 @@ class Restoring:
 def _replaced(state: Any, new: Mapping[str, Any]) -> Any:
     """Return a state with some of its arrays replaced, by name."""
     paths, tree = jax.tree_util.tree_flatten_with_path(state)
-    leaves = [new.get("/".join(key.name for key in path), leaf) for path, leaf in paths]
+    leaves = [new.get(arrays.name_of(path), leaf) for path, leaf in paths]
     return jax.tree.unflatten(tree, leaves)
 
 

@@ -243,7 +243,7 @@ def pinned(attention: AttentionChoice, path: Path) -> AttentionChoice:
     if not isinstance(attention, AutoAttention):
         return attention
     kept = read_folder(path).facts["fingerprints"]["attention"]
-    return DenseAttention() if kept == DenseAttention.__name__ else attention.config
+    return attention.full if kept == DenseAttention.__name__ else attention.config
 
 
 def ask_document(

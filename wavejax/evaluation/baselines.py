@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.numerics import heaviest, log_sum_exp, ordered_bits
+from pallas_kernels.rounding import dequantise
 from pallas_kernels.types import MASKED
 from wavejax._pytree import state as pytree
 from wavejax.attention.dense import DenseAttention, DenseState
@@ -151,7 +152,8 @@ class SparseAttention(DenseAttention):
         seen = jnp.arange(tokens) <= state.tokens[:, None]
         if self.rank == "mass":
             return _group_mass(self.logits(layer, query, state), seen[:, None, None])
-        bound = page_bounds(query, state.keys[layer], middle, self.config.sink_tokens)
+        keys = dequantise(state.keys.of_layer(layer))
+        bound = page_bounds(query, keys, middle, self.config.sink_tokens)
         mass = _group_mass(bound, bound > MASKED / 2)
         of_tokens = jnp.repeat(mass, PAGE_TOKENS, axis=-1)
         return jnp.pad(of_tokens, ((0, 0), (0, 0), (self.config.sink_tokens, 0)))[..., :tokens]

@@ -13,7 +13,7 @@ from wavejax.evaluation.baselines import Rank, SparseAttention
 
 FULL = "full"
 METHODS = {
-    FULL: "full attention",
+    FULL: "full attention; full[row_dtype=int8] for rounded keys and values",
     "oracle": "the tokens of most true mass; nothing is estimated",
     "streaming_llm": "sinks and a window extended to the budget",
     "quest": "pages of 16 tokens by the upper bound of their logits",
@@ -47,7 +47,7 @@ def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention
     Args:
         text: names separated by commas; a name may be followed by settings of its own, fields of
             `WaveConfig`: `wave[candidate_fraction=0.1,cluster_size=16]`; an ablation's also of
-            `AblatedAttention`.
+            `AblatedAttention`; full attention's `row_dtype` alone.
         budget: settings of all of them.
 
     Raises:
@@ -75,9 +75,10 @@ def _attention(
     name: str, budget: dict[str, Any], settings: dict[str, Any]
 ) -> DenseAttention | WaveAttention:
     if name == FULL:
+        row_dtype = settings.pop("row_dtype", "model")
         if settings:
-            raise InputError(f"{FULL} has no settings, but {settings} were given")
-        return DenseAttention()
+            raise InputError(f"{FULL} has no settings but row_dtype, and {settings} were given")
+        return DenseAttention(row_dtype=row_dtype)
     if "admission_ratio" in settings and (name in _RANKS or name == "ablation"):
         raise InputError(
             f"{name} has no row cache, so it admits nothing to one; leave admission_ratio out, or "

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.rounding import quantise
 from wavejax.attention.dense import DenseState
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import DECODE_SETTINGS, WaveConfig
@@ -23,7 +24,8 @@ class SharedPrefill:
     built is kept.
 
     Args:
-        dense: the state that a generator with `DenseAttention` started; never donated.
+        dense: the state that a generator with `DenseAttention` started, its keys and values in the
+            model's dtype; never donated.
         prompt_tokens: room for prompts in the methods' states, at least the longest one, and at
             most what the dense cache has; the same for all batches that should share programs.
         new_tokens: room for so many tokens more; the dense cache must have it too.
@@ -43,6 +45,8 @@ class SharedPrefill:
             cache = self._index(generator, attention, full)
         elif attention.state_type is SparseState:
             cache = SparseState(full.keys, full.values, full.tokens, full.tokens)
+        elif attention.row_dtype == "int8":
+            cache = _rounded(full)
         else:
             cache = full
         return jax.tree.map(jnp.copy, dataclasses.replace(dense, attention_state=cache))
@@ -75,18 +79,22 @@ def build_index(
     new_tokens: int,
 ) -> Any:
     """Return a wave state from a dense cache, without running the model; see `SharedPrefill`."""
-    batch = full.tokens.shape[0]
+    batch, numbers = full.tokens.shape[0], (full.keys.data, full.values.data)
     model, dtype = generator.model_config, full.keys.dtype
     shape = CacheShape.of(model)
     cache = attention.init_state(shape, batch, prompt_tokens, new_tokens, dtype)
     for sequence in range(batch):
         where = jnp.int32(sequence), full.tokens[sequence]
         for layer in range(model.num_layers):
-            cache = _write(
-                attention, jnp.int32(layer), *where, full.keys, full.values, cache, prompt_tokens
-            )
+            cache = _write(attention, jnp.int32(layer), *where, *numbers, cache, prompt_tokens)
         cache = _finish(attention, cache, *where)
     return cache
+
+
+@jax.jit
+def _rounded(full: DenseState) -> DenseState:
+    """Round keys and values as full attention in int8 writes them."""
+    return DenseState(quantise(full.keys.data), quantise(full.values.data), full.tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnames="cache")

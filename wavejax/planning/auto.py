@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from wavejax.attention.dense import DenseAttention
 from wavejax.config import WaveConfig
 
 
@@ -11,10 +12,15 @@ class AutoAttention:
     """Wave or full attention, as a plan finds it faster for its run.
 
     Attributes:
-        config: the settings of wave attention, where it is taken.
+        config: the settings of wave attention, where it is taken; `row_dtype` is of either.
     """
 
     config: WaveConfig = dataclasses.field(default_factory=WaveConfig)
+
+    @property
+    def full(self) -> DenseAttention:
+        """Full attention, where that is taken: its rows are of the same dtype."""
+        return DenseAttention(row_dtype=self.config.row_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,8 @@ def faster(
     count = tokens * batch if crossover.of_batch else tokens
     what = "in a batch" if crossover.of_batch else "a sequence"
     measured = f"{crossover.tokens:,} tokens {what}, measured on {_NAMES[kind]}"
+    if config.row_dtype != "model":
+        measured += " with rows in the model's dtype"
     if count < crossover.tokens:
         return "full", f"{count:,} tokens: it is faster below some {measured}"
     return "wave", f"{count:,} tokens: it is faster from some {measured}"

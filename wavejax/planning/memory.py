@@ -28,7 +28,8 @@ class MemoryNeed:
         weights: the parameters, on the device.
         index: the wave index, on the device; 0 for full attention.
         cache: the row cache and its table, on the device; where there is none, its counters.
-        steady: the steady zone, and scales of rows in int8, on the device.
+        steady: the steady zone, and scales of rows in int8, on the device. Of full attention the
+            scales alone.
         rows: all tokens' keys and values: the row store, or full attention's cache.
         rows_on: where `rows` are.
         workspace: what reading the longest prompt, or a decode step, takes besides, on the device.
@@ -139,7 +140,7 @@ def footprint(
     shape, room = CacheShape.of(model), bucket(prompt_tokens)
     sizes = batch, room, answer_room(new_tokens), jnp.dtype(dtype)
     state = state_shapes(attention, shape, *sizes, least_of_bucket(shortest_prompt))
-    return attention.footprint(state, shape, model.num_heads, room)
+    return attention.footprint(state, shape, model.num_heads, room, dtype)
 
 
 def _weights_workspace(model: ModelConfig, itemsize: int, formats: Formats) -> int:

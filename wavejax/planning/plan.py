@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.errors import InputError
 from models.formats import Formats, bits_each
-from wavejax.attention.dense import DenseAttention
 from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.config import WaveConfig
@@ -207,7 +206,7 @@ def _of_both(
         why = "its rows are asked for in host memory"
         return [candidate._replace(chosen=why) for candidate in waves]
     better, why = faster(auto.config, batch, tokens, free.name)
-    [full] = _candidates(DenseAttention(), store, fetch, free, need)
+    [full] = _candidates(auto.full, store, fetch, free, need)
     if better == "full":
         small = "full attention is faster, but does not fit"
         return [full._replace(chosen=why), *(wave._replace(chosen=small) for wave in waves)]

@@ -29,14 +29,16 @@ def plan_text(plan: Plan, model: str) -> str:
 
     in_bits = f"weights, {plan.weight_bits:.1f} bits a number" if plan.formats else "weights"
     add(in_bits, need.weights)
+    scaled = plan.attention.row_dtype == "int8"
     if not plan.attention.has_index:
         add("keys and values", need.rows)
+        if scaled:
+            add("scales", need.steady)
     else:
         add("wave index", need.index)
         if need.slots:
             slots = "1 slot" if need.slots == 1 else f"{need.slots:,} slots"
             add(f"row cache, {slots} a head", need.cache)
-        scaled = plan.attention.row_dtype == "int8"
         add("steady zone, scales" if scaled else "steady zone", need.steady)
         on_device = need.rows_on == "device"
         add("row store", *((need.rows,) if on_device else (None, need.rows)))

@@ -106,6 +106,11 @@ def init_store(
     return RowStore(Rows(_in_host_memory(shape, jnp.dtype(dtype)), scales))
 
 
+def init_rows(shape: tuple[int, ...], dtype: DTypeLike) -> Rows:
+    """Make rows of zeros on the device: of int8 with scales, of other dtypes plain ones."""
+    return Rows(jnp.zeros(shape, dtype), _init_scales(shape, dtype))
+
+
 def _init_scales(shape: tuple[int, ...], dtype: DTypeLike) -> Array | None:
     """Make the scales of rows of int8, on the device; None for others."""
     return jnp.zeros(shape[:-1], jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
@@ -135,7 +140,7 @@ def init_cache(shape: tuple[int, ...], tokens: int, dtype: DTypeLike) -> RowCach
     """
     layers, batch, kv_heads, slots = shape[:4]
     table = empty_table((layers, batch, kv_heads), tokens, slots)
-    return RowCache(Rows(jnp.zeros(shape, dtype), _init_scales(shape, dtype)), table)
+    return RowCache(init_rows(shape, dtype), table)
 
 
 def append_rows(

@@ -30,13 +30,19 @@ def make_case(group, head_dim, dtype, seed=0):
         cache[1 - LAYER] = np.nan
         for sequence, length in enumerate(LENGTHS):
             cache[:, sequence, :, max(length, 0) :] = np.nan
-    arrays = (jnp.asarray(x, dtype) for x in (query, keys, values))
-    return (*arrays, jnp.asarray(LENGTHS, jnp.int32))
+    query, keys, values = (jnp.asarray(x, dtype) for x in (query, keys, values))
+    return query, ops.Rows(keys), ops.Rows(values), jnp.asarray(LENGTHS, jnp.int32)
+
+
+def numbers(rows):
+    """The numbers that rows stand for, in float64."""
+    data = np.asarray(rows.data, np.float64)
+    return data if rows.scales is None else data * np.asarray(rows.scales, np.float64)[..., None]
 
 
 def exact(query, keys, values, lengths, scale):
     """Output and logsumexp in float64."""
-    query, keys, values = (np.asarray(x, np.float64) for x in (query, keys, values))
+    query, keys, values = np.asarray(query, np.float64), numbers(keys), numbers(values)
     output, logsumexp = np.zeros(query.shape), np.full(query.shape[:-1], MASKED)
     for b, length in enumerate(np.asarray(lengths)):
         if length > 0:
@@ -106,7 +112,7 @@ def test_heuristic_fills_the_gpu_and_fits_its_shared_memory(rows, head_dim, item
     [
         (lambda q, k, v: (q[..., :32], k, v), "head_dim is 32"),
         (lambda q, k, v: (jnp.tile(q, (1, 1, 17, 1)), k, v), "17 query heads"),
-        (lambda q, k, v: (q, k, v.astype(jnp.bfloat16)), "values bfloat16"),
+        (lambda q, k, v: (q, k, ops.Rows(v.data.astype(jnp.bfloat16))), "values bfloat16"),
     ],
 )
 def test_the_kernel_says_what_it_does_not_support(change, match):
@@ -127,7 +133,7 @@ def test_the_kernel_says_what_it_does_not_support(change, match):
     ],
 )
 def test_the_kernel_lowers(platform, head_dim, dtype):
-    cache = jax.ShapeDtypeStruct((2, 8, 8, 131072, head_dim), dtype)
+    cache = ops.Rows(jax.ShapeDtypeStruct((2, 8, 8, 131072, head_dim), dtype))
     query = jax.ShapeDtypeStruct((8, 8, 7, head_dim), dtype)
     lengths, layer = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8,), ()))
     attend = functools.partial(kernel.attend_dense, scale=0.1)

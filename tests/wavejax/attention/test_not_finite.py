@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.types import Rows
 from tests.support import attention_harness as harness
 from tests.wavejax.attention.test_causal_attention import plain
 from wavejax import DenseAttention, WaveAttention, WaveConfig
@@ -106,12 +107,11 @@ def test_what_full_attention_does_not_see_does_not_reach_it(heads_seen):
         return np.asarray(attention.attend(jnp.int32(0), query[:, -1:], state, seen))
 
     unseen = ~seen[None, ..., None]
-    spoilt = DenseState(
-        jnp.where(unseen, jnp.nan, state.keys),
-        jnp.where(unseen, jnp.nan, state.values),
-        state.tokens,
+    keys, values = (
+        Rows(jnp.where(unseen, jnp.nan, rows.data)) for rows in (state.keys, state.values)
     )
-    assert np.isnan(spoilt.values).any()
+    spoilt = DenseState(keys, values, state.tokens)
+    assert np.isnan(spoilt.values.data).any()
     np.testing.assert_array_equal(attend(spoilt), attend(state))
     assert np.isfinite(attend(spoilt)).all()
 

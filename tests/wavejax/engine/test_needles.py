@@ -67,7 +67,7 @@ def test_codes_error_on_real_keys_is_as_theory_says(smollm2):
     attention = DenseAttention()
     state = Generator(config, attention).start(params, [text], 1)
     layer, head = 12, 1
-    keys = state.attention_state.keys[layer, 0, head, : len(text)]
+    keys = state.attention_state.keys.data[layer, 0, head, : len(text)]
     centroids = jnp.broadcast_to(keys.reshape(-1, keys.shape[-1])[:512].mean(0), keys.shape)
     queries = keys[-64:]  # of the same distribution as queries are, up to a rotation
     head_dim = keys.shape[-1]

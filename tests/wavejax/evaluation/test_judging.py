@@ -159,6 +159,6 @@ def test_bins_are_means_in_turn():
 def test_states_are_not_shared(shared):
     first = shared.state(FULL)
     FULL.decode_n(make_params(), first, 2)
-    assert first.attention_state.keys.is_deleted()
-    assert not shared.dense.attention_state.keys.is_deleted()
-    assert jnp.isfinite(shared.state(FULL).attention_state.keys).all()
+    assert first.attention_state.keys.data.is_deleted()
+    assert not shared.dense.attention_state.keys.data.is_deleted()
+    assert jnp.isfinite(shared.state(FULL).attention_state.keys.data).all()

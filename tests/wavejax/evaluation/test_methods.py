@@ -117,7 +117,7 @@ def test_the_oracle_reads_the_tokens_of_most_mass(model, stream):
     state = decode(oracle, started(oracle, model, stream), stream, jnp.asarray(LENGTHS), 1)[1]
     b, head, newest = 0, 1, LENGTHS[0] + 1
     query = stream[0][:, newest][:, None]
-    keys = np.asarray(state.keys[0, b, head], np.float64)
+    keys = np.asarray(state.keys.data[0, b, head], np.float64)
     logits = np.asarray(query[b, 0, 2 * head : 2 * head + 2], np.float64) @ keys.T / 4
     masses = np.exp(logits[:, : newest + 1])
     mass = (masses / masses.sum(axis=1, keepdims=True)).sum(axis=0)
@@ -157,7 +157,7 @@ def test_quest_reads_whole_pages_of_the_greatest_bounds(model, stream):
     query = stream[0][:, LENGTHS[0]][:, None]
     read = reads_of(quest, state, query)[0, 1, 4:132].reshape(8, PAGE_TOKENS)
     assert read.all(axis=1).sum() == read.any(axis=1).sum() == 2
-    keys = state.keys[0]
+    keys = state.keys.data[0]
     place = jnp.arange(keys.shape[2])
     valid = jnp.broadcast_to((place >= 4) & (place < 134), (2, len(place)))
     bounds = page_bounds(query, keys, valid, 4)[0, 1]
@@ -262,7 +262,7 @@ def test_methods_by_name():
         ("wave[cluster_size=two]", "cluster_size is 'two'; it must be of type int"),
         ("wave[token_codes=2]", "token_codes is '2'; it must be of type bool"),
         ("wave[retrieval_fraction=2]", "retrieval_fraction is 2.0; it must be from 0 to 1"),
-        ("full[cluster_size=2]", "full has no settings"),
+        ("full[cluster_size=2]", "full has no settings but row_dtype"),
         ("ablation[admission_ratio=16]", "ablation has no row cache"),
         ("quest[admission_ratio=16]", "quest has no row cache"),
     ],

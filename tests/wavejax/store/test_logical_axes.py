@@ -33,10 +33,11 @@ def state_of(attention):
     "attention",
     [
         DenseAttention(),
+        DenseAttention(row_dtype="int8"),
         WaveAttention(CONFIG, "host"),
         WaveAttention(WITHOUT_CODES, "host"),
     ],
-    ids=["full", "wave", "without codes"],
+    ids=["full", "full in int8", "wave", "without codes"],
 )
 def test_each_axis_has_a_name_of_one_size(attention):
     state = state_of(attention)
@@ -68,7 +69,7 @@ def test_the_names_are_what_flax_maps_to_a_mesh():
 
 def test_an_array_without_names_is_refused():
     class Other(DenseState):
-        AXES = {"keys": ("layers",) * 5}  # noqa: RUF012
+        AXES = {"keys": {"data": ("layers",) * 5}}  # noqa: RUF012
 
     # As a state of one's own that names not all its arrays.
     jax.tree_util.register_dataclass(
