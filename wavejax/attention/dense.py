@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 import pallas_kernels as ops
 from pallas_kernels import Implementation
-from pallas_kernels.append_rows.reference import append_rows
+from pallas_kernels.append_rows.reference import write
 from pallas_kernels.rounding import dequantise, held_as
 from pallas_kernels.types import MASKED, Rows
 from wavejax._pytree import state as pytree
@@ -108,11 +108,16 @@ class DenseAttention(Attention[DenseState]):
         length: Int[Array, ""],
     ) -> DenseState:
         del length  # What lies past it is overwritten before it is ever attended to.
-        keys, values = (
-            append_rows(rows, jnp.swapaxes(new, 0, 1), layer, sequence, 0)
-            for rows, new in ((state.keys, key), (state.values, value))
-        )
-        return DenseState(keys, values, state.tokens)
+
+        def put(rows: Rows, new: Array) -> Rows:
+            return jax.tree.map(
+                # Rounded as they come, heads first as they are written: else XLA would turn floats.
+                lambda cache, one: write(cache, jnp.swapaxes(one, 0, 1), layer, sequence, 0),
+                rows,
+                held_as(new, rows),
+            )
+
+        return DenseState(put(state.keys, key), put(state.values, value), state.tokens)
 
     def finish_prefill(
         self, state: DenseState, sequence: Int[Array, ""], length: Int[Array, ""]
@@ -145,14 +150,14 @@ class DenseAttention(Attention[DenseState]):
         b, h = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None, :]
         at = (layer, b, h, state.tokens[:, None])
 
-        def write(rows: Rows, new: Array) -> Rows:
+        def put(rows: Rows, new: Array) -> Rows:
             return jax.tree.map(
                 lambda cache, one: cache.at[at].set(one.astype(cache.dtype), unique_indices=True),
                 rows,
                 held_as(new[:, 0], rows),
             )
 
-        return DenseState(write(state.keys, key), write(state.values, value), state.tokens)
+        return DenseState(put(state.keys, key), put(state.values, value), state.tokens)
 
     def attend(
         self,

@@ -82,16 +82,17 @@ def with_levels(
         shape, prompt_tokens: as there.
     """
     levels = nbytes([each.data for each in rows])
-    token = shape.kv_heads * sum(each.row_bytes for each in rows)
+    # Levels and scales of a layer, as they are rounded and heads first.
+    rounded = 2 * prompt_tokens * shape.kv_heads * sum(each.row_bytes for each in rows)
     return dataclasses.replace(
         plain,
         rows=levels,
         steady=plain.rows - levels,
-        # Rounded as they are written.
-        writing=plain.writing + prompt_tokens * token,
-        # A layer's levels, and in float32 its keys and values, and its values without what is not
-        # seen.
-        step=levels // shape.layers * 7,
+        beside_attention=plain.beside_attention + rounded,
+        # Keys, or values, also in float32.
+        writing=plain.writing + rounded + 4 * prompt_tokens * shape.kv_heads * shape.head_dim,
+        # A layer's levels, and its keys and values in float32.
+        step=levels // shape.layers * 5,
     )
 
 

@@ -137,7 +137,7 @@ class Run:
             return "none" if value is None else f"{value:.1%}"
 
         speed, hits = result.tokens_per_second, facts.hit_ratio
-        exact = not facts.indexed_tokens
+        exact = "all tokens are read, in int8" if facts.rounded else "all tokens are exact"
         retrieved = f"tokens retrieved: {share(facts.retrieved_share)}"
         return "; ".join(
             [
@@ -145,7 +145,7 @@ class Run:
                 "one token" if speed is None else f"{speed:.1f} tokens/s",
                 *([] if attention is None else [attention]),
                 *([] if sampling is None else [f"sampling as the model has it: {sampling}"]),
-                "all tokens are exact" if exact else retrieved,
+                retrieved if facts.indexed_tokens else exact,
                 *([] if hits is None else [f"cache hits: {share(hits)}"]),
                 *audit_text(facts),
                 *tolerance_text(facts),

@@ -32,6 +32,7 @@ class Facts:
             exact computation counted; None without a tolerance.
         more, computed: of all, the shares that met it only after more tokens had been retrieved,
             and only by exact computation.
+        rounded: whether the keys and values of all tokens are, as by full attention in int8.
     """
 
     retrieved_share: float | None
@@ -45,6 +46,7 @@ class Facts:
     within: float | None = None
     more: float = 0.0
     computed: float = 0.0
+    rounded: bool = False
 
 
 def facts_of(attention: AnyAttention, state: Any) -> Facts:
@@ -56,7 +58,8 @@ def facts_of(attention: AnyAttention, state: Any) -> Facts:
     device = sum(x.nbytes for x in jax.tree.leaves(state)) - host
     counts = attention.counts(state)
     if counts is None:
-        return Facts(1.0, None, device, host + staged, 0)
+        rounded = attention.row_dtype != "model"
+        return Facts(1.0, None, device, host + staged, 0, rounded=rounded)
     retrieved, hits = counts.retrieved, counts.hits
     return Facts(
         retrieved / counts.attended if counts.attended else None,

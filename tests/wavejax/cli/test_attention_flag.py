@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import wavejax
 from tests.wavejax.cli.conftest import Result
 from tests.wavejax.cli.test_generate import FULL, answers
+from wavejax import DenseAttention
 
 Generate = Callable[..., Result]
 
@@ -32,3 +34,17 @@ def test_a_setting_of_wave_attention_asks_for_it(
 ) -> None:
     found = generate("--model", tiny, "--prompt", "abc", "--max-new-tokens", 2, *flags, "--json")
     assert json.loads(found.out)["attention"] == "wave"
+
+
+@pytest.mark.parametrize("attention", ["full", "auto"])
+def test_full_attention_may_have_rows_in_int8(
+    generate: Generate, tiny: Path, attention: str
+) -> None:
+    run = ("--model", tiny, "--prompt", "abc", "--max-new-tokens", 4, "--attention", attention)
+    found = generate(*run, "--row-dtype", "int8", "--json")
+    assert "; all tokens are read, in int8; " in found.err
+    model = wavejax.load(tiny, attention=DenseAttention(row_dtype="int8"))
+    assert answers(found)[0]["token_ids"] == [*model.generate("abc", 4).token_ids]
+    facts, plain = (json.loads(each.out)["facts"] for each in (found, generate(*run, "--json")))
+    assert (facts["rounded"], plain["rounded"]) == (True, False)
+    assert facts["device_bytes"] < 0.4 * plain["device_bytes"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,10 +61,19 @@ def test_auto_says_which_attention_and_why(generate: Generate, tiny: Path) -> No
     long = planned(generate(*common, 70_000, "--json"))
     assert (long["attention"], long["store"]) == ("wave", "device")
     assert "faster from some 60,000 tokens a sequence" in long["attention_reason"]
-    refused = generate("--model", tiny, "--attention", "full", "--row-dtype", "int8", "--plan")
-    assert refused.status == 2
-    assert refused.err.count("\n") == 1
-    assert "--row-dtype int8 is for wave attention" in refused.err
+
+
+def test_full_attention_has_rows_in_int8_too(generate: Generate, tiny: Path) -> None:
+    common = ("--model", tiny, "--plan", "--context", 1000, "--row-dtype", "int8")
+    for attention in ("full", "auto"):
+        found = planned(generate(*common, "--attention", attention, "--json"))
+        assert found["attention"] == "full"
+        plain = planned(generate(*common[:-2], "--attention", attention, "--json"))["need"]
+        # The levels, a byte a number: a quarter of float32, but for the sequence's length.
+        assert 4 * found["need"]["rows"] == plain["rows"] - 4
+        assert found["need"]["steady"] > plain["steady"] == 0
+    table = generate(*common, "--attention", "full").out
+    assert re.search(r"keys and values .*\n.* scales .*\n", table)
 
 
 def test_staged_rows_are_not_pinned(generate: Generate, tiny: Path) -> None:

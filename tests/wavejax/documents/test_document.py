@@ -18,6 +18,7 @@ from wavejax.store.shape import CacheShape
 
 ATTENTIONS = {
     "dense": DenseAttention(),
+    "dense in int8": DenseAttention(row_dtype="int8"),
     "device": WaveAttention(CONFIG, "device"),
     "host": WaveAttention(CONFIG, "host", "in_place"),
     "staged": WaveAttention(CONFIG, "host", "staged"),
@@ -51,7 +52,7 @@ def load(tmp_path, generator):
 @pytest.mark.parametrize(
     "name",
     [
-        name if name == "dense" else pytest.param(name, marks=pytest.mark.slow(20))
+        name if "dense" in name else pytest.param(name, marks=pytest.mark.slow(20))
         for name in ATTENTIONS
     ],
 )
@@ -79,7 +80,7 @@ def test_every_store_reads_what_any_store_kept(tmp_path):
     generators = {
         name: Generator(MODEL, attention, GREEDY)
         for name, attention in ATTENTIONS.items()
-        if name not in ("dense", "moments")
+        if "dense" not in name and name != "moments"
     }
     state = generators["device"].start(make_params(), [PROMPT], NEW_TOKENS)
     keep(tmp_path, generators["device"], state, PROMPT)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.optimised
 
 ATTENTIONS = {
     "dense": DenseAttention(),
+    "dense in int8": DenseAttention(row_dtype="int8"),
     "device": WaveAttention(CONFIG, "device"),
     "host": WaveAttention(CONFIG, "host", "in_place"),
     "staged": WaveAttention(CONFIG, "host", "staged"),

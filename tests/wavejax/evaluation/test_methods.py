@@ -250,6 +250,8 @@ def test_methods_by_name():
         WaveConfig(admission_ratio=16.0, **budget), "device", cached=True
     )
     assert len(parse_methods(",".join(METHODS), budget)) == len(METHODS)
+    [rounded] = parse_methods("full[row_dtype=int8]", budget).values()
+    assert rounded == DenseAttention(row_dtype="int8")
 
 
 @pytest.mark.parametrize(
@@ -263,6 +265,7 @@ def test_methods_by_name():
         ("wave[token_codes=2]", "token_codes is '2'; it must be of type bool"),
         ("wave[retrieval_fraction=2]", "retrieval_fraction is 2.0; it must be from 0 to 1"),
         ("full[cluster_size=2]", "full has no settings but row_dtype"),
+        ("full[row_dtype=int4]", "row_dtype is int4; it must be one of model, int8"),
         ("ablation[admission_ratio=16]", "ablation has no row cache"),
         ("quest[admission_ratio=16]", "quest has no row cache"),
     ],

@@ -14,7 +14,7 @@ from wavejax.evaluation.methods import parse_methods
 from wavejax.evaluation.shared_prefill import SharedPrefill
 
 
-@pytest.mark.parametrize("name", ["full", "quest", "wave_no_estimation"])
+@pytest.mark.parametrize("name", ["full", "full[row_dtype=int8]", "quest", "wave_no_estimation"])
 def test_a_shared_prefill_is_the_methods_own(name):
     budget = {"retrieval_fraction": 0.1, "min_retrieved_tokens": 4, "min_candidate_tokens": 16} | {
         field: getattr(CONFIG, field)

@@ -99,6 +99,25 @@ def test_memory_counts_more_than_speed():
     assert made.attention.store == "host"
 
 
+def test_either_attention_keeps_the_rows_that_are_asked_for():
+    auto = AutoAttention(WaveConfig(row_dtype="int8"))
+    short, long = (plan(gpu(), tokens, auto=auto) for tokens in (9000, 90_000))
+    assert short.attention == DenseAttention(row_dtype="int8")
+    assert long.attention == WaveAttention(auto.config, "device")
+    for made in (short, long):
+        # Of int8 rows there are no times.
+        assert "with rows in the model's dtype" in made.chosen
+        assert "scales" in plan_text(made, "m")
+    whole = plan(gpu(), 9000)
+    assert short.need.rows == short.need.state - short.need.steady
+    # A byte a number and a scale of four a vector, in place of two bytes a number.
+    vectors = short.need.rows // MODEL.head_dim
+    assert short.need.steady - 4 * vectors == whole.need.state - 2 * short.need.rows == 4
+    assert short.need.workspace < 2 * whole.need.workspace
+    assert named_attention("full", auto.config) == short.attention
+    assert named_attention("auto", auto.config) == auto
+
+
 def test_rows_that_are_asked_for_in_host_memory_are_waves():
     made = plan(gpu(), 3000, store="host")
     assert made.attention == WaveAttention(AUTO.config, "host")
@@ -160,5 +179,9 @@ def test_a_kept_document_goes_on_with_the_attention_that_kept_it(attention, tmp_
     auto = AutoAttention(CONFIG)
     expected = CONFIG if attention.has_index else DenseAttention()
     assert pinned(auto, tmp_path / "d") == expected
+    int8 = dataclasses.replace(CONFIG, row_dtype="int8")
+    rounded = DenseAttention(row_dtype="int8")
+    expected = int8 if attention.has_index else rounded
+    assert pinned(AutoAttention(int8), tmp_path / "d") == expected
     for settled in (CONFIG, DenseAttention()):
         assert pinned(settled, tmp_path / "none") is settled

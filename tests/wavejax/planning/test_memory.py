@@ -31,6 +31,7 @@ pytestmark = pytest.mark.optimised
 
 ATTENTIONS = {
     "dense": DenseAttention(),
+    "dense in int8": DenseAttention(row_dtype="int8"),
     "wave, host": WaveAttention(CONFIG, "host"),
     "wave, device": WaveAttention(CONFIG, "device"),
     "moments": WaveAttention(dataclasses.replace(CONFIG, moment_rank=2, moment_dtype="int8")),
@@ -55,6 +56,11 @@ def test_the_need_is_the_state_that_is_made(attention, dtype, prompt, new):
         sizes[2] += state.step.nbytes + state.attended.nbytes
         assert [need.index, need.cache, need.steady, need.rows] == sizes
         assert need.slots == state.cache.rows.shape[3]
+    elif attention.row_dtype == "int8":
+        assert need.rows == state.keys.data.nbytes + state.values.data.nbytes
+        scales = state.keys.scales.nbytes + state.values.scales.nbytes
+        # The tokens' numbers are counted with the scales.
+        assert need.steady == scales + state.tokens.nbytes
 
 
 def test_the_weights_are_those_of_the_model():
@@ -107,6 +113,7 @@ def compiled_workspace(
 CASES = [
     ("dense", WIDE, 16384),
     ("dense", DEEP_MLP, 2048),
+    ("dense in int8", WIDE, 16384),
     pytest.param("wave", WIDE, 16384, marks=pytest.mark.slow),
 ]
 
@@ -116,7 +123,7 @@ def test_the_workspace_is_enough_and_not_twice_too_much(attention, model, room):
     config = WaveConfig(
         growth_tokens=64, segment_tokens=1024, min_retrieved_tokens=8, min_candidate_tokens=32
     )
-    one = WaveAttention(config, "device") if attention == "wave" else DenseAttention()
+    one = WaveAttention(config, "device") if attention == "wave" else ATTENTIONS[attention]
     need = memory_need(model, one, 4, room, 64, jnp.float32)
     prefill, decode = compiled_workspace(model, one, 4, room, 64)
     # The residual stream goes in and out of the program: no temporary of its own.

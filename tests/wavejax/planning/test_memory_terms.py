@@ -22,8 +22,11 @@ def model_of(vocab=100, layers=2, hidden=32, inner=32, heads=1, kv_heads=1, head
     return ModelConfig("llama", vocab, layers, hidden, inner, heads, kv_heads, head_dim, 10**6)
 
 
-# What dominates: the model, the settings (None: full attention), sequences, the prompt's room, and
-# how much more than what is taken the need may be. Less would be left without the term.
+INT8 = DenseAttention(row_dtype="int8")
+
+# What dominates: the model, the settings (None: full attention, or as it is), sequences, the
+# prompt's room, and how much more than what is taken the need may be. Less would be left without
+# the term.
 CASES = {
     "scores of a segment's clusters": (
         model_of(),
@@ -41,6 +44,16 @@ CASES = {
     "keys and values as they are written to the cache": (
         model_of(heads=4, kv_heads=4, head_dim=256),
         None,
+        *(1, 8192, 1.1),
+    ),
+    "keys and values as they are rounded": (
+        model_of(heads=4, kv_heads=4, head_dim=256),
+        INT8,
+        *(1, 8192, 1.1),
+    ),
+    "levels of many narrow heads": (
+        model_of(heads=8, kv_heads=8, head_dim=64),
+        INT8,
         *(1, 8192, 1.1),
     ),
     "keys and values of many narrow heads": (
@@ -90,6 +103,11 @@ CASES = {
         None,
         *(64, 4096, 1.6),
     ),
+    "a layer of levels in a step": (
+        model_of(heads=8, kv_heads=8, head_dim=64),
+        INT8,
+        *(64, 4096, 1.3),
+    ),
 }
 
 
@@ -97,7 +115,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_workspace_holds_what_dominates(case):
     model, config, batch, room, most = case
-    attention = DenseAttention() if config is None else WaveAttention(config, "device")
+    attention = config or DenseAttention()
+    if isinstance(attention, WaveConfig):
+        attention = WaveAttention(attention, "device")
     need = memory_need(model, attention, batch, room, NEW, jnp.float32)
     prefill, decode = compiled_workspace(model, attention, batch, room, NEW)
     # The residual stream goes in and out of the program: no temporary of its own.

@@ -19,6 +19,7 @@ DRAWN = Sampler(0.8)
 INT8 = WaveConfig(**vars(CONFIG) | {"row_dtype": "int8"})
 ATTENTIONS = {
     "dense": DenseAttention(),
+    "dense in int8": DenseAttention(row_dtype="int8"),
     "device": WaveAttention(CONFIG, "device"),
     "int8": WaveAttention(INT8, "device"),
     "staged": WaveAttention(CONFIG, "host", "staged"),
@@ -31,7 +32,11 @@ def samples(count, prompt=PROMPT, most=8):
 
 @pytest.mark.parametrize(
     "name",
-    ["dense", *(pytest.param(x, marks=pytest.mark.slow(30)) for x in ("device", "int8", "staged"))],
+    [
+        "dense",
+        "dense in int8",
+        *(pytest.param(x, marks=pytest.mark.slow(30)) for x in ("device", "int8", "staged")),
+    ],
 )
 def test_samples_of_a_prompt_read_it_once(name):
     """Four of three slots; then the same prompt again, which nobody holds any more."""
