@@ -10,6 +10,7 @@ import pytest
 import pallas_kernels as ops
 from models.config import ModelConfig
 from pallas_kernels.attend_dense import triton as attend_dense
+from pallas_kernels.rounding import dequantise, quantise
 from tests.support.gpu_cases import LAYER, SEED, assert_close, run_twice, shape
 from wavejax import DenseAttention
 from wavejax.attention import causal
@@ -44,30 +45,54 @@ def make_case(case, tokens=5000, layers=2):
     return jax.random.normal(keys[2], heads).astype(dtype), key, value, lengths
 
 
-@pytest.mark.parametrize("splits", [None, 1, 37])
-@pytest.mark.parametrize("case", CASES, ids=lambda s: f"{s.name}-{s.dtype}")
-def test_attend_dense(case, splits):
-    query, keys, values, lengths = make_case(case)
+def check(case, splits, given, numbers):
+    """Compare the kernel on what is given with plain JAX on the numbers, in float32."""
     config = None
     if splits is not None:
-        config = attend_dense.heuristic(32, 5000, case.head_dim, query.dtype.itemsize)
+        config = attend_dense.heuristic(32, 5000, case.head_dim, given[0].dtype.itemsize)
         config = dataclasses.replace(config, splits=splits)
     found = run_twice(
-        lambda *a: attend_dense.attend_dense(*a, LAYER, scale=case.scale, config=config),
-        *(query, keys, values, lengths),
+        lambda *a: attend_dense.attend_dense(*a, LAYER, scale=case.scale, config=config), *given
     )
-    floats = jax.tree.map(lambda x: x.astype(jnp.float32), (query, keys, values))
     plain = jax.jit(lambda *a: ops.attend_dense(*a, LAYER, scale=case.scale, implementation="xla"))
-    output, logsumexp = plain(*floats, lengths)
+    output, logsumexp = plain(*numbers, given[-1])
     np.testing.assert_array_equal(found[0][0], 0)
     assert_close(found[0], output, case.dtype, "output")
     assert_close(found[1], logsumexp, case.dtype, "logsumexp")
 
 
-def test_a_step_copies_no_cache():
+@pytest.mark.parametrize("splits", [None, 1, 37])
+@pytest.mark.parametrize("case", CASES, ids=lambda s: f"{s.name}-{s.dtype}")
+def test_attend_dense(case, splits):
+    *arrays, lengths = make_case(case)
+    numbers = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    check(case, splits, (*arrays, lengths), numbers)
+
+
+@pytest.mark.parametrize("splits", [None, 1, 37])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.dtype != "float16"], ids=lambda s: f"{s.name}-{s.dtype}"
+)
+def test_attend_dense_of_levels(case, splits):
+    """Keys and values in int8: the kernel folds scales in, and reads none past the lengths."""
+    query, *rows, lengths = make_case(case)
+    unseen = (jnp.arange(rows[0].shape[3]) >= lengths[:, None])[None, :, None, :]
+
+    def rounded(rows):
+        levels, scales = quantise(rows.data)
+        return ops.Rows(jnp.where(unseen[..., None], 127, levels), scales)
+
+    keys, values = jax.jit(lambda rows: [rounded(each) for each in rows])(rows)
+    assert bool(jnp.isnan(keys.scales).any())
+    numbers = [query.astype(jnp.float32), *(ops.Rows(dequantise(x)) for x in (keys, values))]
+    check(case, splits, (query, keys, values, lengths), numbers)
+
+
+@pytest.mark.parametrize("row_dtype", ["model", "int8"])
+def test_a_step_copies_no_cache(row_dtype):
     """All layers of a decode step in one program, in place on a donated state."""
     model = ModelConfig("llama", 100, 3, 256, 256, 8, 2, 128, 10_000)
-    attention = DenseAttention()
+    attention = DenseAttention(row_dtype=row_dtype)
     state = attention.init_state(CacheShape.of(model), 2, 4096, 64, jnp.bfloat16)
 
     def step(query, key, value, state):
@@ -78,11 +103,11 @@ def test_a_step_copies_no_cache():
     arrays = [jnp.ones((2, 1, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)]
     compiled = jax.jit(step, donate_argnums=3).lower(*arrays, state).compile()
     assert "attend_dense" in compiled.as_text()
-    cache = state.keys.nbytes
+    cache = state.keys.data.nbytes
     assert compiled.memory_analysis().temp_size_in_bytes < cache / 4
-    place = state.keys.unsafe_buffer_pointer()
+    places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
     _, state = compiled(*arrays, state)
-    assert state.keys.unsafe_buffer_pointer() == place
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)] == places
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -118,6 +118,32 @@ def test_both_attentions_are_measured_and_failures_are_recorded(tmp_path):
     assert plot.read_text().count("<path") > 10
 
 
+@pytest.mark.slow(45)
+def test_full_attention_is_measured_in_both_dtypes(tmp_path):
+    """With rows in int8, so that either side of the comparison has them."""
+    out = tmp_path / "results.json"
+    done = bench(
+        *("--contexts", str(CONTEXT), "--batches", str(BATCH), "--store", "device"),
+        *("--steps", str(STEPS), "--row-dtype", "int8", "--out", str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    full, rounded, _ = results
+    assert [one["attention"] for one in results] == ["full", "full-int8", "wave"]
+    assert "full-int8" in done.stdout
+    # Rows of 2 x 64 float32, and of 2 x 64 levels with two scales.
+    tokens = [
+        one["bytes_per_step"]["attention"] / row
+        for one, row in ((full, 2 * 64 * 4), (rounded, 2 * 64 + 8))
+    ]
+    assert tokens[0] == pytest.approx(tokens[1])
+    assert rounded["state_bytes"]["device"] < 0.3 * full["state_bytes"]["device"]
+    for one in results:
+        for name, other in (("full_ratio", full), ("full_int8_ratio", rounded)):
+            assert one[name] == pytest.approx(one["tokens_per_s"] / other["tokens_per_s"])
+            assert one[name.replace("full", "best")] == pytest.approx(one[name])
+
+
 def test_a_mistake_is_one_line():
     done = bench("--batches", "1,most")
     assert done.returncode == 2
