@@ -21,7 +21,7 @@ def quantise(rows: Float[Array, "*rows head_dim"]) -> Rows:
     quantised and dequantised quantise to the same levels and scales.
 
     A vector of zeros has a scale of zero, and so has one of numbers too small for float32's normal
-    range. One that is not finite has a scale that is not, and is NaN when it is dequantised.
+    range. One that is not finite has a scale of NaN, and is NaN when it is dequantised.
 
     Args:
         rows: any floats; the last axis is a key, or a value.
@@ -35,7 +35,10 @@ def quantise(rows: Float[Array, "*rows head_dim"]) -> Rows:
     scales = lax.reduce_precision(largest, exponent_bits=8, mantissa_bits=_SCALE_BITS)
     scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 0, scales)
     levels = jnp.round(numbers / jnp.where(scales > 0, scales, 1)[..., None])
-    levels = jnp.where(jnp.isfinite(scales)[..., None], levels, 0)
+    # Not told by the largest: of a long row XLA's maximum passes over NaN on CPUs.
+    finite = jnp.all(jnp.isfinite(numbers), axis=-1)
+    scales = jnp.where(finite, scales, jnp.nan)
+    levels = jnp.where(finite[..., None], levels, 0)
     return Rows(jnp.clip(levels, -LEVELS, LEVELS).astype(jnp.int8), scales)
 
 
