@@ -82,8 +82,8 @@ def with_levels(
         shape, prompt_tokens: as there.
     """
     levels = nbytes([each.data for each in rows])
-    # Levels and scales of a layer, as they are rounded and heads first.
-    rounded = 2 * prompt_tokens * shape.kv_heads * sum(each.row_bytes for each in rows)
+    # Levels and scales of a layer, as they are rounded and heads first; which numbers are finite.
+    rounded = 3 * prompt_tokens * shape.kv_heads * sum(each.row_bytes for each in rows)
     return dataclasses.replace(
         plain,
         rows=levels,
