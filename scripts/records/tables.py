@@ -13,6 +13,7 @@ MISSED = "2026-11-27-missed-rows-h200"
 RULER, ONE_BUDGET, FWE = "2026-11-26-ruler", "2026-11-26-one-budget", "2026-11-29-fwe-1.5b"
 BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
 WEIGHTS = "2026-11-30-weights-cpu"
+ROUNDED = "2026-11-30-full-int8-cpu"
 SHAPES = {
     "batch8-128k": "batch 8, 131,072 tokens",
     "batch1-128k": "batch 1, 131,072",
@@ -198,6 +199,16 @@ def budget(runs: Runs) -> str:
     return table(head, rows) + dated(runs, BUDGET)
 
 
+def rounded(runs: Runs) -> str:
+    """Return the error of full attention with keys and values in int8, by task."""
+    rows = [
+        [f"`{task}`", plain(str(at["kl_nats"])), str(at["same_percent"]), str(at["kept_percent"])]
+        for task, at in runs[ROUNDED].figures.items()
+    ]
+    head = ["task", "KL, nats", "same token, %", "strings kept, %"]
+    return table(head, rows) + dated(runs, ROUNDED)
+
+
 def admission(runs: Runs) -> str:
     """Return the error, and the rows missed, by admission ratio."""
     rows = [
@@ -239,6 +250,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     "one budget": one_budget,
     "fwe": fwe,
     "budget": budget,
+    "full attention in int8": rounded,
     "admission": admission,
     "weights": weights,
 }
