@@ -159,7 +159,7 @@ def attend_dense(
             rows=batch * kv_heads,
             tokens=tokens,
             head_dim=head_dim,
-            dtype=keys.dtype.name,
+            dtype=query.dtype.name + ("-levels" if scaled else ""),
         )
     heads = (config.splits, batch, kv_heads, group)
     outputs, logsumexps = launch.call(

@@ -53,9 +53,10 @@ def test_all_the_work_is_kernels(store, monkeypatch):
     assert {"append_rows"} & (steps | prefills) == append
 
 
-def test_full_attention_reads_its_cache_in_kernels_only(monkeypatch):
+@pytest.mark.parametrize("row_dtype", ["model", "int8"])
+def test_full_attention_reads_its_cache_in_kernels_only(row_dtype, monkeypatch):
     monkeypatch.setattr(dispatch, "call", by_kernels)
-    attention = DenseAttention()
+    attention = DenseAttention(row_dtype=row_dtype)
     model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
     state = attention.init_state(CacheShape.of(model), 2, 2500, 100, jnp.bfloat16)
     query, key, value = (jnp.zeros((2, 1, heads, 64), jnp.bfloat16) for heads in (6, 2, 2))

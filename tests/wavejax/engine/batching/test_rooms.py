@@ -1,5 +1,7 @@
 """Rooms: many lengths share programs; memory that is not there is waited for, or refused."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.support.batch_requests import Alone, make_engine, run
@@ -11,6 +13,7 @@ from wavejax.engine.batching import EngineClosed, Request, Room
 from wavejax.planning.free_memory import FreeMemory
 from wavejax.planning.memory import memory_need
 from wavejax.planning.rooms import plan_rooms
+from wavejax.store.shape import CacheShape
 
 GIB = 2**30
 
@@ -91,6 +94,15 @@ def test_the_planner_gives_a_room_as_many_slots_as_fit():
     need = memory_need(MODEL, DenseAttention(), tight.rooms[0].slots, 4096, 256, "float32")
     assert need.device <= whole.device - 1
     assert tight.rooms[0].bytes == need.state
+
+
+def test_a_room_in_int8_has_more_slots():
+    rounded, rooms = DenseAttention(row_dtype="int8"), [Room(4096, 256, 99)]
+    free = FreeMemory(None, memory_need(MODEL, DenseAttention(), 8, 4096, 256, "float32").device)
+    found = plan_rooms(MODEL, rounded, rooms, "float32", free=free)
+    assert 2 * plan(free, rooms).rooms[0].slots < found.rooms[0].slots < 99
+    state = rounded.init_state(CacheShape.of(MODEL), found.rooms[0].slots, 4096, 256, jnp.float32)
+    assert found.rooms[0].bytes == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 def test_a_room_too_large_for_the_memory_stays_and_its_requests_are_refused():
