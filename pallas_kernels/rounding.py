@@ -42,11 +42,11 @@ def quantise(rows: Float[Array, "*rows head_dim"]) -> Rows:
     return Rows(jnp.clip(levels, -LEVELS, LEVELS).astype(jnp.int8), scales)
 
 
-def held_as(numbers: Float[Array, "*rows head_dim"], rows: Rows) -> Rows:
+def held_as(numbers: Num[Array, "*rows head_dim"], rows: Rows) -> Rows:
     """Return new numbers in the format of rows that they shall be written to.
 
     Args:
-        numbers: any floats; the last axis is a key, or a value.
+        numbers: any floats, or for plain rows what these hold; the last axis is a key, or a value.
         rows: of any shape; only their format counts.
 
     Returns:
