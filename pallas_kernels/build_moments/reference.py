@@ -138,8 +138,9 @@ def in_int8(moments: Moments) -> Moments:
 
 
 def _rounded(x: Array) -> tuple[Array, Array]:
-    peak = jnp.max(jnp.abs(x), axis=-1)
-    scale = peak / 127
+    # Not told by the largest: of a long vector XLA's maximum passes over NaN on CPUs.
+    finite = jnp.all(jnp.isfinite(x), axis=-1)
+    scale = jnp.where(finite, jnp.max(jnp.abs(x), axis=-1) / 127, jnp.nan)
     # Of NaN's any number will do: the scale is NaN.
     level = jnp.round(x / jnp.maximum(scale, _TINY)[..., None])
     return jnp.where(level == level, level, 0).astype(jnp.int8), scale
