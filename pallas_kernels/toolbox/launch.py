@@ -166,3 +166,21 @@ def check_heads(op: str, group: int, head_dim: int, *dtypes: Any) -> None:
                 f"{op}: dtype is {jnp.dtype(dtype).name}; the kernel knows bfloat16, float16 and "
                 "float32"
             )
+
+
+def check_vectors(op: str, name: str, vectors: Any) -> None:
+    """Raise NotImplementedError for vectors, floats or int8 levels, that kernels do not read.
+
+    Places in an array of up to 2^32 bytes are counted in 32 bits, with a sign: where each number
+    is one byte, the second half of them is out of reach.
+    """
+    dtype = jnp.dtype(vectors.dtype)
+    if dtype not in (*FLOATS, jnp.int8):
+        raise NotImplementedError(
+            f"{op}: {name} is {dtype.name}; the kernel knows bfloat16, float16, float32 and int8"
+        )
+    if dtype.itemsize == 1 and 2**31 < vectors.size <= 2**32:
+        raise NotImplementedError(
+            f"{op}: {name} is {vectors.size} numbers of one byte; the kernel reaches up to 2^31 of "
+            "them, or more than 2^32"
+        )

@@ -23,6 +23,7 @@ from pallas_kernels.types import (
     Candidates,
     ClusterScores,
     IndexedTokens,
+    Moments,
     RankedTokens,
     Rows,
     SelectionSettings,
@@ -79,6 +80,12 @@ def _of(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def moments_of(row: tuple[int, ...], rank: int, head_dim: int, dtype: Any) -> Moments:
+    """Shapes of the moments of clusters `row` in floats, or int8 levels with scales."""
+    vectors, numbers = _of(*row, rank, head_dim, dtype=dtype), _of(*row, rank, dtype=jnp.float32)
+    return Moments(vectors, vectors, numbers, numbers if dtype == jnp.int8 else None)
+
+
 def _selection(heads: Heads) -> dict[str, Any]:
     """The four ops that find tokens, for rows of few and of many clusters and candidates."""
     row, floats, layer = (BATCH, HEADS), jnp.float32, _of()
@@ -126,6 +133,16 @@ def _selection(heads: Heads) -> dict[str, Any]:
         "score_clusters": (
             functools.partial(score_clusters.score_clusters, scale=0.1, rotated=True),
             (query, centroids, offsets, layer),
+            {"score_clusters", "combine_logsumexps"},
+        ),
+        "score_clusters-moments": (
+            lambda *a: score_clusters.score_clusters(
+                *a[:-1], scale=0.1, rotated=True, directions=a[-1]
+            ),
+            (
+                *(query, centroids, offsets, layer),
+                moments_of(centroids.shape[:-1], 2, heads.head_dim, heads.dtype).directions,
+            ),
             {"score_clusters", "combine_logsumexps"},
         ),
         "score_tokens": (score, of_tokens(turned), {"score_tokens"}),
