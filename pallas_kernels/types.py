@@ -240,12 +240,14 @@ class ZoneStates(NamedTuple):
         logsumexps: `[parts, batch, kv_heads, group]` float32; about -1e30 for an empty part.
         cache_rows: as given, with the admitted rows written into their slots.
         bounds: of the estimate, if its correction has a spread.
+        estimated: `[parts]` bool, which parts are the estimate; None without a correction.
     """
 
     outputs: Array
     logsumexps: Array
     cache_rows: Rows
     bounds: ZoneBounds | None = None
+    estimated: Array | None = None
 
 
 class Clusters(NamedTuple):

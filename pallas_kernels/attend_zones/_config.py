@@ -1,4 +1,4 @@
-"""How the kernel of `attend_zones` cuts its work into programs."""
+"""How the kernels of `attend_zones` cut their work into programs."""
 
 import dataclasses
 import math
@@ -21,6 +21,24 @@ TILE_BYTES = 16384
 
 
 @dataclasses.dataclass(frozen=True)
+class RestConfig:
+    """How the work of the estimate by moments is cut. Programs take a row's clusters in turn.
+
+    Attributes:
+        splits: programs a row.
+        cluster_tile: clusters that a program estimates at once.
+        row_tile: retrieved rows of these clusters that it reads at once.
+        num_warps, num_stages: see Triton. The loop over directions is pipelined.
+    """
+
+    splits: int
+    cluster_tile: int = 32
+    row_tile: int = 16
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """How the work is cut. Programs of a kind take its tiles in turn, so each has as many.
 
@@ -30,6 +48,7 @@ class Config:
         missed_tile, hit_tile, cluster_tile, steady_tile: rows of keys and values, or clusters, that
             a program reads at once.
         num_warps, num_stages: see Triton. The loops over tiles are pipelined, but for missed rows.
+        rest: of an estimate by moments, which has no `estimated_splits`; None chooses.
     """
 
     missed_splits: int
@@ -42,6 +61,7 @@ class Config:
     steady_tile: int = 32
     num_warps: int = 4
     num_stages: int = 3
+    rest: RestConfig | None = None
 
     @property
     def splits(self) -> tuple[int, int, int, int]:
@@ -85,3 +105,20 @@ def heuristic(
         # Where a program has few tiles, to load two ahead takes longer than it gains.
         num_stages=2 if tiles[1] <= LEAST_TILES * estimated else 3,
     )
+
+
+def rest_heuristic(rows: int, head_dim: int, itemsize: int, clusters: int) -> RestConfig:
+    """Choose a config for the estimate by moments: not tuned, since it never ran on a GPU.
+
+    Args:
+        rows: sequences times kv heads.
+        head_dim, itemsize: of the mean values.
+        clusters: the capacity of a row's list.
+    """
+    row_bytes = launch.tile(head_dim) * itemsize
+    # Half of what is read at once where nothing is retrieved of it: more does not fit registers.
+    tile = max(min(TILE_BYTES // 2 // row_bytes, 32), launch.DOT_TILE)
+    # Each tile waits for what the one before it read, so that short programs are better than few.
+    splits = max(1, min(math.ceil(PROGRAMS / rows), math.ceil(clusters / tile)))
+    warps = 4 if row_bytes <= 256 else 8
+    return RestConfig(splits, cluster_tile=tile, num_warps=warps)

@@ -1,4 +1,4 @@
-"""What every program of the kernel of `attend_zones` does: its part, and a running softmax."""
+"""What every program of the kernels of `attend_zones` does: its part, and a running softmax."""
 
 from typing import Any, NamedTuple
 
@@ -88,35 +88,25 @@ def aliases(operands: Operands, results: Results) -> dict[int, int]:
     return {number(operands, f"{name}_before"): number(results, name) for name in in_place}
 
 
-class ProgramOfRow:
-    """One program of the kernel: which part of which row it has, and attention to its rows.
+class PartOfRow:
+    """One program of a kernel: which part of which row it has, and attention to KV rows.
 
     A row is a sequence's kv head.
     """
 
-    def __init__(
-        self,
-        refs: Operands,
-        out: Results,
-        config: Config,
-        scale: float,
-        with_sink: bool,
-        interpret: bool,
-    ) -> None:
-        self.refs, self.out, self.config, self.scale = refs, out, config, scale
-        self.with_sink = with_sink
-        self.interpret = interpret
-        batch, kv_heads, group, head_dim = refs.query.shape
-        number, rows = pl.program_id(0), batch * kv_heads
-        if out.claims is not None:
-            missed = config.missed_splits * rows
-            others = sum(config.splits) * rows - missed
-            threads = 32 * config.num_warps
-            number = choose_part(out.claims, missed, others, threads, interpret)
+    # Its operands, with a query and a layer, and its results, with outputs and logsumexps.
+    refs: Any
+    out: Any
+    scale: float
+
+    def take(self, number: Any) -> None:
+        """Take the part and the row of this number; the rows of a part come one after another."""
+        batch, kv_heads, group, head_dim = self.refs.query.shape
+        rows = batch * kv_heads
         self.part = number // rows
         row = number % rows
         self.b, self.h = row // kv_heads, row % kv_heads
-        self.row = (refs.layer[...], self.b, self.h)
+        self.row = (self.refs.layer[...], self.b, self.h)
         self.d = jnp.arange(launch.tile(head_dim))[None, :]
         self.g = jnp.arange(launch.MAX_GROUP)
         self.head_dim = head_dim
@@ -185,7 +175,10 @@ class ProgramOfRow:
 
     def finish(self, state: State) -> None:
         output, peak, masses = state
-        total = jnp.sum(masses, axis=1)
+        self.write(output, peak, jnp.sum(masses, axis=1))
+
+    def write(self, output: Array, peak: Array, total: Array) -> None:
+        """Write the part's output and logsumexp; `total` is the sum of the masses, `[g]`."""
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
         logsumexp = jnp.where(empty, MASKED, (peak + jnp.log2(total)) / LOG2_E)
@@ -196,3 +189,28 @@ class ProgramOfRow:
             mask=self.of_rows(self.in_group),
         )
         plt.store(self.out.logsumexps.at[*at, self.g], logsumexp, mask=self.in_group)
+
+
+class ProgramOfRow(PartOfRow):
+    """One program of the kernel of the zones."""
+
+    def __init__(
+        self,
+        refs: Operands,
+        out: Results,
+        config: Config,
+        scale: float,
+        with_sink: bool,
+        interpret: bool,
+    ) -> None:
+        self.refs, self.out, self.config, self.scale = refs, out, config, scale
+        self.with_sink = with_sink
+        self.interpret = interpret
+        batch, kv_heads = refs.query.shape[:2]
+        number, rows = pl.program_id(0), batch * kv_heads
+        if out.claims is not None:
+            missed = config.missed_splits * rows
+            others = sum(config.splits) * rows - missed
+            threads = 32 * config.num_warps
+            number = choose_part(out.claims, missed, others, threads, interpret)
+        self.take(number)

@@ -121,7 +121,7 @@ def corrections(rest: Rest, correction: Correction, layer: Array | int) -> tuple
         `[batch, kv_heads, group, clusters, rank]`, what multiplies the moments' weights, likewise.
     """
     _, _, lambdas, weight_scales = correction.moments
-    share = share_of_moments(rest)[:, :, None]
+    share = share_of_moments(rest.sizes, rest.members)[:, :, None]
     keeps = (rest.members > 0)[:, :, None]
     products = jnp.where(keeps[..., None], correction.products, 0)
     held = jnp.where(keeps[..., None], lambdas[layer][:, :, None], 0)
@@ -132,12 +132,15 @@ def corrections(rest: Rest, correction: Correction, layer: Array | int) -> tuple
     return jnp.where(mass > MOST_MASS, MOST_MASS, mass), values
 
 
-def share_of_moments(rest: Rest) -> Array:
-    """Say what share of its moments a cluster keeps: `[batch, kv_heads, clusters]`.
+def share_of_moments(sizes: Array, members: Array) -> Array:
+    """Say what share of its moments a cluster keeps, in float32.
 
     As if the retrieved were any of the members: the mean square of n' numbers about their own mean
     is (n' - 1) / n' of their variance. So one member alone, which is its own mean, has no moments.
+
+    Args:
+        sizes, members: as in `Rest`; of any shape.
     """
-    n, left = (x.astype(jnp.float32) for x in (rest.sizes, rest.members))
+    n, left = (x.astype(jnp.float32) for x in (sizes, members))
     share = (left - 1) * n / (jnp.maximum(left, 1) * jnp.maximum(n - 1, 1))
     return jnp.maximum(share, 0)

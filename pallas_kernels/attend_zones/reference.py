@@ -146,11 +146,15 @@ def attend_zones(
     parts = (of_steady, retrieved, estimated)
     outputs = jnp.stack([output for output, _ in parts])
     logsumexps = jnp.stack([logsumexp for _, logsumexp in parts])
-    if rest is None or correction is None or correction.spread is None:
-        return ZoneStates(outputs, logsumexps, cache)
+    zones = ZoneStates(outputs, logsumexps, cache)
+    if rest is None or correction is None:
+        return zones
+    zones = zones._replace(estimated=jnp.array([False, False, True]))
+    if correction.spread is None:
+        return zones
     given = query, numbers, tokens != NO_ID, rest, estimate
     certain = zone_bounds(*given, (outputs, logsumexps), layer, scale=scale)
-    return ZoneStates(outputs, logsumexps, cache, certain)
+    return zones._replace(bounds=certain)
 
 
 def admit(cache: Rows, rows: Rows, layer: Array | int, slots: Array) -> Rows:

@@ -1,4 +1,7 @@
-"""`attend_zones` as one Pallas (Triton) kernel: all three zones in one launch."""
+"""`attend_zones` as one Pallas (Triton) kernel: all three zones in one launch.
+
+An estimate by moments is a second one: see `_corrected.py`.
+"""
 
 import dataclasses
 
@@ -7,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import backend, tuning
-from pallas_kernels.attend_zones._config import Config, heuristic
+from pallas_kernels.attend_zones._config import Config, RestConfig, heuristic, rest_heuristic
+from pallas_kernels.attend_zones._corrected import attend_corrected
 from pallas_kernels.attend_zones._program import Operands, Results, aliases
 from pallas_kernels.attend_zones._roles import by_processor
 from pallas_kernels.attend_zones._zones import Program
@@ -15,7 +19,7 @@ from pallas_kernels.rows import check_formats
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import Estimate, Picks, Rows, SteadyRows, StoredRows, ZoneStates
 
-__all__ = ["Config", "attend_zones", "heuristic"]
+__all__ = ["Config", "RestConfig", "attend_zones", "heuristic", "rest_heuristic"]
 
 
 @backend.per_platform
@@ -40,7 +44,7 @@ def attend_zones(
     Raises:
         NotImplementedError: see `launch.check_heads`; or rows of several dtypes, scaled rows with
             a query in float16, no room for retrieved rows, clusters or the window, or no row cache
-            before a store on the host; or a correction of the estimate.
+            before a store on the host; or a correction with a spread.
     """
     batch, kv_heads, group, head_dim = query.shape
     sink, sink_tokens, window, window_tokens = steady
@@ -49,7 +53,9 @@ def attend_zones(
     tokens, slots, hit = picks
     logits, value_means, offsets, remaining, correction = estimate
     if correction is not None:
-        raise NotImplementedError("attend_zones: there is no kernel for moments yet")
+        if correction.spread is not None:
+            raise NotImplementedError("attend_zones: there is no kernel for bounds yet")
+        launch.check_vectors("attend_zones", "weights of moments", correction.moments.weights)
     by_name = {"sink": sink, "window": window, "store": store, "cache": cache_rows}
     scaled = store_scales is not None
     for name, array in by_name.items():
@@ -74,11 +80,14 @@ def attend_zones(
     for name, array in rooms.items():
         if not array.size:
             raise NotImplementedError(f"attend_zones: {name} is empty: {array.shape}")
+    shape = batch * kv_heads, head_dim, query.dtype.itemsize
     if config is None:
         retrieved, clusters, room = tokens.shape[2], remaining.shape[2], window.shape[3]
+        # Clusters that are estimated by moments are another launch's.
+        clusters = clusters if correction is None else 0
         config = tuning.config(
             "attend_zones",
-            heuristic(batch * kv_heads, head_dim, query.dtype.itemsize, retrieved, clusters, room),
+            heuristic(*shape, retrieved, clusters, room),
             rows=batch * kv_heads,
             group=group,
             head_dim=head_dim,
@@ -89,6 +98,11 @@ def attend_zones(
         )
     if not cached:
         config = dataclasses.replace(config, missed_splits=0)
+    rest_config, rest_parts = None, 0
+    if correction is not None:
+        rest_config = config.rest or rest_heuristic(*shape, remaining.shape[2])
+        rest_parts = rest_config.splits
+        config = dataclasses.replace(config, estimated_splits=0)
     parts = sum(config.splits)
     missed = config.missed_splits * batch * kv_heads
     choosing = cached and by_processor(store, missed)
@@ -115,8 +129,8 @@ def attend_zones(
         cache_scales if cached else None,
     )
     results = Results(
-        jax.ShapeDtypeStruct((parts, *query.shape), jnp.float32),
-        jax.ShapeDtypeStruct((parts, *query.shape[:3]), jnp.float32),
+        jax.ShapeDtypeStruct((parts + rest_parts, *query.shape), jnp.float32),
+        jax.ShapeDtypeStruct((parts + rest_parts, *query.shape[:3]), jnp.float32),
     )
     if cached:
         kept = jax.ShapeDtypeStruct(cache_rows.shape, cache_rows.dtype)
@@ -143,4 +157,14 @@ def attend_zones(
         interpret=interpret,
     )
     cache = Rows(found.cache, found.cache_scales) if cached else rows.cache
-    return ZoneStates(found.outputs, found.logsumexps, cache)
+    if rest_config is None:
+        return ZoneStates(found.outputs, found.logsumexps, cache)
+    outputs, logsumexps = attend_corrected(
+        *(found.outputs, found.logsumexps, query, rows._replace(cache=cache)),
+        *(picks, estimate, layer),
+        scale=scale,
+        config=rest_config,
+        interpret=interpret,
+    )
+    estimated = jnp.arange(parts + rest_parts) >= parts
+    return ZoneStates(outputs, logsumexps, cache, estimated=estimated)

@@ -22,6 +22,7 @@ from pallas_kernels.select_tokens import triton as select_tokens
 from pallas_kernels.types import (
     Candidates,
     ClusterScores,
+    Correction,
     IndexedTokens,
     Moments,
     RankedTokens,
@@ -219,6 +220,14 @@ def _attention(heads: Heads) -> dict[str, Any]:
         )
     }  # fmt: skip
     attend_all = functools.partial(attend_dense.attend_dense, scale=0.1)
+    clusters = (*row, CLUSTERS)
+
+    def with_moments(arrays: Any, rank: int, dtype: Any) -> Any:
+        products = _of(*arrays["logits"].shape, rank, dtype=jnp.float32)
+        moments = moments_of(clusters, rank, d, dtype)
+        return arrays | {"correction": Correction(moments, products, arrays["tokens"])}
+
+    both = {"attend_zones", "attend_corrected"}
     # No float16 holds weights times scales.
     scaled = {} if dtype == "float16" else {
         "attend_dense-levels": (
@@ -232,12 +241,22 @@ def _attention(heads: Heads) -> dict[str, Any]:
         )
         for host in (False, True)
     }  # fmt: skip
+    if scaled:
+        scaled["attend_zones-moments-levels"] = (
+            attend,
+            (with_moments(levels, 2, jnp.int8), layer),
+            both,
+        )
     return scaled | {
         "attend_zones": (attend, (arrays, layer), {"attend_zones"}),
         "attend_zones-no-slots": (attend, (no_slots, layer), {"attend_zones"}),
         # Small enough that processors choose their parts.
         "attend_zones-host": (
             functools.partial(attend, host=True), (small, layer), {"attend_zones"}
+        ),
+        "attend_zones-moments": (attend, (with_moments(no_slots, 2, dtype), layer), both),
+        "attend_zones-moments-host": (
+            functools.partial(attend, host=True), (with_moments(small, 4, jnp.int8), layer), both
         ),
         "attend_dense": (
             attend_all,

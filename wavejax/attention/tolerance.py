@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 import pallas_kernels as ops
 from models.errors import InputError
 from pallas_kernels.attend_zones.reference import attend_clusters
+from pallas_kernels.types import MASKED
 from wavejax.attention import retrieval
 from wavejax.attention.audit import exact_output, place_of
 from wavejax.attention.protocol import scale_of
@@ -135,8 +136,10 @@ def bound_error(
     merged = ops.merge_states(zones.outputs, zones.logsumexps)
     known = jnp.zeros_like(merged[0])
     if state.index.moments is not None:
-        # By means alone the sum would be another; with moments the last part is the estimate.
-        exact = ops.merge_states(zones.outputs[:-1], zones.logsumexps[:-1])
+        # By means alone the sum would be another.
+        assert zones.estimated is not None
+        estimated = zones.estimated[:, None, None, None]
+        exact = ops.merge_states(zones.outputs, jnp.where(estimated, MASKED, zones.logsumexps))
         by_means = attend_clusters(retrieval.estimate_of(selection, state.index), layer)
         for output, logsumexp in (exact, by_means):
             known += jnp.exp(logsumexp - merged[1])[..., None] * (output - merged[0])
