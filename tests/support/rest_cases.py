@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.rounding import quantise
 from pallas_kernels.types import MASKED, NO_ID, Correction, Moments
 
 LAYERS, BATCH, HEADS, LAYER = 2, 3, 2, 1
@@ -64,6 +65,15 @@ def rest_case(
         jnp.asarray(found["clusters"], jnp.int32),
     )
     return arrays
+
+
+def in_levels(case):
+    """The same step with rows in 8 bits."""
+    found = dict(case)
+    for name in ("store", "cache_rows"):
+        rows = quantise(case[name])
+        found |= {name: rows.data, name.replace("_rows", "") + "_scales": rows.scales}
+    return found
 
 
 def _fill_row(rng, case, found, at, rank, levels, share):

@@ -11,7 +11,6 @@ import pytest
 from pallas_kernels.attend_zones import reference
 from pallas_kernels.attend_zones import triton as kernel
 from pallas_kernels.attend_zones._weights import in_parts
-from pallas_kernels.rounding import quantise
 from pallas_kernels.types import MASKED, NO_ID, Spread
 from tests.pallas_kernels.attend_zones.test_kernel import (
     QUICKLY,
@@ -22,7 +21,7 @@ from tests.pallas_kernels.attend_zones.test_kernel import (
 )
 from tests.support.kernel_cases import Heads, kernel_cases
 from tests.support.lowering import lower_for
-from tests.support.rest_cases import BATCH, CLUSTERS, HEADS, LAYER, rest_case
+from tests.support.rest_cases import BATCH, CLUSTERS, HEADS, LAYER, in_levels, rest_case
 from tests.support.zone_operands import zone_operands
 
 SPLIT = kernel.Config(2, 2, 3, 1, **TILES)
@@ -40,15 +39,6 @@ def run_kernel(case, rest=REST):
 @functools.partial(jax.jit, **QUICKLY)
 def run_reference(case):
     return reference.attend_zones(*zone_operands(case), jnp.int32(LAYER), scale=0.2)
-
-
-def in_levels(case):
-    """The same step with rows in 8 bits."""
-    found = dict(case)
-    for name in ("store", "cache_rows"):
-        rows = quantise(case[name])
-        found |= {name: rows.data, name.replace("_rows", "") + "_scales": rows.scales}
-    return found
 
 
 def check(found, expected, tolerance):
