@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from full_attention import time_full_attention
 from gpu_timing import copy_ceiling, device_facts, empty_chain, time_calls, time_program
 from jax import Array
+from moment_cases import MOMENT_OPS, case_of
 from op_cases import OTHER_OPS, STEP_OPS, OpCase, Run, StepBench, by_api, names_from
 
 from pallas_kernels.encode_tokens import rotation
@@ -64,7 +65,7 @@ def bench_case(case: OpCase, ceiling: float, **timing: Any) -> dict[str, float]:
 
 def bench_op(bench: StepBench, op: str, ceiling: float, timing: dict[str, Any]) -> dict[str, float]:
     """One op's figures; its inputs, made by the ops before it, are not in them."""
-    return bench_case(bench.case(op), ceiling, **timing)
+    return bench_case(case_of(bench, op), ceiling, **timing)
 
 
 def bench_full_attention(shape: StepShape) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def bench_shape(
 
     if "full_attention" in sections:
         attempt("full_attention", lambda: bench_full_attention(shape))
-    picked = [op for op in (*STEP_OPS, *OTHER_OPS) if op in sections]
+    picked = [op for op in (*STEP_OPS, *OTHER_OPS, *MOMENT_OPS) if op in sections]
     if picked or "step" in sections:
         bench = StepBench(shape, run)
         for op in picked:
@@ -215,17 +216,17 @@ def verdict(value: float, must: float, aim: float) -> str:
 
 def tables(shapes: dict[str, dict[str, Any]]) -> str:
     """Return the figures, and which targets they meet."""
-    lines = [f"{'shape':8}{'op':17}{'us':>10}{'GB/s':>8}{'ceiling':>9}{'vs full':>9}"]
+    lines = [f"{'shape':8}{'op':26}{'us':>10}{'GB/s':>8}{'ceiling':>9}{'vs full':>9}"]
     marks = []
     for shape, results in shapes.items():
         for op, found in results.items():
             us = found.get("us", 1e3 * found["ms"] if "ms" in found else None)
             if us is None:
-                lines.append(f"{shape:8}{op:17}  {str(found.get('error', found))[:70]}")
+                lines.append(f"{shape:8}{op:26}  {str(found.get('error', found))[:70]}")
                 continue
             share, ratio = found.get("share"), found.get("full_attention_ratio")
             lines.append(
-                f"{shape:8}{op:17}{us:10.1f}{found.get('gb_per_s', 0):8.0f}"
+                f"{shape:8}{op:26}{us:10.1f}{found.get('gb_per_s', 0):8.0f}"
                 + (f"{share:9.0%}" if share else " " * 9)
                 + (f"{ratio:8.2f}x" if ratio else "")
             )
@@ -237,7 +238,7 @@ def tables(shapes: dict[str, dict[str, Any]]) -> str:
                     value = found[name]
                     mark = verdict(value, must, aim)
                     marks.append(
-                        f"{shape:8}{op:17}{name:22}{value:9.2f}  must {must:g} aim {aim:g}: {mark}"
+                        f"{shape:8}{op:26}{name:22}{value:9.2f}  must {must:g} aim {aim:g}: {mark}"
                     )
     return "\n".join([*lines, "", "targets met ('NO': not even what it must):", *marks])
 
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20, help="calls in one program")
     parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
     arguments = parser.parse_args()
-    sections = names_from(parser, "--ops", arguments.ops, (*SECTIONS, *OTHER_OPS))
+    sections = names_from(parser, "--ops", arguments.ops, (*SECTIONS, *OTHER_OPS, *MOMENT_OPS))
     shapes = names_from(parser, "--shapes", arguments.shapes, SHAPES)
 
     gpu = jax.default_backend() == "gpu"

@@ -12,7 +12,10 @@ import pytest
 from pallas_kernels.shapes import SHAPES
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ("full_attention", "score_clusters", "select_clusters", "attend_dense")
+SECTIONS = (
+    *("full_attention", "score_clusters", "select_clusters", "attend_dense"),
+    *("score_clusters-rank2", "attend_zones-rank4-int8"),
+)
 
 
 def test_the_benchmark_reports_every_section(tmp_path):
