@@ -11,6 +11,8 @@ MISSED_PROGRAMS = 64
 # A large GPU's 132 processors hold four programs each. What the programs take differs: half as many
 # again as there are places even it out.
 PROGRAMS = 6 * 132
+# Of the estimate by moments a processor holds three programs, by their registers.
+REST_PROGRAMS = 3 * 132
 # A program of fewer tiles would spend its time on starting.
 LEAST_TILES = 3
 # A program holds its share of the list of retrieved rows in registers: 4 a thread for 16 tiles of
@@ -107,18 +109,21 @@ def heuristic(
     )
 
 
-def rest_heuristic(rows: int, head_dim: int, itemsize: int, clusters: int) -> RestConfig:
+def rest_heuristic(
+    rows: int, head_dim: int, itemsize: int, clusters: int, levels: bool
+) -> RestConfig:
     """Choose a config for the estimate by moments: not tuned, since it never ran on a GPU.
 
     Args:
         rows: sequences times kv heads.
         head_dim, itemsize: of the mean values.
         clusters: the capacity of a row's list.
+        levels: whether moments are int8: to load them ahead takes registers, not shared memory.
     """
     row_bytes = launch.tile(head_dim) * itemsize
     # Half of what is read at once where nothing is retrieved of it: more does not fit registers.
     tile = max(min(TILE_BYTES // 2 // row_bytes, 32), launch.DOT_TILE)
-    # Each tile waits for what the one before it read, so that short programs are better than few.
-    splits = max(1, min(math.ceil(PROGRAMS / rows), math.ceil(clusters / tile)))
+    splits = max(1, min(REST_PROGRAMS // rows, math.ceil(clusters / tile)))
     warps = 4 if row_bytes <= 256 else 8
-    return RestConfig(splits, cluster_tile=tile, num_warps=warps)
+    stages = 1 if levels else 2
+    return RestConfig(splits, cluster_tile=tile, num_warps=warps, num_stages=stages)

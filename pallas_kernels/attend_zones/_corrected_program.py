@@ -28,6 +28,7 @@ It never ran on a GPU.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -129,8 +130,10 @@ class RestProgram(PartOfRow):
         shrink = jnp.exp2(peak - higher)
         mass = weights * (still / size)[None, :]
 
+        output = output * shrink[:, None]
+        output = self.without_retrieved(output, tile, weights / size[None, :])
         means = self.load_vectors(refs.value_means, tile.at, keeps)
-        output = output * shrink[:, None] + weigh(weights, means, self.value_parts)
+        output += weigh(weights, means, self.value_parts)
         share = mass / more * share[None, :]
 
         def along(r: Array, output: Array) -> Array:
@@ -142,7 +145,6 @@ class RestProgram(PartOfRow):
             return output + weigh(own, vectors, self.moment_parts)
 
         output = lax.fori_loop(0, refs.lambdas.shape[4], along, output)
-        output = self.without_retrieved(output, tile, weights / size[None, :])
         return output, higher, total * shrink + jnp.sum(mass, axis=1)
 
     def load_tile(self, first: Array) -> Tile:
@@ -185,23 +187,29 @@ class RestProgram(PartOfRow):
         """Load keys or values `[n, d]` of places in the list, and their scales if they have any."""
         refs = self.refs
         token = plt.load(refs.tokens.at[self.b, self.h, at], mask=valid, other=NO_ID)
-        sources = [(refs.store, refs.store_scales, token, valid)]
-        if refs.cache is not None:
-            slot = plt.load(refs.slots.at[self.b, self.h, at], mask=valid, other=NO_ID)
-            # All but those that found no slot are there by now.
-            held = valid & (slot >= 0) & (slot < refs.cache.shape[3])
-            sources = [
-                (refs.store, refs.store_scales, token, valid & ~held),
-                (refs.cache, refs.cache_scales, slot, held),
-            ]
-        vectors, scales = [], []
-        for rows, its_scales, places, there in sources:
-            vectors.append(self.load_vectors(rows, places, there, kv))
-            if its_scales is not None:
-                numbers = its_scales.at[*self.row, places, kv]
-                scales.append(plt.load(numbers, mask=there, other=0))
-        # What a source does not have is zero.
-        return sum(vectors[1:], vectors[0]), sum(scales[1:], scales[0]) if scales else None
+        if refs.cache is None:
+            return self.load_rows_of(refs.store, refs.store_scales, token, valid, kv)
+        slot = plt.load(refs.slots.at[self.b, self.h, at], mask=valid, other=NO_ID)
+        # All but those that found no slot are there by now.
+        held = valid & (slot >= 0) & (slot < refs.cache.shape[3])
+        cached = self.load_rows_of(refs.cache, refs.cache_scales, slot, held, kv)
+        others = valid & ~held
+
+        def with_others() -> Any:
+            found = self.load_rows_of(refs.store, refs.store_scales, token, others, kv)
+            # What one of the two does not have is zero there.
+            return jax.tree.map(jnp.add, cached, found)
+
+        return lax.cond(jnp.sum(jnp.where(others, 1, 0)) > 0, with_others, lambda: cached)
+
+    def load_rows_of(
+        self, rows: Any, scales: Any, places: Array, valid: Array, kv: int
+    ) -> tuple[Array, Array | None]:
+        """Load keys or values of a store or a row cache, and their scales if they have any."""
+        vectors = self.load_vectors(rows, places, valid, kv)
+        if scales is None:
+            return vectors, None
+        return vectors, plt.load(scales.at[*self.row, places, kv], mask=valid, other=0)
 
     def each(self, tile: Tile, visit: Any, state: Any) -> Any:
         """Visit a tile's retrieved rows, `row_tile` at once.

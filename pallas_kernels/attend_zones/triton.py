@@ -100,7 +100,8 @@ def attend_zones(
         config = dataclasses.replace(config, missed_splits=0)
     rest_config, rest_parts = None, 0
     if correction is not None:
-        rest_config = config.rest or rest_heuristic(*shape, remaining.shape[2])
+        levels = correction.moments.weights.dtype == jnp.int8
+        rest_config = config.rest or rest_heuristic(*shape, remaining.shape[2], levels)
         rest_parts = rest_config.splits
         config = dataclasses.replace(config, estimated_splits=0)
     parts = sum(config.splits)
