@@ -1,6 +1,7 @@
 """What the Triton kernels share: how Pallas is called, what a tile may be, and barriers."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -179,8 +180,9 @@ def check_vectors(op: str, name: str, vectors: Any) -> None:
         raise NotImplementedError(
             f"{op}: {name} is {dtype.name}; the kernel knows bfloat16, float16, float32 and int8"
         )
-    if dtype.itemsize == 1 and 2**31 < vectors.size <= 2**32:
+    size = math.prod(vectors.shape)
+    if dtype.itemsize == 1 and 2**31 < size <= 2**32:
         raise NotImplementedError(
-            f"{op}: {name} is {vectors.size} numbers of one byte; the kernel reaches up to 2^31 of "
+            f"{op}: {name} is {size} numbers of one byte; the kernel reaches up to 2^31 of "
             "them, or more than 2^32"
         )
