@@ -44,7 +44,8 @@ class Correction(NamedTuple):
     Attributes:
         moments: `[layers, batch, kv_heads, clusters, ...]`.
         products: `[batch, kv_heads, group, clusters, rank]` float32, as in `ClusterScores`.
-        clusters: `[batch, kv_heads, retrieved]` int32, of each of the `Picks`: as in `Retrieved`.
+        clusters: `[batch, kv_heads, retrieved]` int32, of each of the `Picks`: as in `Retrieved`,
+            rising but for NO_ID, of which there may be any between.
         spread: of the same shape as the moments' lambdas but for the rank; None without bounds.
     """
 

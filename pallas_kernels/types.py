@@ -70,7 +70,8 @@ class ClusterScores(NamedTuple):
             are no clusters.
         rotated: the query as `score_tokens` takes it: R q, with the codes' rotation R, or what
             the kernel packs it to. None if it was not asked for.
-        products: `[batch, kv_heads, group, clusters, rank]` float32, scale * q.u of `Moments`.
+        products: `[batch, kv_heads, group, clusters, rank]` float32, scale * q.u of `Moments`;
+            anything for a cluster without members.
     """
 
     logits: Array

@@ -82,6 +82,23 @@ def test_both_stores_and_the_cpu_say_the_same(model, random_model, tmp_path):
     assert host == cpu
 
 
+def test_with_moments_both_stores_and_the_cpu_say_the_same(random_model, tmp_path):
+    """The estimate by moments, in kernels that a run on a CPU does not have."""
+    flags = [
+        *prompts(tmp_path, (5000, 3300)),
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        "96",
+        *SMALL,
+    ]
+    flags += ["--moment-rank", "2", "--moment-dtype", "int8"]
+    cpu = generate(random_model, "cpu", *flags, "--store", "device")
+    assert max(map(len, cpu)) > 64
+    for store in ("device", "host"):
+        assert generate(random_model, "cuda", *flags, "--store", store) == cpu
+
+
 @pytest.mark.parametrize("model", MODELS or [None], ids=lambda model: Path(model or "none").name)
 def test_both_stores_say_the_same_in_bfloat16(model, tmp_path):
     """Real models: one of random weights finds many tokens alike, and rounding decides."""
