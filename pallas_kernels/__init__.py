@@ -4,7 +4,8 @@ A decode step's ops, in their order:
 
 - `score_clusters`: the query against every cluster's centroid, `ClusterScores`; from the kernel the
   rotated query too, a `PackedQuery`.
-- `select_clusters`: the clusters whose tokens are looked at one by one, `Candidates`.
+- `select_clusters`: the clusters whose tokens are looked at one by one, `Candidates`; by their
+  means, or by what their members might `Reach`.
 - `score_tokens`: the candidates' tokens by their one-bit codes.
 - `select_tokens`: the best of the `RankedTokens`, `Retrieved`; updates the row cache's `RowTable`.
   Which `IndexedTokens` they are tells the store's rows; `SelectionSettings` are static.
@@ -66,6 +67,7 @@ from pallas_kernels.types import (
     PackedQuery,
     Picks,
     RankedTokens,
+    Reach,
     Retrieved,
     Rows,
     RowTable,
@@ -96,6 +98,7 @@ __all__ = [
     "PackedQuery",
     "Picks",
     "RankedTokens",
+    "Reach",
     "Retrieved",
     "RowTable",
     "Rows",

@@ -44,7 +44,12 @@ def call(
         num_warps, num_stages: see Triton.
         aliases: operands that are written in place, and which result each of them is.
         interpret: run it as plain JAX, on any platform. For tests.
+
+    Raises:
+        NotImplementedError: an operand or a result is larger than the kernel reaches.
     """
+    if not interpret:
+        check_reach(name, (operands, out_shape))
     if interpret:
         # Interpreted, a kernel is plain JAX, which does not mix memories.
         operands = jax.device_put(operands, jax.memory.Space.Device)
@@ -170,19 +175,28 @@ def check_heads(op: str, group: int, head_dim: int, *dtypes: Any) -> None:
 
 
 def check_vectors(op: str, name: str, vectors: Any) -> None:
-    """Raise NotImplementedError for vectors, floats or int8 levels, that kernels do not read.
-
-    Places in an array of up to 2^32 bytes are counted in 32 bits, with a sign: where each number
-    is one byte, the second half of them is out of reach.
-    """
+    """Raise NotImplementedError for vectors, floats or int8 levels, that kernels do not read."""
     dtype = jnp.dtype(vectors.dtype)
     if dtype not in (*FLOATS, jnp.int8):
         raise NotImplementedError(
             f"{op}: {name} is {dtype.name}; the kernel knows bfloat16, float16, float32 and int8"
         )
-    size = math.prod(vectors.shape)
-    if dtype.itemsize == 1 and 2**31 < size <= 2**32:
-        raise NotImplementedError(
-            f"{op}: {name} is {size} numbers of one byte; the kernel reaches up to 2^31 of "
-            "them, or more than 2^32"
-        )
+
+
+def check_reach(kernel: str, arrays: Any) -> None:
+    """Raise NotImplementedError for arrays that Pallas' pointers do not reach the end of.
+
+    Places in an array of up to 2^32 bytes are counted in 32 bits, with a sign: where each number
+    is one byte, the second half of them is out of reach. Past that they are counted in 64 bits.
+
+    Args:
+        kernel: its name.
+        arrays: pytree of its operands and results.
+    """
+    for array in jax.tree.leaves(arrays):
+        size = math.prod(array.shape)
+        if jnp.dtype(array.dtype).itemsize == 1 and 2**31 < size <= 2**32:
+            raise NotImplementedError(
+                f"{kernel}: an array has {size} numbers of one byte; the kernel reaches up to "
+                "2^31 of them, or more than 2^32"
+            )

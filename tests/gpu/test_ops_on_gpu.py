@@ -68,6 +68,29 @@ class TestOps:
         budget = np.asarray(x.candidate_budget)[:, None]
         assert ((held >= budget) & (held < budget + case.shape.max_cluster_size)).all()
 
+    def test_select_clusters_by_reach(self, case):
+        """Exactly: of whole numbers on which heads agree, any arithmetic makes the same ties."""
+        x, rng, group = inputs_of(case), np.random.default_rng(6), case.shape.group
+        rows, clusters = x.query.shape[:2], x.centroids.shape[3]
+        used = np.diff(np.asarray(x.offsets[LAYER]))[:, :, None, :] > 0
+        logits = np.where(used, rng.integers(-12, 12, (*rows, 1, clusters)), MASKED)
+        lengths = rng.integers(0, 4, (*rows, 1))
+        reach = ops.Reach(
+            jnp.asarray(np.repeat(lengths, group, axis=2), jnp.float32),
+            jnp.asarray(rng.integers(0, 5, x.centroids.shape[:-1]), x.centroids.dtype),
+        )
+        given = {"max_candidates": case.shape.max_candidates, "reach": reach}
+        operands = (
+            jnp.asarray(np.repeat(logits, group, axis=2), jnp.float32),
+            jnp.zeros((*rows, group), jnp.float32),
+            *(x.offsets, jnp.int32(LAYER), x.candidate_budget),
+        )
+        found = run_twice(
+            lambda *a: ops.select_clusters(*a, **given, implementation=KERNEL), *operands
+        )
+        plain = jax.jit(lambda *a: ops.select_clusters(*a, **given, implementation="xla"))
+        assert_same(found, plain(*operands))
+
     def test_score_tokens(self, case):
         found, expected = run_kernel("score_tokens", case), references_of(case)["score_tokens"]
         assert_close(found, expected, case.shape.dtype, "log_mass")

@@ -26,6 +26,7 @@ from pallas_kernels.types import (
     IndexedTokens,
     Moments,
     RankedTokens,
+    Reach,
     Rows,
     SelectionSettings,
     TokenCodes,
@@ -173,6 +174,12 @@ def _selection(heads: Heads) -> dict[str, Any]:
         )
         calls[f"select_clusters-{name}"] = (clusters, operands, {"rank_clusters", "list_clusters"})
     calls["select_clusters-most"][2].update({"bracket_clusters", "split_clusters"})
+    deviations = _of(LAYERS, *row, CLUSTERS, dtype=heads.dtype)
+    calls["select_clusters-reach"] = (
+        lambda reach, *a: clusters(*a, reach=reach),
+        (Reach(logsumexp, deviations), *ranked),
+        {"rank_clusters", "list_clusters"},
+    )
     return calls
 
 

@@ -146,7 +146,7 @@ def test_it_says_what_it_does_not_support():
         (correction._replace(spread=Spread(numbers, numbers, numbers)), "no kernel for bounds"),
         (
             correction._replace(moments=correction.moments._replace(weights=wide)),
-            "weights of moments is .* numbers of one byte",
+            "attend_corrected: an array has .* numbers of one byte",
         ),
     ):
         with pytest.raises(NotImplementedError, match=match):
