@@ -153,7 +153,7 @@ class _EngineCollector(Collector):
             gauge.add_metric([self._name], value)
             yield gauge
         counters = {
-            "vllm:prompt_tokens": ("Tokens of prompts that were read.", now.prompt_tokens),
+            "vllm:prompt_tokens": ("Tokens of prompts, cached ones included.", now.prompt_tokens),
             "vllm:generation_tokens": ("Tokens generated.", now.generated_tokens),
             "wavejax:requests_submitted": ("Requests taken.", now.submitted),
             "wavejax:requests_refused": ("Requests that the engine refused.", now.refused),

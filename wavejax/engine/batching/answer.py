@@ -39,7 +39,7 @@ class Answer:
         token_ids: that came.
         dispatched: steps that the device was asked for.
         cached: tokens of the prompt that were not read anew.
-        reason: why it ended.
+        ended_by: why it ended; empty until then.
         met: says how the tolerance was met; waits for the device.
         reads: says what its steps have read; waits for the device.
     """
@@ -57,7 +57,7 @@ class Answer:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     dispatched: int = 0
     cached: int = 0
-    reason: FinishReason | None = None
+    ended_by: list[FinishReason] = dataclasses.field(default_factory=list)
     met: Callable[[], Met | None] = lambda: None
     reads: Callable[[], Reads | None] = lambda: None
 
@@ -65,6 +65,11 @@ class Answer:
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt)
+
+    @property
+    def reason(self) -> FinishReason | None:
+        """Why it ended; None until then."""
+        return self.ended_by[0] if self.ended_by else None
 
     @property
     def tokens(self) -> int:
@@ -125,7 +130,8 @@ class Answer:
         reason: FinishReason | None = None,
         error: Exception | None = None,
     ) -> None:
-        self.reason = reason
+        if reason is not None:
+            self.ended_by.append(reason)
         usage = None if reason is None else self._usage(now)
         self.channel.put(Piece(token, text, logprobs, reason, usage, error))
 

@@ -113,8 +113,12 @@ class Batch:
             for slot, answer in enumerate(self.seats)
             if answer is None and slot not in self.kept
         ]
-        # Those that nothing has left come first, then who left first.
-        return sorted(free, key=lambda slot: self.ended[slot].number if slot in self.ended else 0)
+
+        def number(slot: int) -> int:
+            held = self.ended.get(slot)
+            return 0 if held is None or held.unusable else held.number
+
+        return sorted(free, key=number)
 
     def keep(self, slot: int) -> None:
         """Keep a slot for a prompt: nothing goes on from what it holds."""

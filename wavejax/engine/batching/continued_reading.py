@@ -29,6 +29,8 @@ class ContinuedReading(AppendedReading):
         answer: whose prompt begins with what the slot holds.
     """
 
+    continued = True
+
     def __init__(self, batch: Batch, slot: int, answer: Answer):
         super().__init__(batch, slot, answer, batch.ended[slot].reused(answer.request))
 
@@ -41,10 +43,22 @@ class ContinuedReading(AppendedReading):
         return self._append()
 
 
+def wait_for_ended(batches: Sequence[Batch]) -> list[tuple[Batch, Exception]]:
+    """Wait for the calls that answers were in whose slots are free; list where one failed."""
+    failed: list[tuple[Batch, Exception]] = []
+    for batch in batches:
+        try:
+            for held in batch.ended.values():
+                held.wait()
+        except Exception as error:  # of a call: whatever the device says
+            failed.append((batch, error))
+    return failed
+
+
 def slot_to_continue(batches: Sequence[Batch], answer: Answer) -> tuple[Batch, int] | None:
     """Find the free slot from which the most tokens of a prompt are reused; None if there is none.
 
-    The smallest room's of several. Waits for the calls that the slots' answers were in.
+    The smallest room's of several.
     """
     found: list[tuple[int, Batch, int]] = [
         (held.reused(answer.request), batch, slot)

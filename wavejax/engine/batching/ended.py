@@ -20,42 +20,59 @@ from wavejax.engine.prompts import common_prefix
 from wavejax.engine.state import DecodeState
 
 # How an answer may have ended whose tokens another prompt may begin with.
-_SOUND: tuple[FinishReason | None, ...] = ("stop", "stop_string", "length", "interrupted")
+_SOUND: tuple[FinishReason, ...] = ("stop", "stop_string", "length", "interrupted")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Ended:
     """A sequence that nobody goes on with yet.
 
+    It keeps nothing of the request but the tokens.
+
     Attributes:
-        answer: that left; its last tokens may not have come.
+        prompt: token ids.
+        token_ids: of the answer; its last tokens may not have come yet.
+        ended_by: why the answer ended; empty until then.
         limits: `[3]` int32: the fewest tokens that it can be cut to, those that it holds, and those
-            that there is room for yet.
+            that there is room for yet. A tuple once they were asked for.
         number: higher than of those that left before.
     """
 
-    answer: Answer
-    limits: Int[Array, "3"]
+    prompt: Int[np.ndarray, "_prompt"]
+    token_ids: list[int]
+    ended_by: list[FinishReason]
+    limits: Int[Array, "3"] | tuple[int, ...]
     number: int
+
+    @property
+    def unusable(self) -> bool:
+        """Whether nothing can go on from it: its answer failed."""
+        return bool(self.ended_by) and self.ended_by[0] not in _SOUND
+
+    def wait(self) -> tuple[int, ...]:
+        """Return the limits; waits for the calls that the answer was in."""
+        if not isinstance(self.limits, tuple):
+            self.limits = tuple(np.asarray(self.limits).tolist())
+        return self.limits
 
     def reused(self, request: Request) -> int:
         """Count the tokens of a prompt that need not be read: half of it at least, or none.
 
-        Waits for the calls that the answer was in. None where it cannot be cut to them, where there
-        is no room for the rest and the answer, or where something else saves as many.
+        None where the sequence cannot be cut to them, where there is no room for the rest and the
+        answer, or where something else saves as many. May `wait`.
         """
-        if self.answer.reason not in _SOUND:
+        if self.unusable or not self.ended_by:
             return 0
         prompt: Any = request.prompt
-        least, length, room = np.asarray(self.limits).tolist()
-        if len(prompt) + request.max_new_tokens > length + room:
-            return 0
-        own: Any = self.answer.request.prompt
-        held = np.concatenate([own, np.asarray(self.answer.token_ids, own.dtype)])
+        held = np.concatenate([self.prompt, np.asarray(self.token_ids, self.prompt.dtype)])
         # The last one is read anew: it says what comes next.
-        alike = min(common_prefix(held, prompt), length, len(prompt) - 1)
-        saves = alike >= max(least, 1) and 2 * alike >= len(prompt)
-        return alike if saves and alike > reused_by(request) else 0
+        alike = min(common_prefix(held, prompt), len(prompt) - 1)
+        if 2 * alike < len(prompt) or alike <= reused_by(request):
+            return 0
+        least, length, room = self.wait()
+        alike = min(alike, length)
+        fits = len(prompt) + request.max_new_tokens <= length + room
+        return alike if fits and 2 * alike >= len(prompt) and alike >= max(least, 1) else 0
 
 
 def ended(
@@ -67,14 +84,17 @@ def ended(
         engine: of the state.
         state: after all calls that the answer was in.
         slot: the answer's.
-        answer, number: as of `Ended`.
+        answer: which leaves.
+        number: as of `Ended`.
     """
     if state is None or not parks(engine.attention):
         return None
     arrays = engine.arrays_of(state.attention_state)
     if any(isinstance(x, Array) and x.is_deleted() for x in jax.tree.leaves(arrays)):
         return None
-    return Ended(answer, _limits(engine.attention, arrays, jnp.int32(slot)), number)
+    limits = _limits(engine.attention, arrays, jnp.int32(slot))
+    prompt: Any = answer.request.prompt
+    return Ended(prompt, answer.token_ids, answer.ended_by, limits, number)
 
 
 @functools.partial(jax.jit, static_argnums=0)

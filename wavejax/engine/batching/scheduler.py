@@ -5,9 +5,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from models.parameters import Params
+from wavejax.engine.batching import continued_reading
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
-from wavejax.engine.batching.continued_reading import ContinuedReading, slot_to_continue
 from wavejax.engine.batching.kept_reading import KeptReading
 from wavejax.engine.batching.line import Blocked, Line
 from wavejax.engine.batching.pace import Pace, reads_whole
@@ -103,6 +103,9 @@ class Scheduler:
     def _admit(self) -> None:
         """Begin to read those in line whose turn it is."""
         while True:
+            waited = self.batches if len(self.line) else ()  # before the lock is taken
+            for batch, error in continued_reading.wait_for_ended(waited):
+                self._fail_batch(batch, error)
             with self._lock:
                 taken = self.line.take(self._place)
                 if taken is None:
@@ -114,13 +117,13 @@ class Scheduler:
                 self._allocate(batch)
                 self.readings[answer.short].prepare()
             except Exception as error:  # memory that the planner knew nothing of
-                self._end(answer, "error", error)
+                self._fail(batch, answer, error)
 
     def _reading(self, batch: Batch, slot: int, answer: Answer) -> SlotReading:
         """Choose how a prompt gets into its slot."""
         held = batch.ended.get(slot)
         if held is not None and held.reused(answer.request):
-            return ContinuedReading(batch, slot, answer)
+            return continued_reading.ContinuedReading(batch, slot, answer)
         if answer.request.kept is not None:
             return KeptReading(batch, slot, answer)
         padded, config = bucket(answer.prompt_tokens), self.generator.model_config
@@ -134,7 +137,7 @@ class Scheduler:
         """
         if answer.short in self.readings:
             return "reading"
-        continued = slot_to_continue(self.batches, answer)
+        continued = continued_reading.slot_to_continue(self.batches, answer)
         if continued is not None:
             return continued
         for batch in self.batches:
@@ -251,7 +254,7 @@ class Scheduler:
         answer.read = self.clock()
         with self._lock:
             self.readings.pop(answer.short)
-            others = like(answer, self.line, batch)
+            others = like(reading, self.line)
             for other in others:
                 self.line.remove(other)
             self.running.update((answer, *others))

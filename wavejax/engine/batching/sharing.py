@@ -16,6 +16,7 @@ from wavejax.engine.batching.admission import parks
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
 from wavejax.engine.batching.request import Request
+from wavejax.engine.batching.slot_reading import SlotReading
 from wavejax.engine.state import DecodeState
 
 
@@ -24,16 +25,16 @@ def copies(attention: AnyAttention) -> bool:
     return parks(attention) and attention.store == "device"
 
 
-def like(answer: Answer, line: Iterable[Answer], batch: Batch) -> list[Answer]:
+def like(reading: SlotReading, line: Iterable[Answer]) -> list[Answer]:
     """List those in line that want the prompt which has just been read, and may sit beside it.
 
     Nobody loses a slot by it: as many are left free as there are others before them in line.
 
     Args:
-        answer: whose prompt was read; not in line any more.
+        reading: which has read the prompt of its answer; that is not in line any more.
         line: who waits, the first first.
-        batch: where it was read.
     """
+    answer, batch = reading.answer, reading.batch
     if not copies(batch.engine.attention):
         return []
     found: list[Answer] = []
@@ -43,6 +44,8 @@ def like(answer: Answer, line: Iterable[Answer], batch: Batch) -> list[Answer]:
             break
         left -= 1
         wanted = not one.channel.cancelled and batch.room.holds(*one.room)
+        if reading.continued:
+            wanted &= one.request.max_new_tokens <= answer.request.max_new_tokens
         if wanted and _same_prompt(one.request, answer.request):
             found.append(one)
     return found

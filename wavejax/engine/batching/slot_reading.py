@@ -35,6 +35,9 @@ class SlotReading(abc.ABC):
         answer: whose prompt.
     """
 
+    # Whether the slot has room for this answer, and not for the longest of its room.
+    continued = False
+
     def __init__(self, batch: Batch, slot: int, answer: Answer):
         self.batch, self.slot, self.answer = batch, slot, answer
         self.error: Exception | None = None

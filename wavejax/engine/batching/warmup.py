@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wavejax.engine import appending
+from wavejax.engine.batching.admission import parks
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
 from wavejax.engine.batching.continued_reading import cut_slot
@@ -37,6 +38,7 @@ def warm(
         for number, batch in enumerate(scheduler.batches)
         for length in _lengths(scheduler.batches, number, prompt_tokens)
     ]
+    appended = appended and parks(scheduler.generator.attention)
     pieces = _buckets(1, appending.PIECE) if appended else []
     rounds = len(work) + len(scheduler.batches) * (len(by_level) + len(pieces))
     done = 0

@@ -1,6 +1,8 @@
 """Prompts that begin with what a free slot still holds go on from there, as `Generator.append`."""
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from tests.support.batch_requests import Alone, make_engine, run
 from tests.support.tiny_generator import CONFIG, MODEL, make_params, make_prompts
 from tests.wavejax.engine.test_compiled_programs import CompileLog
 from wavejax import DenseAttention, Generator, Sampler, WaveAttention
-from wavejax.engine.batching import Progress, Request, Room
+from wavejax.engine.batching import Progress, Request, Room, continued_reading
 
 ROOM = Room(prompt_tokens=448, new_tokens=192, slots=2)
 FIRST, NEXT, OTHER = make_prompts((280, 30, 300))
@@ -149,6 +151,21 @@ def test_without_room_for_the_answer_it_is_read_anew():
     assert ask(engine, longer, 10).usage.cached_tokens == 210
 
 
+def test_who_is_seated_beside_a_next_turn_has_room_too():
+    """The slot of a short first prompt has room for the next turn's answer, for no longer one."""
+    attention = WaveAttention(CONFIG, "device")
+    engine = make_engine(attention, (Room(320, 64, 2),), reuse_slots=True)
+    first = ask(engine, FIRST[:150], 60)
+    longer = [*FIRST[:150], *first.token_ids, *NEXT]
+    handles = [engine.submit(request_of(longer, most)) for most in (10, 9, 64)]
+    run(engine)
+    found = [handle.result(0) for handle in handles]
+    assert [one.usage.cached_tokens for one in found] == [210, 240, 0]
+    assert [one.finish_reason for one in found] == ["length"] * 3
+    assert [len(one.token_ids) for one in found] == [10, 9, 64]
+    assert found[1].token_ids == found[0].token_ids[:9]
+
+
 def test_other_prompts_take_the_slots_that_nobody_wants_first():
     engine = make_engine(None, (Room(448, 192, 3),), reuse_slots=True)
     ask(engine, FIRST, 4)
@@ -183,6 +200,62 @@ def test_what_is_not_finite_is_not_gone_on_from():
     found = ask(engine, FIRST, 4)
     assert found.usage.cached_tokens == 0
     assert found.token_ids == Alone(None, (), 4)(request_of(FIRST, 4))[0]
+
+
+def test_what_failed_gives_its_slot_first():
+    """Two slots: of a conversation, and of an answer that failed later."""
+    engine = make_engine(None, (ROOM,), reuse_slots=True)
+    found = ask(engine, FIRST, 4)
+
+    class Failing:
+        def allowed(self):
+            raise MemoryError("none left")
+
+        def accept(self, token):
+            """Never comes."""
+
+    handle = engine.submit(Request(OTHER, 4, DRAWN, 3, constraint=Failing()))
+    run(engine)
+    with pytest.raises(MemoryError):
+        handle.result(0)
+    ask(engine, OTHER[1:], 4)
+    again = ask(engine, [*FIRST, *found.token_ids, *NEXT], 4)
+    assert again.usage.cached_tokens == len(FIRST) + 4
+
+
+def test_nothing_of_a_request_is_kept_but_its_tokens():
+    engine = make_engine(None, (ROOM,), reuse_slots=True)
+    request = request_of(FIRST, 4)
+    handle = engine.submit(request)
+    run(engine)
+    handle.result(0)
+    alive = weakref.ref(handle)
+    channel = weakref.ref(handle._channel)
+    del handle, request
+    gc.collect()
+    assert alive() is None
+    assert channel() is None
+    assert len(engine._scheduler.batches[0].ended) == 1
+
+
+def test_a_state_that_a_failed_cut_took_is_given_up(monkeypatch):
+    engine = make_engine(None, (Room(448, 192, 2),), reuse_slots=True)
+    found = ask(engine, FIRST, 4)
+    cut = continued_reading._cut
+
+    def fail(state, *given):
+        cut(state, *given)
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(continued_reading, "_cut", fail)
+    handle = engine.submit(request_of([*FIRST, *NEXT], 4))
+    run(engine)
+    monkeypatch.undo()
+    with pytest.raises(MemoryError, match="none left"):
+        handle.result(0)
+    again = ask(engine, FIRST, 4)
+    assert again.usage.cached_tokens == 0
+    assert again.token_ids == found.token_ids
 
 
 def test_a_cut_that_fails_ends_its_own_answer_alone(monkeypatch):
