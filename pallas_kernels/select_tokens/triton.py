@@ -19,6 +19,7 @@ from pallas_kernels.select_tokens._contenders import (
 )
 from pallas_kernels.select_tokens._look_up import LookUp, look_up_rows
 from pallas_kernels.select_tokens._pick import pick_rows
+from pallas_kernels.select_tokens._picked_clusters import picked_clusters
 from pallas_kernels.select_tokens.reference import row_budgets
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.head_calls import HeadCalls
@@ -47,15 +48,7 @@ def select_tokens(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Retrieved:
-    """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them.
-
-    Raises:
-        NotImplementedError: the picks' clusters are asked for.
-    """
-    if settings.with_clusters:
-        raise NotImplementedError(
-            "select_tokens: there is no kernel that tells picks' clusters yet"
-        )
+    """See `pallas_kernels.select_tokens`: a threshold, contenders above it, the best of them."""
     offsets, token_ids, prompt_tokens = indexed
     log_mass, candidates, budget = ranked
     max_tokens = settings.max_tokens
@@ -106,7 +99,10 @@ def select_tokens(
     else:
         found["hits"] = jnp.zeros(rows.shape, jnp.int32)
         table = table._replace(misses=found["miss_count"])
-    names = "tokens", "slots", "hit", "remaining", "hits", "misses"
+    names = ["tokens", "slots", "hit", "remaining", "hits", "misses"]
+    if settings.with_clusters:
+        found["clusters"] = picked_clusters(found["tokens"], found["remaining"], offsets[layer])
+        names.append("clusters")
     return Retrieved(table=table, **{name: found[name] for name in names})
 
 

@@ -229,7 +229,7 @@ def test_select_tokens_exactly(slots, most, config, admission_ratio):
     ids = rng.permuted(np.broadcast_to(np.arange(tokens), (*row, tokens)), axis=-1)
     table = empty_table(row, tokens, slots)
     room = 140
-    settings = SelectionSettings(most, 4096, 8, admission_ratio)
+    settings = SelectionSettings(most, 4096, 8, admission_ratio, with_clusters=True)
     # For each sequence in some cases, for each of its kv heads in others: both in all would be
     # twice as many programs.
     of_budget = (BATCH, HEADS)[: 1 + slots % 2]
