@@ -1,6 +1,7 @@
 """KV rows, a token's key and value for one kv head: the row store, and the row cache before it."""
 
 import functools
+import math
 from typing import ClassVar, Literal
 
 import jax
@@ -98,6 +99,8 @@ def init_store(
         kind: where they are.
         staged: whether the host holds the rows: here is then room for their scales alone.
     """
+    if not staged:
+        shape = with_reach(shape, dtype)
     scales = _init_scales(shape, dtype)
     if staged:
         shape, kind = (*shape[:3], 0, *shape[4:]), "device"
@@ -107,8 +110,31 @@ def init_store(
 
 
 def init_rows(shape: tuple[int, ...], dtype: DTypeLike) -> Rows:
-    """Make rows of zeros on the device: of int8 with scales, of other dtypes plain ones."""
+    """Make rows of zeros on the device: of int8 with scales, of other dtypes plain ones.
+
+    Args:
+        shape: `[layers, batch, kv_heads, tokens, ...]`; see `with_reach`.
+        dtype: of the rows.
+    """
+    shape = with_reach(shape, dtype)
     return Rows(jnp.zeros(shape, dtype), _init_scales(shape, dtype))
+
+
+def with_reach(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[int, ...]:
+    """Make room for more tokens where a kernel's pointers would not reach the last of them.
+
+    Of arrays of numbers of one byte they reach up to 2^31, or, counted in 64 bits, more than 2^32
+    (`pallas_kernels.toolbox.launch.check_reach`): what is between gets more than 2^32.
+
+    Args:
+        shape: `[layers, batch, kv_heads, tokens, ...]`.
+        dtype: of the rows.
+    """
+    size = math.prod(shape)
+    if jnp.dtype(dtype).itemsize > 1 or not 2**31 < size <= 2**32:
+        return shape
+    tokens = 2**32 // (size // shape[3]) + 1
+    return (*shape[:3], tokens, *shape[4:])
 
 
 def _init_scales(shape: tuple[int, ...], dtype: DTypeLike) -> Array | None:
