@@ -25,7 +25,7 @@ from models.layer import (
     pick_layer,
     rms_norm,
 )
-from models.parameters import Params, nest, parameter_shapes
+from models.parameters import Params, Path, Shape, nest, parameter_shapes
 from models.quantised import QuantisedMatrix, look_up
 
 __all__ = [
@@ -141,7 +141,9 @@ class Decoder(nn.Module):
             given = self.get_variable("params", name)
             nodes = jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, QuantisedMatrix))
             if any(isinstance(node, QuantisedMatrix) for node in nodes):
-                return given  # Flax would compare its arrays' shapes with the floats'
+                # Flax would compare its arrays' shapes with the floats'.
+                _check_shapes(parameter_shapes(self.config), name, below, given)
+                return given
         shapes = parameter_shapes(self.config)
 
         def init(key: Array) -> Any:
@@ -255,6 +257,17 @@ def unembed(
     """Logits, float32, of hidden states that `final_norm` has normalised."""
     table = params["params"]["embedding" if config.tie_embeddings else "unembedding"]
     return linear(hidden, table, jnp.float32)
+
+
+def _check_shapes(shapes: dict[Path, Shape], name: str, below: Any, given: Any) -> None:
+    """Raise ValueError: a parameter is missing, or has another shape than the model's."""
+    wanted = below if isinstance(below, dict) else {name: below}
+    have = given if isinstance(below, dict) else {name: given}
+    for key, path in wanted.items():
+        found = have.get(key)
+        if found is None or found.shape != shapes[path]:
+            what = "missing" if found is None else f"of the shape {found.shape}"
+            raise ValueError(f"parameter {'/'.join(path)} is {what}, and not {shapes[path]}")
 
 
 def _random(name: str, shape: tuple[int, ...], key: Array, dtype: Any) -> Array:

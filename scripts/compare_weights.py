@@ -31,6 +31,7 @@ from models.parameters import Params
 from models.parameters import Path as ParameterPath
 from models.text.tokenizer import load_tokenizer
 from wavejax import DenseAttention, Generator
+from wavejax.evaluation.files import write_text
 from wavejax.evaluation.haystack import paragraphs
 from wavejax.language_model import causal_attend
 
@@ -58,7 +59,7 @@ def main() -> None:
         report["weights"][name] = figures
         print(name, json.dumps(figures), flush=True)
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.out, json.dumps(report, indent=1) + "\n")
 
 
 def ways(checkpoint: Checkpoint) -> Iterator[tuple[str, Params]]:

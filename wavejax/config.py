@@ -67,8 +67,8 @@ class WaveConfig:
     min_candidate_tokens: int = _setting(16384, "least tokens whose codes are read")
     reach: float = _setting(
         0.0,
-        "rank clusters, whose tokens' codes are read, by what a token of theirs might reach: by so "
-        "many standard deviations more than their mean",
+        "rank clusters, whose tokens' codes are read, by what a token of theirs might reach: their "
+        "mean and this number of standard deviations; 0: by their mean",
     )
     retrieval_fraction: float = _setting(0.009, "share of tokens retrieved and attended exactly")
     min_retrieved_tokens: int = _setting(4096, "least tokens retrieved: short contexts near exact")

@@ -290,5 +290,5 @@ def unstacks(generator: Generator, plan: Plan) -> bool:
     """Whether each layer gets arrays of its own: where that is faster, if there is room."""
     # While it is done there is one stack twice: with a short prompt, the most that the run takes.
     room = plan.free.device
-    fits = room is None or plan.need.weights + plan.need.loading <= room
+    fits = room is None or plan.need.weights + plan.need.largest_stack <= room
     return generator.unrolls and fits

@@ -94,7 +94,7 @@ class TensorSource:
         if self.packed is None:
             raise InputError(
                 f"{self.where} is no GGUF file; `weight_dtype='packed'` keeps what such a file "
-                "holds in 8 or 4 bits: give `weight_dtype='int8'` or 'int4'"
+                "holds in 8 or 4 bits: give `weight_dtype='int8'` or `weight_dtype='int4'`"
             )
         formats = {}
         for path in matrices(self.config):
@@ -102,6 +102,11 @@ class TensorSource:
             known = [one for one in own if one is not None]
             if len(known) == len(own):
                 formats[path] = common_format(known)
+        if not formats:
+            raise InputError(
+                f"{self.where} holds no matrix that can stay in 8 or 4 bits: give "
+                "`weight_dtype='int8'`, `weight_dtype='int4'`, or leave it out"
+            )
         return formats
 
     def load(
@@ -145,9 +150,15 @@ class TensorSource:
         return {"params": nest(leaves)}
 
     def _keep(self, name: str, format: WeightFormat, parts: Arrays) -> None:
-        """Read a tensor's own levels into the arrays of a matrix."""
+        """Read a tensor's own levels into the arrays of a matrix.
+
+        Raises:
+          InputError: a scale or a minimum is not finite.
+        """
         assert self.packed is not None
         for key, array in self.packed.read(name, format).items():
+            if not np.isfinite(array).all():
+                raise InputError(f"{self.where}: {name} has {key} that are not finite")
             parts[key][...] = array
 
     def _quantise(

@@ -77,6 +77,20 @@ def test_the_flax_module_takes_them(model: LanguageModel, floats: LanguageModel)
     np.testing.assert_allclose(*logits, atol=1e-4)
 
 
+def test_the_flax_module_refuses_what_is_not_the_models(model: LanguageModel) -> None:
+    module, variables = model.flax()
+    layers = variables["params"]["layers"]
+    tokens = jnp.array([[1, 2, 3]])
+    for changed, said in (
+        ({"mlp_norm": layers["mlp_norm"][:, :-1]}, r"layers/mlp_norm is of the shape"),
+        ({"down": None}, r"layers/down is missing"),
+        ({"up": jax.tree.map(lambda x: x[:, :8], layers["up"])}, r"layers/up is of the shape"),
+    ):
+        params = variables["params"] | {"layers": layers | changed}
+        with pytest.raises(ValueError, match=said):
+            module.apply({"params": params}, tokens, jnp.arange(3)[None], None)
+
+
 def test_a_fingerprint_tells_levels_from_floats(
     model: LanguageModel, floats: LanguageModel, folder: Path
 ) -> None:

@@ -98,7 +98,7 @@ def check_fingerprints(where: str, kept: Mapping[str, Any], now: Mapping[str, An
     for name, what in (
         ("attention", "another attention"),
         ("dtype", "another dtype"),
-        ("weights", "other weights of the model"),
+        ("weights", "other weights of the model, or in another `weight_dtype`"),
         ("tokenizer", "another tokenizer"),
         ("template", "another chat template"),
     ):

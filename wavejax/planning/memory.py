@@ -33,6 +33,7 @@ class MemoryNeed:
         rows: all tokens' keys and values: the row store, or full attention's cache.
         rows_on: where `rows` are.
         workspace: what reading the longest prompt, or a decode step, takes besides, on the device.
+        largest_stack: of `weights`, the largest parameter of all layers together.
         loading: host memory that reading the weights takes for a while, where the device has
             memory of its own: the largest stack of layers; where that is quantised, one matrix in
             float32 besides.
@@ -47,6 +48,7 @@ class MemoryNeed:
     rows: int
     rows_on: StoreKind
     workspace: int
+    largest_stack: int
     loading: int
     slots: int
     staged: bool
@@ -121,6 +123,7 @@ def memory_need(
         rows=held.rows,
         rows_on=attention.store,
         workspace=max(reading, step),
+        largest_stack=max(size for path, size in sizes.items() if path[0] == "layers"),
         loading=max(loading),
         slots=held.slots,
         staged=staged,

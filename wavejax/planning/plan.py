@@ -91,8 +91,8 @@ class Plan:
         advice = "use a shorter prompt, fewer prompts or new tokens"
         if self.dtype == "float32":
             advice += ", or `dtype='bfloat16'`"
-        if not self.formats:
-            advice += ", or `weight_dtype='int8'`"
+        if not self.formats and name != "host memory":
+            advice += ", or `weight_dtype='int8'` unless the model is a converted folder"
         if name == "pinned memory":
             advice = f"set {PINNED_LIMIT}={math.ceil(needed / 2**30)} before JAX starts"
             advice += ", or `fetch='staged'`, which pins no rows"

@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     orbax = open_checkpoint(tmp_path / "orbax")
     assert folder.formats("model") == orbax.formats("model") == {}
     for load in (folder.formats, lambda kind: folder.load_params("float32", None, kind)):
-        with pytest.raises(InputError, match=r"is no GGUF file; .*int8'` or 'int4'"):
+        with pytest.raises(InputError, match=r"is no GGUF file; .*int8'` or `weight_dtype='int4'`"):
             load("packed")
     for kind in ("int8", "int4", "packed"):
         for load in (orbax.formats, lambda kind: orbax.load_params("float32", None, kind)):
@@ -169,3 +169,21 @@ def test_numbers_past_float16_are_refused(weight_dtype: str, tmp_path: Path) -> 
     table = checkpoint.load_params("bfloat16", None, weight_dtype)["params"]["unembedding"]
     assert isinstance(table, QuantisedMatrix)
     np.testing.assert_allclose(table.dequantise()[3, 5], 1e5, rtol=0.01)
+
+
+def test_a_file_that_packs_nothing_is_refused(tmp_path: Path) -> None:
+    """One of floats: else it would be floats, and nobody told."""
+    write_packed(tmp_path / "model.gguf", lambda _: None)
+    with pytest.raises(InputError, match=r"holds no matrix that can stay in 8 or 4 bits: give"):
+        open_checkpoint(tmp_path / "model.gguf").formats("packed")
+
+
+def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_packed(path, lambda _: Encoding.Q8_0)
+    [tensor] = [x for x in gguf.GGUFReader(path).tensors if x.name == "blk.1.ffn_up.weight"]
+    content = bytearray(path.read_bytes())
+    content[tensor.data_offset : tensor.data_offset + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"blk.1.ffn_up.weight has scales that are not finite"):
+        open_checkpoint(path).load_params("float32", None, "packed")
