@@ -53,6 +53,7 @@ def test_byte_level_kind_is_not_named(tmp_path: Path, architecture: str, name: s
     assert_encodes_like(backend, path)
 
 
+@pytest.mark.slow(10)
 def test_llama3_does_not_name_its_kind(tmp_path: Path) -> None:
     backend = train("llama-bpe")
     unused = 128256 - backend.get_vocab_size()

@@ -90,6 +90,7 @@ def test_every_sample_and_method_has_a_record(whole):
     assert len(settings["runs"]) == 1
 
 
+@pytest.mark.slow(10)
 def test_a_stopped_evaluation_goes_on_where_it_was(whole, model, tmp_path, monkeypatch):
     original, done = Bench.run, []
 

@@ -187,7 +187,9 @@ def orbax_of(tiny: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("make", [gguf_of, orbax_of, folder_of])
+@pytest.mark.parametrize(
+    "make", [pytest.param(gguf_of, marks=pytest.mark.slow), orbax_of, folder_of]
+)
 def test_a_model_that_vanishes_before_it_is_read(
     generate: Generate, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable
 ) -> None:

@@ -60,6 +60,7 @@ def test_twenty_needles_at_1k_to_4k_tokens(smollm2, record_property):
     assert abs(found["wave"] - found["full"]) <= 1, found
 
 
+@pytest.mark.slow(10)
 def test_codes_error_on_real_keys_is_as_theory_says(smollm2):
     """The codes' estimates of q.k for real keys and queries: no bias, and RaBitQ's deviation."""
     config, params, tokenizer = smollm2

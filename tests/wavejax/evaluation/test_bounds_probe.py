@@ -60,6 +60,7 @@ def test_masses_and_norms_are_those_of_float64(measured):
     assert (~read[0, :, : LENGTHS[0] + 1]).any(axis=-1).all()
 
 
+@pytest.mark.slow(10)
 def test_the_bounds_hold_the_truth_and_the_error_is_not_nothing(measured):
     *_, found = measured
     long = {name: figures[0] for name, figures in found.items()}

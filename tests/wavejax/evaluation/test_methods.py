@@ -194,7 +194,7 @@ def test_a_probe_finds_nothing_amiss_at_full_budget(model, stream, method):
     [
         (SparseAttention(), 0.0),
         pytest.param(WaveAttention(store="device"), 0.0, marks=pytest.mark.slow(30)),
-        (WaveAttention(store="device"), 0.03),
+        pytest.param(WaveAttention(store="device"), 0.03, marks=pytest.mark.slow(10)),
     ],
 )
 def test_a_probes_recall_and_error_are_those_of_what_is_read(model, stream, method, mass):
