@@ -49,7 +49,7 @@ def call(
         NotImplementedError: an operand or a result is larger than the kernel reaches.
     """
     if not interpret:
-        check_reach(name, (operands, out_shape))
+        check_addressable(name, (operands, out_shape))
     if interpret:
         # Interpreted, a kernel is plain JAX, which does not mix memories.
         operands = jax.device_put(operands, jax.memory.Space.Device)
@@ -183,7 +183,7 @@ def check_vectors(op: str, name: str, vectors: Any) -> None:
         )
 
 
-def check_reach(kernel: str, arrays: Any) -> None:
+def check_addressable(kernel: str, arrays: Any) -> None:
     """Raise NotImplementedError for arrays that Pallas' pointers do not reach the end of.
 
     Places in an array of up to 2^32 bytes are counted in 32 bits, with a sign: where each number

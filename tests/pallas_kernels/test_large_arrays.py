@@ -72,7 +72,7 @@ def test_what_is_out_of_reach_is_refused(op):
 
 
 def test_why_pallas_counts_in_32_bits_below_and_in_64_above():
-    """Where this fails, JAX has mended it, and `launch.check_reach` can go."""
+    """Where this fails, JAX has mended it, and `launch.check_addressable` can go."""
     places = {}
     for tokens in (REACHED, WIDE):
         function, operands = calls(tokens, jnp.int8)["attend_dense"]

@@ -100,7 +100,7 @@ def init_store(
         staged: whether the host holds the rows: here is then room for their scales alone.
     """
     if not staged:
-        shape = with_reach(shape, dtype)
+        shape = addressable(shape, dtype)
     scales = _init_scales(shape, dtype)
     if staged:
         shape, kind = (*shape[:3], 0, *shape[4:]), "device"
@@ -113,18 +113,18 @@ def init_rows(shape: tuple[int, ...], dtype: DTypeLike) -> Rows:
     """Make rows of zeros on the device: of int8 with scales, of other dtypes plain ones.
 
     Args:
-        shape: `[layers, batch, kv_heads, tokens, ...]`; see `with_reach`.
+        shape: `[layers, batch, kv_heads, tokens, ...]`; see `addressable`.
         dtype: of the rows.
     """
-    shape = with_reach(shape, dtype)
+    shape = addressable(shape, dtype)
     return Rows(jnp.zeros(shape, dtype), _init_scales(shape, dtype))
 
 
-def with_reach(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[int, ...]:
+def addressable(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[int, ...]:
     """Make room for more tokens where a kernel's pointers would not reach the last of them.
 
     Of arrays of numbers of one byte they reach up to 2^31, or, counted in 64 bits, more than 2^32
-    (`pallas_kernels.toolbox.launch.check_reach`): what is between gets more than 2^32.
+    (`pallas_kernels.toolbox.launch.check_addressable`): what is between gets more than 2^32.
 
     Args:
         shape: `[layers, batch, kv_heads, tokens, ...]`.

@@ -190,7 +190,7 @@ def test_layers_are_unstacked_where_they_are_written_out_and_there_is_room(
     assert answers(generate(*common)) == expected
     assert len(unstacked) == 1
 
-    need = SimpleNamespace(weights=70, loading=20)
+    need = SimpleNamespace(weights=70, loading=50, largest_stack=20)
     for room, expected_choice in ((90, True), (89, False), (None, True)):
         plan = SimpleNamespace(need=need, free=SimpleNamespace(device=room))
         assert loading.unstacks.__wrapped__(SimpleNamespace(unrolls=True), plan) is expected_choice

@@ -22,7 +22,7 @@ from wavejax.server.service import Limits
 pytestmark = pytest.mark.slow(60)
 
 # 20 rounds are 2,000 requests.
-ROUNDS = int(os.environ.get("WAVEJAX_SOAK_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("WAVEJAX_SOAK_ROUNDS", "4"))
 REQUESTS, AT_A_TIME = 100, 8
 GONE = "499"
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from models.config import ModelConfig
-from pallas_kernels.toolbox.launch import check_reach
+from pallas_kernels.toolbox.launch import check_addressable
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.attention.state_shapes import state_shapes
 from wavejax.planning.memory import footprint
-from wavejax.store.rows import with_reach
+from wavejax.store.rows import addressable
 from wavejax.store.shape import CacheShape
 
 LLAMA = CacheShape(layers=32, kv_heads=8, head_dim=128)
@@ -25,13 +25,13 @@ ATTENTIONS = {
 @pytest.mark.parametrize("tokens", [32_768, 32_769, 49_152, 65_536, 65_537])
 def test_room_is_as_asked_or_past_four_gib(tokens):
     shape = (32, 1, 8, tokens, 2, 128)
-    found = with_reach(shape, jnp.int8)
-    check_reach("rows", jax.ShapeDtypeStruct(found, jnp.int8))
+    found = addressable(shape, jnp.int8)
+    check_addressable("rows", jax.ShapeDtypeStruct(found, jnp.int8))
     if tokens in (32_768, 65_537):
         assert found == shape
     else:
         assert math.prod(found) > 2**32 >= math.prod(found) - math.prod(found) // found[3]
-    assert with_reach(shape, jnp.bfloat16) == shape
+    assert addressable(shape, jnp.bfloat16) == shape
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -39,7 +39,7 @@ def test_states_are_in_reach_and_plans_count_them(name):
     attention, dtype = ATTENTIONS[name], jnp.dtype("bfloat16")
     for tokens in (30_720, 40_960, 57_344, 98_304, 122_880):
         state = state_shapes(attention, LLAMA, 1, tokens, 1024, dtype, 1)
-        check_reach("state", state)
+        check_addressable("state", state)
         plain = state_shapes(type(attention)(), LLAMA, 1, tokens, 1024, dtype, 1)
         grown = sum(x.size for x in jax.tree.leaves(state)) / sum(
             x.size for x in jax.tree.leaves(plain)
