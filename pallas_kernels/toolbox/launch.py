@@ -48,11 +48,11 @@ def call(
     Raises:
         NotImplementedError: an operand or a result is larger than the kernel reaches.
     """
-    if not interpret:
-        check_addressable(name, (operands, out_shape))
     if interpret:
         # Interpreted, a kernel is plain JAX, which does not mix memories.
         operands = jax.device_put(operands, jax.memory.Space.Device)
+    else:
+        check_addressable(name, (operands, out_shape))
     operands = tuple(operands)
 
     def run(*operands: Any) -> Any:

@@ -26,7 +26,7 @@ from wavejax.documents.prefix import (
     cut_at,
     rows_between,
 )
-from wavejax.engine.staged_state import StagedState
+from wavejax.engine.staged_state import StagedState, on_device_of, with_device_part
 from wavejax.store.index import WaveIndex
 from wavejax.store.state import WaveState
 
@@ -101,8 +101,7 @@ class Restoring:
         rest: int,
     ):
         self._slot, self._config = slot, config
-        staged = isinstance(attention_state, StagedState)
-        state = attention_state.on_device if staged else attention_state
+        staged, state = isinstance(attention_state, StagedState), on_device_of(attention_state)
         parts = {part.name: part for part in arrays.parts_of(attention_state)}
         small = [name for name, part in parts.items() if not part.by_layer]
         kept = {name: folder.arrays[name].read() for name in small}
@@ -173,16 +172,14 @@ class Restoring:
 
     def _put_layer(self, name: str, layer: int, coming: Coming, attention_state: Any) -> Any:
         rows = coming.result()
-        staged = isinstance(attention_state, StagedState)
-        state = attention_state.on_device if staged else attention_state
+        state = on_device_of(attention_state)
         part = next(part for part in arrays.parts_of(attention_state) if part.name == name)
         state = _replaced(state, {name: arrays.put(part, self._slot, rows, layer)})
-        return StagedState(state, attention_state.rows) if staged else state
+        return with_device_part(attention_state, state)
 
     def _put_small(self, attention_state: Any) -> Any:
         """Put all but the rows; then the slot holds the sequence."""
-        staged = isinstance(attention_state, StagedState)
-        state = attention_state.on_device if staged else attention_state
+        state = on_device_of(attention_state)
         parts = {part.name: part for part in arrays.parts_of(attention_state)}
         put = {name: arrays.put(parts[name], self._slot, x) for name, x in self._kept.items()}
         state = _replaced(state, put)
@@ -191,7 +188,7 @@ class Restoring:
             state = dataclasses.replace(state, index=self._clustered(state.index))
         else:
             assert isinstance(state, DenseState)
-        return StagedState(state, attention_state.rows) if staged else state
+        return with_device_part(attention_state, state)
 
     def _clustered(self, index: WaveIndex) -> WaveIndex:
         """Cluster the tokens of a segment that was cut, in all layers."""

@@ -26,6 +26,11 @@ def on_device_of(cache: Any) -> Any:
     return cache.on_device if isinstance(cache, StagedState) else cache
 
 
+def with_device_part(cache: Any, on_device: Any) -> Any:
+    """Return a cache with another device part, and its own staged rows if it has any."""
+    return StagedState(on_device, cache.rows) if isinstance(cache, StagedState) else on_device
+
+
 def hold_rows(attention: WaveAttention, empty: WaveState) -> StagedState:
     """Return the state of an empty cache whose rows are staged."""
     rows = empty.store.rows

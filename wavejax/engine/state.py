@@ -70,3 +70,11 @@ def commit(tree: Any) -> Any:
     Otherwise a program compiles twice: for the first call's arrays, and for its own results.
     """
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
+
+
+def was_donated(tree: Any) -> bool:
+    """Whether an array of a tree was given to a call that used it up."""
+    return any(
+        isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -12,7 +12,7 @@ from models.errors import InputError
 from wavejax.engine.checks import check_range
 from wavejax.engine.interface import Engine
 from wavejax.engine.sampling import Sampler, fits
-from wavejax.engine.state import DecodeState
+from wavejax.engine.state import DecodeState, was_donated
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -35,8 +35,7 @@ def check_state(engine: Engine, sampler: Sampler, state: Any) -> None:
             "the generator that started it, or one of the same attention"
         )
     arrays = engine.arrays_of(state.attention_state)
-    leaves = jax.tree.leaves((arrays, state.logits, state.finished))
-    if any(isinstance(leaf, jax.Array) and _is_deleted(leaf) for leaf in leaves):
+    if was_donated((arrays, state.logits, state.finished)):
         raise InputError(
             "this state was given to an earlier call, which used it up: go on with the state that "
             "the call returned"
@@ -68,10 +67,6 @@ def check_room(engine: Engine, state: DecodeState, tokens: jax.Array) -> None:
         )
     if not isinstance(tokens, jax.core.Tracer):
         check_range(np.asarray(tokens)[:, going], engine.model_config.vocab_size)
-
-
-def _is_deleted(leaf: jax.Array) -> bool:
-    return not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
 def as_samplers(samplers: Any, batch: int | None, default: Sampler) -> list[Sampler]:

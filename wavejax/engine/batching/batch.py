@@ -22,7 +22,7 @@ from wavejax.engine.batching.rooms import Room
 from wavejax.engine.batching.tolerances import begin_slot, copy_log, met_in
 from wavejax.engine.generator import Generator
 from wavejax.engine.sampling import Sampler
-from wavejax.engine.state import NO_TOKEN, DecodeState, commit
+from wavejax.engine.state import NO_TOKEN, DecodeState, commit, was_donated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,7 @@ class Batch:
     @property
     def lost(self) -> bool:
         """Whether the state was given to a call that failed."""
-        leaves = jax.tree.leaves(self.state and self.engine.arrays_of(self.state.attention_state))
-        return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
+        return was_donated(self.state and self.engine.arrays_of(self.state.attention_state))
 
     def allocate(self) -> None:
         """Make the state, if there is none."""

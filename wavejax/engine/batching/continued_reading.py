@@ -17,7 +17,7 @@ from wavejax.attention import appended
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
 from wavejax.engine.batching.slot_reading import AppendedReading
-from wavejax.engine.staged_state import StagedState, on_device_of
+from wavejax.engine.staged_state import on_device_of, with_device_part
 
 
 class ContinuedReading(AppendedReading):
@@ -27,12 +27,10 @@ class ContinuedReading(AppendedReading):
         batch: as of `SlotReading`.
         slot: one of `batch.ended`.
         answer: whose prompt begins with what the slot holds.
+        reused: tokens of the prompt that are not read anew.
     """
 
     continued = True
-
-    def __init__(self, batch: Batch, slot: int, answer: Answer):
-        super().__init__(batch, slot, answer, batch.ended[slot].reused(answer.request))
 
     def prepare(self) -> None:
         """Cut what the slot holds: a step before it could grow what is to be cut."""
@@ -64,7 +62,6 @@ def slot_to_continue(batches: Sequence[Batch], answer: Answer) -> tuple[Batch, i
         (held.reused(answer.request), batch, slot)
         for batch in batches
         for slot, held in batch.ended.items()
-        if slot in batch.free_slots()
     ]
     if not any(reused for reused, _, _ in found):
         return None
@@ -77,7 +74,7 @@ def cut_slot(batch: Batch, slot: int, tokens: int) -> None:
     state = batch.whole_state
     held = state.attention_state
     arrays = _cut(on_device_of(held), jnp.int32(slot), jnp.int32(tokens))
-    new = StagedState(arrays, held.rows) if isinstance(held, StagedState) else arrays
+    new = with_device_part(held, arrays)
     batch.state = dataclasses.replace(state, attention_state=new)
 
 

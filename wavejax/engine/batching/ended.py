@@ -17,7 +17,7 @@ from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.request import FinishReason, Request
 from wavejax.engine.interface import Engine
 from wavejax.engine.prompts import common_prefix
-from wavejax.engine.state import DecodeState
+from wavejax.engine.state import DecodeState, was_donated
 
 # How an answer may have ended whose tokens another prompt may begin with.
 _SOUND: tuple[FinishReason, ...] = ("stop", "stop_string", "length", "interrupted")
@@ -90,7 +90,7 @@ def ended(
     if state is None or not parks(engine.attention):
         return None
     arrays = engine.arrays_of(state.attention_state)
-    if any(isinstance(x, Array) and x.is_deleted() for x in jax.tree.leaves(arrays)):
+    if was_donated(arrays):
         return None
     limits = _limits(engine.attention, arrays, jnp.int32(slot))
     prompt: Any = answer.request.prompt

@@ -28,7 +28,7 @@ from wavejax.engine.batching.slot_reading import Part, SlotReading
 from wavejax.engine.interface import Engine
 from wavejax.engine.prefill import read_prompt
 from wavejax.engine.prompts import bucket
-from wavejax.engine.staged_state import StagedState
+from wavejax.engine.staged_state import with_device_part
 from wavejax.engine.state import commit
 
 
@@ -207,9 +207,7 @@ def park(engine: Engine, attention_state: Any, slot: Array, length: Array) -> An
 def let_hold(engine: Engine, attention_state: Any, slot: Array, length: Array) -> Any:
     """Give a slot the lengths that a prompt of `length` tokens leaves; as held, and donated."""
     arrays = _let_hold(engine.attention, engine.arrays_of(attention_state), slot, length)
-    if isinstance(attention_state, StagedState):
-        return StagedState(arrays, attention_state.rows)
-    return arrays
+    return with_device_part(attention_state, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -12,8 +12,8 @@ from jax import Array
 from jaxtyping import Int
 
 from wavejax.engine.facts import audit_of
-from wavejax.engine.staged_state import StagedState, on_device_of
-from wavejax.engine.state import DecodeState
+from wavejax.engine.staged_state import on_device_of, with_device_part
+from wavejax.engine.state import DecodeState, was_donated
 from wavejax.store.audit import AuditLog, errors_of
 from wavejax.store.state import WaveState
 
@@ -65,8 +65,7 @@ def begin_reads(state: DecodeState, slot: int) -> DecodeState:
     table = table._replace(hits=hits, misses=misses)
     cache = dataclasses.replace(held.cache, table=table)
     held = dataclasses.replace(held, cache=cache, attended=attended, audit=audit)
-    new = StagedState(held, whole.rows) if isinstance(whole, StagedState) else held
-    return dataclasses.replace(state, attention_state=new)
+    return dataclasses.replace(state, attention_state=with_device_part(whole, held))
 
 
 def copy_counters(state: DecodeState | None, slot: int) -> Counters | None:
@@ -76,7 +75,7 @@ def copy_counters(state: DecodeState | None, slot: int) -> Counters | None:
         return None
     table = held.cache.table
     counted = table.hits, table.misses, held.attended, held.audit
-    if any(isinstance(x, Array) and x.is_deleted() for x in jax.tree.leaves(counted)):
+    if was_donated(counted):
         return None
     has_cache = table.token_of_slot.shape[-1] > 0
     hits, misses, attended, audit = _copy(counted, jnp.int32(slot))

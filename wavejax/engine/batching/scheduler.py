@@ -122,8 +122,8 @@ class Scheduler:
     def _reading(self, batch: Batch, slot: int, answer: Answer) -> SlotReading:
         """Choose how a prompt gets into its slot."""
         held = batch.ended.get(slot)
-        if held is not None and held.reused(answer.request):
-            return continued_reading.ContinuedReading(batch, slot, answer)
+        if held is not None and (reused := held.reused(answer.request)):
+            return continued_reading.ContinuedReading(batch, slot, answer, reused)
         if answer.request.kept is not None:
             return KeptReading(batch, slot, answer)
         padded, config = bucket(answer.prompt_tokens), self.generator.model_config

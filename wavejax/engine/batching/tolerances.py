@@ -5,13 +5,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from models.errors import InputError
 from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
 from wavejax.engine.checks import real_number
-from wavejax.engine.state import DecodeState
+from wavejax.engine.state import DecodeState, was_donated
 from wavejax.store.state import WaveState
 from wavejax.store.tolerance import Met, Tolerances, begin, met_by, shares_of
 
@@ -57,7 +56,7 @@ def copy_log(state: DecodeState | None) -> Tolerances | None:
     """Copy what has been counted so far, since a state's own is donated; does not wait."""
     held = None if state is None else state.attention_state
     log = held.tolerance if isinstance(held, WaveState) else None
-    if log is None or any(isinstance(x, Array) and x.is_deleted() for x in jax.tree.leaves(log)):
+    if log is None or was_donated(log):
         return None
     return jax.tree.map(jnp.copy, log)
 
