@@ -158,7 +158,10 @@ class TensorSource:
         assert self.packed is not None
         for key, array in self.packed.read(name, format).items():
             if not np.isfinite(array).all():
-                raise InputError(f"{self.where}: {name} has {key} that are not finite")
+                raise InputError(
+                    f"{self.where}: {name} has {key} that are not finite: check the file, or give "
+                    "`weight_dtype='model'` to see what comes of it"
+                )
             parts[key][...] = array
 
     def _quantise(
