@@ -11,6 +11,7 @@ step of one sequence.
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +27,13 @@ from models.checkpoints.levels import quantised
 from models.checkpoints.open import Checkpoint, find_default_model, open_checkpoint
 from models.config import ModelConfig
 from models.decoder import apply_model, unembed
+from models.errors import InputError
 from models.formats import INT4, INT8, WeightFormat, bits_each, matrices
 from models.parameters import Params
 from models.parameters import Path as ParameterPath
 from models.text.tokenizer import load_tokenizer
 from wavejax import DenseAttention, Generator
+from wavejax.cli.flags import in_flags
 from wavejax.evaluation.files import write_text
 from wavejax.evaluation.haystack import paragraphs
 from wavejax.language_model import causal_attend
@@ -38,14 +41,23 @@ from wavejax.language_model import causal_attend
 PIECE, STEPS, CALLS = 512, 16, 4
 
 
-def main() -> None:
-    """Compare, and write the figures."""
+def main() -> int:
+    """Compare, write the figures, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="the installed SmolLM2, if none is named")
     parser.add_argument("--pieces", type=int, default=4, help="of 512 tokens")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
-    checkpoint = open_checkpoint(arguments.model or find_default_model())
+    try:
+        study(open_checkpoint(arguments.model or find_default_model()), arguments)
+    except InputError as error:
+        print("error:", in_flags(str(error)), file=sys.stderr)
+        return 2
+    return 0
+
+
+def study(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
+    """Compare the ways to keep a model's weights."""
     tokens = text_tokens(checkpoint, arguments.pieces)
     report: dict[str, Any] = device_facts() | {"model": checkpoint.path.name, "weights": {}}
     expected: list[Array] = []
@@ -71,7 +83,7 @@ def ways(checkpoint: Checkpoint) -> Iterator[tuple[str, Params]]:
     floats = checkpoint.load_params("float32")
     yield "model", floats
     for weight_dtype in ("int8", "packed", "int4"):
-        if weight_dtype != "packed" or checkpoint.kind == "gguf":
+        if weight_dtype != "packed" or packs(checkpoint):
             yield weight_dtype, checkpoint.load_params("float32", None, weight_dtype)
     in_groups = WeightFormat(4, 64, INT4.scale)
     for name, layers, table in (
@@ -82,6 +94,14 @@ def ways(checkpoint: Checkpoint) -> Iterator[tuple[str, Params]]:
             path: layers if path[0] == "layers" else table for path in matrices(checkpoint.config)
         }
         yield name, with_formats(floats, formats)
+
+
+def packs(checkpoint: Checkpoint) -> bool:
+    """Whether a file has levels of its own, which "packed" keeps."""
+    try:
+        return bool(checkpoint.formats("packed"))
+    except InputError:
+        return False
 
 
 def with_formats(floats: Params, formats: dict[ParameterPath, WeightFormat]) -> Params:
@@ -142,4 +162,4 @@ def step_time(config: ModelConfig, params: Params) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

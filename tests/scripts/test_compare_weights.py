@@ -11,6 +11,7 @@ import pytest
 from models.checkpoints.open import open_checkpoint
 from models.formats import INT4, INT8
 from models.quantised import formats_of
+from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import CONFIGS, make_tensors, write_folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -52,3 +53,16 @@ def test_each_way_has_its_formats(script, tmp_path):
     assert {found["int8"][down], found["int8"][table], found["int4"][table]} == {INT8}
     assert {found["int4"][down], found["int4_embedding_too"][table]} == {INT4}
     assert found["int4_groups_of_64"][down].group == 64
+
+
+def test_a_gguf_file_of_floats_has_no_packed_way(script, tmp_path):
+    config = CONFIGS["llama"]
+    write_gguf(tmp_path / "model.gguf", config, make_tensors(config))
+    found = [name for name, _ in script.ways(open_checkpoint(tmp_path / "model.gguf"))]
+    assert found[:3] == ["model", "int8", "int4"]
+
+
+def test_a_model_that_is_not_there_is_one_line(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare_weights.py", "--model", "nowhere"])
+    assert script.main() == 2
+    assert capsys.readouterr().err == "error: no such file or folder: nowhere\n"
