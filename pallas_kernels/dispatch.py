@@ -161,7 +161,7 @@ def no_kernel(op: str) -> Callable[..., Any]:
     """
 
     def refuse(*operands: Any, **settings: Any) -> Any:
-        raise NotImplementedError(f"{op}: there is no kernel for moments yet")
+        raise NotImplementedError(f"{op}: there is no kernel yet")
 
     return refuse
 

@@ -77,23 +77,30 @@ class RestProgram(PartOfRow):
         self.part = self.split + (out.outputs.shape[0] - config.splits)
 
     def run(self) -> None:
-        size, room = self.config.cluster_tile, self.refs.remaining.shape[2]
-        tokens = plt.load(self.refs.offsets.at[*self.row, jnp.int32(room)])
-
-        def begin(i: Array) -> tuple[Array, Array]:
-            first = (self.split + i * self.config.splits) * size
-            return first, plt.load(self.refs.offsets.at[*self.row, jnp.minimum(first, room)])
+        size = self.config.cluster_tile
 
         def step(carry: Any) -> Any:
-            i, (first, _), state = carry
-            return i + 1, begin(i + 1), self.estimate(first, state)
+            i, state = carry
+            return i + 1, self.estimate((self.split + i * self.config.splits) * size, state)
 
-        # Past the last cluster in use no tile begins before the last member's end.
-        zero = jnp.int32(0)
+        tiles = self.count_tiles()
         output, peak, _ = self.start(size)
-        start = zero, begin(zero), (output, peak, jnp.zeros_like(peak))
-        *_, state = lax.while_loop(lambda carry: carry[1][1] < tokens, step, start)
+        start = jnp.int32(0), (output, peak, jnp.zeros_like(peak))
+        # Their number is known before: with a loop that looked ahead for its end, as that of the
+        # other zones does, XLA's Triton broke down (jax 0.11.2).
+        _, state = lax.while_loop(lambda carry: carry[0] < tiles, step, start)
         self.write(*state)
+
+    def count_tiles(self) -> Array:
+        """Count the program's tiles up to the last cluster in use."""
+        size, splits = self.config.cluster_tile, self.config.splits
+        room = self.refs.remaining.shape[2]
+        most = pl.cdiv(pl.cdiv(room, size), splits)
+        first = (self.split + jnp.arange(launch.tile(most)) * splits) * size
+        last = plt.load(self.refs.offsets.at[*self.row, jnp.int32(room)])
+        begins = plt.load(self.refs.offsets.at[*self.row, first], mask=first < room, other=0)
+        # Past the last cluster in use no tile begins before the last member's end.
+        return jnp.sum(jnp.where((first < room) & (begins < last), 1, 0))
 
     def estimate(self, first: Array, state: State) -> State:
         """Attend to what remains of a tile of clusters, from `first` on.

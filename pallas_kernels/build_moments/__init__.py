@@ -1,11 +1,11 @@
-"""The op `build_moments`. Its meaning is in `reference.py`; there are no kernels yet."""
+"""The op `build_moments`. Its meaning is in `reference.py`; its kernel is in `triton.py`."""
 
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.build_moments import reference
+from pallas_kernels.build_moments import reference, triton
 from pallas_kernels.build_moments.reference import in_int8 as in_int8
-from pallas_kernels.dispatch import Implementation, no_kernel
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.types import Clusters, Moments
 
 
@@ -48,7 +48,7 @@ def build_moments(
     return dispatch.call(
         "build_moments",
         implementation,
-        {"xla": reference.build_moments, "triton": no_kernel("build_moments")},
+        {"xla": reference.build_moments, "triton": triton.build_moments},
         keys,
         values,
         clusters,

@@ -18,7 +18,7 @@ BLOCK = 16
 # is zero, as of clusters with fewer members than directions.
 OWN_SHARE = 1e-4
 
-_TINY = 1e-30
+TINY = 1e-30
 
 
 def build_moments(keys: Array, values: Array, clusters: Clusters, *, rank: int) -> Moments:
@@ -82,21 +82,41 @@ def build_moments_of_row(keys: Array, values: Array, clusters: Clusters, *, rank
         x = _times(d, basis)
         return _times(x.swapaxes(1, 2), x)
 
-    within = mean_over_members(along)
-    if rank > 1:
-        # A dependent column, of zeros, is not to be mixed with one along which nothing varies: it
-        # has a variance of its own, less than any.
-        none = jnp.all(basis == 0, axis=1)
-        trace = jnp.trace(within, axis1=-2, axis2=-1)[:, None]
-        apart = jnp.where(none, -trace, 0)[..., None] * jnp.eye(rank)
-        _, turned = jnp.linalg.eigh(within + apart)
-        turned, length = _unit(_times(basis, turned[..., ::-1]).swapaxes(1, 2))
-        basis = jnp.where(length[..., None] > 0.5, turned, 0).swapaxes(1, 2)
-        within = mean_over_members(along)
-    lambdas = jnp.maximum(jnp.diagonal(within, axis1=-2, axis2=-1), 0)
     weights = mean_over_members(lambda d, e: product(e, d, basis))
-    found = Moments(basis.swapaxes(1, 2), weights.swapaxes(1, 2), lambdas)
-    return jax.tree.map(lambda x: _spoil(x, spoilt), found)
+    found = turn(basis.swapaxes(1, 2), weights.swapaxes(1, 2), mean_over_members(along))
+    return spoil(found, spoilt)
+
+
+def turn(directions: Array, weights: Array, within: Array) -> Moments:
+    """Turn directions within their span, so that keys vary along each of them alone.
+
+    Args:
+        directions: `[..., rank, head_dim]`, orthonormal, or zero.
+        weights: the same shape, of them.
+        within: `[..., rank, rank]`, the keys' covariance along them.
+    """
+    rank = within.shape[-1]
+    if rank == 1:
+        return Moments(directions, weights, jnp.maximum(within[..., 0], 0))
+    # A dependent direction, of zeros, is not to be mixed with one along which nothing varies: it
+    # has a variance of its own, less than any.
+    none = jnp.all(directions == 0, axis=-1)
+    trace = jnp.trace(within, axis1=-2, axis2=-1)[..., None]
+    apart = jnp.where(none, -trace, 0)[..., None] * jnp.eye(rank)
+    variances, turned = jnp.linalg.eigh(within + apart)
+    variances, turned = variances[..., ::-1], turned[..., ::-1]
+
+    def mix(vectors: Array) -> Array:
+        # Not a product of matrices: of many so small ones XLA's compiler for GPUs broke down.
+        return jnp.sum(turned[..., None] * vectors[..., None, :], axis=-3)
+
+    found, length = unit(mix(directions))
+    kept = length > 0.5
+    return Moments(
+        jnp.where(kept[..., None], found, 0),
+        jnp.where(kept[..., None], mix(weights) / jnp.maximum(length, TINY)[..., None], 0),
+        jnp.where(kept, jnp.maximum(variances, 0), 0),
+    )
 
 
 def orthonormal(vectors: Array) -> Array:
@@ -107,12 +127,12 @@ def orthonormal(vectors: Array) -> Array:
     """
     columns: list[Array] = []
     for i in range(vectors.shape[-1]):
-        column = _unit(vectors[..., i])[0]
+        column = unit(vectors[..., i])[0]
         kept = jnp.ones(column.shape[:-1], bool)
         for least in (0, 0.5) if columns else ():
             basis = jnp.stack(columns, axis=-1)
             inside = jnp.sum(basis * column[..., None], axis=-2, keepdims=True)
-            column, length = _unit(column - jnp.sum(basis * inside, axis=-1))
+            column, length = unit(column - jnp.sum(basis * inside, axis=-1))
             kept &= length > least
         columns.append(jnp.where(kept[..., None], column, 0))
     return jnp.stack(columns, axis=-1)
@@ -142,21 +162,26 @@ def _rounded(x: Array) -> tuple[Array, Array]:
     finite = jnp.all(jnp.isfinite(x), axis=-1)
     scale = jnp.where(finite, jnp.max(jnp.abs(x), axis=-1) / 127, jnp.nan)
     # Of NaN's any number will do: the scale is NaN.
-    level = jnp.round(x / jnp.maximum(scale, _TINY)[..., None])
+    level = jnp.round(x / jnp.maximum(scale, TINY)[..., None])
     return jnp.where(level == level, level, 0).astype(jnp.int8), scale
 
 
-def _unit(x: Array) -> tuple[Array, Array]:
+def unit(x: Array) -> tuple[Array, Array]:
     """Give vectors of length 1, or 0, and how long they were."""
     # By the largest number first, so that squares neither overflow nor vanish.
-    peak = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), _TINY)
+    peak = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), TINY)
     length = jnp.linalg.norm(x / peak, axis=-1, keepdims=True)
-    return x / peak / jnp.maximum(length, _TINY), (peak * length)[..., 0]
+    return x / peak / jnp.maximum(length, TINY), (peak * length)[..., 0]
 
 
 def _times(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _spoil(x: Array, spoilt: Array) -> Array:
-    return jnp.where(spoilt.reshape(-1, *(1,) * (x.ndim - 1)), jnp.nan, x)
+def spoil(moments: Moments, spoilt: Array) -> Moments:
+    """Make NaN of the moments of some clusters, `[..., clusters]`."""
+
+    def of(x: Array) -> Array:
+        return jnp.where(spoilt.reshape(*spoilt.shape, *(1,) * (x.ndim - spoilt.ndim)), jnp.nan, x)
+
+    return jax.tree.map(of, moments)

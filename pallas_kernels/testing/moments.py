@@ -44,7 +44,7 @@ def _moments(keys: Array, size: tuple[int, ...], dtype: str) -> Moments:
 
 
 @jax.jit
-def _products(query: Array, directions: Array, scale: float) -> Array:
+def _products(query: Array, directions: Array, scale: Array | float) -> Array:
     numbers = query.astype(jnp.float32), directions.astype(jnp.float32)
     return scale * jnp.einsum("bhgd,bhcrd->bhgcr", *numbers)
 

@@ -1,4 +1,6 @@
-"""What makes the index, `build_clusters` and `encode_tokens`, on a CUDA GPU against plain JAX."""
+"""What makes the index, on a CUDA GPU against plain JAX or float64."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pallas_kernels as ops
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.encode_tokens.reference import unpack_signs
 from tests.support.gpu_cases import SEED, assert_close, run_twice
+from tests.support.varying_clusters import check_best, clusters_of, varying
 
 pytestmark = pytest.mark.gpu
 
@@ -78,6 +81,37 @@ def test_build_clusters_of_many_segments():
         return ops.build_clusters(keys, values, count, **settings, implementation=KERNEL)
 
     together = build(keys, values, counts[:, None])
+    for i, count in enumerate(counts):
+        own = jax.tree.map(lambda x, i=i: x[i], together)
+        jax.tree.map(np.testing.assert_array_equal, own, build(keys[i], values[i], count))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_build_moments(head_dim, rank):
+    given = varying(SEED, head_dim)
+    keys, values = map(jnp.asarray, given[:2])
+    found = run_twice(
+        functools.partial(ops.build_moments, rank=rank, implementation=KERNEL),
+        *(keys, values, clusters_of(*given)),
+    )
+    check_best(jax.tree.map(lambda x: np.asarray(x, np.float64), found), *given, rank)
+
+
+def test_build_moments_of_many_segments():
+    """Every segment's are those it has alone, and there are some."""
+    shape = 5, 2, 1024, 128
+    keys, values = jax.random.normal(jax.random.key(SEED), (2, *shape), jnp.bfloat16)
+    counts = jnp.array([1024, 1024, 700, 0, 0], jnp.int32)
+
+    @jax.jit
+    def build(keys, values, count):
+        settings = {"cluster_size": 32, "max_cluster_size": 64, "iterations": 10}
+        clusters = ops.build_clusters(keys, values, count, **settings, implementation=KERNEL)
+        return ops.build_moments(keys, values, clusters, rank=2, implementation=KERNEL)
+
+    together = build(keys, values, counts[:, None])
+    assert (np.asarray(together.lambdas[:3, :, :8]) > 0).all()
     for i, count in enumerate(counts):
         own = jax.tree.map(lambda x, i=i: x[i], together)
         jax.tree.map(np.testing.assert_array_equal, own, build(keys[i], values[i], count))

@@ -10,7 +10,7 @@ import pallas_kernels as ops
 OPS = sorted(name for name in vars(ops) if inspect.isfunction(getattr(ops, name)) and "_" in name)
 OPS.remove("use_implementation")
 # In plain JAX alone: "auto" says so, and `dispatch.no_kernel` refuses.
-WITHOUT_KERNEL = {"build_moments", "build_spread"}
+WITHOUT_KERNEL = {"build_spread"}
 WITH_TPU_KERNEL = {"attend_zones", "score_clusters"}
 
 

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from pallas_kernels.append_rows import triton as append_rows
 from pallas_kernels.attend_dense import triton as attend_dense
 from pallas_kernels.attend_zones import triton as attend_zones
-from pallas_kernels.build_clusters import triton as build_clusters
-from pallas_kernels.encode_tokens import triton as encode_tokens
 from pallas_kernels.score_clusters import triton as score_clusters
 from pallas_kernels.score_tokens import _query
 from pallas_kernels.score_tokens import triton as score_tokens
@@ -31,6 +29,7 @@ from pallas_kernels.types import (
     SelectionSettings,
     TokenCodes,
 )
+from tests.support.index_kernel_cases import index_calls
 from tests.support.zone_operands import zone_operands
 
 BATCH, HEADS, LAYERS = 8, 8, 2
@@ -74,7 +73,7 @@ def kernel_cases(heads: Heads) -> Mapping[str, KernelCase]:
     Args:
         heads: of the queries and rows.
     """
-    calls = _selection(heads) | _attention(heads) | _index(heads)
+    calls = _selection(heads) | _attention(heads) | index_calls(heads.head_dim, heads.dtype)
     return {name: KernelCase(call[0], call[1], frozenset(call[2])) for name, call in calls.items()}
 
 
@@ -281,17 +280,3 @@ def _attention(heads: Heads) -> dict[str, Any]:
             {"append_rows"},
         ),
     }  # fmt: skip
-
-
-def _index(heads: Heads) -> dict[str, Any]:
-    """The ops that make an index of keys and values."""
-    keys = _of(BATCH * HEADS, 8192, heads.head_dim, dtype=heads.dtype)
-    build = functools.partial(
-        build_clusters.build_clusters, cluster_size=32, max_cluster_size=64, iterations=10
-    )
-    matrix = _of(heads.head_dim, heads.head_dim, dtype=jnp.float32)
-    made = {"assign_tokens", "move_centroids", "cut_clusters", "average_pieces"}
-    return {
-        "build_clusters": (build, (keys, keys, _of()), made),
-        "encode_tokens": (encode_tokens.encode_tokens, (keys, keys, matrix), {"encode_tokens"}),
-    }

@@ -1,7 +1,5 @@
 """`build_moments` against float64: of each cluster the best directions, and nothing of others."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,48 +7,21 @@ import pytest
 
 import pallas_kernels as ops
 from pallas_kernels.build_moments import in_int8
-from pallas_kernels.types import Clusters
+from tests.support.varying_clusters import (
+    TOKENS,
+    check_best,
+    clusters_of,
+    exact,
+    members,
+    varying,
+)
 
 HEAD_DIM = 8
-# Members of the clusters: more than a block, a block, as many as directions, fewer, one; an empty
-# one, and the tokens past the last.
-SIZES = (40, 16, 9, 3, 2, 1, 0)
-TOKENS = sum(SIZES) + 5
 build = jax.jit(ops.build_moments, static_argnames="rank")
 
 
 def case(seed, spectrum=4.0):
-    """Keys and values that vary together, most in one direction; what lies past them is NaN."""
-    rng = np.random.default_rng(seed)
-    keys = rng.normal(size=(TOKENS, HEAD_DIM)) * spectrum ** -np.arange(HEAD_DIM)
-    keys = keys @ np.linalg.qr(rng.normal(size=(HEAD_DIM, HEAD_DIM)))[0]
-    values = keys @ rng.normal(size=(HEAD_DIM, HEAD_DIM)) + 0.1 * rng.normal(size=keys.shape)
-    order = rng.permutation(TOKENS)
-    keys[order[sum(SIZES) :]] = values[order[sum(SIZES) :]] = np.nan
-    return keys.astype(np.float32), values.astype(np.float32), order
-
-
-def members(order):
-    edges = np.cumsum((0, *SIZES))
-    return [order[a:b] for a, b in itertools.pairwise(edges)]
-
-
-def clusters_of(keys, values, order):
-    def means(x):
-        own = [x[m].mean(0) if len(m) else np.zeros(HEAD_DIM) for m in members(order)]
-        return jnp.asarray(np.array(own), jnp.float32)
-
-    offsets = jnp.asarray(np.cumsum((0, *SIZES)), jnp.int32)
-    return Clusters(means(keys), means(values), offsets, jnp.asarray(order, jnp.int32))
-
-
-def exact(keys, values, order):
-    """float64: C and the keys' covariance of each cluster."""
-    for own in members(order):
-        d, e = (x[own].astype(np.float64) for x in (keys, values))
-        d, e = (x - x.mean(0) if len(x) else x for x in (d, e))
-        count = max(len(own), 1)
-        yield e.T @ d / count, d.T @ d / count
+    return varying(seed, HEAD_DIM, spectrum)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -59,25 +30,7 @@ def test_directions_are_the_best(rank, seed):
     keys, values, order = case(seed)
     found = build(keys, values, clusters_of(keys, values, order), rank=rank)
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
-    assert found.directions.shape == found.weights.shape == (len(SIZES), rank, HEAD_DIM)
-    for j, (cross, own) in enumerate(exact(keys, values, order)):
-        u, w, lambdas = found.directions[j], found.weights[j], found.lambdas[j]
-        scale = np.linalg.norm(cross) + 1e-9
-        lengths = np.linalg.norm(u, axis=-1)
-        np.testing.assert_allclose(lengths[lengths > 0], 1, atol=1e-5)
-        np.testing.assert_allclose(u @ u.T, np.diag(lengths > 0), atol=1e-4)
-        best = np.sqrt((np.linalg.svd(cross, compute_uv=False)[rank:] ** 2).sum())
-        # Directions come from C'C: in float32 it tells none below the square root of its epsilon.
-        assert np.linalg.norm(cross - w.T @ u) <= 1.05 * best + 2 * 2**-11.5 * scale
-        np.testing.assert_allclose(w, u @ cross.T, atol=1e-4 * scale)
-        # Of the keys' covariance, all that the span holds.
-        np.testing.assert_allclose(
-            np.diag(lambdas), u @ own @ u.T, atol=1e-4 * np.linalg.norm(own) + 1e-9
-        )
-        assert (lambdas >= 0).all()
-    # One member varies in nothing.
-    assert not found.weights[5:].any()
-    assert not found.lambdas[5:].any()
+    check_best(found, keys, values, order, rank)
 
 
 def test_values_that_do_not_vary_leave_the_keys_own_directions():
