@@ -91,7 +91,7 @@ class OpenedModel:
         """
         self.set_memory_limits(lengths, new_tokens)
         shape = self.checkpoint.config, self.attention, len(lengths), max(lengths), new_tokens
-        return make_plan(
+        plan = make_plan(
             *shape,
             self._dtype(),
             store=self.store,
@@ -100,6 +100,7 @@ class OpenedModel:
             shortest_prompt=shortest_prompt or min(lengths),
             formats=self.formats,
         )
+        return dataclasses.replace(plan, notes=self.checkpoint.notes(self.weight_dtype))
 
     def load(
         self,
@@ -198,7 +199,7 @@ def load(
             past its context.
         weight_dtype: of the weights' matrices: "model", the same as `dtype`; "int8", 8 bits with a
             scale a channel; "int4", 4 bits in groups of 32, embeddings in 8; "packed", as a GGUF
-            file has them. "auto" is "model": nothing else was measured on a GPU.
+            file or quantised folder has them. "auto" is "model": the rest was not timed on a GPU.
         max_context: most tokens, prompt and answer, in place of the model's own number.
         progress: called with (tensors read, tensors in all).
 

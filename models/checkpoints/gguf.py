@@ -12,7 +12,8 @@ from models.checkpoints.gguf_header import GgufTensor
 from models.checkpoints.gguf_levels import FORMATS, levels_of
 from models.checkpoints.gguf_parts import read_gguf_parts
 from models.checkpoints.levels import Arrays, converted
-from models.checkpoints.tensor_source import PackedTensors, TensorSource
+from models.checkpoints.packed_tensors import PackedTensors
+from models.checkpoints.tensor_source import TensorSource
 from models.errors import InputError
 from models.families import FAMILIES
 from models.formats import WeightFormat

@@ -27,7 +27,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "rotary_pct": (1,),
     "rope_interleaved": (False,),
-    "quantization_config": (),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "query_pre_attn_scalar": (),
@@ -53,12 +52,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_depth": (),
     "dim_model_base": (),
     "quantization": (),
-    "compression_config": (),
     # transformers adds it to the output projection too, for which the decoder has none.
     "attention_bias": (False,),
     "use_qk_norm": (False,),
 }
-_QUANTIZATION = ("quantization_config", "quantization", "compression_config")
 # The same, inside the settings of RoPE.
 _NEUTRAL_ROPE: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
@@ -141,7 +138,7 @@ def _refuse_what_is_not_supported(config: Mapping[str, Any], family: Family) -> 
         if key not in family.own_settings and value is not None and value not in allowed:
             shown = "set" if isinstance(value, dict) else repr(value)
             expected = f"; supported is {allowed[0]!r}" if allowed else ""
-            if key in _QUANTIZATION:
+            if key == "quantization":
                 expected = "; take the model that was quantised, or a GGUF file of it"
             raise InputError(f"config.json: {key} is {shown}, which is not supported{expected}")
 

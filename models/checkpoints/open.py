@@ -40,6 +40,9 @@ class Checkpoint:
     config: ModelConfig
     _load: Callable[[str, Progress | None, str], Params] = field(repr=False, compare=False)
     _formats: Callable[[str], Formats] = field(repr=False, compare=False)
+    _notes: Callable[[str], tuple[str, ...]] = field(
+        default=lambda _: (), repr=False, compare=False
+    )
 
     def parameter_bytes(self, dtype: str) -> int:
         """Bytes that the parameters take as `dtype` (bfloat16, float16 or float32)."""
@@ -57,6 +60,14 @@ class Checkpoint:
         """
         return self._formats(weight_dtype)
 
+    def notes(self, weight_dtype: str) -> tuple[str, ...]:
+        """Say what comes of a quantised folder, a line each; nothing of any other model.
+
+        Args:
+          weight_dtype: as of `load_params`.
+        """
+        return self._notes(weight_dtype)
+
     def load_params(
         self, dtype: str, progress: Progress | None = None, weight_dtype: str = "model"
     ) -> Params:
@@ -66,8 +77,9 @@ class Checkpoint:
           dtype: bfloat16, float16 or float32.
           progress: called with the tensors read so far and all to read.
           weight_dtype: how matrices are kept: "model", as `dtype`; "int8", with a scale a channel;
-            "int4", with a scale for 32 numbers; or "packed", as a GGUF file has them. All but
-            "model" make a `quantised.QuantisedMatrix` of each, or of each stack of them.
+            "int4", with a scale for 32 numbers; or "packed", as a GGUF file or a quantised folder
+            has them. All but "model" make a `quantised.QuantisedMatrix` of each, or of each stack
+            of them.
 
         Raises:
           InputError: unknown dtype, unreadable data, numbers too large for float16 or not finite,
@@ -104,7 +116,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise adapter(path)
     if is_file(path / "config.json"):
         source = open_safetensors(path)
-        return Checkpoint(path, "huggingface", source.config, source.load, source.formats)
+        return Checkpoint(
+            path, "huggingface", source.config, source.load, source.formats, source.notes
+        )
     raise no_model(path)
 
 

@@ -16,8 +16,9 @@ import jax
 
 from models.checkpoints.model_path import CONFIG_FILE
 from models.checkpoints.new_folder import make_folder, refuse_existing, signals_put_off
-from models.checkpoints.safetensors import read_json
-from models.checkpoints.tensor_source import parameter_dtype, refuse_overflow, report_problems
+from models.checkpoints.tensor_files import read_json
+from models.checkpoints.tensor_problems import report_problems
+from models.checkpoints.tensor_source import parameter_dtype, refuse_overflow
 from models.config import ModelConfig
 from models.errors import InputError
 from models.parameters import Params, nest, parameter_shapes

@@ -1,19 +1,24 @@
 """A Hugging Face folder as a model: config.json and one or many safetensors files."""
 
-import json
+import re
 from pathlib import Path as FilePath
-from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
-from safetensors import SafetensorError, safe_open
 
 from models.checkpoints.hf_config import config_from_hf
-from models.checkpoints.model_path import weights_hint
+from models.checkpoints.hf_matrices import QuantisedMatrices, find_quantised
+from models.checkpoints.hf_quantisation import (
+    quantisation_method,
+    quantisation_notes,
+    quantisation_settings,
+)
+from models.checkpoints.packed_tensors import PackedTensors
+from models.checkpoints.tensor_files import open_tensor_files, read_json
 from models.checkpoints.tensor_source import TensorSource
-from models.errors import InputError
-from models.parameters import Path, Shape
-from models.paths import is_file, refuse_stand_in
+from models.config import ModelConfig
+from models.parameters import Path, Shape, parameter_shapes
+from models.paths import is_file
 
 _NAMES: dict[Path, str] = {
     ("embedding",): "model.embed_tokens.weight",
@@ -34,40 +39,33 @@ _NAMES: dict[Path, str] = {
     ("final_norm",): "model.norm.weight",
     ("unembedding",): "lm_head.weight",
 }
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 
 def open_safetensors(folder: FilePath) -> TensorSource:
     """Read a Hugging Face folder's config and tensor headers and check that they agree.
 
     Raises:
-      InputError: files missing, truncated or corrupt, an unknown architecture, or tensors that do
-        not fit the config.
+      InputError: files missing, truncated or corrupt, an unknown architecture, a quantisation that
+        is not read, or tensors that do not fit the config.
     """
     config_json = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     config = config_from_hf(config_json, read_json(generation) if is_file(generation) else None)
-    file_of: dict[str, Any] = {}
-    shapes: dict[str, Shape] = {}
-    for path in _tensor_files(folder):
-        file = _open(path)
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            if name in file_of:
-                raise InputError(f"{folder}: tensor {name} stands in more than one file")
-            tensor = file.get_slice(name)
-            if tensor.get_dtype() not in _DTYPES:
-                raise InputError(
-                    f"{path}: tensor {name} is stored as {tensor.get_dtype()}; supported are: "
-                    + ", ".join(_DTYPES)
-                )
-            file_of[name], shapes[name] = file, tuple(tensor.get_shape())
+    settings = quantisation_settings(config_json)
+    method = None if settings is None else quantisation_method(settings)
+    files = open_tensor_files(folder)
+    quantised: QuantisedMatrices | None = None
+    shapes = dict(files.shapes)
+    if method is not None:
+        quantised = find_quantised(files, method, lambda name: _shape_of(config, name))
+        shapes = {name: shape for name, shape in shapes.items() if name not in quantised.taken}
+    files.of_floats(shapes)
+    matrices = {} if quantised is None else quantised.shapes
+    shapes |= matrices
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
-        try:
-            return file_of[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{folder}: tensor {name} cannot be read: {error}") from None
+        return quantised.read(name) if quantised and name in matrices else files.read(name)
 
     embedding, unembedding = _NAMES["embedding",], _NAMES["unembedding",]
     source = TensorSource(
@@ -81,55 +79,25 @@ def open_safetensors(folder: FilePath) -> TensorSource:
         copies=((embedding, unembedding),)
         if config.tie_embeddings and unembedding in shapes
         else (),
+        packed=PackedTensors(
+            quantised.formats, quantised.read_levels, quantised.said, frozenset(matrices)
+        )
+        if quantised and matrices
+        else None,
+        more_notes=quantisation_notes(settings or {}),
     )
     source.check()
     return source
 
 
-def read_json(path: FilePath) -> dict[str, Any]:
-    """Read a JSON object; InputError if the file is missing or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        refuse_stand_in(path)
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return value
-
-
-def _tensor_files(folder: FilePath) -> list[FilePath]:
-    if is_file(folder / _SINGLE):
-        return [folder / _SINGLE]
-    if is_file(folder / _INDEX):
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{folder / _INDEX} has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        missing = [name for name in names if not is_file(folder / name)]
-        if missing:
-            raise InputError(
-                f"{folder} lacks {len(missing)} of its {len(names)} tensor files: "
-                + ", ".join(missing[:10])
-                + "; download them to the same folder"
-            )
-        return [folder / name for name in names]
-    raise InputError(
-        f"{folder} has config.json, but neither {_SINGLE} nor {_INDEX}{weights_hint(folder)}"
-    )
-
-
-def _open(path: FilePath) -> Any:
-    try:
-        return safe_open(str(path), framework="numpy")
-    except SafetensorError as error:
-        refuse_stand_in(path)
-        raise InputError(
-            f"{path} is truncated or corrupt ({error}); download or copy it again"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+def _shape_of(config: ModelConfig, name: str) -> Shape | None:
+    """Return the shape of the tensor of that name, None where the model has none."""
+    layer = _LAYER.match(name)
+    if layer is not None and int(layer[1]) >= config.num_layers:
+        return None
+    pattern = _LAYER.sub("model.layers.{layer}.", name, count=1)
+    shapes = parameter_shapes(config)
+    path = next((path for path, known in _NAMES.items() if known == pattern), None)
+    if path is None or path not in shapes:
+        return None
+    return shapes[path][1:] if path[0] == "layers" else shapes[path]

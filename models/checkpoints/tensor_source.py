@@ -1,6 +1,6 @@
 """Fills the parameter tree from a file that stores one tensor a layer, tensor by tensor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy as np
 from jaxtyping import Shaped
 
 from models.checkpoints.levels import Arrays, quantise
+from models.checkpoints.packed_tensors import PackedTensors
+from models.checkpoints.tensor_problems import report_problems
 from models.config import ModelConfig
 from models.errors import InputError
-from models.formats import WeightFormat, common_format, formats_of_dtype, matrices
+from models.formats import WeightFormat, formats_of_dtype, matrices
 from models.parameters import Params, Path, Shape, nest, parameter_shapes
 from models.quantised import QuantisedMatrix
 
@@ -21,22 +23,8 @@ Progress = Callable[[int, int], None]
 
 WEIGHT_DTYPES = ("model", "int8", "int4", "packed")
 
-_NAMED_PROBLEMS = 10
 _ALIGNMENT = 64
 _QUANTISED_AT_ONCE = 2**22  # numbers
-
-
-@dataclass(frozen=True)
-class PackedTensors:
-    """Tensors that a file holds as levels of its own.
-
-    Attributes:
-      formats: by the tensor's name, a format that holds it exactly; others are floats.
-      read: gives a tensor in a format: its own, or one that it has in common with others.
-    """
-
-    formats: Mapping[str, WeightFormat]
-    read: Callable[[str, WeightFormat], Arrays]
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,8 @@ class TensorSource:
       read: gives a tensor, in any floating dtype, in the decoder's layout.
       harmless: whether a tensor that no parameter needs may be ignored.
       copies: pairs of tensors that must be equal, the second being read for nothing else.
-      packed: what it holds in 8 or 4 bits; None for a kind of file that has none.
+      packed: what it holds in 8 or 4 bits; None for a file that has none.
+      more_notes: what is to be said of the file besides its weights.
     """
 
     where: str
@@ -62,6 +51,7 @@ class TensorSource:
     harmless: Callable[[str], bool]
     copies: tuple[tuple[str, str], ...] = field(default=())
     packed: PackedTensors | None = None
+    more_notes: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise one InputError that names every missing, extra and misshapen tensor."""
@@ -93,21 +83,25 @@ class TensorSource:
             return formats_of_dtype(self.config, weight_dtype)
         if self.packed is None:
             raise InputError(
-                f"{self.where} is no GGUF file; `weight_dtype='packed'` keeps what such a file "
-                "holds in 8 or 4 bits: give `weight_dtype='int8'` or `weight_dtype='int4'`"
+                f"{self.where} holds floats; `weight_dtype='packed'` keeps what a GGUF file or a "
+                "quantised folder holds in 8 or 4 bits: give `weight_dtype='int8'` or "
+                "`weight_dtype='int4'`"
             )
-        formats = {}
-        for path in matrices(self.config):
-            own = [self.packed.formats.get(name) for name in self._names_of(path)]
-            known = [one for one in own if one is not None]
-            if len(known) == len(own):
-                formats[path] = common_format(known)
-        if not formats:
+        columns = {path: shape[-1] for path, shape in parameter_shapes(self.config).items()}
+        formats = self.packed.formats_of(self._matrix_names(), columns)
+        if not formats and self.packed.said is None:
             raise InputError(
                 f"{self.where} holds no matrix that can stay in 8 or 4 bits: give "
                 "`weight_dtype='int8'`, `weight_dtype='int4'`, or leave it out"
             )
         return formats
+
+    def notes(self, weight_dtype: str) -> tuple[str, ...]:
+        """Say what comes of a quantised folder's weights, and what else there is to say of it."""
+        if self.packed is None or self.packed.said is None:
+            return self.more_notes
+        kept = self.formats("packed")
+        return (self.packed.note(weight_dtype, self._matrix_names(), kept), *self.more_notes)
 
     def load(
         self, dtype: str, progress: Progress | None = None, weight_dtype: str = "model"
@@ -188,6 +182,9 @@ class TensorSource:
         with np.errstate(over="ignore"):
             refuse_overflow(f"{self.where}: {name}", most.astype(target))
 
+    def _matrix_names(self) -> dict[Path, list[str]]:
+        return {path: self._names_of(path) for path in matrices(self.config)}
+
     def _names_of(self, path: Path) -> list[str]:
         if not _is_stacked(path):
             return [self.names[path]]
@@ -200,25 +197,6 @@ class TensorSource:
                     f"{self.where}: the config ties embeddings, yet {copy} differs from "
                     f"{original}; set tie_word_embeddings to false in config.json to use both"
                 )
-
-
-def report_problems(where: str, expected: dict[str, Shape], given: dict[str, Shape]) -> None:
-    """Raise one InputError naming what is missing, extra or misshapen in `given`; or nothing."""
-    problems = [f"missing {name} {expected[name]}" for name in expected if name not in given]
-    problems += [f"extra {name} {given[name]}" for name in given if name not in expected]
-    problems += [
-        f"misshapen {name}: expected {shape}, given {given[name]}"
-        for name, shape in expected.items()
-        if name in given and given[name] != shape
-    ]
-    if not problems:
-        return
-    more = len(problems) - _NAMED_PROBLEMS
-    listed = "; ".join(problems[:_NAMED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
-    raise InputError(
-        f"{where}: {len(problems)} of its tensors do not fit the model that its config describes: "
-        f"{listed}"
-    )
 
 
 def parameter_dtype(name: str) -> np.dtype[Any]:

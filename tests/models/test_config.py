@@ -52,7 +52,6 @@ def test_both_spellings_of_rope(name: str) -> None:
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ by layer type"),
         ({"rope_scaling": [8]}, "differ by layer type"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
         ({"quantization": {"bits": 4}}, "quantization is set, which is not supported; take the"),
         ({"is_causal": False}, "is_causal is False"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),

@@ -19,12 +19,13 @@ from wavejax.cli.explaining import (
     explanation_json,
     print_explanation,
 )
+from wavejax.cli.flags import in_flags
 from wavejax.cli.generate_options import generate_options
 from wavejax.cli.guard import main_guard
 from wavejax.cli.interrupts import Terminated
 from wavejax.cli.model_sampling import sampling_text
 from wavejax.cli.options import GroupedCommand, fields_of
-from wavejax.cli.planning import check_context, print_plan, weights_text
+from wavejax.cli.planning import check_context, print_plan, say_notes, weights_text
 from wavejax.cli.progress import progress_bar
 from wavejax.cli.run import Run
 from wavejax.config import WaveConfig
@@ -152,6 +153,7 @@ def command(
         print_plan(plan, checkpoint, as_json)
         return
     plan.check()
+    say_notes(checkpoint, opened.weight_dtype)
     check_platform()
     if plan.shrunk is not None:
         print(f"note: store: {plan.need.rows_on}: {plan.reason}", file=sys.stderr)
@@ -180,6 +182,7 @@ def command(
             named = attention_name(plan.attention)
             facts = {"model": str(checkpoint.path), "attention": named, "seed": seed}
             facts |= {"weight_bits": plan.weight_bits} if plan.formats else {}
+            facts |= {"notes": [*map(in_flags, plan.notes)]} if plan.notes else {}
             facts |= {"attention_reason": plan.chosen} if plan.chosen else {}
             facts["sampler"] = dataclasses.asdict(sampler)
             if asked is not None:

@@ -38,8 +38,8 @@ LOADING_OPTIONS = [
         default="auto",
         show_default=True,
         help="Of the weights' matrices. int8: 8 bits, a scale a channel; int4: 4 bits in groups of "
-        "32, embeddings in 8; packed: as a GGUF file has them; model: as --dtype; auto: model, "
-        "since nothing else was measured on a GPU.",
+        "32, embeddings in 8; packed: as a GGUF file or a quantised folder has them; model: as "
+        "--dtype; auto: model, since nothing else was measured on a GPU.",
     ),
     option(
         MEMORY,

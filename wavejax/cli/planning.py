@@ -1,11 +1,14 @@
 """The memory plan of a run: when it is asked for, and how it is printed."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
 from models.checkpoints.open import Checkpoint
 from models.errors import InputError
+from wavejax.cli.flags import in_flags
 from wavejax.cli.progress import bytes_text
+from wavejax.cli.streams import say
 from wavejax.planning.plan import Plan
 from wavejax.planning.table import plan_json, plan_text
 
@@ -30,5 +33,12 @@ def weights_text(plan: Plan) -> str | None:
 def print_plan(plan: Plan, checkpoint: Checkpoint, as_json: bool) -> None:
     """Print the plan; raise InputError if it does not fit."""
     name = str(checkpoint.path)
-    print(json.dumps(plan_json(plan, name)) if as_json else plan_text(plan, checkpoint.path.name))
+    shown = dataclasses.replace(plan, notes=tuple(map(in_flags, plan.notes)))
+    print(json.dumps(plan_json(shown, name)) if as_json else plan_text(shown, checkpoint.path.name))
     plan.check()
+
+
+def say_notes(checkpoint: Checkpoint, weight_dtype: str) -> None:
+    """Say on stderr what comes of a quantised folder's weights."""
+    for note in checkpoint.notes(weight_dtype):
+        say(f"note: {in_flags(note)}")

@@ -16,6 +16,7 @@ from wavejax.cli.compilation import keep_compiled_programs
 from wavejax.cli.explaining import check_platform, check_variable
 from wavejax.cli.guard import main_guard
 from wavejax.cli.options import GroupedCommand, fields_of
+from wavejax.cli.planning import say_notes
 from wavejax.cli.progress import progress_bar
 from wavejax.cli.serve_options import serve_options
 from wavejax.cli.streams import say
@@ -97,6 +98,7 @@ def command(
     with server.running.listening_socket(host, port) as bound:
         opened.set_memory_limits([context] * slots, max_new_tokens + questions)
         check_platform()
+        say_notes(checkpoint, opened.weight_dtype)
         keep_compiled_programs()
         with progress_bar("loading the model", sys.stderr.isatty()) as report:
             loaded = opened.load(max_context=max_context, progress=report)

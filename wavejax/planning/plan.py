@@ -54,6 +54,7 @@ class Plan:
         shrunk: the cache fraction asked for, where the plan has a smaller cache; else None.
         longest: tokens of the longest prompt, padded, that the same run could have; 0 for none.
         formats: of the weights that are not of `dtype`.
+        notes: what comes of a quantised folder's weights, a line each.
     """
 
     model: ModelConfig
@@ -69,6 +70,7 @@ class Plan:
     shrunk: float | None
     longest: int
     formats: Formats | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def weight_bits(self) -> float:

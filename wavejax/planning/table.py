@@ -66,7 +66,7 @@ def _run(plan: Plan) -> str:
 
 def _notes(plan: Plan) -> list[str]:
     """Return what was chosen and why, and how far the same run could go."""
-    notes = []
+    notes = list(plan.notes)
     name = attention_name(plan.attention)
     if plan.chosen is not None:
         notes.append(f"attention: {name}; {plan.chosen}")
@@ -108,6 +108,7 @@ def plan_json(plan: Plan, model: str) -> dict[str, object]:
         "new_tokens": plan.new_tokens,
         "dtype": plan.dtype,
         "weight_bits": plan.weight_bits,
+        "notes": plan.notes,
         "attention": attention_name(plan.attention),
         "attention_reason": plan.chosen,
         "store": plan.need.rows_on,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.quantised_folders import fp8, write_quantised
 from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import make_tensors
-from tests.wavejax.cli.conftest import TINY, Result
+from tests.wavejax.cli.conftest import TINY, Result, write_tokenizer
 
 Generate = Callable[..., Result]
 COMMON = ("--raw", "--prompt", "abcdef", "--max-new-tokens", 4)
@@ -44,7 +45,7 @@ def test_a_run_says_what_its_weights_take(
 def test_other_files_are_refused_by_the_flag(generate: Generate, tiny: Path) -> None:
     result = generate("--model", tiny, *COMMON, "--weight-dtype", "packed")
     assert result.status == 2
-    assert "is no GGUF file; --weight-dtype packed keeps" in result.err
+    assert "holds floats; --weight-dtype packed keeps" in result.err
     assert "give --weight-dtype int8" in result.err
     assert result.err.count("\n") == 1
 
@@ -59,3 +60,19 @@ def test_packed_takes_what_the_file_has(generate: Generate, tmp_path: Path) -> N
     said = json.loads(generate(*common, "--weight-dtype", "packed").out)
     # A scale in float16 for 32 numbers; norms are float32.
     assert 8.5 < said["weight_bits"] < 8.7
+
+
+def test_a_quantised_folder_says_what_comes_of_it(generate: Generate, tmp_path: Path) -> None:
+    folder = tmp_path / "fp8"
+    write_quantised(folder, {"quant_method": "fp8"}, fp8(lambda _: (1,)), **TINY)
+    write_tokenizer(folder)
+    for weight_dtype, done in (("auto", "to floats"), ("int8", "then rounded to int8")):
+        common = ("--model", folder, "--weight-dtype", weight_dtype)
+        note = f"weights: fp8, dequantised{',' * (weight_dtype == 'int8')} {done}"
+        result = generate(*common, *COMMON)
+        assert result.status == 0
+        assert f"note: {note}\n" in result.err
+        assert json.loads(generate(*common, *COMMON, "--json").out)["notes"] == [note]
+        plan = (*common, "--plan", "--context", 9)
+        assert f"\n{note}\n" in generate(*plan).out
+        assert json.loads(generate(*plan, "--json").out)["notes"] == [note]

@@ -1,0 +1,42 @@
+"""Whether loaded parameters hold the numbers that a quantised folder stands for."""
+
+from typing import Any
+
+import numpy as np
+
+from models.quantised import QuantisedMatrix
+
+_IN_LAYERS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}
+_OTHERS = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "unembedding": "lm_head"}
+
+
+def assert_holds(params: Any, expected: dict[str, np.ndarray], rtol: float = 0) -> None:
+    """Compare each parameter, dequantised, with the numbers of the file's tensors."""
+    tree = params["params"]
+    compared = 0
+    for ours, name in _OTHERS.items():
+        if ours in tree:
+            np.testing.assert_allclose(_floats(tree[ours]), expected[f"{name}.weight"], rtol=rtol)
+            compared += 1
+    for ours, name in _IN_LAYERS.items():
+        for layer, given in enumerate(_floats(tree["layers"][ours])):
+            theirs = expected[f"model.layers.{layer}.{name}.weight"]
+            np.testing.assert_allclose(given, theirs, rtol=rtol)
+            compared += 1
+    assert compared == len(expected)
+
+
+def _floats(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, QuantisedMatrix):
+        leaf = leaf.dequantise(np.float32)
+    return np.asarray(leaf)
