@@ -125,12 +125,12 @@ def find_quantised(
 
 def _modules(files: TensorFiles, method: Method) -> list[str]:
     """List the modules that have a tensor of a quantised matrix."""
-    found: dict[str, None] = {}
+    found = set()
     for name, dtype in files.dtypes.items():
         module, _, last = name.rpartition(".")
         if last in method.suffixes or (last == "weight" and dtype not in FLOATS):
-            found[module] = None
-    return [*found]
+            found.add(module)
+    return sorted(found)
 
 
 def _problems(files: TensorFiles, module: str, parts: Mapping[str, Part]) -> list[str]:

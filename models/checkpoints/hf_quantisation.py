@@ -4,6 +4,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from models.checkpoints.hf_compressed_config import compressed_method
 from models.checkpoints.hf_fp8 import fp8_method
 from models.checkpoints.hf_layout import Method
 from models.errors import InputError
@@ -13,6 +14,7 @@ _KEYS = ("quantization_config", "compression_config")
 
 _METHODS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "fp8": fp8_method,
+    "compressed-tensors": compressed_method,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Integer, Shaped, UInt8
 
 from models.checkpoints.levels import Arrays, pack
 from models.formats import WeightFormat
@@ -34,7 +34,7 @@ class ScaledMatrix:
     levels: Shaped[np.ndarray, "out in"]
     scales: Float[np.ndarray, "row_blocks groups"]
     group_of: Int[np.ndarray, "in"]
-    zero_points: Int[np.ndarray, "out groups"] | int = 0
+    zero_points: Integer[np.ndarray, "rows_of_zeros groups"] | int = 0
     rows: int = 1
 
     def floats(self) -> Float[np.ndarray, "out in"]:
@@ -118,7 +118,7 @@ def int_format(
 
 def unpack_words(
     words: Int[np.ndarray, "rows words"], bits: int, order: tuple[int, ...] | None = None
-) -> Int[np.ndarray, "rows columns"]:
+) -> UInt8[np.ndarray, "rows columns"]:
     """Take 32-bit words apart, along the last axis, into uint8 numbers of 4 or 8 bits.
 
     Args:

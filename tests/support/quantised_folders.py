@@ -100,9 +100,11 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def random_scales(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Scales as of weights, of either size of a mantissa."""
-    return rng.uniform(0.002, 0.02, shape).astype(dtype)
+def random_scales(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, most: float
+) -> np.ndarray:
+    """Scales that make weights of usual size, whose largest small number is `most`."""
+    return (rng.uniform(0.05, 0.25, shape) / most).astype(dtype)
 
 
 def float8(byte: int) -> float:
@@ -129,7 +131,7 @@ def fp8(
 
     def pack(shape: tuple[int, int], rng: np.random.Generator) -> tuple[Parts, np.ndarray]:
         weight, small = random_float8(rng, shape)
-        scales = random_scales(rng, scale_shape(shape), dtype)
+        scales = random_scales(rng, scale_shape(shape), dtype, 448)
         numbers = np.empty(shape, np.float32)
         for row in range(shape[0]):
             for column in range(shape[1]):
@@ -139,5 +141,92 @@ def fp8(
                     scale = scales.flat[row] if scales.size > 1 else scales.flat[0]
                 numbers[row, column] = np.float64(small[row, column]) * np.float64(scale)
         return {"weight": weight, name: scales}, numbers
+
+    return pack
+
+
+def words(numbers: list[int], bits: int) -> list[int]:
+    """Unsigned numbers in 32-bit words, from the lowest bits on; as signed words."""
+    each = 32 // bits
+    packed = []
+    for start in range(0, len(numbers), each):
+        word = 0
+        for place, number in enumerate(numbers[start : start + each]):
+            assert 0 <= number < 2**bits
+            word |= number << bits * place
+        packed.append(word - 2**32 if word >= 2**31 else word)
+    return packed
+
+
+def word_rows(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Each row of a matrix in words: int32 ``[rows, words]``."""
+    rows = [words([int(number) for number in row], bits) for row in numbers]
+    return np.array(rows, np.int64).astype(np.int32)
+
+
+def integer_numbers(
+    levels: np.ndarray, zero_points: np.ndarray, scales: np.ndarray, group_of: list[int]
+) -> np.ndarray:
+    """``(level - zero point) * scale`` of each number, by the group of its column."""
+    numbers = np.empty(levels.shape, np.float32)
+    for row in range(levels.shape[0]):
+        for column, group in enumerate(group_of):
+            level = int(levels[row, column]) - int(zero_points[row, group])
+            numbers[row, column] = level * np.float64(scales[row, group])
+    return numbers
+
+
+def compressed(
+    bits: int,
+    *,
+    group: int | str,
+    packed: bool = True,
+    symmetric: bool = True,
+    dtype: Any = ml_dtypes.bfloat16,
+    plain_zero_points: bool = False,
+    order: bool = False,
+) -> Packer:
+    """Integers by compressed-tensors.
+
+    Args:
+      bits: of a number.
+      group: columns, "channel" or "tensor".
+      packed: in words, or in bytes.
+      symmetric: without zero points.
+      dtype: of scales.
+      plain_zero_points: zero points as bytes, though numbers are packed.
+      order: columns are of groups in any order.
+    """
+
+    def pack(shape: tuple[int, int], rng: np.random.Generator) -> tuple[Parts, np.ndarray]:
+        out, columns = shape
+        size = group if isinstance(group, int) else columns
+        count = -(-columns // size)
+        group_of = [column // size for column in range(columns)]
+        if order:
+            group_of = [int(x) for x in rng.permutation(group_of)]
+        least = -(2 ** (bits - 1))
+        levels = rng.integers(least, -least, shape)
+        rows = 1 if group == "tensor" else out
+        scales = random_scales(rng, (rows, count), dtype, -least)
+        zero_points = np.zeros((rows, count), np.int64)
+        if not symmetric:
+            zero_points = rng.integers(least, -least, (rows, count))
+        every_row = [np.repeat(x, out // rows, axis=0) for x in (zero_points, scales)]
+        numbers = integer_numbers(levels, *every_row, group_of)
+        parts: Parts = {"weight_scale": scales[0] if group == "tensor" else scales}
+        if packed:
+            parts["weight_packed"] = word_rows(levels - least, bits)
+            parts["weight_shape"] = np.array(shape, np.int64)
+        else:
+            parts["weight"] = levels.astype(np.int8)
+        if not symmetric and packed and not plain_zero_points and group != "tensor":
+            parts["weight_zero_point"] = word_rows(zero_points.T - least, bits).T
+        elif not symmetric:
+            parts["weight_zero_point"] = zero_points.reshape(parts["weight_scale"].shape)
+            parts["weight_zero_point"] = parts["weight_zero_point"].astype(np.int8)
+        if order:
+            parts["weight_g_idx"] = np.array(group_of, np.int32)
+        return parts, numbers
 
     return pack

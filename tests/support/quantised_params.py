@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from models.decoder import apply_model, unembed
 from models.quantised import QuantisedMatrix
+from wavejax import DenseAttention, Generator
 
 _IN_LAYERS = {
     "query": "self_attn.q_proj",
@@ -20,18 +24,20 @@ _IN_LAYERS = {
 _OTHERS = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "unembedding": "lm_head"}
 
 
-def assert_holds(params: Any, expected: dict[str, np.ndarray], rtol: float = 0) -> None:
+def assert_holds(params: Any, expected: dict[str, np.ndarray], atol: float = 0) -> None:
     """Compare each parameter, dequantised, with the numbers of the file's tensors."""
     tree = params["params"]
     compared = 0
     for ours, name in _OTHERS.items():
         if ours in tree:
-            np.testing.assert_allclose(_floats(tree[ours]), expected[f"{name}.weight"], rtol=rtol)
+            np.testing.assert_allclose(
+                _floats(tree[ours]), expected[f"{name}.weight"], rtol=0, atol=atol
+            )
             compared += 1
     for ours, name in _IN_LAYERS.items():
         for layer, given in enumerate(_floats(tree["layers"][ours])):
             theirs = expected[f"model.layers.{layer}.{name}.weight"]
-            np.testing.assert_allclose(given, theirs, rtol=rtol)
+            np.testing.assert_allclose(given, theirs, rtol=0, atol=atol)
             compared += 1
     assert compared == len(expected)
 
@@ -40,3 +46,18 @@ def _floats(leaf: Any) -> np.ndarray:
     if isinstance(leaf, QuantisedMatrix):
         leaf = leaf.dequantise(np.float32)
     return np.asarray(leaf)
+
+
+def answer_logits(config: Any, params: Any) -> np.ndarray:
+    """Logits of a prompt and of the answer to it: float32 ``[tokens, vocab]``."""
+    generator = Generator(config, DenseAttention())
+    state = generator.start(params, [[3, 14, 15, 9, 26, 5, 35]], 8)
+    tokens = np.asarray(generator.decode_n(params, state, 6)[1])[:, 0].tolist()
+    sequence = jnp.array([[3, 14, 15, 9, 26, 5, 35, *tokens]])
+
+    def attend(layer: Any, query: Any, key: Any, value: Any, state: Any) -> Any:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True), state
+
+    positions = jnp.arange(sequence.shape[1])[None]
+    hidden, _ = apply_model(config, params, sequence, positions, attend, None)
+    return np.asarray(unembed(config, params, hidden)[0])
