@@ -6,6 +6,7 @@ from typing import Any
 
 from models.checkpoints.hf_compressed_config import compressed_method
 from models.checkpoints.hf_fp8 import fp8_method
+from models.checkpoints.hf_gptq import gptq_method
 from models.checkpoints.hf_layout import Method
 from models.errors import InputError
 
@@ -15,6 +16,7 @@ _KEYS = ("quantization_config", "compression_config")
 _METHODS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "fp8": fp8_method,
     "compressed-tensors": compressed_method,
+    "gptq": gptq_method,
 }
 
 

@@ -76,7 +76,8 @@ class ScaledMatrix:
         if format.minima:
             zero_points = np.broadcast_to(np.asarray(self.zero_points, np.int16), (out, groups))
             levels += first - least
-            made["minima"] = (least - first - zero_points).astype(np.float32) * scales
+            with np.errstate(invalid="ignore"):  # what is not finite is refused by name
+                made["minima"] = (least - first - zero_points).astype(np.float32) * scales
         else:
             assert isinstance(self.zero_points, int)
             levels -= self.zero_points

@@ -230,3 +230,50 @@ def compressed(
         return parts, numbers
 
     return pack
+
+
+def gptq(
+    bits: int,
+    *,
+    group: int | None,
+    symmetric: bool = False,
+    less_one: bool = True,
+    order: bool = False,
+    dtype: Any = np.float16,
+    with_groups: bool = True,
+) -> Packer:
+    """Integers by GPTQ.
+
+    Args:
+      bits: of a number.
+      group: columns; None: all.
+      symmetric: all zero points are in the middle.
+      less_one: zero points are stored less one.
+      order: columns are of groups in any order.
+      dtype: of scales.
+      with_groups: with a `g_idx`.
+    """
+
+    def pack(shape: tuple[int, int], rng: np.random.Generator) -> tuple[Parts, np.ndarray]:
+        out, columns = shape
+        size = group or columns
+        count = -(-columns // size)
+        group_of = [column // size for column in range(columns)]
+        if order:
+            group_of = [int(x) for x in rng.permutation(group_of)]
+        levels = rng.integers(0, 2**bits, shape)
+        scales = random_scales(rng, (out, count), dtype, 2 ** (bits - 1))
+        zero_points = rng.integers(0, 2**bits, (out, count))
+        if symmetric:
+            zero_points[:] = 2 ** (bits - 1)
+        stored = (zero_points - less_one) % 2**bits
+        parts = {
+            "qweight": word_rows(levels, bits).T,
+            "qzeros": word_rows(stored.T, bits),
+            "scales": scales.T,
+        }
+        if with_groups:
+            parts["g_idx"] = np.array(group_of, np.int32)
+        return parts, integer_numbers(levels, zero_points, scales, group_of)
+
+    return pack

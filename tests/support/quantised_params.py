@@ -21,6 +21,9 @@ _IN_LAYERS = {
     "attention_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
 }
+LAYERS = tuple(name for name in _IN_LAYERS if not name.endswith("norm"))
+"""The matrices of a layer."""
+
 _OTHERS = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "unembedding": "lm_head"}
 
 

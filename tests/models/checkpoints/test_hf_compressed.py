@@ -14,10 +14,7 @@ from models.quantised import formats_of
 from tests.support.compressed_settings import ints, settings
 from tests.support.quantised_cases import dequantised
 from tests.support.quantised_folders import compressed, fp8, write_quantised
-from tests.support.quantised_params import answer_logits, assert_holds
-
-LAYERS = ("query", "key", "value", "output", "gate", "up", "down")
-
+from tests.support.quantised_params import LAYERS, answer_logits, assert_holds
 
 PLAIN = "int-quantized"
 HALF = np.float16

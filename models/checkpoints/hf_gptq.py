@@ -1,0 +1,156 @@
+"""Matrices by GPTQ: integers of 4 or 8 bits in words along a column, each with its group.
+
+The layout is that of AutoGPTQ's qlinear modules: `qweight` is ``[in / 8, out]`` words, `qzeros`
+``[groups, out / 8]``, `scales` ``[groups, out]`` and `g_idx` ``[in]``, by 4 bits. Its first format
+stores zero points less one, of which -1 is stored as the largest number.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models.checkpoints.hf_compressed import checked_groups
+from models.checkpoints.hf_layout import SCALES, Part, Tensors, part, setting
+from models.checkpoints.scaled_matrix import (
+    ScaledMatrix,
+    groups_in_order,
+    int_format,
+    scale_dtype,
+    unpack_words,
+)
+from models.errors import InputError
+from models.formats import WeightFormat
+from models.parameters import Shape
+
+_FLOATS = "give `weight_dtype='model'` to read its floats"
+
+
+@dataclass(frozen=True)
+class GptqMethod:
+    """The settings of a config.json.
+
+    Attributes:
+      bits: of a number: 4 or 8.
+      group: columns that share a scale; None: all.
+      symmetric: whether all zero points are in the middle.
+      ordered: whether groups follow each other; else only `g_idx` knows them ("act-order").
+      less_one: whether zero points are stored less one.
+    """
+
+    bits: int
+    group: int | None
+    symmetric: bool
+    ordered: bool
+    less_one: bool
+
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
+
+    @property
+    def said(self) -> str:
+        """What the matrices are, for people."""
+        sizes = "with a scale a channel" if self.group is None else f"in groups of {self.group}"
+        return f"GPTQ int{self.bits} {sizes}{'' if self.ordered else ' by act-order'}"
+
+    def layout(self, module: str) -> "GptqMethod":
+        """Give the layout, which is the same for all modules."""
+        return self
+
+    def parts(self, shape: Shape, given: Mapping[str, str]) -> dict[str, Part]:
+        """Give the words, scales, zero points and groups; see `hf_layout.Layout`."""
+        out, columns = shape
+        groups = 1 if self.group is None else math.ceil(columns / self.group)
+        return {
+            "qweight": part((math.ceil(columns * self.bits / 32), out), dtypes=("I32",)),
+            "qzeros": part((groups, math.ceil(out * self.bits / 32)), dtypes=("I32",)),
+            "scales": part((groups, out), dtypes=SCALES),
+            "g_idx": part((columns,), dtypes=("I32", "I64"), optional=self.ordered),
+        }
+
+    def format(self, shape: Shape, given: Mapping[str, str]) -> WeightFormat | None:
+        """Give the format of integers in groups that follow each other; see `hf_layout.Layout`."""
+        if not self.ordered:
+            return None
+        scale = scale_dtype(given["scales"])
+        return int_format(self.bits, self.group, shape[1], scale, not self.symmetric)
+
+    def read(self, shape: Shape, tensors: Tensors, levels: bool) -> ScaledMatrix:
+        """Take the tensors apart; see `hf_layout.Layout`."""
+        out, columns = shape
+        numbers = unpack_words(np.ascontiguousarray(tensors["qweight"].T), self.bits)[:, :columns]
+        stored = unpack_words(tensors["qzeros"], self.bits)[:, :out].T
+        most = np.uint8(2**self.bits - 1)
+        zero_points = (stored + np.uint8(1)) & most if self.less_one else stored
+        groups = groups_in_order(columns, self.group)
+        if "g_idx" in tensors:
+            given = checked_groups(tensors["g_idx"], len(tensors["scales"]), "g_idx")
+            if levels and (given != groups).any():
+                raise InputError(
+                    "has groups in another order than its columns (g_idx), but config.json says "
+                    f"no desc_act: {_FLOATS}"
+                )
+            groups = given
+        middle = 2 ** (self.bits - 1)
+        if levels and self.symmetric:
+            if (zero_points != middle).any():
+                raise InputError(
+                    f"has zero points other than {middle}, but config.json says sym: {_FLOATS}"
+                )
+            return ScaledMatrix(numbers, tensors["scales"].T, groups, middle)
+        return ScaledMatrix(numbers, tensors["scales"].T, groups, zero_points)
+
+
+def gptq_method(settings: Mapping[str, Any]) -> GptqMethod:
+    """Read the settings of a config.json.
+
+    Raises:
+      InputError: a layout, or a number of bits, that is not read.
+    """
+    # The second is transformers' name of it.
+    format = setting(settings, "checkpoint_format", setting(settings, "format", "gptq"))
+    if format not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
+        name = "marlin" if settings.get("is_marlin_format") else format
+        raise InputError(not_read(f"is GPTQ in the format {name!r}", "gptq and gptq_v2"))
+    for module in setting(settings, "dynamic", {}):
+        # Of these, names of modules that are not quantised: each tensor's dtype says so too.
+        if not str(module).startswith("-:"):
+            raise InputError(not_read(f"has settings of its own for {module!r} (dynamic)", "none"))
+    return GptqMethod(
+        bits=bits_of(settings, "GPTQ", (4, 8)),
+        group=group_size(settings),
+        symmetric=bool(setting(settings, "sym", True)),
+        ordered=not setting(settings, "desc_act", False),
+        less_one=format == "gptq",
+    )
+
+
+def bits_of(settings: Mapping[str, Any], name: str, known: tuple[int, ...]) -> int:
+    """Return the bits of a number; InputError unless they are known."""
+    bits = settings.get("bits", settings.get("w_bit"))
+    if isinstance(bits, bool) or bits not in known:
+        raise InputError(not_read(f"is {name} of {bits!r} bits", " and ".join(map(str, known))))
+    return int(bits)
+
+
+def group_size(settings: Mapping[str, Any]) -> int | None:
+    """Return the columns of a group, None for all; InputError for what is neither."""
+    size = settings.get("group_size", settings.get("q_group_size"))
+    size = 128 if size is None else size
+    if size == -1:
+        return None
+    if type(size) is not int or size < 1:
+        raise InputError(
+            f"config.json: quantization_config's group_size is {size!r}; expected a whole number "
+            "from 1 on, or -1 for all columns"
+        )
+    return size
+
+
+def not_read(what: str, known: str) -> str:
+    """Return what is said of settings that are not read, and of those that are."""
+    return (
+        f"config.json: quantization_config {what}, which is not read; read are {known}: take "
+        "another one, the model that was quantised, or a GGUF file of it"
+    )
