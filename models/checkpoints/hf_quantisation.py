@@ -4,6 +4,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from models.checkpoints.hf_awq import awq_method
 from models.checkpoints.hf_compressed_config import compressed_method
 from models.checkpoints.hf_fp8 import fp8_method
 from models.checkpoints.hf_gptq import gptq_method
@@ -17,6 +18,7 @@ _METHODS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "fp8": fp8_method,
     "compressed-tensors": compressed_method,
     "gptq": gptq_method,
+    "awq": awq_method,
 }
 
 

@@ -13,7 +13,8 @@ from models.formats import INT8, WeightFormat, bytes_by_parameter
 from models.quantised import formats_of
 from tests.support.compressed_settings import ints, settings
 from tests.support.quantised_cases import dequantised
-from tests.support.quantised_folders import compressed, fp8, write_quantised
+from tests.support.quantised_folders import write_quantised
+from tests.support.quantised_packers import compressed, fp8
 from tests.support.quantised_params import LAYERS, answer_logits, assert_holds
 
 PLAIN = "int-quantized"

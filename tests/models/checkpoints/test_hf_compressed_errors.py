@@ -10,7 +10,8 @@ from models.checkpoints.open import open_checkpoint
 from models.errors import InputError
 from models.quantised import formats_of
 from tests.support.compressed_settings import ints, settings
-from tests.support.quantised_folders import compressed, write_quantised
+from tests.support.quantised_folders import write_quantised
+from tests.support.quantised_packers import compressed
 from tests.support.quantised_params import assert_holds
 
 NAME = "model.layers.1.mlp.up_proj"

@@ -13,7 +13,8 @@ from models.errors import InputError
 from models.formats import INT4, bytes_by_parameter
 from models.quantised import formats_of
 from tests.support.quantised_cases import quantised_params
-from tests.support.quantised_folders import fp8, write_quantised
+from tests.support.quantised_folders import write_quantised
+from tests.support.quantised_packers import fp8
 from tests.support.quantised_params import assert_holds
 
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [40, 48], "activation_scheme": "dynamic"}

@@ -13,7 +13,8 @@ from models.errors import InputError
 from models.formats import INT8, WeightFormat, bytes_by_parameter
 from models.quantised import formats_of
 from tests.support.quantised_cases import dequantised
-from tests.support.quantised_folders import gptq, write_quantised
+from tests.support.quantised_folders import write_quantised
+from tests.support.quantised_packers import gptq
 from tests.support.quantised_params import LAYERS, answer_logits, assert_holds
 
 NAME = "model.layers.1.mlp.up_proj"

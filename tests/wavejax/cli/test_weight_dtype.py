@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.quantised_folders import fp8, write_quantised
+from tests.support.quantised_folders import write_quantised
+from tests.support.quantised_packers import fp8
 from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import make_tensors
 from tests.wavejax.cli.conftest import TINY, Result, write_tokenizer
