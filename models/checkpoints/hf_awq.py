@@ -14,10 +14,9 @@ from models.checkpoints.hf_gptq import bits_of, group_size, not_read
 from models.checkpoints.hf_layout import SCALES, Part, Tensors, part, setting
 from models.checkpoints.scaled_matrix import (
     ScaledMatrix,
-    groups_in_order,
     int_format,
     scale_dtype,
-    unpack_words,
+    unpack_rows,
 )
 from models.errors import InputError
 from models.formats import WeightFormat
@@ -66,9 +65,9 @@ class AwqMethod:
     def read(self, shape: Shape, tensors: Tensors, levels: bool) -> ScaledMatrix:
         """Take the tensors apart; see `hf_layout.Layout`."""
         out, columns = shape
-        numbers = unpack_words(tensors["qweight"], 4, _ORDER)[:, :out].T
-        zero_points = unpack_words(tensors["qzeros"], 4, _ORDER)[:, :out].T
-        groups = groups_in_order(columns, self.group)
+        numbers = unpack_rows(tensors["qweight"].T, _ORDER)[:out]
+        zero_points = unpack_rows(tensors["qzeros"].T, _ORDER)[:out]
+        groups = self.group or columns
         return ScaledMatrix(numbers, tensors["scales"].T, groups, zero_points)
 
 

@@ -15,7 +15,6 @@ from models.checkpoints.hf_fp8 import block_shape, scaled_floats
 from models.checkpoints.hf_layout import SCALES, Part, Tensors, part
 from models.checkpoints.scaled_matrix import (
     ScaledMatrix,
-    groups_in_order,
     int_format,
     scale_dtype,
     unpack_words,
@@ -113,7 +112,7 @@ class CompressedLayout:
         rows = 1
         if self.block is not None:
             rows, group = self.block
-            groups = groups_in_order(columns, group)
+            groups: int | np.ndarray = group
         else:
             scales = scales.reshape(-1, 1) if self.strategy != "group" else scales
             groups = self._groups(columns, scales.shape[-1], tensors.get(_GROUPS))
@@ -137,10 +136,10 @@ class CompressedLayout:
             return (shape[0], 1), (shape[0],)
         return (1,), (), (1, 1)
 
-    def _groups(self, columns: int, count: int, given: np.ndarray | None) -> np.ndarray:
+    def _groups(self, columns: int, count: int, given: np.ndarray | None) -> int | np.ndarray:
         """Return the group of each column: as given, unless it is -1 for all of them."""
         if given is None or (given == -1).all():
-            return groups_in_order(columns, self.group)
+            return self.group or columns
         return checked_groups(given, count, _GROUPS)
 
 

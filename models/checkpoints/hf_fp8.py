@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from models.checkpoints.hf_layout import SCALES, Part, Tensors, part
-from models.checkpoints.scaled_matrix import ScaledMatrix, groups_in_order
+from models.checkpoints.scaled_matrix import ScaledMatrix
 from models.checkpoints.tensor_files import FLOATS_OF_8_BITS
 from models.errors import InputError
 from models.formats import WeightFormat
@@ -117,6 +117,6 @@ def scaled_floats(
     """
     out, columns = weight.shape
     if block is not None and scales.shape == block_shape(weight.shape, block):
-        return ScaledMatrix(weight, scales, groups_in_order(columns, block[1]), rows=block[0])
+        return ScaledMatrix(weight, scales, block[1], rows=block[0])
     rows = 1 if scales.size == out else out
-    return ScaledMatrix(weight, scales.reshape(-1, 1), groups_in_order(columns, None), rows=rows)
+    return ScaledMatrix(weight, scales.reshape(-1, 1), columns, rows=rows)

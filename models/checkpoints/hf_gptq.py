@@ -16,7 +16,6 @@ from models.checkpoints.hf_compressed import checked_groups
 from models.checkpoints.hf_layout import SCALES, Part, Tensors, part, setting
 from models.checkpoints.scaled_matrix import (
     ScaledMatrix,
-    groups_in_order,
     int_format,
     scale_dtype,
     unpack_words,
@@ -83,15 +82,17 @@ class GptqMethod:
         stored = unpack_words(tensors["qzeros"], self.bits)[:, :out].T
         most = np.uint8(2**self.bits - 1)
         zero_points = (stored + np.uint8(1)) & most if self.less_one else stored
-        groups = groups_in_order(columns, self.group)
+        groups: int | np.ndarray = self.group or columns
         if "g_idx" in tensors:
             given = checked_groups(tensors["g_idx"], len(tensors["scales"]), "g_idx")
-            if levels and (given != groups).any():
+            in_order = np.arange(columns) // groups
+            if (given != in_order).any():
+                groups = given
+            if levels and groups is given:
                 raise InputError(
                     "has groups in another order than its columns (g_idx), but config.json says "
                     f"no desc_act: {_FLOATS}"
                 )
-            groups = given
         middle = 2 ** (self.bits - 1)
         if levels and self.symmetric:
             if (zero_points != middle).any():

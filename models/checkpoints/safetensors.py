@@ -14,9 +14,10 @@ from models.checkpoints.hf_quantisation import (
     quantisation_settings,
 )
 from models.checkpoints.packed_tensors import PackedTensors
-from models.checkpoints.tensor_files import open_tensor_files, read_json
+from models.checkpoints.tensor_files import TensorFiles, open_tensor_files, read_json
 from models.checkpoints.tensor_source import TensorSource
 from models.config import ModelConfig
+from models.errors import InputError
 from models.parameters import Path, Shape, parameter_shapes
 from models.paths import is_file
 
@@ -39,6 +40,7 @@ _NAMES: dict[Path, str] = {
     ("final_norm",): "model.norm.weight",
     ("unembedding",): "lm_head.weight",
 }
+_OF_QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 
@@ -57,7 +59,9 @@ def open_safetensors(folder: FilePath) -> TensorSource:
     files = open_tensor_files(folder)
     quantised: QuantisedMatrices | None = None
     shapes = dict(files.shapes)
-    if method is not None:
+    if method is None:
+        _refuse_quantised(files)
+    else:
         quantised = find_quantised(files, method, lambda name: _shape_of(config, name))
         shapes = {name: shape for name, shape in shapes.items() if name not in quantised.taken}
     files.of_floats(shapes)
@@ -88,6 +92,17 @@ def open_safetensors(folder: FilePath) -> TensorSource:
     )
     source.check()
     return source
+
+
+def _refuse_quantised(files: TensorFiles) -> None:
+    """Raise InputError if there are quantised matrices, of which config.json says nothing."""
+    name = next((name for name in sorted(files.shapes) if name.endswith(_OF_QUANTISED)), None)
+    if name is not None:
+        raise InputError(
+            f"{files.folder}: tensor {name} is of a quantised matrix, but config.json has no "
+            "quantization_config; add what the folder's quantize_config.json says under that name, "
+            "with its quant_method, or download the folder's own config.json"
+        )
 
 
 def _shape_of(config: ModelConfig, name: str) -> Shape | None:

@@ -5,7 +5,6 @@ taken apart in the host's memory, as they are read.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import ml_dtypes
@@ -26,14 +25,15 @@ class ScaledMatrix:
       levels: ``[out, in]``: uint8, int8, or floats of 8 bits.
       scales: ``[out, groups]`` floats; ``[row_blocks, groups]`` where several rows share them; or
         ``[1, 1]``, for all.
-      group_of: int ``[in]``, the group of each column.
+      groups: columns of each group, where groups follow each other, the last of which may be
+        smaller; or int ``[in]``, the group of each column.
       zero_points: whole numbers, ``[out, groups]`` or ``[1, 1]``; or one, for all.
       rows: rows that share a scale.
     """
 
     levels: Shaped[np.ndarray, "out in"]
     scales: Float[np.ndarray, "row_blocks groups"]
-    group_of: Int[np.ndarray, "in"]
+    groups: int | Int[np.ndarray, "in"]
     zero_points: Integer[np.ndarray, "rows_of_zeros groups"] | int = 0
     rows: int = 1
 
@@ -41,21 +41,23 @@ class ScaledMatrix:
         """Return the numbers, computed in float32."""
         out, columns = self.levels.shape
         made = np.empty((out, columns), np.float32)
-        scales = np.broadcast_to(self.scales.astype(np.float32), self._scales_shape)
         row_block = np.arange(out) // self.rows
+        scales = self.scales.astype(np.float32)
+        scales = np.broadcast_to(scales, (-(-out // self.rows), scales.shape[-1]))
         zero_points = self.zero_points
         if isinstance(zero_points, np.ndarray):
             zero_points = np.broadcast_to(zero_points, (out, zero_points.shape[-1]))
         rows = max(1, _AT_ONCE // max(columns, 1))
         for start in range(0, out, rows):
             block = slice(start, start + rows)
-            numbers = self.levels[block].astype(np.float32)
+            numbers = np.ascontiguousarray(self.levels[block]).astype(np.float32)
             if isinstance(zero_points, np.ndarray):
-                numbers -= zero_points[block].astype(np.float32)[:, self.group_of]
+                numbers -= self._each_column(zero_points[block].astype(np.float32))
             elif zero_points:
                 numbers -= np.float32(zero_points)
             with np.errstate(over="ignore", invalid="ignore"):
-                np.multiply(numbers, scales[row_block[block]][:, self.group_of], out=made[block])
+                of_rows = self._each_column(scales[row_block[block]])
+                np.multiply(numbers, of_rows, out=made[block])
         return made
 
     def arrays(self, format: WeightFormat) -> Arrays:
@@ -89,11 +91,11 @@ class ScaledMatrix:
         grouped = padded.reshape(out, groups, -1)
         return made | {"levels": pack(grouped if format.minima else grouped + 8)}
 
-    @property
-    def _scales_shape(self) -> tuple[int, int]:
-        row_blocks = math.ceil(len(self.levels) / self.rows)
-        groups = int(self.group_of.max(initial=0)) + 1
-        return row_blocks, max(groups, self.scales.shape[-1])
+    def _each_column(self, of_groups: np.ndarray) -> np.ndarray:
+        """Spread what groups have over their columns."""
+        if isinstance(self.groups, np.ndarray):
+            return of_groups[:, self.groups]
+        return np.repeat(of_groups, self.groups, axis=-1)[:, : self.levels.shape[-1]]
 
 
 def int_format(
@@ -118,30 +120,29 @@ def int_format(
 
 
 def unpack_words(
-    words: Int[np.ndarray, "rows words"], bits: int, order: tuple[int, ...] | None = None
+    words: Int[np.ndarray, "rows words"], bits: int
 ) -> UInt8[np.ndarray, "rows columns"]:
-    """Take 32-bit words apart, along the last axis, into uint8 numbers of 4 or 8 bits.
-
-    Args:
-      words: int32.
-      bits: of a number.
-      order: the place within its word's columns of each number, from the lowest bits on; None: as
-        they come.
-    """
+    """Take int32 words apart, along the last axis, into numbers of 4 or 8 bits, lowest first."""
     parts = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
     if bits == 4:
         parts = np.stack([parts & 15, parts >> 4], axis=-1)
-    parts = parts.reshape(*words.shape, 32 // bits)
-    if order is not None:
-        parts = parts[..., np.argsort(order)]
-    return parts.reshape(*words.shape[:-1], -1)
+    return parts.reshape(len(words), -1)
 
 
-def groups_in_order(columns: int, group: int | None) -> Int[np.ndarray, "in"]:
-    """Give the group of each column where groups follow each other; None: one of all."""
-    if group is None:
-        return np.zeros(columns, np.int32)
-    return np.arange(columns, dtype=np.int32) // group
+def unpack_rows(
+    words: Int[np.ndarray, "words columns"], order: tuple[int, ...]
+) -> UInt8[np.ndarray, "rows columns"]:
+    """Take int32 words apart, along the first axis, into eight numbers of 4 bits each.
+
+    Args:
+      words: of the numbers of eight rows each.
+      order: which of its rows a word's number is of, from the lowest bits on.
+    """
+    made = np.empty((8 * len(words), words.shape[-1]), np.uint8)
+    words = np.ascontiguousarray(words)
+    for place, row in enumerate(order):
+        made[row::8] = words >> 4 * place & 15
+    return made
 
 
 def scale_dtype(name: str) -> str:

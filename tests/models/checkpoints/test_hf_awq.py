@@ -1,5 +1,6 @@
 """Hugging Face folders of AWQ: each number, kept and dequantised."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,23 @@ def test_tied_heads_and_floats_in_between_are_read(tmp_path: Path) -> None:
     assert {*formats_of(packed)} == {("layers", layer) for layer in LAYERS if layer != "down"}
     [note] = checkpoint.notes("packed")
     assert note.endswith("kept as the folder has them, but for down: no product takes these")
+
+
+@pytest.mark.parametrize("weight_dtype", ["packed", "int8"])
+def test_the_floats_of_a_model_are_never_all_in_memory(weight_dtype: str, tmp_path: Path) -> None:
+    write_quantised(tmp_path, settings(), awq(32), num_hidden_layers=24)
+    checkpoint = open_checkpoint(tmp_path)
+    tracemalloc.start()
+    checkpoint.load_params("float32", None, weight_dtype)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.4 * checkpoint.parameter_bytes("float32")
+
+
+def test_settings_in_a_file_of_their_own_are_asked_for(tmp_path: Path) -> None:
+    write_quantised(tmp_path, None, awq(32))
+    with pytest.raises(InputError, match=r"down_proj.qweight is of a quantised matrix, but config"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
