@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.checkpoints.hf_gptq import bits_of, group_size, not_read
-from models.checkpoints.hf_layout import SCALES, Part, Tensors, part, setting
+from models.checkpoints.hf_layout import SCALES, Part, Tensors, part
 from models.checkpoints.scaled_matrix import (
     ScaledMatrix,
     int_format,
@@ -78,8 +78,9 @@ def awq_method(settings: Mapping[str, Any]) -> AwqMethod:
       InputError: a layout, or a number of bits, that is not read.
     """
     bits_of(settings, "AWQ", (4,))
-    # The second is transformers' name of it.
-    version = setting(settings, "version", setting(settings, "format", "gemm"))
+    # AutoAWQ's name of it, transformers' and GPTQModel's.
+    names = ("version", "format", "checkpoint_format")
+    version = next((settings[name] for name in names if settings.get(name) is not None), "gemm")
     if not isinstance(version, str) or version.lower() != "gemm":
         raise InputError(not_read(f"is AWQ of the version {version!r}", "gemm"))
     if settings.get("backend") == "llm-awq":

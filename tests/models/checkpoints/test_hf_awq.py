@@ -134,6 +134,7 @@ def test_tensors_that_do_not_fit_are_named(
         ({"version": "gemv"}, "is AWQ of the version 'gemv', which is not read; read are gemm"),
         ({"version": 2}, "is AWQ of the version 2, which is not read"),
         ({"version": None, "format": "marlin"}, "is AWQ of the version 'marlin', which is not"),
+        ({"version": None, "checkpoint_format": "gemv_fast"}, "is AWQ of the version 'gemv_fast'"),
         ({"backend": "llm-awq"}, "is AWQ of the backend 'llm-awq', which is not read"),
         ({"group_size": 1.5}, "group_size is 1.5; expected a whole number"),
     ],

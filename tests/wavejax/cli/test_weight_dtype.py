@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.quantised_folders import write_quantised
-from tests.support.quantised_packers import fp8
+from tests.support.quantised_packers import awq, fp8
 from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import make_tensors
 from tests.wavejax.cli.conftest import TINY, Result, write_tokenizer
@@ -77,3 +77,41 @@ def test_a_quantised_folder_says_what_comes_of_it(generate: Generate, tmp_path: 
         plan = (*common, "--plan", "--context", 9)
         assert f"\n{note}\n" in generate(*plan).out
         assert json.loads(generate(*plan, "--json").out)["notes"] == [note]
+
+
+def test_packed_takes_what_a_quantised_folder_has(generate: Generate, tmp_path: Path) -> None:
+    folder = tmp_path / "awq"
+    said = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
+    write_quantised(folder, said, awq(16), **TINY)
+    write_tokenizer(folder)
+    common = ("--model", folder, *COMMON, "--json")
+    floats, packed = (
+        json.loads(generate(*common, "--weight-dtype", weight_dtype).out)
+        for weight_dtype in ("auto", "packed")
+    )
+    assert floats["notes"] == [
+        "weights: AWQ int4 in groups of 16, dequantised to floats; --weight-dtype packed keeps its "
+        "levels"
+    ]
+    assert packed["notes"] == ["weights: AWQ int4 in groups of 16, kept as the folder has them"]
+    assert packed["weight_bits"] < 32
+    assert "weight_bits" not in floats
+    assert packed["answers"] == floats["answers"]
+
+
+def test_a_quantised_folder_is_converted_to_floats(
+    generate: Generate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wavejax.convert import main
+
+    folder = tmp_path / "fp8"
+    write_quantised(folder, {"quant_method": "fp8"}, fp8(lambda _: (1,)), **TINY)
+    write_tokenizer(folder)
+    assert main([str(folder), str(tmp_path / "orbax"), "--dtype", "float32"]) == 0
+    capsys.readouterr()
+    ours, theirs = (
+        json.loads(generate("--model", path, *COMMON, "--json").out)
+        for path in (folder, tmp_path / "orbax")
+    )
+    assert ours["answers"] == theirs["answers"]
+    assert "notes" not in theirs
