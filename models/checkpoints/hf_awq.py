@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.checkpoints.hf_gptq import bits_of, group_size, not_read
 from models.checkpoints.hf_layout import SCALES, Part, Tensors, part
+from models.checkpoints.hf_settings import bits_of, group_size, not_read
 from models.checkpoints.scaled_matrix import (
     ScaledMatrix,
     int_format,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.checkpoints.hf_fp8 import block_shape, scaled_floats
-from models.checkpoints.hf_layout import SCALES, Part, Tensors, part
+from models.checkpoints.hf_layout import SCALES, Part, Tensors, checked_groups, part
 from models.checkpoints.scaled_matrix import (
     ScaledMatrix,
     int_format,
@@ -141,15 +141,6 @@ class CompressedLayout:
         if given is None or (given == -1).all():
             return self.group or columns
         return checked_groups(given, count, _GROUPS)
-
-
-def checked_groups(given: np.ndarray, count: int, name: str) -> np.ndarray:
-    """Return the groups of columns; InputError where one is not among `count` groups."""
-    if given.min() < 0 or given.max() >= count:
-        raise InputError(
-            f"has a {name} from {given.min()} to {given.max()}, but {count} groups: check the file"
-        )
-    return given.astype(np.int32)
 
 
 def _words(numbers: int, bits: int) -> int:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.checkpoints.hf_compressed import CompressedLayout
-from models.checkpoints.hf_fp8 import block_size
-from models.checkpoints.hf_layout import setting
+from models.checkpoints.hf_settings import block_size, setting
 from models.errors import InputError
 
 _PACKED = "pack-quantized"
@@ -65,10 +64,11 @@ def compressed_method(settings: Mapping[str, Any]) -> CompressedMethod:
     if transforms:
         raise InputError(f"{_WHERE} has a transform_config, which is not read; {_ANOTHER}")
     sparsity = settings.get("sparsity_config")
-    if sparsity and setting(sparsity, "format", "dense") != "dense":
+    sparse = sparsity.get("format") if isinstance(sparsity, Mapping) else sparsity
+    if sparse and sparse != "dense":
         raise InputError(
-            f"{_WHERE} has a sparsity_config of the format {reprlib.repr(sparsity['format'])}, "
-            f"which is not read; {_ANOTHER}"
+            f"{_WHERE} has a sparsity_config of the format {reprlib.repr(sparse)}, which is not "
+            f"read; {_ANOTHER}"
         )
     groups = settings.get("config_groups")
     cache_alone = groups == {} and settings.get("kv_cache_scheme")
@@ -104,8 +104,8 @@ def _group(name: str, group: Any, settings: Mapping[str, Any]) -> _Group:
 
 def _layout(where: str, weights: Mapping[str, Any], packed: bool) -> CompressedLayout:
     bits, kind = setting(weights, "num_bits", 8), setting(weights, "type", "int")
-    read = {("int", 8): True, ("int", 4): True, ("float", 8): not packed}
-    if not read.get((kind, bits) if isinstance(bits, int) else ("", 0), False):
+    read = [("int", 8), ("int", 4)] if packed else [("int", 8), ("int", 4), ("float", 8)]
+    if (kind, bits) not in read:
         raise InputError(
             f"{where} has weights of type {kind!r} and {bits!r} bits, which are not read; read are "
             f"int of 4 and 8, and float of 8 that are not packed: {_ANOTHER}"
@@ -129,7 +129,7 @@ def _layout(where: str, weights: Mapping[str, Any], packed: bool) -> CompressedL
             f"{where} has zero points of floats or blocks, which are not read; {_ANOTHER}"
         )
     return CompressedLayout(
-        bits=bits,
+        bits=int(bits),
         is_float=kind == "float",
         packed=packed,
         strategy=strategy,

@@ -5,7 +5,6 @@ multiplied too, whatever its name says.
 """
 
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from models.checkpoints.hf_layout import SCALES, Part, Tensors, part
+from models.checkpoints.hf_settings import block_size
 from models.checkpoints.scaled_matrix import ScaledMatrix
 from models.checkpoints.tensor_files import FLOATS_OF_8_BITS
-from models.errors import InputError
 from models.formats import WeightFormat
 from models.parameters import Shape
-from models.values import is_number
 
 _NAMES = ("weight_scale_inv", "weight_scale")
 _USUAL_BLOCK = (128, 128)
@@ -84,20 +82,6 @@ def fp8_method(settings: Mapping[str, Any]) -> Fp8Method:
         said = "weight_block_size" in settings
         return Fp8Method(None if said else _USUAL_BLOCK, either=not said)
     return Fp8Method(block_size(block, "weight_block_size"))
-
-
-def block_size(value: Any, key: str) -> tuple[int, int]:
-    """Return rows and columns of a block; InputError for what is no such pair."""
-    if (
-        not isinstance(value, list | tuple)
-        or len(value) != 2
-        or not all(is_number(size) and size >= 1 and size == int(size) for size in value)
-    ):
-        raise InputError(
-            f"config.json: quantization_config's {key} is {reprlib.repr(value)}; expected two "
-            "whole numbers from 1 on"
-        )
-    return int(value[0]), int(value[1])
 
 
 def block_shape(shape: Shape, block: tuple[int, int]) -> Shape:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from models.checkpoints.hf_compressed import checked_groups
-from models.checkpoints.hf_layout import SCALES, Part, Tensors, part, setting
+from models.checkpoints.hf_layout import SCALES, Part, Tensors, checked_groups, part
+from models.checkpoints.hf_settings import bits_of, group_size, not_read, setting
 from models.checkpoints.scaled_matrix import (
     ScaledMatrix,
     int_format,
@@ -114,8 +114,9 @@ def gptq_method(settings: Mapping[str, Any]) -> GptqMethod:
     if format not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
         name = "marlin" if settings.get("is_marlin_format") else format
         raise InputError(not_read(f"is GPTQ in the format {name!r}", "gptq and gptq_v2"))
-    for module in setting(settings, "dynamic", {}):
-        # Of these, names of modules that are not quantised: each tensor's dtype says so too.
+    dynamic = settings.get("dynamic") or {}
+    for module in dynamic if isinstance(dynamic, Mapping) else [dynamic]:
+        # "-:" is of modules that are not quantised: their tensors' dtypes say so too.
         if not str(module).startswith("-:"):
             raise InputError(not_read(f"has settings of its own for {module!r} (dynamic)", "none"))
     return GptqMethod(
@@ -124,34 +125,4 @@ def gptq_method(settings: Mapping[str, Any]) -> GptqMethod:
         symmetric=bool(setting(settings, "sym", True)),
         ordered=not setting(settings, "desc_act", False),
         less_one=format == "gptq",
-    )
-
-
-def bits_of(settings: Mapping[str, Any], name: str, known: tuple[int, ...]) -> int:
-    """Return the bits of a number; InputError unless they are known."""
-    bits = settings.get("bits", settings.get("w_bit"))
-    if isinstance(bits, bool) or bits not in known:
-        raise InputError(not_read(f"is {name} of {bits!r} bits", " and ".join(map(str, known))))
-    return int(bits)
-
-
-def group_size(settings: Mapping[str, Any]) -> int | None:
-    """Return the columns of a group, None for all; InputError for what is neither."""
-    size = settings.get("group_size", settings.get("q_group_size"))
-    size = 128 if size is None else size
-    if size == -1:
-        return None
-    if type(size) is not int or size < 1:
-        raise InputError(
-            f"config.json: quantization_config's group_size is {size!r}; expected a whole number "
-            "from 1 on, or -1 for all columns"
-        )
-    return size
-
-
-def not_read(what: str, known: str) -> str:
-    """Return what is said of settings that are not read, and of those that are."""
-    return (
-        f"config.json: quantization_config {what}, which is not read; read are {known}: take "
-        "another one, the model that was quantised, or a GGUF file of it"
     )

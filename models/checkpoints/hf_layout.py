@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Shaped
 
 from models.checkpoints.scaled_matrix import ScaledMatrix
+from models.errors import InputError
 from models.formats import WeightFormat
 from models.parameters import Shape
 
@@ -90,7 +91,10 @@ class Method(Protocol):
         ...
 
 
-def setting(settings: Mapping[str, Any], key: str, default: Any) -> Any:
-    """Return the value at `key`, else the default, also where the value is null."""
-    value = settings.get(key)
-    return default if value is None else value
+def checked_groups(given: np.ndarray, count: int, name: str) -> np.ndarray:
+    """Return the groups of columns; InputError where one is not among `count` groups."""
+    if given.min() < 0 or given.max() >= count:
+        raise InputError(
+            f"has a {name} from {given.min()} to {given.max()}, but {count} groups: check the file"
+        )
+    return given.astype(np.int32)
