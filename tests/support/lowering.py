@@ -14,6 +14,11 @@ from pallas_kernels._compat import JAX_VERSION
 
 
 def lower_for(platform: str, function: Any, *args: Any) -> str:
+    """The text of what `lowered_for` returns."""
+    return lowered_for(platform, function, *args).as_text()
+
+
+def lowered_for(platform: str, function: Any, *args: Any) -> Any:
     """The program that `function` becomes on "cuda", "rocm" or "tpu", kernels and all.
 
     Args:
@@ -27,7 +32,7 @@ def lower_for(platform: str, function: Any, *args: Any) -> str:
 
             device = AbstractDevice("NVIDIA H200", 132, "gpu")
             stack.enter_context(use_abstract_mesh(AbstractMesh((), (), abstract_device=device)))
-        return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+        return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,))
 
 
 class TritonKernel(NamedTuple):
