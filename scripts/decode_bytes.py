@@ -1,7 +1,6 @@
 """What decode steps had to move: by shapes, and by what the row caches counted."""
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from wavejax.attention.dense import DenseState
 from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveState
 from wavejax.engine.staged_state import StagedState, on_device_of
+from wavejax.evaluation.cost import wave_step_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +108,12 @@ def bytes_of_step(
 
 def _wave_bytes(attention: Any, cache: WaveState) -> float:
     """Bytes that a step of wave attention reads besides the retrieved rows."""
-    index, steady = cache.index, cache.steady
+    steady, index = cache.steady, cache.index
     layers, _, kv_heads = cache.store.rows.shape[:3]
-    # Of a row in the window, in the model's own dtype; a centroid and a mean value take as much.
-    row = math.prod(steady.window.shape[4:]) * steady.window.dtype.itemsize
-    windows = int(np.asarray(steady.sink_tokens + steady.window_tokens).sum())
-    clusters = int(np.asarray(index.num_clusters, np.int64).sum())
-    # A centroid, a sum of values and an edge of each cluster.
-    found = layers * kv_heads * row * windows + clusters * (row + 4)
-    if index.codes is not None and index.scales is not None:
-        candidates = sum(
-            attention.config.most_candidates(int(tokens)) for tokens in np.asarray(index.tokens)
-        )
-        each = 4 * index.codes.shape[-1] + index.scales.dtype.itemsize
-        found += layers * kv_heads * each * candidates
-    return float(found)
+    clusters = np.asarray(index.num_clusters, np.float64).mean(axis=(0, 2))
+    windows = np.asarray(steady.sink_tokens + steady.window_tokens)
+    found = 0.0
+    for tokens, *sizes in zip(np.asarray(index.tokens), clusters, windows, strict=True):
+        step = wave_step_bytes(attention.config, cache, int(tokens), *sizes)
+        found += step.total - step.rows
+    return layers * kv_heads * float(found)

@@ -11,6 +11,7 @@ lost, with --batch 1 at most one sample.
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
@@ -21,6 +22,12 @@ from wavejax.cli.progress import progress_bar
 from wavejax.config import WaveConfig
 from wavejax.evaluation import plots
 from wavejax.evaluation.bench import Bench
+from wavejax.evaluation.cost_report import (
+    panels_of,
+    plot_kl_by_bytes,
+    points_of,
+    summarise_costs,
+)
 from wavejax.evaluation.files import write_text
 from wavejax.evaluation.haystack import MANUAL, load_haystack
 from wavejax.evaluation.methods import DEFAULT_METHODS, METHODS, parse_methods
@@ -30,6 +37,7 @@ from wavejax.evaluation.samples import Material, Task
 from wavejax.evaluation.setup import Subject, open_subject, parse_numbers, run_facts
 from wavejax.evaluation.summary import summarise, tabulate
 from wavejax.evaluation.tasks import TASKS, parse_tasks
+from wavejax.store.shape import CacheShape
 
 # Longer answers take so much memory for full attention's logits that fewer fit side by side.
 LONG_ANSWER = 512
@@ -140,7 +148,8 @@ def command(
         **budget,
     }
     batches = {name: min(batch, batch_of(task)) for name, task in chosen.items()}
-    folder = Records(out, settings, run_facts(), parts_of(chosen, firsts, batches, unroll))
+    parts = parts_of(chosen, firsts, batches, unroll, subject.cache_shape)
+    folder = Records(out, settings, run_facts(), parts)
     records = click.get_current_context().with_resource(folder)
 
     jobs = [
@@ -186,7 +195,7 @@ def command(
                     if index < samples and (name, length, index, method) not in records.done
                 )
                 bar.update(len(inside))
-    report(records, out, chosen, sizes, plotted)
+    report(records, out, plotted, subject.cache_shape, settings)
 
 
 def batch_of(task: Task) -> int:
@@ -211,13 +220,18 @@ def load_bench(
     )
 
 
-def report(records: Records, out: Path, tasks: dict, lengths: list[int], plotted: bool) -> None:
+def report(
+    records: Records, out: Path, plotted: bool, shape: CacheShape, settings: dict[str, Any]
+) -> None:
     """Print and write the tables, and the plots."""
-    text = summarise(records.records)
+    points, unknown = points_of(records.records, shape, settings)
+    text = f"{summarise(records.records)}\n{summarise_costs(points, unknown)}"
     print(text, end="")
     write_text(out / "summary.md", text)
     if not plotted:
         return
+    if points:
+        plot_kl_by_bytes(panels_of(settings["model"], points), out / "kl_by_bytes.png")
     if any(record["score"] is not None for record in records.records):
         plots.plot_scores(records.records, out / "score_by_length.png")
     drift = plots.kl_by_position(records.records)

@@ -22,6 +22,7 @@ from wavejax.cli.progress import progress_bar
 from wavejax.config import WaveConfig
 from wavejax.evaluation import attention_report, plots
 from wavejax.evaluation.bench import Bench
+from wavejax.evaluation.cost_report import NO_FLOORS
 from wavejax.evaluation.files import write_text
 from wavejax.evaluation.haystack import MANUAL, load_haystack
 from wavejax.evaluation.methods import parse_methods
@@ -88,8 +89,7 @@ def command(
     chosen, sizes = parse_tasks(tasks), parse_numbers(lengths, int, "lengths")
     attentions, facts = {}, {}
     for fraction in parse_numbers(budgets, float, "budgets"):
-        floors = {"min_clusters": 0, "min_candidate_tokens": 0, "min_retrieved_tokens": 0}
-        budget = {"retrieval_fraction": fraction, **floors}
+        budget = {"retrieval_fraction": fraction, **NO_FLOORS}
         for name, attention in parse_methods(methods, budget).items():
             if type(attention) is DenseAttention:
                 raise InputError(f"{name} is what the methods are compared with: leave it out")
@@ -110,7 +110,8 @@ def command(
         **settings_of(subject, material, seed),
         "defaults": dataclasses.asdict(WaveConfig()),
     }
-    parts = parts_of(chosen, firsts, dict.fromkeys(chosen, 1), unroll=False)
+    alone = dict.fromkeys(chosen, 1)
+    parts = parts_of(chosen, firsts, alone, unroll=False, shape=subject.cache_shape)
     folder = Records(out, settings, run_facts(), parts)
     records = click.get_current_context().with_resource(folder)
 

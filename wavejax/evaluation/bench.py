@@ -47,6 +47,7 @@ class Figures:
             None where there are none or it was not asked for.
         text: that answer.
         kl_by_chunk: `kl` of each 128 tokens in turn; empty for answers of one.
+        clusters: of the method's index, in the mean of layers and kv heads; None without.
     """
 
     prompt_tokens: int
@@ -58,6 +59,7 @@ class Figures:
     score: float | None
     text: str | None
     kl_by_chunk: list[float]
+    clusters: float | None = None
 
 
 class Bench:
@@ -118,22 +120,19 @@ class Bench:
         scored = self.answers and bool(samples[0].references)
         for name in methods:
             generator = self.generators[name]
+            clusters = None
             if name == FULL:
                 judged, own = full, _tokens(answers)
             else:
                 judged = judge(generator, self.params, shared.state(generator), answers)
-                own = None
+                own, clusters = None, shared.clusters(generator)
                 if scored:
                     start = shared.state(generator)
                     own = greedy(generator, self.params, start, answers, steps)
+            said = _tokens(answers), full, judged, own if scored else None
             yield (
                 name,
-                [
-                    self._figures(
-                        sample, i, _tokens(answers), full, judged, own if scored else None
-                    )
-                    for i, sample in enumerate(samples)
-                ],
+                [self._figures(sample, i, *said, clusters) for i, sample in enumerate(samples)],
             )
 
     def answer(
@@ -166,6 +165,7 @@ class Bench:
         full: Judgement,
         judged: Judgement,
         own: np.ndarray | None,
+        clusters: np.ndarray | None,
     ) -> Figures:
         said = answers[:, i]
         steps = said != NO_TOKEN
@@ -183,6 +183,7 @@ class Bench:
             score=None if text is None else score(sample.references, text),
             text=text,
             kl_by_chunk=list(bins(kl, CHUNK)) if len(kl) > CHUNK else [],
+            clusters=None if clusters is None else float(clusters[i]),
         )
 
     def _places(self, sample: Sample, said: np.ndarray) -> list[np.ndarray]:

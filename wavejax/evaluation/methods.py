@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from models.errors import InputError
@@ -41,7 +42,9 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention | WaveAttention]:
+def parse_methods(
+    text: str, budget: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, DenseAttention | WaveAttention]:
     """Attentions by the name that each was given.
 
     Args:
@@ -49,12 +52,15 @@ def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention
             `WaveConfig`: `wave[candidate_fraction=0.1,cluster_size=16]`; an ablation's also of
             `AblatedAttention`; full attention's `row_dtype` alone.
         budget: settings of all of them.
+        defaults: of `WaveConfig`, as they were when the methods ran; None: as they are.
 
     Raises:
         InputError: a name or a field is not known, a value does not fit its field, or the method
             has no use for it.
     """
     found = {}
+    today = dataclasses.asdict(WaveConfig())
+    then = {k: v for k, v in (defaults or {}).items() if k in today and v != today[k]}
     for spec in re.split(r",(?![^\[]*\])", text):
         match = re.fullmatch(r"\s*(\w+)\s*(?:\[(.*)\])?\s*", spec)
         if match is None or match[1] not in METHODS:
@@ -64,7 +70,7 @@ def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention
             )
         settings = _settings(match[2] or "", match[1])
         try:
-            found[re.sub(r"\s", "", spec)] = _attention(match[1], budget, settings)
+            found[re.sub(r"\s", "", spec)] = _attention(match[1], then, budget, settings)
         except InputError as error:
             # Fields between brackets, where no flag stands for them.
             raise InputError(f"{spec.strip()}: {str(error).replace('`', '')}") from error
@@ -72,7 +78,7 @@ def parse_methods(text: str, budget: dict[str, Any]) -> dict[str, DenseAttention
 
 
 def _attention(
-    name: str, budget: dict[str, Any], settings: dict[str, Any]
+    name: str, defaults: dict[str, Any], budget: dict[str, Any], settings: dict[str, Any]
 ) -> DenseAttention | WaveAttention:
     if name == FULL:
         row_dtype = settings.pop("row_dtype", "model")
@@ -86,8 +92,13 @@ def _attention(
         )
     if name == "ablation":
         parts = {part: settings.pop(part) for part in _PARTS if part in settings}
-        return AblatedAttention(WaveConfig(**{**budget, **settings}), "device", **parts)
-    own = {**_OWN.get(name, {}), **budget, **settings}
+        config = WaveConfig(**{**defaults, **budget, **settings})
+        return AblatedAttention(config, "device", **parts)
+    if name == "paper":
+        # Its own settings are not defaults.
+        paper = dataclasses.asdict(WaveConfig.paper())
+        defaults = {k: v for k, v in defaults.items() if paper[k] == getattr(WaveConfig(), k)}
+    own = {**defaults, **_OWN.get(name, {}), **budget, **settings}
     if name in _RANKS:
         return SparseAttention(WaveConfig(**own), _RANKS[name])
     make = WaveConfig.paper if name == "paper" else WaveConfig

@@ -14,7 +14,10 @@ from models.errors import InputError
 from wavejax.evaluation.samples import GENERATOR, Material, Sample, Task
 from wavejax.evaluation.setup import Subject
 from wavejax.evaluation.words import word_list
+from wavejax.store.shape import CacheShape
 
+# The part of a folder's settings that says the model's `CacheShape`; older folders lack it.
+CACHE_SHAPE = "cache shape"
 DIGITS = 16  # of a sha256: enough to tell files apart, and to be read
 # Of weights, which may be hundreds of GB, blocks are read here and there.
 BLOCKS, BLOCK = 64, 4096
@@ -45,6 +48,7 @@ def parts_of(
     firsts: Mapping[tuple[str, int], Sample],
     batches: Mapping[str, int],
     unroll: bool,
+    shape: CacheShape,
 ) -> dict[str, Any]:
     """Return what decides some of the samples and answers: parts of `Records`.
 
@@ -54,8 +58,11 @@ def parts_of(
             otherwise changes these.
         batches: for each task how many samples are run side by side.
         unroll: see `Generator`.
+        shape: of the model's KV cache: it decides what methods cost.
     """
-    found: dict[str, Any] = {f"task {name}": repr(task) for name, task in tasks.items()}
+    sizes = {"layers": shape.layers, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+    found: dict[str, Any] = {CACHE_SHAPE: sizes}
+    found |= {f"task {name}": repr(task) for name, task in tasks.items()}
     for (name, length), sample in firsts.items():
         found[f"first sample of {name} at {length} tokens"] = sample.sha256
     words = _words()

@@ -43,7 +43,7 @@ def plot_scores(records: Sequence[dict[str, Any]], path: Path) -> None:
     if lines:
         _ticks(axes, sorted({x for points in lines.values() for x, _, _ in points}))
     axes.set_ylim(bottom=0)
-    _save(figure, axes, path)
+    finish(figure, axes, path)
 
 
 def plot_by_budget(
@@ -64,7 +64,7 @@ def plot_by_budget(
     _ticks(axes, sorted({100 * x for values in points.values() for x, _ in values}))
     if log:
         axes.set_yscale("log")
-    _save(figure, axes, path)
+    finish(figure, axes, path)
 
 
 def plot_by_layer(values: Mapping[str, np.ndarray], label: str, path: Path) -> None:
@@ -82,7 +82,7 @@ def plot_by_layer(values: Mapping[str, np.ndarray], label: str, path: Path) -> N
         axes.fill_between(
             layers, table.min(axis=1), table.max(axis=1), alpha=0.15, color=line.get_color()
         )
-    _save(figure, axes, path)
+    finish(figure, axes, path)
 
 
 def plot_by_position(
@@ -94,7 +94,7 @@ def plot_by_position(
         axes.plot(size * (np.arange(len(means)) + 1), means, marker=".", label=method)
     if log:
         axes.set_yscale("log")
-    _save(figure, axes, path)
+    finish(figure, axes, path)
 
 
 def kl_by_position(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -122,7 +122,8 @@ def _ticks(axes: Any, places: list[float]) -> None:
     axes.minorticks_off()
 
 
-def _save(figure: Any, axes: Any, path: Path) -> None:
+def finish(figure: Any, axes: Any, path: Path) -> None:
+    """Write a figure, with a legend in these axes if they have labels; let go of it."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
     with replacing(path) as part:

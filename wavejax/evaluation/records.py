@@ -161,6 +161,32 @@ class Records:
             yield record
 
 
+def read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read a folder, whosever it is, and write nothing.
+
+    Args:
+        folder: of an evaluation.
+
+    Returns:
+        the content of its settings' file, and its records; a line begun is none.
+
+    Raises:
+        InputError: it holds no evaluation.
+    """
+    try:
+        content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        lines = (folder / RECORDS).read_bytes().splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no evaluation: name a folder with {SETTINGS} and {RECORDS}, as "
+            "scripts/evaluate.py writes them"
+        ) from error
+    found = [record for record in map(_record_of, lines) if record is not None]
+    if not isinstance(content, dict) or "settings" not in content or not found:
+        raise InputError(f"{folder} holds no record of an evaluation: name another folder")
+    return content, found
+
+
 def _record_of(line: bytes) -> dict[str, Any] | None:
     """Return the record that a line is, if it is one."""
     try:

@@ -13,6 +13,7 @@ from models.checkpoints.open import Checkpoint, find_default_model, open_checkpo
 from models.errors import InputError
 from models.text.tokenizer import Tokenizer, load_tokenizer
 from wavejax.cli.compilation import keep_compiled_programs
+from wavejax.store.shape import CacheShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Subject:
     def name(self) -> str:
         """The checkpoint's file or folder name."""
         return self.checkpoint.path.name
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """The layers and heads of the model's KV cache."""
+        return CacheShape.of(self.checkpoint.config)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

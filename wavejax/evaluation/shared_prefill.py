@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from pallas_kernels.rounding import quantise
 from wavejax.attention.dense import DenseState
@@ -50,6 +52,15 @@ class SharedPrefill:
         else:
             cache = full
         return jax.tree.map(jnp.copy, dataclasses.replace(dense, attention_state=cache))
+
+    def clusters(self, generator: Generator) -> Float[np.ndarray, " batch"] | None:
+        """Count the clusters of each sequence, in the mean of layers and kv heads; None without."""
+        full, attention = self.dense.attention_state, generator.attention
+        if not attention.has_index:
+            return None
+        assert isinstance(full, DenseState)
+        index = self._index(generator, attention, full).index
+        return np.asarray(index.num_clusters, np.float64).mean(axis=(0, 2))
 
     def _index(self, generator: Generator, attention: Any, full: DenseState) -> Any:
         # Methods that differ in nothing but these share their index.

@@ -16,6 +16,7 @@ from wavejax.evaluation.origins import parts_of, settings_of
 from wavejax.evaluation.samples import GENERATOR, Material
 from wavejax.evaluation.setup import Subject
 from wavejax.evaluation.tasks import TASKS
+from wavejax.store.shape import CacheShape
 
 PROSE = Haystack("prose", tuple(f"word{i % 97}." if i % 11 == 0 else f"w{i}" for i in range(9000)))
 LENGTH = 2600  # room for drift's answer too
@@ -131,7 +132,8 @@ def test_a_haystack_is_told_by_its_words(folder):
 
 
 def parts(tasks, firsts=None, batch=2, unroll=False):
-    return parts_of(tasks, firsts or {}, dict.fromkeys(tasks, batch), unroll)
+    shape = CacheShape(layers=2, kv_heads=3, head_dim=64)
+    return parts_of(tasks, firsts or {}, dict.fromkeys(tasks, batch), unroll, shape)
 
 
 def test_parts_tell_tasks_samples_words_and_how_answers_are_drawn(folder, monkeypatch):
