@@ -8,6 +8,7 @@ one program of fixed shapes: a loop that mostly goes round not once.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -29,6 +30,28 @@ from wavejax.store.tolerance import count
 
 Attend = Callable[[Selection, WaveState], tuple[ops.ZoneStates, WaveState]]
 Output = Float[Array, "batch kv_heads group head_dim"]
+
+
+class Kept(NamedTuple):
+    """What `retrieve_within` comes to, and what it took.
+
+    Attributes:
+        output: `[batch, kv_heads, group, head_dim]` float32.
+        bound: `[batch, kv_heads, group]` float32, of the output's relative error.
+        first_bound: the same shape, before more tokens were retrieved.
+        budget: `[batch, kv_heads]` int32, tokens that the output rests on.
+        retrieved: the same shape, int32, those of earlier turns too.
+        turns: int32 scalar, the first one included. In each of them tokens are drawn in all heads.
+        cache: the row cache after them.
+    """
+
+    output: Array
+    bound: Array
+    first_bound: Array
+    budget: Array
+    retrieved: Array
+    turns: Array
+    cache: RowCache
 
 
 def merge_zones(
@@ -75,41 +98,62 @@ def keep_within(
     log = state.tolerance
     if log is None:
         raise InputError("`tolerance` is set, but the state was made without: make it anew")
-    output, bound = bound_error(config, layer, selection, zones, state, jnp.int32(0))
+    kept = retrieve_within(config, layer, selection, zones, state, attend, log.limits)
     limit = log.limits[:, None, None]
-    at_once = bound <= limit
+    state = dataclasses.replace(state, cache=kept.cache)
+    within, output = kept.bound <= limit, kept.output
+    if config.exact_fallback:
+        output = _compute(config, layer, selection.query, output, ~within, state)
+    log = count(log, kept.first_bound <= limit, within, config.exact_fallback)
+    return output, dataclasses.replace(state, tolerance=log)
+
+
+def retrieve_within(
+    config: WaveConfig,
+    layer: Int[Array, ""],
+    selection: Selection,
+    zones: ops.ZoneStates,
+    state: WaveState,
+    attend: Attend,
+    limits: Float[Array, " batch"],
+) -> Kept:
+    """Retrieve more tokens in heads that are past a limit, until they are within it or at the cap.
+
+    Args:
+        config, layer, selection, zones, state, attend: as of `keep_within`.
+        limits: of each sequence, relative errors.
+    """
+    output, first_bound = bound_error(config, layer, selection, zones, state, jnp.int32(0))
     tokens = state.index.token_ids.shape[-1]
     first = config.most_retrieved(tokens)
     cap = min(first * config.tolerance_cap, tokens)
-    if cap > first:
-        wide = _with_most(config, cap)
+    budget = jnp.full(output.shape[:2], first, jnp.int32)
+    kept = Kept(output, first_bound, first_bound, budget, budget, jnp.int32(1), state.cache)
+    if cap <= first:
+        return kept
+    wide, limit = with_most(config, cap), limits[:, None, None]
 
-        def fails(carry: tuple[Array, Array, Array, Array, RowCache]) -> Array:
-            return jnp.any(_next(limit, carry[0], carry[2], cap) > 0)
+    def fails(kept: Kept) -> Array:
+        return jnp.any(_next(limit, kept.budget, kept.bound, cap) > 0)
 
-        def retrieve_more(
-            carry: tuple[Array, Array, Array, Array, RowCache],
-        ) -> tuple[Array, Array, Array, Array, RowCache]:
-            budget, output, bound, turn, cache = carry
-            more = _next(limit, budget, bound, cap)
-            given = dataclasses.replace(state, cache=cache)
-            chosen, given = _select(wide, layer, selection.query, more, given)
-            found, given = attend(chosen, given)
-            new = bound_error(config, layer, chosen, found, given, turn)
-            again = (more > 0)[..., None]
-            output = jnp.where(again[..., None], new[0], output)
-            bound = jnp.where(again, new[1], bound)
-            return jnp.maximum(budget, more), output, bound, turn + 1, given.cache
+    def retrieve_more(kept: Kept) -> Kept:
+        more = _next(limit, kept.budget, kept.bound, cap)
+        given = dataclasses.replace(state, cache=kept.cache)
+        chosen, given = select_by_budget(wide, layer, selection.query, more, given)
+        found, given = attend(chosen, given)
+        output, bound = bound_error(config, layer, chosen, found, given, kept.turns)
+        again = (more > 0)[..., None]
+        return Kept(
+            jnp.where(again[..., None], output, kept.output),
+            jnp.where(again, bound, kept.bound),
+            first_bound,
+            jnp.maximum(kept.budget, more),
+            kept.retrieved + more,
+            kept.turns + 1,
+            given.cache,
+        )
 
-        budget = jnp.full(output.shape[:2], first, jnp.int32)
-        carry = budget, output, bound, jnp.int32(1), state.cache
-        _, output, bound, _, cache = lax.while_loop(fails, retrieve_more, carry)
-        state = dataclasses.replace(state, cache=cache)
-    within = bound <= limit
-    if config.exact_fallback:
-        output = _compute(config, layer, selection.query, output, ~within, state)
-    log = count(log, at_once, within, config.exact_fallback)
-    return output, dataclasses.replace(state, tolerance=log)
+    return lax.while_loop(fails, retrieve_more, kept)
 
 
 def bound_error(
@@ -156,7 +200,7 @@ def _next(limit: Array, budget: Array, bound: Array, cap: int) -> Array:
     return jnp.where(past, jnp.minimum(2 * budget, cap), 0)
 
 
-def _with_most(config: WaveConfig, cap: int) -> WaveConfig:
+def with_most(config: WaveConfig, cap: int) -> WaveConfig:
     """Return settings that retrieve up to the cap, of twice as many candidates."""
     return dataclasses.replace(
         config,
@@ -166,7 +210,7 @@ def _with_most(config: WaveConfig, cap: int) -> WaveConfig:
     )
 
 
-def _select(
+def select_by_budget(
     config: WaveConfig,
     layer: Int[Array, ""],
     query: Float[Array, "batch kv_heads group head_dim"],
