@@ -1,9 +1,10 @@
 """A tolerance: heads whose error may be past it retrieve more, then may be computed exactly.
 
 After a layer's output, `sampled_bound` bounds each query head's relative error. The kv heads of
-which one is not within the tolerance retrieve twice as many tokens, and again, up to a cap; they
-alone are attended to anew. What is still not within is counted, or computed exactly. All of it is
-one program of fixed shapes: a loop that mostly goes round not once.
+which one is not within the tolerance retrieve more tokens: as many times as many as the bound is
+times the tolerance, twice at least, and again, up to a cap. They alone are attended to anew. What
+is still not within is counted, or computed exactly. All of it is one program of fixed shapes: a
+loop that mostly goes round not once.
 """
 
 import dataclasses
@@ -134,10 +135,10 @@ def retrieve_within(
     wide, limit = with_most(config, cap), limits[:, None, None]
 
     def fails(kept: Kept) -> Array:
-        return jnp.any(_next(limit, kept.budget, kept.bound, cap) > 0)
+        return jnp.any(next_budget(limit, kept.budget, kept.bound, cap) > 0)
 
     def retrieve_more(kept: Kept) -> Kept:
-        more = _next(limit, kept.budget, kept.bound, cap)
+        more = next_budget(limit, kept.budget, kept.bound, cap)
         given = dataclasses.replace(state, cache=kept.cache)
         chosen, given = select_by_budget(wide, layer, selection.query, more, given)
         found, given = attend(chosen, given)
@@ -191,13 +192,29 @@ def bound_error(
     return merged[0], sampled_bound(*given, scale=scale)
 
 
-def _next(limit: Array, budget: Array, bound: Array, cap: int) -> Array:
+def next_budget(
+    limit: Float[Array, "batch 1 1"],
+    budget: Int[Array, "batch kv_heads"],
+    bound: Float[Array, "batch kv_heads group"],
+    cap: int,
+) -> Int[Array, "batch kv_heads"]:
     """Say how many tokens each kv head is to retrieve now; 0 for one that is to stay as it is.
 
-    A NaN is not within the tolerance, and no number of tokens mends it.
+    As many times as many as its bound is times the limit, twice at least: what an earlier turn
+    retrieved and drew is read for nothing. A NaN is not within the tolerance, and no number of
+    tokens mends it.
+
+    Args:
+        limit: relative errors, above 0; infinity for none.
+        budget: int32, tokens that each retrieved last.
+        bound: float32, of each query head's relative error.
+        cap: tokens that none retrieves more than.
     """
-    past = jnp.any(bound > limit, axis=-1) & (budget < cap)
-    return jnp.where(past, jnp.minimum(2 * budget, cap), 0)
+    past = bound > limit
+    ratio = jnp.max(jnp.where(past, bound / limit, 0), axis=-1)
+    wanted = jnp.minimum(budget * jnp.maximum(ratio, 2), cap)
+    more = jnp.any(past, axis=-1) & (budget < cap)
+    return jnp.where(more, jnp.ceil(wanted).astype(jnp.int32), 0)
 
 
 def with_most(config: WaveConfig, cap: int) -> WaveConfig:

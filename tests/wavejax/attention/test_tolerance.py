@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.attention_harness import decode, model_of, prefill, random_stream
 from wavejax import DenseAttention, InputError, WaveAttention, WaveConfig
+from wavejax.attention.tolerance import next_budget
 from wavejax.engine.facts import facts_of
 from wavejax.store.shape import CacheShape
 from wavejax.store.tolerance import begin, init_tolerance, shares_of
@@ -82,10 +83,23 @@ def test_past_the_cap_heads_are_computed(stream, full):
     facts = facts_of(attention, state)
     assert facts.within == 1
     assert facts.computed > 0.9
-    # At first 16 tokens, then twice as many, then twice as many again: the cap is four times.
+    # At first 16 tokens; so far past it a head goes to the cap at once, four times as many.
     kv_heads = STEPS * len(LENGTHS) * MODEL.num_kv_heads
     misses = np.asarray(state.cache.table.misses, np.int64).sum()
-    assert misses == (16 + 32 + 64) * kv_heads
+    assert misses == (16 + 64) * kv_heads
+
+
+def test_a_head_retrieves_as_many_times_as_many_as_its_bound_is_past():
+    limit = jnp.array([0.1, 0.5, jnp.inf])[:, None, None]
+    bound = jnp.array([[[0.05, 0.3], [0.1, 0.02]], [[jnp.inf, 0], [0.6, jnp.nan]], [[9, 9]] * 2])
+    budget = jnp.array([[10, 10], [10, 35], [10, 10]], jnp.int32)
+    found = next_budget(limit, budget, bound, 60)
+    # Three times; within; the cap; twice at least and the cap; never.
+    assert found.tolist() == [[pytest.approx(30, abs=1), 0], [60, 60], [0, 0]]
+    # At the cap there is no more, and a NaN asks for none.
+    assert next_budget(limit, jnp.full((3, 2), 60), bound, 60).tolist() == [[0, 0]] * 3
+    alone = next_budget(limit[:1], budget[:1], jnp.array([[[jnp.nan, 0.0], [0.11, 0.0]]]), 60)
+    assert alone.tolist() == [[0, 20]]
 
 
 def test_a_wide_one_changes_nothing(stream):
