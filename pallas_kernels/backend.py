@@ -1,9 +1,9 @@
 """The one door to Pallas' backends: what kernels take from them, and for what they are lowered.
 
-Of Triton's, for GPUs, and of Mosaic's, for TPUs. A kernel for GPUs is traced before it is known for
-which platform it will be lowered. What only NVIDIA's GPUs take, CUDA's assembly, is asked for by
-`takes_assembly`; and a call that asks is one of `per_platform`, which traces it anew where it is
-lowered for another platform than it was traced for.
+Of Triton's, for GPUs, by one of two routes (`triton_route`), and of Mosaic's, for TPUs. A kernel
+for GPUs is traced before it is known for which platform it will be lowered. What only NVIDIA's GPUs
+take, CUDA's assembly, is asked for by `takes_assembly`. A call that asks is one of `per_platform`:
+it is traced anew where it is lowered for another platform than it was traced for.
 """
 
 import contextlib
@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as _tpu
-from jax.experimental.pallas import triton as _triton
 from jax.extend import core
 from jax.interpreters import batching, mlir
 
-load = _triton.load
-store = _triton.store
-atomic_add = _triton.atomic_add
-debug_barrier = _triton.debug_barrier
+from pallas_kernels import triton_route
+
+pallas_call = triton_route.pallas_call
+load = triton_route.load
+store = triton_route.store
+atomic_add = triton_route.atomic_add
+debug_barrier = triton_route.debug_barrier
 
 # A TPU's memories, and copies between them that run beside the program.
 vector_memory = _tpu.VMEM
@@ -35,20 +37,6 @@ CUDA, ROCM, TPU = "cuda", "rocm", "tpu"
 
 # Which of them is traced for, where that is known. It is part of the keys of JAX's caches.
 _traced_for = jax.make_user_context(default_value=None)
-
-
-def pallas_call(
-    kernel: Callable[..., None], *, num_warps: int, num_stages: int, **settings: Any
-) -> Callable[..., Any]:
-    """Return what `pl.pallas_call` does, for this backend.
-
-    Args:
-        kernel: of refs.
-        num_warps, num_stages: see Triton.
-        settings: others of `pl.pallas_call`.
-    """
-    parameters = _triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    return pl.pallas_call(kernel, compiler_params=parameters, **settings)
 
 
 def tpu_call(
@@ -113,14 +101,8 @@ def inline_assembly(text: str, *operands: Any, dtype: Any) -> Any:
         dtype = jnp.dtype(dtype)
         return "f" if dtype == jnp.float32 else {4: "r", 8: "l"}[dtype.itemsize]
 
-    [result] = _triton.elementwise_inline_asm(
-        text,
-        args=operands,
-        constraints=",".join(["=" + register(dtype), *(register(x.dtype) for x in operands)]),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, dtype)],
-    )
-    return result
+    constraints = ",".join(["=" + register(dtype), *(register(x.dtype) for x in operands)])
+    return triton_route.inline_assembly(text, operands, constraints, dtype)
 
 
 def on_nvidia() -> bool:
