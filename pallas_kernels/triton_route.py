@@ -3,6 +3,7 @@
 JAX says that its backend will go. Ours wants the package `triton` instead.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ VARIABLE = "WAVEJAX_TRITON"
 # The same by both routes: they are Pallas' own.
 load = own_triton.load
 store = own_triton.store
+
+# How an interpreted kernel is called. A test may put another interpreter here.
+interpreted_call: Callable[..., Any] = functools.partial(pl.pallas_call, interpret=True)
 
 
 def takes_own_route() -> bool:
@@ -76,7 +80,7 @@ def pallas_call(
         ModuleNotFoundError: see `takes_own_route`.
     """
     if interpret:
-        return pl.pallas_call(kernel, interpret=True, **settings)
+        return interpreted_call(kernel, **settings)
     if takes_own_route():
         return own_triton.pallas_call(
             kernel, num_warps=num_warps, num_stages=num_stages, **settings

@@ -117,8 +117,8 @@ for _name in _FUNCTIONS:
 @rule("neg")
 def _negate(at: Translator, equation: Equation) -> Value:
     [aval], [x] = equation.avals, equation.inputs
-    # Of floats not 0 - x, which makes another zero of zero.
-    zero = at.writer.constant(-0.0 if is_float(aval) else 0, aval.dtype, x.shape)
+    # As in JAX's backend the negative of 0.0 is 0.0, so that both routes have the same bits.
+    zero = at.writer.constant(0, aval.dtype, x.shape)
     return at.writer.binary(operation("sub", aval), zero, x)
 
 

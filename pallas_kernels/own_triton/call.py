@@ -35,10 +35,28 @@ def pallas_call(
         name: the kernel's.
         settings: others of `pl.pallas_call`.
     """
-    traced = pl.pallas_call(kernel, name=name, **settings)
+    trace = traced(kernel, num_warps=num_warps, num_stages=num_stages, name=name, **settings)
 
     def call(*operands: Any) -> Any:
-        jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*operands)
+        made, avals, tree = trace(*operands)
+        results = launch_p.bind(*jax.tree.leaves(operands), kernel=made, avals=avals)
+        return jax.tree.unflatten(tree, results)
+
+    return call
+
+
+def traced(
+    kernel: Callable[..., None], *, num_warps: int, num_stages: int, name: str, **settings: Any
+) -> Callable[..., tuple[Kernel, tuple[Any, ...], Any]]:
+    """Return what traces a kernel: from operands to the kernel, its results' avals, their tree.
+
+    Args:
+        kernel, num_warps, num_stages, name, settings: see `pallas_call`.
+    """
+    function = pl.pallas_call(kernel, name=name, **settings)
+
+    def trace(*operands: Any) -> tuple[Kernel, tuple[Any, ...], Any]:
+        jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*operands)
         [found] = _calls(jaxpr.jaxpr)
         made = Kernel(
             name=name,
@@ -49,10 +67,9 @@ def pallas_call(
             aliases=tuple(found.params["input_output_aliases"]),
         )
         avals = tuple(var.aval for var in found.outvars)
-        results = launch_p.bind(*jax.tree.leaves(operands), kernel=made, avals=avals)
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return made, avals, jax.tree.structure(shapes)
 
-    return call
+    return trace
 
 
 def _calls(jaxpr: Any) -> Iterator[Any]:

@@ -226,7 +226,11 @@ def test_select_tokens_exactly(slots, most, config, admission_ratio):
     sizes, offsets = random_sizes(rng, clusters)
     tokens = int(offsets.max()) + 3
     row = (LAYERS, BATCH, HEADS)
-    ids = rng.permuted(np.broadcast_to(np.arange(tokens), (*row, tokens)), axis=-1)
+    # The last 20 tokens were appended to the index, 8 at a time.
+    prompt = tokens - 20
+    ids = rng.permuted(np.broadcast_to(np.arange(prompt), (*row, prompt)), axis=-1)
+    appended = np.broadcast_to(np.arange(20) % 8, (*row, 20))
+    ids = np.concatenate([ids, appended], axis=-1)
     table = empty_table(row, tokens, slots)
     room = 140
     settings = SelectionSettings(most, 4096, 8, admission_ratio, with_clusters=True)
@@ -250,7 +254,7 @@ def test_select_tokens_exactly(slots, most, config, admission_ratio):
         operands = (
             ranked,
             IndexedTokens(
-                offsets, jnp.asarray(ids, jnp.uint16), jnp.full(BATCH, tokens - 20, jnp.int32)
+                offsets, jnp.asarray(ids, jnp.uint16), jnp.full(BATCH, prompt, jnp.int32)
             ),
             table,
             LAYER,
