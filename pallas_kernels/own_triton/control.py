@@ -23,26 +23,18 @@ def _call(at: Translator, equation: Equation) -> list[Any]:
 def _cond(at: Translator, equation: Equation) -> list[Value]:
     which, *inputs = equation.inputs
     branches = [_open(branch) for branch in equation.params["branches"]]
-    return _branch(at, which, branches, inputs, equation.out_avals)
-
-
-def _branch(
-    at: Translator, which: Value, branches: Sequence[Any], inputs: Any, avals: Sequence[Any]
-) -> list[Value]:
-    if len(branches) == 1:
-        return at.translate(branches[0], inputs)
+    if len(branches) != 2:
+        raise NotImplementedError(f"own Triton lowering: {len(branches)} branches")
     writer = at.writer
     first = writer.binary("arith.cmpi eq,", which, writer.constant(0, which.element), "i1")
-    results = _results(at, avals)
+    results = _results(at, equation.out_avals)
     types = f" -> ({_types(results)})" if results else ""
     writer.line(f"{_named(results)}scf.if {first.name}{types} {{")
     with writer.block():
         _give(at, at.translate(branches[0], inputs))
     writer.line("} else {")
     with writer.block():
-        if len(branches) > 2:
-            which = writer.binary("arith.subi", which, writer.constant(1, which.element))
-        _give(at, _branch(at, which, branches[1:], inputs, avals))
+        _give(at, at.translate(branches[1], inputs))
     writer.line("}")
     return results
 

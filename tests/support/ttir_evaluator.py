@@ -18,7 +18,7 @@ Scope = dict[str, Any]
 Step = Callable[[Scope], Any]
 
 NAME = r"%[\w#]+"
-HEAD = re.compile(rf"(?:(%\w+)(?::(\d+))? = )?(.*)$")
+HEAD = re.compile(r"(?:(%\w+)(?::(\d+))? = )?(.*)$")
 BLOCK = re.compile(r"\^bb0\((.*)\):$")
 
 
@@ -147,7 +147,8 @@ def _joined(rest: str, lines: Sequence[str], at: int) -> tuple[str, int, Any, in
     """Of a reduction or a scan: its operand, its axis, how it joins two tensors, its last line."""
     match = re.match(rf'"tt.\w+"\(({NAME})\) <{{axis = (\d+)', rest)
     block = BLOCK.match(lines[at + 1])
-    assert match is not None and block is not None
+    assert match is not None
+    assert block is not None
     names = re.findall(r"(%\w+):", block[1])
     body, at = _block(lines, at + 2)
 
