@@ -21,8 +21,8 @@ WORKERS ?= 2
 NEWEST_TESTS := tests/pallas_kernels/test_backend.py tests/pallas_kernels/selection/test_lowering.py \
 	tests/pallas_kernels/selection/test_references.py tests/pallas_kernels/attend_zones/test_reference.py \
 	tests/pallas_kernels/append_rows tests/pallas_kernels/attend_dense \
-	tests/wavejax/engine/test_gpu_programs.py tests/wavejax/engine/test_compiled_programs.py \
-	tests/wavejax/engine/test_staged.py tests/wavejax/cli/test_doctor.py
+	tests/pallas_kernels/own_triton tests/wavejax/engine/test_gpu_programs.py \
+	tests/wavejax/engine/test_compiled_programs.py tests/wavejax/engine/test_staged.py tests/wavejax/cli/test_doctor.py
 
 python_version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VERSION := $(call python_version,$(PYTHON))
