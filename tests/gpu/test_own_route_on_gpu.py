@@ -1,7 +1,7 @@
 """Our own way through Triton on a CUDA GPU, for a JAX whose Triton backend is gone.
 
-The ops' own tests run in a process of its own, where nothing can import that backend. All of them
-run by this route with `WAVEJAX_TRITON=own pytest -p tests.support.without_triton tests/gpu`.
+The ops' own tests run in a process of its own, where nothing can import that backend. All tests on
+a GPU by this route: `WAVEJAX_TRITON=own python -m pytest -p tests.support.without_triton tests/gpu`
 """
 
 import importlib.util
