@@ -58,9 +58,9 @@ def zone_bounds(
     reach += _ROUNDING * jnp.abs(jnp.where(keeps, estimate.logits, 0))
     a, b = jnp.maximum(reach - shift, 0), jnp.maximum(reach + shift, 0)
     # Their mean square: at most that of all members, less the retrieved's, about the new mean.
-    held = query_square * of_clusters(spread.key_square * size)
-    square = (held * (1 + _ROUNDING) - gone_keys) / of_clusters(left) - shift**2
-    square = jnp.minimum(jnp.maximum(square, 0) + _ROUNDING * held, a * b)
+    of_all = query_square * of_clusters(spread.key_square * size)
+    square = (of_all * (1 + _ROUNDING) - gone_keys) / of_clusters(left) - shift**2
+    square = jnp.minimum(jnp.maximum(square, 0) + _ROUNDING * of_all, a * b)
     log_factor = jnp.where(keeps, _bennett(square, a), 0)
 
     log_least = jnp.where(keeps, rest.logits + of_clusters(jnp.log(left)), MASKED)
@@ -73,10 +73,12 @@ def zone_bounds(
     total = log_sum_exp(jnp.stack([*logsumexps[:-1], low]), axis=0)
     more_mass, more_value = corrections(rest, correction, layer)
     factor = jnp.exp(log_factor)
-    mass_error = jnp.maximum(factor - 1 - more_mass, more_mass)
+    held = jnp.exp(rest.held)
+    estimated = held * (1 + more_mass)
+    mass_error = jnp.maximum(factor - estimated, estimated - 1)
     value_error = _deviation(a, b, factor) * of_clusters(_value_spread(
         spread, size, left, gone_values, rest, estimate, layer
-    )) + _length(more_value, correction, layer, keeps)  # fmt: skip
+    )) + _length(held[..., None] * more_value, correction, layer, keeps)  # fmt: skip
     distance = _distance(rest.values, output)
     share = jnp.exp(log_least - total[..., None])
     relative = mass_error * distance + value_error

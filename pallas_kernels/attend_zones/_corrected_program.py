@@ -4,7 +4,7 @@
 retrieved: n' = n - r remain, of which s are to be estimated. L is the sum of the retrieved's
 logits, V that of their values. Then
 
-    l' = l + (r l - L) / n'                   the logit of what remains
+    l' = l + (r l - L) / n', at most l        the logit of what remains
     v' = v + (r v - V) / n' = (n v - V) / n'  its mean value
     W = s e^{l'} (1 + m)                      its mass, to second order
 
@@ -120,7 +120,7 @@ class RestProgram(PartOfRow):
             jnp.maximum(x, 1).astype(jnp.float32) for x in (tile.sizes, left, members)
         )
         gone = retrieved.astype(jnp.float32)[None, :] * logits - jnp.where(of_heads, logit_sums, 0)
-        logits = logits + gone / still[None, :]
+        logits = logits + jnp.where(gone > 0, 0.0, gone / still[None, :])
         share = jnp.where(keeps, share_of_moments(tile.sizes, members), 0)
 
         def second_order(r: Array, more: Array) -> Array:

@@ -6,6 +6,9 @@ n' = n - r. Without the retrieved its mean key c' and mean value v' are exact:
     q.c' = q.c + (r q.c - sum of the retrieved's q.k) / n'
     v'   = v + (r v - sum of the retrieved's values) / n'
 
+but for rounding: what it adds to the stored c comes in n / n' times. In an exponent that can be
+much. So what remains is held to be no nearer to the query than the whole, with logit q.c.
+
 With residuals from these means, x of q.k and e of values, the mass is n' e^{q.c'} (1 + m) and the
 values' weighted sum is n' e^{q.c'} ((1 + m) v' + C q) to second order: m = mean(x^2) / 2 and
 C q = mean(e x). They are known of all n members: m = sum lambda p^2 / 2 and C q = sum w p, with
@@ -34,6 +37,7 @@ class Rest(NamedTuple):
         sizes: the same shape, how many members each cluster has.
         logits: `[batch, kv_heads, group, clusters]` float32, of the members' mean key; MASKED where
             nothing is to be estimated.
+        held: the same shape and dtype, what the logits are held down by in the estimate; at most 0.
         values: `[batch, kv_heads, clusters, head_dim]` float32, the members' mean value; zeros
             there.
     """
@@ -41,6 +45,7 @@ class Rest(NamedTuple):
     members: Array
     sizes: Array
     logits: Array
+    held: Array
     values: Array
 
 
@@ -82,13 +87,14 @@ def what_remains(
     logit_sums = jnp.swapaxes(sums[..., head_dim : head_dim + group], -1, -2)
     gone, left = taken[:, :, None], left[:, :, None]
     # As a change, which is nothing where nothing is retrieved.
-    rest_logits = logits + (gone * logits - logit_sums) / left
+    nearer = (gone * logits - logit_sums) / left
     means = jnp.where(keeps[..., None], value_means[layer], 0).astype(jnp.float32)
     gone, left = (jnp.swapaxes(x, -1, -2) for x in (gone, left))
     return Rest(
         jnp.where(keeps, members, 0),
         sizes,
-        jnp.where(keeps[:, :, None], rest_logits, MASKED),
+        jnp.where(keeps[:, :, None], logits + nearer, MASKED),
+        jnp.where(keeps[:, :, None] & (nearer > 0), -nearer, 0.0),
         jnp.where(keeps[..., None], means + (gone * means - sums[..., :head_dim]) / left, 0),
     )
 
@@ -103,7 +109,8 @@ def attend_rest(rest: Rest, correction: Correction, layer: Array | int) -> tuple
     more_mass, more_value = corrections(rest, correction, layer)
     keeps = (rest.members > 0)[:, :, None]
     count = jnp.log(jnp.maximum(rest.members, 1).astype(jnp.float32))[:, :, None]
-    logits = jnp.where(keeps, rest.logits + count + jnp.log1p(more_mass), MASKED)
+    logits = rest.logits + rest.held + count + jnp.log1p(more_mass)
+    logits = jnp.where(keeps, logits, MASKED)
     logsumexp = log_sum_exp(logits, axis=-1)
     weights = jnp.where(keeps, jnp.exp(logits - logsumexp[..., None]), 0.0)
     output = jnp.einsum("bhgc,bhcd->bhgd", weights, rest.values)

@@ -147,7 +147,8 @@ class Case:
             x, n = d @ query, len(own)
             share = 0 if n == 1 else (1 - 1 / len(left)) / (1 - 1 / n)
             more = min(share * (x**2).mean() / 2, 2)
-            weight = len(left) * np.exp(key @ query)
+            # Held to be no nearer than the whole.
+            weight = len(left) * np.exp(min(key @ query, rows[own, 0].mean(0) @ query))
             mass += weight * (1 + more)
             total += weight * ((1 + more) * value + share * (e * x[:, None]).mean(0))
         return mass, total

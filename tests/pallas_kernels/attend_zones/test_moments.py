@@ -60,17 +60,41 @@ def test_when_nothing_is_left_it_is_full_attention():
         assert float(logsumexp[at]) == pytest.approx(np.log(weights.sum()), abs=1e-5)
 
 
-def test_one_left_of_a_cluster_is_exact():
-    """Its mean key and its mean value are its own, and moments of one are nothing."""
+def test_one_left_of_a_cluster_has_its_own_mean_and_no_moments():
+    """But it is held to be no nearer than the whole cluster."""
     case = Case(4, picked=2.0)
     for b in range(BATCH):
         for rows in members_of(b):
             case.picked[b, :, rows[:1]] = False
     output, logsumexp = case.estimated()
+    held = 0
     for at, query, rows in case.heads():
-        mass, total = case.true(at, query, rows)
+        mass, total = 0.0, 0.0
+        for own in members_of(at[0]):
+            if not len(own):
+                continue
+            logit, whole = rows[own[0], 0] @ query, rows[own, 0].mean(0) @ query
+            held += logit > whole
+            mass += np.exp(min(logit, whole))
+            total += np.exp(min(logit, whole)) * rows[own[0], 1]
         np.testing.assert_allclose(output[at], total / mass, atol=2e-4)
         assert logsumexp[at] == pytest.approx(np.log(mass), abs=2e-4)
+    assert held
+
+
+def test_few_that_remain_weigh_no_more_than_as_many_of_the_whole():
+    """Whatever rounding adds to a stored mean: of one of many, n / n' times as much comes in."""
+    case = Case(4, picked=2.0)
+    for b in range(BATCH):
+        for rows in members_of(b):
+            case.picked[b, :, rows[:1]] = False
+    *operands, estimate = case.operands()
+    logits = np.asarray(estimate.logits + 0.5, np.float64)
+    _, logsumexp = case.estimated((*operands, estimate._replace(logits=jnp.asarray(logits))))
+    for at, query, rows in case.heads():
+        del query, rows
+        used = logits[at][: np.count_nonzero(SIZES[at[0]])]
+        assert logsumexp[at] <= np.log(np.exp(used).sum()) + 1e-4
 
 
 @pytest.mark.parametrize("size", [1e-3, 30.0, 1e3])
