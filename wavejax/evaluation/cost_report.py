@@ -1,7 +1,6 @@
 """What methods cost beside how near they come to full attention: a table, and KL by bytes read."""
 
 import dataclasses
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -138,15 +137,17 @@ def plot_kl_by_bytes(panels: Mapping[str, Sequence[Point]], path: Path) -> None:
         path: where to write.
     """
     families = list(dict.fromkeys(p.family for points in panels.values() for p in points))
+    colours = {family: f"C{i % 10}" for i, family in enumerate(families)}
+    methods = dict.fromkeys((p.family, p.method) for points in panels.values() for p in points)
+    numbers = {method: i + 1 for i, (_, method) in enumerate(methods)}
     pyplot = plots.pyplot()
     figure, all_axes = pyplot.subplots(
         *(1, len(panels)),
-        figsize=(1 + 6.5 * len(panels), 5.5),
+        figsize=(1 + 6.5 * len(panels), 5.5 + 0.2 * len(methods)),
         layout="constrained",
         sharey=True,
         squeeze=False,
     )
-    colours = {family: f"C{i % 10}" for i, family in enumerate(families)}
     for axes, (title, points) in zip(all_axes[0], panels.items(), strict=True):
         axes.set(xscale="log", yscale="log", title=title)
         axes.set_xlabel("bytes read by a step, of one sequence")
@@ -155,19 +156,22 @@ def plot_kl_by_bytes(panels: Mapping[str, Sequence[Point]], path: Path) -> None:
             if point.kl is None:
                 continue
             x, colour = point.cost.step.total, colours[point.family]
-            short = point.method.removeprefix(point.family).strip() or point.family
-            short = re.sub(r"((?:[^,]*,){2})", r"\1\n", short.replace("[", "").replace("]", ""))
-            label = {"fontsize": 6, "xytext": (4, 3), "textcoords": "offset points"}
+            number = str(numbers[point.method])
+            label = {"fontsize": 9, "xytext": (4, 3), "textcoords": "offset points"}
             if point.kl > 0:
                 axes.plot(x, point.kl, marker="o", color=colour)
-                axes.annotate(short, (x, point.kl), **label)
+                axes.annotate(number, (x, point.kl), **label)
             else:
                 axes.axvline(x, color=colour, linestyle="--")
-                where = axes.get_xaxis_transform()
-                axes.annotate(point.method, (x, 0.01), xycoords=where, rotation=90, **label)
-        for family in families:
-            axes.plot([], [], marker="o", linestyle="", color=colours[family], label=family)
+                axes.annotate(number, (x, 0.01), xycoords=axes.get_xaxis_transform(), **label)
     all_axes[0][0].set_ylabel("KL from full attention, nats, mean over tasks")
+    # Names are long, and points near each other: so a point has a number, explained below.
+    marks = [
+        pyplot.Line2D([], [], marker="o", linestyle="", color=colours[family])
+        for family, _ in methods
+    ]
+    named = [f"{number}  {method}" for method, number in numbers.items()]
+    figure.legend(marks, named, loc="outside lower left", fontsize="small")
     plots.finish(figure, all_axes[0][-1], path)
 
 
