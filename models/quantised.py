@@ -15,6 +15,9 @@ from models.parameters import Axes, Params, Path, Shape
 FEW_ROWS = 4
 """Up to this number of tokens, a GPU multiplies by a matrix in groups without a matrix product."""
 
+ROWS_AT_ONCE = 2
+"""So many tokens' sums are made together: the matrix is read once for each."""
+
 _ARRAYS = ("levels", "scales", "scale_factors", "minima", "minimum_factors")
 
 
@@ -134,8 +137,19 @@ def multiply(
         return jnp.einsum("...i,oi->...o", inputs, numbers, preferred_element_type=dtype)
 
     def sums(inputs: Array, matrix: QuantisedMatrix) -> Array:
-        numbers = matrix.dequantise(inputs.dtype).astype(jnp.float32)
-        summed = jnp.sum(inputs[..., None, :].astype(jnp.float32) * numbers, axis=-1)
+        few = inputs.reshape(-1, inputs.shape[-1])
+
+        def of(rows: Array, matrix: QuantisedMatrix) -> Array:
+            numbers = matrix.dequantise(inputs.dtype).astype(jnp.float32)
+            return jnp.sum(rows[:, None, :].astype(jnp.float32) * numbers, axis=-1)
+
+        # Of more rows at once XLA would write the floats to memory after all; and so it would if
+        # two sums could share them, which a barrier between them forbids.
+        parts: list[Array] = []
+        for i in range(0, len(few), ROWS_AT_ONCE):
+            matrix, parts = lax.optimization_barrier((matrix, parts))
+            parts.append(of(few[i : i + ROWS_AT_ONCE], matrix))
+        summed = jnp.concatenate(parts).reshape(*inputs.shape[:-1], -1)
         return summed.astype(dtype or inputs.dtype)
 
     if math.prod(inputs.shape[:-1]) > FEW_ROWS:

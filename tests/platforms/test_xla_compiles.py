@@ -11,13 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.described_products import PRODUCTS
 from tests.support.described_steps import ATTENTIONS
 from tests.support.kernel_cases import ALL_HEADS, kernel_cases
 from tests.support.platform_packages import package_folder
 
 ROOT = Path(__file__).parents[2]
 # By module: the names that it prints, each when its programs are compiled.
-COMPILED = {"described_gpu": [*kernel_cases(ALL_HEADS[0])], "described_steps": [*ATTENTIONS]}
+COMPILED = {
+    "described_gpu": [*kernel_cases(ALL_HEADS[0])],
+    "described_steps": [*ATTENTIONS],
+    "described_products": [*PRODUCTS],
+}
 
 
 @pytest.mark.slow(200)

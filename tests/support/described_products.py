@@ -1,0 +1,51 @@
+"""Products with quantised matrices, compiled for an H200 that is described; see `described_gpu`.
+
+    python -m tests.support.described_products
+
+prints each product that keeps no floats of the matrix in memory.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from models.quantised import QuantisedMatrix, multiply
+from tests.support.described_gpu import compiled
+
+OUT, IN = 4096, 2048
+BLOCKS, GROUPS = IN // 256, IN // 32
+
+
+def _of(*shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def matrices():
+    """Shapes of a matrix in each format."""
+    halves = _of(OUT, IN // 2, dtype=jnp.uint8)
+    small, factors = _of(OUT, GROUPS, dtype=jnp.int8), _of(OUT, BLOCKS, dtype=jnp.float16)
+    levels, scales = _of(OUT, IN, dtype=jnp.int8), _of(OUT, 1, dtype=jnp.float32)
+    keywords = {"columns": IN, "dtype": jnp.bfloat16}
+    return {
+        "int8": QuantisedMatrix(levels, scales, **keywords),
+        "int4": QuantisedMatrix(halves, _of(OUT, GROUPS, dtype=jnp.bfloat16), **keywords),
+        "Q4_K": QuantisedMatrix(halves, small, factors, small, factors, **keywords),
+    }
+
+
+# By format, tokens that are multiplied at once. In groups, more are known to write the floats.
+TOKENS = {"int8": (1, 4, 32), "int4": (1, 2, 3, 4), "Q4_K": (1, 2, 3, 4)}
+PRODUCTS = {f"{name}-{n}": (name, n) for name, of in TOKENS.items() for n in of}
+
+
+def main() -> None:
+    """Compile all, and print those that keep no floats."""
+    of_format = matrices()
+    for product, (name, tokens) in PRODUCTS.items():
+        inputs = _of(tokens, 1, IN, dtype=jnp.bfloat16)
+        program = compiled(lambda x, m: multiply(x, m), inputs, of_format[name])
+        if program.memory_analysis().temp_size_in_bytes < OUT * IN / 2:
+            print(product, flush=True)
+
+
+if __name__ == "__main__":
+    main()
