@@ -152,7 +152,7 @@ def multiply(
         summed = jnp.concatenate(parts).reshape(*inputs.shape[:-1], -1)
         return summed.astype(dtype or inputs.dtype)
 
-    if math.prod(inputs.shape[:-1]) > FEW_ROWS:
+    if not 0 < math.prod(inputs.shape[:-1]) <= FEW_ROWS:
         return product(inputs, matrix)
     # XLA's products on GPUs take a conversion as an operand, but no scales of groups: the floats
     # would be written to memory and read again. Sums take any operand as it is computed.

@@ -39,6 +39,7 @@ class CompressedLayout:
       group: columns of a group, by that strategy.
       block: rows and columns of a block, by that strategy.
       symmetric: whether there are no zero points.
+      ordered: whether groups follow each other where the file names none.
     """
 
     bits: int
@@ -48,6 +49,7 @@ class CompressedLayout:
     group: int | None = None
     block: tuple[int, int] | None = None
     symmetric: bool = True
+    ordered: bool = True
 
     @property
     def said(self) -> str:
@@ -83,7 +85,7 @@ class CompressedLayout:
             # Some programs write the zeros of symmetric matrices.
             parts[_ZERO] = Part(zero_points, optional=self.symmetric)
         if self.strategy == "group":
-            parts[_GROUPS] = part((shape[1],), dtypes=_INTEGERS, optional=True)
+            parts[_GROUPS] = part((shape[1],), dtypes=_INTEGERS, optional=self.ordered)
         return parts
 
     def format(self, shape: Shape, given: Mapping[str, str]) -> WeightFormat | None:
@@ -140,6 +142,11 @@ class CompressedLayout:
         """Return the group of each column: as given, unless it is -1 for all of them."""
         if given is None or (given == -1).all():
             return self.group or columns
+        if count > 1 and not given.any():
+            raise InputError(
+                f"has {count} groups, and {_GROUPS} names the first alone: which columns belong to "
+                "which is not in the file; get it from its authors again"
+            )
         return checked_groups(given, count, _GROUPS)
 
 

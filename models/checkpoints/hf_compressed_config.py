@@ -74,7 +74,13 @@ def compressed_method(settings: Mapping[str, Any]) -> CompressedMethod:
     cache_alone = groups == {} and settings.get("kv_cache_scheme")
     if not isinstance(groups, Mapping) or not (groups or cache_alone):
         raise InputError(f"{_WHERE}'s config_groups are {reprlib.repr(groups)}; expected groups")
-    return CompressedMethod(tuple(_group(name, x, settings) for name, x in groups.items()))
+    # Groups of activations alone are of no matter here: activations stay floats.
+    weighed = {name: x for name, x in groups.items() if not _of_activations(x)} or groups
+    return CompressedMethod(tuple(_group(name, x, settings) for name, x in weighed.items()))
+
+
+def _of_activations(group: Any) -> bool:
+    return isinstance(group, Mapping) and group.get("weights") is None
 
 
 def _group(name: str, group: Any, settings: Mapping[str, Any]) -> _Group:
@@ -136,6 +142,8 @@ def _layout(where: str, weights: Mapping[str, Any], packed: bool) -> CompressedL
         group=group if strategy == "group" else None,
         block=_block(weights) if strategy == "block" else None,
         symmetric=symmetric,
+        # "weight" and "static" sort columns and put them back: groups follow each other.
+        ordered=weights.get("actorder") not in ("group", "dynamic", True),
     )
 
 

@@ -82,8 +82,11 @@ class GptqMethod:
         stored = unpack_words(tensors["qzeros"], self.bits)[:, :out].T
         most = np.uint8(2**self.bits - 1)
         zero_points = (stored + np.uint8(1)) & most if self.less_one else stored
+        if self.symmetric:
+            self._check_label(stored)
         groups: int | np.ndarray = self.group or columns
-        if "g_idx" in tensors:
+        # Zeros alone stand for groups that follow each other, as ExLlama and AutoGPTQ take them.
+        if "g_idx" in tensors and tensors["g_idx"].any():
             given = checked_groups(tensors["g_idx"], len(tensors["scales"]), "g_idx")
             in_order = np.arange(columns) // groups
             if (given != in_order).any():
@@ -101,6 +104,16 @@ class GptqMethod:
                 )
             return ScaledMatrix(numbers, tensors["scales"].T, groups, middle)
         return ScaledMatrix(numbers, tensors["scales"].T, groups, zero_points)
+
+    def _check_label(self, stored: np.ndarray) -> None:
+        """Raise InputError where symmetric zero points are those of the other format."""
+        middle = 2 ** (self.bits - 1)
+        label, other = ("gptq", "gptq_v2") if self.less_one else ("gptq_v2", "gptq")
+        if (stored == (middle if self.less_one else middle - 1)).all():
+            raise InputError(
+                f"has the zero points of the format {other}, but config.json says {label}: set "
+                f"checkpoint_format to {other!r} there"
+            )
 
 
 def gptq_method(settings: Mapping[str, Any]) -> GptqMethod:

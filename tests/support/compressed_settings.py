@@ -15,9 +15,15 @@ def settings(format: str = "pack-quantized", **weights: Any) -> dict[str, Any]:
     }
 
 
-def ints(bits: int, group: Any, symmetric: bool = True, format: str = "pack-quantized") -> Any:
+def ints(
+    bits: int,
+    group: Any,
+    symmetric: bool = True,
+    format: str = "pack-quantized",
+    **more: Any,
+) -> Any:
     """The same of integers, in groups of columns or by a strategy's name."""
     sizes = {"strategy": "group", "group_size": group} if group != "channel" else {}
     if isinstance(group, str):
         sizes = {"strategy": group, "group_size": None}
-    return settings(format, num_bits=bits, type="int", symmetric=symmetric, **sizes)
+    return settings(format, num_bits=bits, type="int", symmetric=symmetric, **sizes, **more)

@@ -165,3 +165,25 @@ def test_a_folder_may_ask_for_a_quantised_cache_alone(tmp_path: Path) -> None:
     assert "kv_cache_scheme" in note
     with pytest.raises(InputError, match="holds floats"):
         checkpoint.formats("packed")
+
+
+def test_a_folder_sorted_by_activations_says_its_groups(tmp_path: Path) -> None:
+    write_quantised(tmp_path, ints(4, 32, actorder="group"), compressed(4, group=32))
+    with pytest.raises(InputError, match=rf"missing {NAME}.weight_g_idx \(96,\) of I32 or I64"):
+        open_checkpoint(tmp_path)
+
+
+def test_groups_that_are_all_the_first_are_refused(tmp_path: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[f"{NAME}.weight_g_idx"] = np.zeros(96, "i4")
+
+    write_quantised(tmp_path, ints(4, 32), compressed(4, group=32), change=change)
+    with pytest.raises(InputError, match="has 3 groups, and weight_g_idx names the first alone"):
+        open_checkpoint(tmp_path).load_params("float32")
+
+
+def test_groups_of_activations_alone_are_of_no_matter(tmp_path: Path) -> None:
+    said = ints(4, 32)
+    said["config_groups"]["of attention"] = {"targets": ["LlamaAttention"], "weights": None}
+    expected = write_quantised(tmp_path, said, compressed(4, group=32))
+    assert_holds(open_checkpoint(tmp_path).load_params("float32"), expected)

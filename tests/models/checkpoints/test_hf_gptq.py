@@ -217,6 +217,32 @@ def test_levels_that_contradict_the_config_are_refused_and_read_as_floats(
     assert_holds(checkpoint.load_params("float32"), expected)
 
 
+@pytest.mark.parametrize("weight_dtype", ["model", "int8", "packed"])
+@pytest.mark.parametrize("less_one, said", [(True, "gptq_v2"), (False, "gptq")])
+def test_zero_points_of_the_other_format_are_refused(
+    less_one: bool, said: str, weight_dtype: str, tmp_path: Path
+) -> None:
+    packer = gptq(4, group=32, symmetric=True, less_one=less_one)
+    write_quantised(tmp_path, settings(sym=True, checkpoint_format=said), packer)
+    other = "gptq" if less_one else "gptq_v2"
+    with pytest.raises(InputError, match=f"set checkpoint_format to '{other}'"):
+        open_checkpoint(tmp_path).load_params("float32", None, weight_dtype)
+
+
+@pytest.mark.parametrize("weight_dtype", ["model", "packed"])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_g_idx_of_zeros_says_nothing(act_order: bool, weight_dtype: str, tmp_path: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in tensors:
+            if name.endswith("g_idx"):
+                tensors[name] = np.zeros_like(tensors[name])
+
+    packer = gptq(4, group=32)
+    expected = write_quantised(tmp_path, settings(desc_act=act_order), packer, change=change)
+    found = open_checkpoint(tmp_path).load_params("float32", None, weight_dtype)
+    assert_holds(dequantised(found), expected)
+
+
 def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
         tensors[f"{NAME}.scales"][1, 5] = np.inf
