@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def command(
     subject = open_subject(model, dtype)
     for length in sizes:
         subject.check_length(length)
-        if attention.config.reads_all(length):
+        if attention.config.reads_all(length) or not budgets_at(attention.config, length, chosen):
             raise InputError(
                 f"at {length} tokens {method} reads all of them and estimates nothing: give a "
                 "smaller min_retrieved_tokens in --method, or longer --lengths"
@@ -117,10 +118,7 @@ def command(
     facts = {"model": subject.name, "method": method, "dtype": subject.dtype, "seed": seed}
     found: list[dict[str, Any]] = []
     for length in sizes:
-        # As the bench makes room: answers come in whole chunks.
-        new_tokens = -(-max(task.new_tokens for task in chosen.values()) // CHUNK) * CHUNK
-        tokens = index_room(attention.config, bucket(length), new_tokens, 1)[0]
-        budgets = ladder(attention.config, tokens)
+        budgets = budgets_at(attention.config, length, chosen)
         wide = dataclasses.replace(with_most(attention.config, budgets[-1]), tolerance=0.0)
         bench = Bench(
             subject.checkpoint.config,
@@ -136,11 +134,23 @@ def command(
             write_text(json_file, json.dumps(content, indent=1) + "\n")
 
 
+def budgets_at(config: WaveConfig, length: int, tasks: Mapping[str, Task]) -> list[int]:
+    """Return the budgets of later turns; none where the first one is all that there is room for."""
+    # As the bench makes room: answers come in whole chunks.
+    new_tokens = -(-max(task.new_tokens for task in tasks.values()) // CHUNK) * CHUNK
+    return ladder(config, index_room(config, bucket(length), new_tokens, 1)[0])
+
+
 def attention_of(method: str, limits: list[float]) -> WaveAttention:
     """Make the adaptive mode; raise InputError where the method can have no tolerance."""
     [attention] = parse_methods(method, {}).values()
     if type(attention) is not WaveAttention:
         raise InputError(f"--method is {method!r}; it must be wave, with settings if wanted")
+    if attention.config.min_token_mass or attention.config.exact_fallback:
+        raise InputError(
+            "min_token_mass and exact_fallback change what is read, which is not counted here: "
+            "leave them out"
+        )
     config = dataclasses.replace(attention.config, tolerance=limits[0])
     if config.tolerance_cap < 2:
         raise InputError("tolerance_cap is 1: heads retrieve no more than at first; give 2 or more")

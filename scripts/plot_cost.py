@@ -53,13 +53,18 @@ def command(folders: tuple[Path, ...], out: Path, shapes: tuple[str, ...]) -> No
     for folder in folders:
         content, records = read_results(folder)
         settings = content["settings"]
+        for name in ("model", "dtype"):
+            if name not in settings:
+                raise InputError(f"{folder / SETTINGS} has no {name!r}: no evaluation wrote it")
         shape = shape_of(folder, content, given)
         points, unknown = points_of(records, shape, settings)
         tables += [f"# {folder.name}: {settings['model']}", summarise_costs(points, unknown)]
         for title, found in panels_of(settings["model"], points).items():
             panels.setdefault(title, []).extend(found)
-    plot_kl_by_bytes(panels, out)
     print("\n\n".join(tables))
+    if not panels:
+        raise InputError("no method of these folders is known any more: there is nothing to plot")
+    plot_kl_by_bytes(panels, out)
 
 
 def parse_shape(text: str) -> tuple[str, CacheShape]:

@@ -129,7 +129,10 @@ def retrieve_within(
     first = config.most_retrieved(tokens)
     cap = min(first * config.tolerance_cap, tokens)
     budget = jnp.full(output.shape[:2], first, jnp.int32)
-    kept = Kept(output, first_bound, first_bound, budget, budget, jnp.int32(1), state.cache)
+    # A budget counts room; read are as many tokens as there are.
+    held = state.index.tokens[:, None]
+    read = jnp.minimum(budget, held)
+    kept = Kept(output, first_bound, first_bound, budget, read, jnp.int32(1), state.cache)
     if cap <= first:
         return kept
     wide, limit = with_most(config, cap), limits[:, None, None]
@@ -149,7 +152,7 @@ def retrieve_within(
             jnp.where(again, bound, kept.bound),
             first_bound,
             jnp.maximum(kept.budget, more),
-            kept.retrieved + more,
+            kept.retrieved + jnp.minimum(more, held),
             kept.turns + 1,
             given.cache,
         )
@@ -212,9 +215,11 @@ def next_budget(
     """
     past = bound > limit
     ratio = jnp.max(jnp.where(past, bound / limit, 0), axis=-1)
-    wanted = jnp.minimum(budget * jnp.maximum(ratio, 2), cap)
+    wanted = budget * jnp.maximum(ratio, 2)
+    # Not by a minimum in floats: a cap that they do not hold would never be reached.
+    wanted = jnp.where(wanted >= cap, cap, jnp.ceil(wanted).astype(jnp.int32))
     more = jnp.any(past, axis=-1) & (budget < cap)
-    return jnp.where(more, jnp.ceil(wanted).astype(jnp.int32), 0)
+    return jnp.where(more, jnp.minimum(wanted, cap), 0)
 
 
 def with_most(config: WaveConfig, cap: int) -> WaveConfig:

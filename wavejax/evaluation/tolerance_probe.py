@@ -124,7 +124,8 @@ class BudgetsProbe(DenseAttention):
         def within(limit: Array) -> tuple[Array, ...]:
             limits = jnp.full(batch, limit)
             kept = retrieve_within(config, layer, selection, zones, method, attend, limits)
-            return figures(kept.output, kept.bound, kept.budget, kept.retrieved, kept.turns)
+            rows = jnp.minimum(kept.budget, method.index.tokens[:, None])
+            return figures(kept.output, kept.bound, rows, kept.retrieved, kept.turns)
 
         wide = with_most(config, self.most)
 

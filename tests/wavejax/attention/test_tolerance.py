@@ -100,6 +100,11 @@ def test_a_head_retrieves_as_many_times_as_many_as_its_bound_is_past():
     assert next_budget(limit, jnp.full((3, 2), 60), bound, 60).tolist() == [[0, 0]] * 3
     alone = next_budget(limit[:1], budget[:1], jnp.array([[[jnp.nan, 0.0], [0.11, 0.0]]]), 60)
     assert alone.tolist() == [[0, 20]]
+    # A cap that float32 does not hold is reached all the same, and no more is asked for then.
+    large = 2**24 + 1
+    alone = next_budget(limit[:1], jnp.full((1, 1), 2**24, jnp.int32), bound[:1, 1:] + 1, large)
+    assert alone.tolist() == [[large]]
+    assert next_budget(limit[:1], alone, bound[:1, 1:] + 1, large).tolist() == [[0]]
 
 
 def test_a_wide_one_changes_nothing(stream):
