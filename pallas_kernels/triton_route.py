@@ -55,7 +55,8 @@ def takes_own_route() -> bool:
     if importlib.util.find_spec("triton") is None:
         raise ModuleNotFoundError(
             f"JAX {jax.__version__} has no Triton backend of Pallas, and wavejax's own way to run "
-            "kernels wants the package triton: pip install triton"
+            "kernels wants the package triton: pip install triton, or set "
+            "WAVEJAX_IMPLEMENTATION=xla for plain JAX"
         )
     return True
 

@@ -73,7 +73,7 @@ def zone_bounds(
     total = log_sum_exp(jnp.stack([*logsumexps[:-1], low]), axis=0)
     more_mass, more_value = corrections(rest, correction, layer)
     factor = jnp.exp(log_factor)
-    held = jnp.exp(rest.held)
+    held = jnp.exp(jnp.where(keeps, rest.counted - rest.logits, 0))
     estimated = held * (1 + more_mass)
     mass_error = jnp.maximum(factor - estimated, estimated - 1)
     value_error = _deviation(a, b, factor) * of_clusters(_value_spread(

@@ -4,11 +4,12 @@
 retrieved: n' = n - r remain, of which s are to be estimated. L is the sum of the retrieved's
 logits, V that of their values. Then
 
-    l' = l + (r l - L) / n', at most l        the logit of what remains
+    l' = l + (r l - L) / n'                   the logit of what remains
     v' = v + (r v - V) / n' = (n v - V) / n'  its mean value
     W = s e^{l'} (1 + m)                      its mass, to second order
 
-and the output gets W v' + s e^{l'} C q. With a = W n / n' that is
+and the output gets W v' + s e^{l'} C q. Where n' < n / 2, l' is at most l. With a = W n / n' that
+is
 
     a v - sum over the retrieved of (a / n) value + sum over directions of (W h / (1 + m)) p w,
 
@@ -22,8 +23,6 @@ and give each row its cluster's weight. There are no atomics: two runs give the 
 
 Where n' is far less than n, what is left is a small difference of large terms. So weights of mean
 values and of retrieved ones go into products as sums of two numbers each of the vectors' dtype.
-
-It never ran on a GPU.
 """
 
 from typing import Any, NamedTuple
@@ -120,7 +119,8 @@ class RestProgram(PartOfRow):
             jnp.maximum(x, 1).astype(jnp.float32) for x in (tile.sizes, left, members)
         )
         gone = retrieved.astype(jnp.float32)[None, :] * logits - jnp.where(of_heads, logit_sums, 0)
-        logits = logits + jnp.where(gone > 0, 0.0, gone / still[None, :])
+        held = (gone > 0) & (2 * left < tile.sizes)[None, :]
+        logits = logits + jnp.where(held, 0.0, gone / still[None, :])
         share = jnp.where(keeps, share_of_moments(tile.sizes, members), 0)
 
         def second_order(r: Array, more: Array) -> Array:

@@ -7,7 +7,7 @@ n' = n - r. Without the retrieved its mean key c' and mean value v' are exact:
     v'   = v + (r v - sum of the retrieved's values) / n'
 
 but for rounding: what it adds to the stored c comes in n / n' times. In an exponent that can be
-much. So what remains is held to be no nearer to the query than the whole, with logit q.c.
+much. So where less than half remains, it counts as no nearer to the query than the whole: as q.c.
 
 With residuals from these means, x of q.k and e of values, the mass is n' e^{q.c'} (1 + m) and the
 values' weighted sum is n' e^{q.c'} ((1 + m) v' + C q) to second order: m = mean(x^2) / 2 and
@@ -37,7 +37,7 @@ class Rest(NamedTuple):
         sizes: the same shape, how many members each cluster has.
         logits: `[batch, kv_heads, group, clusters]` float32, of the members' mean key; MASKED where
             nothing is to be estimated.
-        held: the same shape and dtype, what the logits are held down by in the estimate; at most 0.
+        counted: the same shape and dtype, the logits that the estimate has in their place: no more.
         values: `[batch, kv_heads, clusters, head_dim]` float32, the members' mean value; zeros
             there.
     """
@@ -45,7 +45,7 @@ class Rest(NamedTuple):
     members: Array
     sizes: Array
     logits: Array
-    held: Array
+    counted: Array
     values: Array
 
 
@@ -88,13 +88,14 @@ def what_remains(
     gone, left = taken[:, :, None], left[:, :, None]
     # As a change, which is nothing where nothing is retrieved.
     nearer = (gone * logits - logit_sums) / left
+    held = (2 * left < sizes[:, :, None]) & (nearer > 0)
     means = jnp.where(keeps[..., None], value_means[layer], 0).astype(jnp.float32)
     gone, left = (jnp.swapaxes(x, -1, -2) for x in (gone, left))
     return Rest(
         jnp.where(keeps, members, 0),
         sizes,
         jnp.where(keeps[:, :, None], logits + nearer, MASKED),
-        jnp.where(keeps[:, :, None] & (nearer > 0), -nearer, 0.0),
+        jnp.where(keeps[:, :, None], jnp.where(held, logits, logits + nearer), MASKED),
         jnp.where(keeps[..., None], means + (gone * means - sums[..., :head_dim]) / left, 0),
     )
 
@@ -109,8 +110,7 @@ def attend_rest(rest: Rest, correction: Correction, layer: Array | int) -> tuple
     more_mass, more_value = corrections(rest, correction, layer)
     keeps = (rest.members > 0)[:, :, None]
     count = jnp.log(jnp.maximum(rest.members, 1).astype(jnp.float32))[:, :, None]
-    logits = rest.logits + rest.held + count + jnp.log1p(more_mass)
-    logits = jnp.where(keeps, logits, MASKED)
+    logits = jnp.where(keeps, rest.counted + count + jnp.log1p(more_mass), MASKED)
     logsumexp = log_sum_exp(logits, axis=-1)
     weights = jnp.where(keeps, jnp.exp(logits - logsumexp[..., None]), 0.0)
     output = jnp.einsum("bhgc,bhcd->bhgd", weights, rest.values)

@@ -22,6 +22,7 @@ from pallas_kernels.toolbox import launch
 from pallas_kernels.types import Clusters, Moments
 
 MOST_RANK = 4
+TURNED_AT_ONCE = 16_384  # clusters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +72,14 @@ def build_moments(
         num_warps=config.num_warps,
         interpret=interpret,
     )
-    directions, weights, within = (
-        x.reshape(*lead, num_clusters, rank, -1) for x in (directions, weights, within)
-    )
+    shaped = tuple(x.reshape(rows, num_clusters, rank, -1) for x in (directions, weights, within))
+    # By parts: the eigenvectors' workspace grows with the matrices that are given at once.
+    at_once = max(TURNED_AT_ONCE // num_clusters, 1)
+    found = lax.map(lambda x: turn(*x), shaped, batch_size=at_once)
     spoilt = ~jnp.all(
         jnp.isfinite(clusters.centroids) & jnp.isfinite(clusters.value_means), axis=-1
     )
-    return spoil(turn(directions, weights, within), spoilt)
+    return spoil(jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found), spoilt)
 
 
 def _kernel(

@@ -58,6 +58,13 @@ def traced(
     def trace(*operands: Any) -> tuple[Kernel, tuple[Any, ...], Any]:
         jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*operands)
         [found] = _calls(jaxpr.jaxpr)
+        shapes_of_refs = [var.aval.shape for var in found.params["jaxpr"].invars]
+        arrays = [var.aval.shape for var in (*found.invars, *found.outvars)]
+        if shapes_of_refs != arrays:
+            raise NotImplementedError(
+                f"{name}: a kernel gets blocks of its arrays (BlockSpec), or memory of its own; by "
+                "wavejax's own way it gets whole arrays alone"
+            )
         made = Kernel(
             name=name,
             jaxpr=found.params["jaxpr"],
@@ -102,6 +109,13 @@ def _lower(context: Any, *operands: Any, kernel: Kernel, avals: Any, platform: s
     )(context, *operands, name=kernel.symbol, opaque=_launch(kernel, arrays, platform))
 
 
+def _refuse(*_: Any, kernel: Kernel, **__: Any) -> Any:
+    raise NotImplementedError(
+        f"{kernel.name} is a kernel for GPUs: interpret it, or give implementation='xla'"
+    )
+
+
+mlir.register_lowering(launch_p, _refuse)
 for _platform in _BACKENDS:
     mlir.register_lowering(
         launch_p, functools.partial(_lower, platform=_platform), platform=_platform

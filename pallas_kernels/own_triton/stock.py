@@ -3,6 +3,7 @@
 import functools
 import importlib
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,10 @@ class Assembly(NamedTuple):
     code: str
     shared: int
     num_warps: int
+
+
+# The package has settings of the whole process.
+_compiling = threading.Lock()
 
 
 @functools.cache
@@ -68,7 +73,7 @@ def compile_text(
         path.write_text(text)
         module = triton.compile.IRSource(str(path), context, backend_of_target).module
     module.context = context
-    with triton.knobs.compilation.scope():
+    with _compiling, triton.knobs.compilation.scope():
         # Or else the code names the file, and is another in each process: JAX's cache of compiled
         # programs would never hold it.
         triton.knobs.compilation.disable_line_info = True

@@ -147,8 +147,10 @@ class Case:
             x, n = d @ query, len(own)
             share = 0 if n == 1 else (1 - 1 / len(left)) / (1 - 1 / n)
             more = min(share * (x**2).mean() / 2, 2)
-            # Held to be no nearer than the whole.
-            weight = len(left) * np.exp(min(key @ query, rows[own, 0].mean(0) @ query))
+            logit = key @ query
+            if 2 * len(left) < n:  # no nearer than the whole
+                logit = min(logit, rows[own, 0].mean(0) @ query)
+            weight = len(left) * np.exp(logit)
             mass += weight * (1 + more)
             total += weight * ((1 + more) * value + share * (e * x[:, None]).mean(0))
         return mass, total

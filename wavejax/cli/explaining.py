@@ -1,6 +1,7 @@
 """What each op took, as a command tells it, and a wrong choice of it as a line of an error."""
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 
 from models.errors import InputError
-from pallas_kernels import explain
+from pallas_kernels import explain, triton_route
 from pallas_kernels.dispatch import VARIABLE, requested
 
 # Implementations that are kernels, and the platform of each as JAX names it.
@@ -18,10 +19,18 @@ HELP = "At the end, say which implementation each op took, and why."
 
 
 def check_variable() -> None:
-    """Raise InputError where the environment variable names no implementation."""
+    """Raise InputError where an environment variable names no implementation, or no route."""
     try:
         requested(None)
-    except ValueError as error:
+        route = os.environ.get(triton_route.VARIABLE)
+        if route:  # without it nothing is wrong before a kernel is called
+            own = triton_route.takes_own_route()
+            if own and importlib.util.find_spec("triton") is None:
+                raise InputError(
+                    f"{triton_route.VARIABLE} is own, and that way wants the package triton: "
+                    "pip install triton, or leave the variable out"
+                )
+    except (ValueError, ModuleNotFoundError) as error:
         raise InputError(str(error)) from error
 
 

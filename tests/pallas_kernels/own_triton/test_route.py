@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
+import pallas_kernels as ops
 from pallas_kernels import own_triton, triton_route
 from pallas_kernels.own_triton import stock
 from tests.support import recorded_launches
@@ -194,3 +195,31 @@ def test_without_jaxs_backend():
         [sys.executable, "-c", WITHOUT_JAXS], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.stdout.endswith("done\n"), done.stderr[-3000:]
+
+
+def test_blocks_of_arrays_are_refused():
+    """They would be taken for the whole arrays."""
+
+    def double(x_ref, o_ref):
+        o_ref[...] = 2 * x_ref[...]
+
+    block = pl.BlockSpec((8,), lambda i: (i,))
+    call = own_triton.pallas_call(
+        double,
+        num_warps=4,
+        num_stages=1,
+        name="double",
+        grid=(2,),
+        in_specs=[block],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct((16,), jnp.float32),
+    )
+    with pytest.raises(NotImplementedError, match="double: a kernel gets blocks of its arrays"):
+        call(jnp.zeros(16))
+
+
+def test_without_a_gpu_a_kernel_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("WAVEJAX_TRITON", "own")
+    states = jnp.zeros((3, 1, 1, 4, 64)), jnp.zeros((3, 1, 1, 4))
+    with pytest.raises(NotImplementedError, match="merge_states is a kernel for GPUs: interpret"):
+        ops.merge_states(*states, implementation="triton")

@@ -1,5 +1,6 @@
 """`--explain`, and the environment variable that chooses an implementation."""
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pallas_kernels as ops
+from pallas_kernels import triton_route
 from pallas_kernels.dispatch import VARIABLE
 from tests.wavejax.cli.conftest import Result
 from wavejax.cli.explaining import asked_for_kernels
@@ -60,6 +62,29 @@ def test_a_variable_that_cannot_hold_is_one_line(
     generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch, value: str, message: str
 ) -> None:
     monkeypatch.setenv(VARIABLE, value)
+    result = generate("--model", tiny, "--prompt", "x", "--max-new-tokens", 2)
+    assert (result.status, result.out) == (2, "")
+    [line] = result.err.splitlines()
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("mosaic", "error: WAVEJAX_TRITON: no route 'mosaic'; give jax or own"),
+        ("own", "error: WAVEJAX_TRITON is own, and that way wants the package triton: pip install"),
+    ],
+)
+def test_a_route_that_cannot_be_taken_is_one_line(
+    generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch, value: str, message: str
+) -> None:
+    monkeypatch.setenv(triton_route.VARIABLE, value)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *of: None if name == "triton" else found(name, *of),
+    )
     result = generate("--model", tiny, "--prompt", "x", "--max-new-tokens", 2)
     assert (result.status, result.out) == (2, "")
     [line] = result.err.splitlines()
