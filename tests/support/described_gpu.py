@@ -12,11 +12,10 @@ import functools
 import sys
 from typing import Any
 
-import jax
-from jax._src import xla_bridge
+import numpy as np
+from jax._src import compiler, xla_bridge
 from jax._src.lib import _jax, xla_client
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from tests.support.kernel_cases import ALL_HEADS, kernel_cases
 from tests.support.lowering import lowered_for
@@ -52,12 +51,14 @@ def device() -> Any:
 
 
 def compiled(function: Any, *operands: Any) -> Any:
-    """The compiled program of a function of arrays, whose shapes are given."""
-    there = SingleDeviceSharding(device())
-    placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), operands
-    )
-    return lowered_for("cuda", function, *placed).compile()
+    """The compiled program of a function of arrays: of shapes, or of arrays in their memories.
+
+    Lowered for this machine's device, which knows a host's memory, and compiled for the H200:
+    a shape that is placed there cannot say in which memory it is.
+    """
+    module = lowered_for("cuda", function, *operands).compiler_ir("stablehlo")
+    options = compiler.get_compile_options(1, 1, device_assignment=np.zeros((1, 1), int))
+    return device().client.compile(module, _jax.DeviceList((device(),)), options)
 
 
 def main(names: list[str]) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
     for product, (name, tokens) in PRODUCTS.items():
         inputs = _of(tokens, 1, IN, dtype=jnp.bfloat16)
         program = compiled(lambda x, m: multiply(x, m), inputs, of_format[name])
-        if program.memory_analysis().temp_size_in_bytes < OUT * IN / 2:
+        if program.get_compiled_memory_stats().temp_size_in_bytes < OUT * IN / 2:
             print(product, flush=True)
 
 

@@ -5,19 +5,14 @@
 prints each name when its programs are compiled.
 """
 
-import contextlib
 import sys
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
-
 from pallas_kernels import dispatch
-from tests.support.attention_harness import model_of
 from tests.support.described_gpu import compiled
+from tests.support.layer_programs import by_kernels, layer_programs
 from wavejax import DenseAttention, WaveAttention, WaveConfig
 from wavejax.attention.protocol import AnyAttention
-from wavejax.store.shape import CacheShape
 
 
 def _wave(store: str = "device", **settings: object) -> AnyAttention:
@@ -36,44 +31,25 @@ ATTENTIONS = {
     "full": DenseAttention(),
     "full-int8": DenseAttention(row_dtype="int8"),
 }
+ON_THE_HOST = {"host", "int8", "audit"}
 
 
-def compile_programs(attention: AnyAttention) -> None:
-    """Compile a step with growth, and a prefill, of one layer of a small model."""
-    model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
-    shape = CacheShape.of(model)
-    state = jax.eval_shape(lambda: attention.init_state(shape, 2, 9000, 100, jnp.bfloat16))
-
-    def arrays(batch: int, tokens: int) -> list[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct((batch, tokens, n, 64), jnp.bfloat16) for n in (6, 2, 2)]
-
-    def step(query, key, value, state):
-        state = attention.grow(state)
-        output, state = attention.decode(jnp.int32(1), query, key, value, state)
-        return output, attention.advance(state, jnp.ones(2, bool))
-
-    def prefill(query, key, value, state):
-        at = {"sequence": jnp.int32(0), "length": jnp.int32(8900)}
-        return attention.prefill(jnp.int32(1), query, key, value, state, **at)
-
-    compiled(step, *arrays(2, 1), state)
-    compiled(prefill, *arrays(1, 9000), state)
-
-
-def by_kernels(op, implementation, implementations, *operands, **settings):
+def kernels_or_plain(op, implementation, implementations, *operands, **settings):
     """What `dispatch.call` does on a GPU: a kernel, or plain JAX for what it does not know."""
-    picked = implementation or "triton"
-    with contextlib.suppress(NotImplementedError):
-        if picked in implementations:
-            return implementations[picked](*operands, **settings)
-    return implementations["xla"](*operands, **settings)
+    try:
+        return by_kernels(op, implementation, implementations, *operands, **settings)
+    except NotImplementedError:
+        return implementations["xla"](*operands, **settings)
 
 
 def main(names: list[str]) -> None:
     """Compile the programs of these names, or of all."""
-    with mock.patch.object(dispatch, "call", by_kernels):
+    with mock.patch.object(dispatch, "call", kernels_or_plain):
         for name in names or ATTENTIONS:
-            compile_programs(ATTENTIONS[name])
+            for function, operands in layer_programs(ATTENTIONS[name], 9000).values():
+                [program] = compiled(function, *operands).hlo_modules()
+                # XLA's number of host memory.
+                assert ("S(5)" in program.to_string()) == (name in ON_THE_HOST), name
             print(name, flush=True)
 
 

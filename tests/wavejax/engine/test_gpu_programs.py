@@ -10,6 +10,7 @@ import pytest
 from models.parameters import nest, parameter_shapes
 from pallas_kernels import dispatch
 from tests.support.attention_harness import model_of
+from tests.support.layer_programs import by_kernels, layer_programs
 from tests.support.lowering import lower_for
 from wavejax import DenseAttention, WaveAttention
 from wavejax.engine import staged_programs
@@ -27,28 +28,17 @@ def test_all_the_work_is_kernels(store, monkeypatch):
     """Both stores: the kernels take one in host memory as it is. Growth is part of the step."""
     monkeypatch.setattr(dispatch, "call", by_kernels)
     attention = WaveAttention(store=store)
-    model = model_of(layers=2, kv_heads=2, group=3, head_dim=64)
-    state = attention.init_state(CacheShape.of(model), 2, 2500, 100, jnp.bfloat16)
-
-    def arrays(batch, tokens):
-        return [jnp.zeros((batch, tokens, heads, 64), jnp.bfloat16) for heads in (6, 2, 2)]
-
-    def step(query, key, value, state):
-        state = attention.grow(state)
-        output, state = attention.decode(jnp.int32(1), query, key, value, state)
-        return output, attention.advance(state, jnp.ones(2, bool))
-
-    def prefill(query, key, value, state):
-        at = {"sequence": jnp.int32(0), "length": jnp.int32(2400)}
-        return attention.prefill(jnp.int32(1), query, key, value, state, **at)
+    programs = layer_programs(attention, 2500)
 
     # XLA writes to a store on the device by itself, and rows there need no slots.
     append = {"append_rows"} if store == "host" else set()
     admit = {"admit_rows"} if store == "host" else set()
-    steps = kernels_of(lower_for("cuda", step, *arrays(2, 1), state))
+    steps, prefills = (
+        kernels_of(lower_for("cuda", function, *operands))
+        for function, operands in programs.values()
+    )
     assert steps >= STEP | INDEX | append | admit
     assert {"admit_rows"} & steps == admit
-    prefills = kernels_of(lower_for("cuda", prefill, *arrays(1, 2500), state))
     assert prefills >= INDEX | append
     assert {"append_rows"} & (steps | prefills) == append
 
@@ -101,11 +91,6 @@ def test_staged_rows_are_arguments_of_programs_that_know_no_host_memory(platform
         assert kernels[1:] == [{"attend_zones"}, {"merge_states"}]
     else:
         assert kernels == [set()] * 3
-
-
-def by_kernels(op, implementation, implementations, *args, **kwargs):
-    picked = implementation or ("triton" if "triton" in implementations else "xla")
-    return implementations[picked](*args, **kwargs)
 
 
 def kernels_of(text):
