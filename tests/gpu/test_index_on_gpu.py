@@ -69,21 +69,27 @@ def test_build_clusters(dtype, head_dim, count):
     assert spread(found) <= 1.01 * spread(expected)
 
 
-def test_build_clusters_of_many_segments():
-    """Every segment's clusters are those it has alone, whatever is built beside it."""
+def clusters_by_kernel(keys, values, count):
+    settings = {"cluster_size": 32, "max_cluster_size": 64, "iterations": 10}
+    return ops.build_clusters(keys, values, count, **settings, implementation=KERNEL)
+
+
+def of_many_segments(build):
+    """What is built of five segments, after a look that each has what it has alone."""
     shape = 5, 2, 1024, 128
     keys, values = jax.random.normal(jax.random.key(SEED), (2, *shape), jnp.bfloat16)
     counts = jnp.array([1024, 1024, 700, 0, 0], jnp.int32)
-
-    @jax.jit
-    def build(keys, values, count):
-        settings = {"cluster_size": 32, "max_cluster_size": 64, "iterations": 10}
-        return ops.build_clusters(keys, values, count, **settings, implementation=KERNEL)
-
+    build = jax.jit(build)
     together = build(keys, values, counts[:, None])
     for i, count in enumerate(counts):
         own = jax.tree.map(lambda x, i=i: x[i], together)
         jax.tree.map(np.testing.assert_array_equal, own, build(keys[i], values[i], count))
+    return together
+
+
+def test_build_clusters_of_many_segments():
+    """Every segment's clusters are those it has alone, whatever is built beside it."""
+    of_many_segments(clusters_by_kernel)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -100,21 +106,13 @@ def test_build_moments(head_dim, rank):
 
 def test_build_moments_of_many_segments():
     """Every segment's are those it has alone, and there are some."""
-    shape = 5, 2, 1024, 128
-    keys, values = jax.random.normal(jax.random.key(SEED), (2, *shape), jnp.bfloat16)
-    counts = jnp.array([1024, 1024, 700, 0, 0], jnp.int32)
 
-    @jax.jit
     def build(keys, values, count):
-        settings = {"cluster_size": 32, "max_cluster_size": 64, "iterations": 10}
-        clusters = ops.build_clusters(keys, values, count, **settings, implementation=KERNEL)
+        clusters = clusters_by_kernel(keys, values, count)
         return ops.build_moments(keys, values, clusters, rank=2, implementation=KERNEL)
 
-    together = build(keys, values, counts[:, None])
+    together = of_many_segments(build)
     assert (np.asarray(together.lambdas[:3, :, :8]) > 0).all()
-    for i, count in enumerate(counts):
-        own = jax.tree.map(lambda x, i=i: x[i], together)
-        jax.tree.map(np.testing.assert_array_equal, own, build(keys[i], values[i], count))
 
 
 @pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 128), ("float32", 96), ("float16", 64)])

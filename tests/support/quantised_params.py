@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.decoder import apply_model, unembed
-from models.quantised import QuantisedMatrix
+from models.formats import WeightFormat, bytes_by_parameter
+from models.quantised import QuantisedMatrix, formats_of
+from tests.support.quantised_cases import dequantised
 from wavejax import DenseAttention, Generator
 
 _IN_LAYERS = {
@@ -43,6 +45,26 @@ def assert_holds(params: Any, expected: dict[str, np.ndarray], atol: float = 0) 
             np.testing.assert_allclose(given, theirs, rtol=0, atol=atol)
             compared += 1
     assert compared == len(expected)
+
+
+def assert_kept(checkpoint: Any, expected: dict[str, np.ndarray], format: WeightFormat) -> None:
+    """Hold a folder's floats and kept levels to its numbers, and the levels to what is counted."""
+    assert_holds(checkpoint.load_params("float32"), expected)
+    packed = checkpoint.load_params("float32", None, "packed")
+    assert_holds(packed, expected)
+    assert formats_of(packed) == {("layers", layer): format for layer in LAYERS}
+    counted = bytes_by_parameter(checkpoint.config, 4, checkpoint.formats("packed"))
+    assert sum(counted.values()) == sum(x.nbytes for x in jax.tree.leaves(packed))
+
+
+def assert_same_steps(checkpoint: Any) -> None:
+    """Hold the logits of kept levels to those of the folder's floats, and of their own."""
+    floats, packed = (checkpoint.load_params("float32", None, kind) for kind in ("model", "packed"))
+    assert formats_of(packed)
+    ours = answer_logits(checkpoint.config, packed)
+    for params in (floats, dequantised(packed)):
+        theirs = answer_logits(checkpoint.config, params)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 def _floats(leaf: Any) -> np.ndarray:

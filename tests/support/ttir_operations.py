@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from tests.support.ttir_numbers import divided, shifted, to_integer, unsigned
+
 NAME = r"%[\w#]+"
 DTYPES = {
     "i1": np.dtype(bool),
@@ -33,32 +35,6 @@ def kind_of(text: str) -> tuple[np.dtype, tuple[int, ...]]:
     if match is None:
         return DTYPES[text], ()
     return DTYPES[match[2]], tuple(int(size) for size in match[1].split("x")[:-1])
-
-
-def unsigned(x: Any) -> Any:
-    """The same bits without a sign."""
-    x = np.asarray(x)
-    return x if x.dtype == bool else x.view(f"u{x.dtype.itemsize}")
-
-
-def divided(x: Any, y: Any) -> tuple[Any, Any]:
-    """Quotient, cut towards zero, and rest; by zero it may be anything."""
-    dtype = np.asarray(x).dtype
-    assert dtype.itemsize < 8
-    wide = [np.asarray(z).astype(np.int64) for z in (x, y)]
-    by = np.where(wide[1] == 0, 1, wide[1])
-    quotient = np.abs(wide[0]) // np.abs(by) * np.where((wide[0] < 0) ^ (by < 0), -1, 1)
-    found = (quotient, wide[0] - quotient * by)
-    return found[0].astype(dtype), found[1].astype(dtype)
-
-
-def shifted(function: Callable[..., Any], x: Any, y: Any) -> Any:
-    """Shifts; by as many bits as there are, or more, anything: here nothing is left."""
-    x, y = np.asarray(x), unsigned(y)
-    bits = x.dtype.itemsize * 8
-    return np.where(y < bits, function(x, np.minimum(y, bits - 1).astype(x.dtype)), 0).astype(
-        x.dtype
-    )
 
 
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -108,13 +84,6 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "__nv_log2f": np.log2,
     "__nv_sqrtf": np.sqrt,
 }
-
-
-def to_integer(x: Any, dtype: np.dtype) -> Any:
-    """Cut towards zero, and held to what the integer holds, as GPUs do."""
-    ends = np.iinfo(dtype)
-    wide = np.trunc(np.nan_to_num(np.asarray(x, np.float64), nan=0.0, posinf=1e30, neginf=-1e30))
-    return np.clip(wide, ends.min, ends.max).astype(dtype)
 
 
 CASTS: dict[str, Callable[[Any, np.dtype], Any]] = {

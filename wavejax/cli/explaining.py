@@ -1,7 +1,6 @@
 """What each op took, as a command tells it, and a wrong choice of it as a line of an error."""
 
 import dataclasses
-import importlib.util
 import os
 import sys
 from typing import Any
@@ -22,14 +21,7 @@ def check_variable() -> None:
     """Raise InputError where an environment variable names no implementation, or no route."""
     try:
         requested(None)
-        route = os.environ.get(triton_route.VARIABLE)
-        if route:  # without it nothing is wrong before a kernel is called
-            own = triton_route.takes_own_route()
-            if own and importlib.util.find_spec("triton") is None:
-                raise InputError(
-                    f"{triton_route.VARIABLE} is own, and that way wants the package triton: "
-                    "pip install triton, or leave the variable out"
-                )
+        triton_route.check_route()
     except (ValueError, ModuleNotFoundError) as error:
         raise InputError(str(error)) from error
 

@@ -4,19 +4,22 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from models.checkpoints.open import open_checkpoint
 from models.errors import InputError
-from models.formats import WeightFormat, bytes_by_parameter
+from models.formats import WeightFormat
 from models.quantised import formats_of
-from tests.support.quantised_cases import dequantised
 from tests.support.quantised_folders import write_quantised
 from tests.support.quantised_packers import awq
-from tests.support.quantised_params import LAYERS, answer_logits, assert_holds
+from tests.support.quantised_params import (
+    LAYERS,
+    assert_holds,
+    assert_kept,
+    assert_same_steps,
+)
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -34,13 +37,7 @@ def test_levels_are_kept_and_are_the_definitions_numbers(
 ) -> None:
     expected = write_quantised(tmp_path, settings(group), awq(group, dtype), shards=shards)
     checkpoint = open_checkpoint(tmp_path)
-    assert_holds(checkpoint.load_params("float32"), expected)
-    packed = checkpoint.load_params("float32", None, "packed")
-    assert_holds(packed, expected)
-    format = WeightFormat(4, group, "float32", minima=True)
-    assert formats_of(packed) == {("layers", layer): format for layer in LAYERS}
-    counted = bytes_by_parameter(checkpoint.config, 4, checkpoint.formats("packed"))
-    assert sum(counted.values()) == sum(x.nbytes for x in jax.tree.leaves(packed))
+    assert_kept(checkpoint, expected, WeightFormat(4, group, "float32", minima=True))
     what = f"weights: AWQ int4 in groups of {group}"
     assert checkpoint.notes("packed") == (f"{what}, kept as the folder has them",)
     assert checkpoint.notes("model") == (
@@ -58,12 +55,7 @@ def test_all_columns_may_share_a_scale(weight_dtype: str, tmp_path: Path) -> Non
 
 def test_a_step_with_levels_is_that_with_floats(tmp_path: Path) -> None:
     write_quantised(tmp_path, settings(), awq(32))
-    checkpoint = open_checkpoint(tmp_path)
-    floats, packed = (checkpoint.load_params("float32", None, kind) for kind in ("model", "packed"))
-    ours = answer_logits(checkpoint.config, packed)
-    for params in (floats, dequantised(packed)):
-        theirs = answer_logits(checkpoint.config, params)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert_same_steps(open_checkpoint(tmp_path))
 
 
 def test_tied_heads_and_floats_in_between_are_read(tmp_path: Path) -> None:

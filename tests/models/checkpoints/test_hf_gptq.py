@@ -3,19 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from models.checkpoints.open import open_checkpoint
 from models.errors import InputError
-from models.formats import INT8, WeightFormat, bytes_by_parameter
+from models.formats import INT8, WeightFormat
 from models.quantised import formats_of
 from tests.support.quantised_cases import dequantised
 from tests.support.quantised_folders import write_quantised
 from tests.support.quantised_packers import gptq
-from tests.support.quantised_params import LAYERS, answer_logits, assert_holds
+from tests.support.quantised_params import (
+    LAYERS,
+    assert_holds,
+    assert_kept,
+    assert_same_steps,
+)
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -70,12 +74,7 @@ def test_levels_are_kept_and_are_the_definitions_numbers(name: str, tmp_path: Pa
     said, packer, format = KEPT[name]
     expected = write_quantised(tmp_path, said, packer)
     checkpoint = open_checkpoint(tmp_path)
-    assert_holds(checkpoint.load_params("float32"), expected)
-    packed = checkpoint.load_params("float32", None, "packed")
-    assert_holds(packed, expected)
-    assert formats_of(packed) == {("layers", layer): format for layer in LAYERS}
-    counted = bytes_by_parameter(checkpoint.config, 4, checkpoint.formats("packed"))
-    assert sum(counted.values()) == sum(x.nbytes for x in jax.tree.leaves(packed))
+    assert_kept(checkpoint, expected, format)
     sizes = "with a scale a channel" if said["group_size"] == -1 else f"groups of {format.group}"
     [note] = checkpoint.notes("packed")
     assert note.startswith(f"weights: GPTQ int{said['bits']} ")
@@ -105,13 +104,7 @@ def test_a_group_may_be_larger_than_a_row(tmp_path: Path) -> None:
 def test_a_step_with_levels_is_that_with_floats(name: str, tmp_path: Path) -> None:
     said, packer, _ = KEPT[name]
     write_quantised(tmp_path, said, packer, shards=2)
-    checkpoint = open_checkpoint(tmp_path)
-    floats, packed = (checkpoint.load_params("float32", None, kind) for kind in ("model", "packed"))
-    assert formats_of(packed)
-    ours = answer_logits(checkpoint.config, packed)
-    for params in (floats, dequantised(packed)):
-        theirs = answer_logits(checkpoint.config, params)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert_same_steps(open_checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
