@@ -112,7 +112,7 @@ def heuristic(
 def rest_heuristic(
     rows: int, head_dim: int, itemsize: int, clusters: int, levels: bool
 ) -> RestConfig:
-    """Choose a config for the estimate by moments: of nine tried on an H200 the fastest.
+    """Choose a config for the estimate by moments: on an H200 the fastest of nine at `batch8-128k`.
 
     Args:
         rows: sequences times kv heads.

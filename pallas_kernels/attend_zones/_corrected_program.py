@@ -85,8 +85,8 @@ class RestProgram(PartOfRow):
         tiles = self.count_tiles()
         output, peak, _ = self.start(size)
         start = jnp.int32(0), (output, peak, jnp.zeros_like(peak))
-        # Their number is known before: with a loop that looked ahead for its end, as that of the
-        # other zones does, XLA's Triton broke down (jax 0.11.2).
+        # Their number is known before: XLA's Triton broke down (jax 0.11.2) at a loop whose test
+        # alone read a number that the loop carried.
         _, state = lax.while_loop(lambda carry: carry[0] < tiles, step, start)
         self.write(*state)
 
