@@ -44,7 +44,7 @@ def _score_clusters(bench: StepBench, correction: Correction) -> OpCase:
 
 
 def _attend_zones(bench: StepBench, correction: Correction) -> OpCase:
-    """Return the case; that retrieved rows are read a second time does not count as bytes."""
+    """Return the case; that retrieved values are read a second time does not count as bytes."""
     without = bench.case("attend_zones")
     before, (*picks, estimate) = without.operands
     operands = before, (*picks, estimate._replace(correction=correction))

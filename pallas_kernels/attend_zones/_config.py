@@ -11,8 +11,8 @@ MISSED_PROGRAMS = 64
 # A large GPU's 132 processors hold four programs each. What the programs take differs: half as many
 # again as there are places even it out.
 PROGRAMS = 6 * 132
-# Of the estimate by moments a processor holds three programs, by their registers.
-REST_PROGRAMS = 3 * 132
+# Of the estimate by moments a processor holds four programs, by their registers.
+REST_PROGRAMS = 4 * 132
 # A program of fewer tiles would spend its time on starting.
 LEAST_TILES = 3
 # A program holds its share of the list of retrieved rows in registers: 4 a thread for 16 tiles of
@@ -24,20 +24,27 @@ TILE_BYTES = 16384
 
 @dataclasses.dataclass(frozen=True)
 class RestConfig:
-    """How the work of the estimate by moments is cut. Programs take a row's clusters in turn.
+    """How the work of the estimate by moments is cut, into two launches that follow on each other.
 
     Attributes:
-        splits: programs a row.
-        cluster_tile: clusters that a program estimates at once.
-        row_tile: retrieved rows of these clusters that it reads at once.
-        num_warps, num_stages: see Triton. The loop over directions is pipelined.
+        remains_tile: clusters of a program of the first one, which finds what remains of them.
+        remains_warps: its warps.
+        splits: programs a row of the second one, which sums values. Each takes tiles of
+            `remains_tile` clusters that follow on each other.
+        heads: query heads of one program at most; more are another's.
+        cluster_tile, ahead: clusters, or retrieved rows, whose vectors lie side by side in a
+            program's threads, and how many of these tiles it asks for at once. Their product
+            divides `remains_tile`.
+        num_warps: of the second one.
     """
 
     splits: int
-    cluster_tile: int = 32
-    row_tile: int = 16
+    remains_tile: int = 32
+    remains_warps: int = 1
+    heads: int = 4
+    cluster_tile: int = 8
+    ahead: int = 2
     num_warps: int = 4
-    num_stages: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,21 +116,16 @@ def heuristic(
     )
 
 
-def rest_heuristic(
-    rows: int, head_dim: int, itemsize: int, clusters: int, levels: bool
-) -> RestConfig:
-    """Choose a config for the estimate by moments: on an H200 the fastest of nine at `batch8-128k`.
+def rest_heuristic(rows: int, head_dim: int, clusters: int) -> RestConfig:
+    """Choose a config for the estimate by moments: on an H200 the fastest tried at `batch8-128k`.
 
     Args:
         rows: sequences times kv heads.
-        head_dim, itemsize: of the mean values.
+        head_dim: of the vectors.
         clusters: the capacity of a row's list.
-        levels: whether moments are int8: to load them ahead takes registers, not shared memory.
     """
-    row_bytes = launch.tile(head_dim) * itemsize
-    # Half of what is read at once where nothing is retrieved of it: more does not fit registers.
-    tile = max(min(TILE_BYTES // 2 // row_bytes, 32), launch.DOT_TILE)
-    splits = max(1, min(REST_PROGRAMS // rows, math.ceil(clusters / tile)))
-    warps = 4 if row_bytes <= 256 else 8
-    stages = 1 if levels else 2
-    return RestConfig(splits, cluster_tile=tile, num_warps=warps, num_stages=stages)
+    # A thread has eight numbers of a vector, in whatever dtype it comes: so no thread hands any on.
+    tile = max(1024 // launch.tile(head_dim), 1)
+    remains = max(RestConfig.remains_tile, RestConfig.ahead * tile)
+    splits = max(1, min(REST_PROGRAMS // rows, math.ceil(clusters / remains)))
+    return RestConfig(splits, remains_tile=remains, cluster_tile=tile)

@@ -1,7 +1,8 @@
-"""Calls the kernel of the estimate by moments, `_corrected_program.py`.
+"""Calls the kernels of the estimate by moments: `_runs.py`, `_remains.py`, `_corrected_program.py`.
 
-It is a launch of its own, after the one that attends to the other zones and admits missed rows: so
-no row crosses the bus twice, but for those that found no slot. Both write into the same arrays.
+They are launches of their own, after the one that attends to the other zones and admits missed
+rows. So no row crosses the bus twice, but for the values of those that found no slot. That launch
+keeps the logits of retrieved rows, so keys are read once. All write into the same outputs.
 """
 
 from typing import Any, NamedTuple
@@ -12,26 +13,26 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attend_zones._config import RestConfig
-from pallas_kernels.attend_zones._corrected_program import GRANULE, RestProgram
+from pallas_kernels.attend_zones._corrected_program import RestProgram
+from pallas_kernels.attend_zones._remains import Remains, RemainsOperands, RemainsProgram
+from pallas_kernels.attend_zones._runs import BLOCK, Runs, RunsOperands, find_runs
 from pallas_kernels.toolbox import launch
-from pallas_kernels.types import NO_ID, Estimate, Picks, StoredRows
+from pallas_kernels.types import Estimate, Picks, StoredRows
 
 
 class RestOperands(NamedTuple):
-    """The kernel's operands, in order; None for what is not there.
+    """The last kernel's operands, in order; None for what is not there.
 
     Attributes:
         outputs_before, logsumexps_before: as in `ZoneStates`, with room for its own parts, last.
-        query: `[batch, kv_heads, group, head_dim]`.
+        query: `[batch, kv_heads, group, head_dim]`; its shape alone is used.
         store, cache: the data of `StoredRows`, missed rows admitted; no row cache is None.
         store_scales, cache_scales: their scales; None for plain rows.
         tokens, slots: as in `Picks`.
-        own: `[batch, kv_heads, granules * GRANULE]` int32: the clusters of the retrieved rows,
-            rising; -1 for none, of which there may be any between.
-        tops: `[batch, kv_heads, granules]` int32, the greatest of each granule.
-        logits, value_means, offsets, remaining: as in `Estimate`.
-        products: as in `Correction`.
-        lambdas, weights, weight_scales: of its moments.
+        own: `clusters` of `Correction`.
+        means, vectors, each, peaks, masses, ends: as in `Remains`.
+        value_means: as in `Estimate`.
+        weights: of the moments.
         layer: int32 scalar.
     """
 
@@ -45,20 +46,19 @@ class RestOperands(NamedTuple):
     tokens: Any
     slots: Any
     own: Any
-    tops: Any
-    logits: Any
+    means: Any
+    vectors: Any
+    each: Any
+    peaks: Any
+    masses: Any
+    ends: Any
     value_means: Any
-    offsets: Any
-    remaining: Any
-    products: Any
-    lambdas: Any
     weights: Any
-    weight_scales: Any
     layer: Any
 
 
 class RestResults(NamedTuple):
-    """The kernel's results, in order: in place of `outputs_before` and `logsumexps_before`."""
+    """The last kernel's results, in place of `outputs_before` and `logsumexps_before`."""
 
     outputs: Any
     logsumexps: Any
@@ -67,13 +67,13 @@ class RestResults(NamedTuple):
 def attend_corrected(
     outputs: Array,
     logsumexps: Array,
+    exponents: Array,
     query: Array,
     rows: StoredRows,
     picks: Picks,
     estimate: Estimate,
     layer: Array | int,
     *,
-    scale: float,
     config: RestConfig,
     interpret: bool,
 ) -> tuple[Array, Array]:
@@ -82,7 +82,8 @@ def attend_corrected(
     Args:
         outputs, logsumexps: as in `ZoneStates`, with room for `config.splits` more parts at their
             end, which are written in place.
-        query, picks, estimate, layer, scale: as for `attend_zones`.
+        exponents: `[batch, kv_heads, group, retrieved]`, see `RemainsOperands`.
+        query, picks, estimate, layer: as for `attend_zones`.
         rows: with the missed rows admitted.
         config: how the work is cut.
         interpret: see `launch.call`.
@@ -92,36 +93,93 @@ def attend_corrected(
     """
     correction = estimate.correction
     assert correction is not None
-    batch, kv_heads = query.shape[:2]
-    own = jnp.where(picks.tokens != NO_ID, correction.clusters, -1)
-    room = GRANULE * pl.cdiv(own.shape[2], GRANULE)
-    own = jnp.pad(own, ((0, 0), (0, 0), (0, room - own.shape[2])), constant_values=-1)
-    tops = jnp.max(own.reshape(batch, kv_heads, -1, GRANULE), axis=-1)
+    layer = launch.scalar(layer)
+    remains = _find_remains(query, exponents, picks, estimate, layer, config, interpret)
+    batch, kv_heads, group = query.shape[:3]
+    programs = config.splits * batch * kv_heads * pl.cdiv(group, config.heads)
     cached = rows.cache.data.size > 0
-    moments = correction.moments
     operands = RestOperands(
         *(outputs, logsumexps, query),
         *(rows.store.data, rows.cache.data if cached else None),
         *(rows.store.scales, rows.cache.scales if cached else None),
-        *(picks.tokens, picks.slots if cached else None, own, tops),
-        *estimate[:4],
-        *(correction.products, moments.lambdas, moments.weights, moments.weight_scales),
-        launch.scalar(layer),
+        *(picks.tokens, picks.slots if cached else None, correction.clusters),
+        *remains,
+        *(estimate.value_means, correction.moments.weights, layer),
     )
     kept = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (outputs, logsumexps))
 
     def kernel(operands: RestOperands, results: RestResults) -> None:
-        RestProgram(operands, results, config, scale).run()
+        RestProgram(operands, results, config).run()
 
     [found] = launch.call(
         kernel,
         (operands,),
         (RestResults(*kept),),
-        (config.splits * batch * kv_heads,),
+        (programs,),
         name="attend_corrected",
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=1,
         aliases={0: 0, 1: 1},
         interpret=interpret,
     )
     return found.outputs, found.logsumexps
+
+
+def _find_remains(
+    query: Array,
+    exponents: Array,
+    picks: Picks,
+    estimate: Estimate,
+    layer: Array,
+    config: RestConfig,
+    interpret: bool,
+) -> Remains:
+    """Find the runs of the list, and with them what remains of each cluster."""
+    logits, _, offsets, remaining, correction = estimate
+    assert correction is not None
+    moments, (batch, kv_heads, group, clusters) = correction.moments, logits.shape
+    rows = (batch, kv_heads)
+    listed = RunsOperands(picks.tokens, correction.clusters)
+    [runs] = launch.call(
+        find_runs,
+        (listed,),
+        (Runs(_like(*rows, clusters, dtype=jnp.int32), _like(*rows, dtype=jnp.int32)),),
+        (pl.cdiv(picks.tokens.shape[2], BLOCK), batch * kv_heads),
+        name="find_runs",
+        num_warps=BLOCK // 64,
+        num_stages=1,
+        interpret=interpret,
+    )
+    operands = RemainsOperands(
+        *(query, exponents, *listed),
+        *(runs.begins, runs.end, logits, offsets, remaining),
+        *(correction.products, moments.lambdas, moments.weight_scales, layer),
+    )
+    tiles, rank = pl.cdiv(clusters, config.remains_tile), moments.lambdas.shape[4]
+    of_tile = _like(*rows, group, tiles)
+    results = Remains(
+        _like(*logits.shape),
+        _like(rank, *logits.shape),
+        _like(*rows, clusters),
+        *(of_tile, of_tile, _like(*rows, tiles, dtype=jnp.int32)),
+    )
+
+    def kernel(operands: RemainsOperands, results: Remains) -> None:
+        RemainsProgram(operands, results, config).run()
+
+    [found] = launch.call(
+        kernel,
+        (operands,),
+        (results,),
+        (tiles * batch * kv_heads,),
+        name="find_remains",
+        num_warps=config.remains_warps,
+        num_stages=1,
+        interpret=interpret,
+    )
+    remains: Remains = found
+    return remains
+
+
+def _like(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,5 +1,6 @@
 """What every program of the kernels of `attend_zones` does: its part, and a running softmax."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -64,6 +65,9 @@ class Results(NamedTuple):
             rows', without the hits between them.
         claims: in place of `claims_before`.
         cache_scales: in place of `cache_scales_before`.
+        exponents: `[batch, kv_heads, group, retrieved]` float32, binary logarithms of the retrieved
+            rows' masses, for an estimate by moments; anything where there is no row.
+        missed_places: as `missed_tokens`, the rows' places in the list; with `exponents` only.
     """
 
     outputs: Any
@@ -73,6 +77,8 @@ class Results(NamedTuple):
     missed_slots: Any = None
     claims: Any = None
     cache_scales: Any = None
+    exponents: Any = None
+    missed_places: Any = None
 
 
 def aliases(operands: Operands, results: Results) -> dict[int, int]:
@@ -152,11 +158,20 @@ class PartOfRow:
         rows: list[Array],
         valid: Array,
         scales: list[Array] | None = None,
+        keep: Callable[[Array], None] | None = None,
     ) -> State:
         """Attends to a tile of keys and values; levels with scales are not multiplied by them.
 
         The products are: a key's scale multiplies its logits, a value's its weights. Levels are
         whole numbers that every float holds.
+
+        Args:
+            state: before the tile.
+            query: `[g, d]`.
+            rows: keys and values `[n, d]`.
+            valid: bool `[n]`.
+            scales: `[n]` each, of keys and of values.
+            keep: is given the binary logarithms of the rows' masses, `[g, n]`.
         """
         output, peak, masses = state
         keys, values = rows
@@ -165,6 +180,8 @@ class PartOfRow:
         exponents = (self.scale * LOG2_E) * launch.dot(query, keys, (1, 1))
         if scales is not None:
             exponents = exponents * scales[0][None, :]
+        if keep is not None:
+            keep(exponents)
         exponents = jnp.where(valid[None, :], exponents, MASKED)
         higher = jnp.maximum(peak, jnp.max(exponents, axis=1))
         weights = jnp.where(valid[None, :], jnp.exp2(exponents - higher[:, None]), 0.0)

@@ -1,6 +1,7 @@
 """What one program of the kernel of `attend_zones` does in each of the zones."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -54,6 +55,9 @@ class Program(ProgramOfRow):
             at = jnp.where(missed, first + jnp.cumsum(number) - 1, NO_ID)
             plt.store(out.missed_tokens.at[self.b, self.h, at], token, mask=missed)
             plt.store(out.missed_slots.at[self.b, self.h, at], slot, mask=missed)
+            if out.missed_places is not None:
+                places = out.missed_places.at[self.b, self.h, at]
+                plt.store(places, first + lane, mask=missed)
             launch.barrier(self.interpret)
 
         def read(ids: Any, i: Array) -> Array:
@@ -82,7 +86,10 @@ class Program(ProgramOfRow):
                     at = (*self.row, slot, kv)
                     plt.store(out.cache_scales.at[*at], numbers, mask=has_slot)
             # The query is read again for each tile: else it holds 32 registers of each thread.
-            attended = rows, valid, scales
+            keep = None
+            if out.missed_places is not None:
+                keep = self.keeping(read(out.missed_places, i), valid)
+            attended = rows, valid, scales, keep
             return i + 1, *following, self.attend(state, self.load_query(), *attended)
 
         # No `fori_loop`: Triton would make its reads asynchronous copies, and those read a host's
@@ -106,11 +113,13 @@ class Program(ProgramOfRow):
 
         def step(i: Array, state: State) -> State:
             place = _row(places, i)
-            rows = self.load_rows(source, place, place != NO_ID)
-            if scales is None:
-                return self.attend(state, query, rows, place != NO_ID)
-            its = self.load_scales(scales, place, place != NO_ID)
-            return self.attend(state, query, rows, place != NO_ID, its)
+            valid = place != NO_ID
+            rows = self.load_rows(source, place, valid)
+            its = None if scales is None else self.load_scales(scales, place, valid)
+            keep = None
+            if self.out.exponents is not None:
+                keep = self.keeping((split + i * splits) * size + jnp.arange(size), valid)
+            return self.attend(state, query, rows, valid, its, keep)
 
         self.finish(lax.fori_loop(0, steps, step, self.start(size)))
 
@@ -183,6 +192,16 @@ class Program(ProgramOfRow):
 
             state = lax.fori_loop(0, _trips(split, splits, pl.cdiv(count, size)), step, state)
         self.finish(state)
+
+    def keeping(self, places: Array, valid: Array) -> Callable[[Array], None]:
+        """Give what writes exponents `[g, n]` of rows at `[n]` places of the list."""
+
+        def keep(exponents: Array) -> None:
+            at = (self.b, self.h, self.g[:, None], places[None, :])
+            mask = self.in_group[:, None] & valid[None, :]
+            plt.store(self.out.exponents.at[*at], exponents, mask=mask)
+
+        return keep
 
     def hits_of_share(self, split: Array, splits: int, size: int) -> tuple[Array, Array]:
         """Where a program's share of the rows that hit lie, read at once.

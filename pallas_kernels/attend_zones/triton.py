@@ -100,8 +100,7 @@ def attend_zones(
         config = dataclasses.replace(config, missed_splits=0)
     rest_config, rest_parts = None, 0
     if correction is not None:
-        levels = correction.moments.weights.dtype == jnp.int8
-        rest_config = config.rest or rest_heuristic(*shape, remaining.shape[2], levels)
+        rest_config = config.rest or rest_heuristic(*shape[:2], remaining.shape[2])
         rest_parts = rest_config.splits
         config = dataclasses.replace(config, estimated_splits=0)
     parts = sum(config.splits)
@@ -142,6 +141,9 @@ def attend_zones(
             results = results._replace(cache_scales=its)
     if choosing:
         results = results._replace(claims=jax.ShapeDtypeStruct((missed + 1,), jnp.int32))
+    if correction is not None:
+        kept = jax.ShapeDtypeStruct((batch, kv_heads, group, tokens.shape[2]), jnp.float32)
+        results = results._replace(exponents=kept, missed_places=results.missed_tokens)
 
     def kernel(operands: Operands, results: Results) -> None:
         Program(operands, results, config, scale, with_sink, interpret).run()
@@ -161,9 +163,8 @@ def attend_zones(
     if rest_config is None:
         return ZoneStates(found.outputs, found.logsumexps, cache)
     outputs, logsumexps = attend_corrected(
-        *(found.outputs, found.logsumexps, query, rows._replace(cache=cache)),
+        *(found.outputs, found.logsumexps, found.exponents, query, rows._replace(cache=cache)),
         *(picks, estimate, layer),
-        scale=scale,
         config=rest_config,
         interpret=interpret,
     )

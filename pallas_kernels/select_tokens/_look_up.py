@@ -31,6 +31,7 @@ class LookUp(NamedTuple):
         last_used: of the row table, in place, if there are slots.
         block_hits: `[batch, kv_heads, parts]` int32, out: each program's hits, if there are slots.
         through, blocks: what `Dropped` writes, if rows may be left out.
+        members_of: `Retrieved.clusters`, out, if they are asked for.
         misses: `[batch, kv_heads]` int32, out, and
         miss_count: of the row table, in place, if there are no slots: all that is picked is missed.
     """
@@ -57,6 +58,7 @@ class LookUp(NamedTuple):
     block_hits: Any
     through: Any
     blocks: Any
+    members_of: Any
     misses: Any
     miss_count: Any
 
@@ -111,6 +113,8 @@ def look_up_rows(
     row.store(refs.tokens, jnp.where(kept, token, NO_ID), i, mask=exists)
     row.store(refs.slots, slot, i, mask=exists)
     row.store(refs.hit, hit, i, mask=exists)
+    if refs.members_of is not None:
+        row.store(refs.members_of, jnp.where(kept, cluster, NO_ID), i, mask=exists)
     first, last, size = runs
     back: Any = 0
     if dropped is not None:

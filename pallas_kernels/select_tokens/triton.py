@@ -19,7 +19,6 @@ from pallas_kernels.select_tokens._contenders import (
 )
 from pallas_kernels.select_tokens._look_up import LookUp, look_up_rows
 from pallas_kernels.select_tokens._pick import pick_rows
-from pallas_kernels.select_tokens._picked_clusters import picked_clusters
 from pallas_kernels.select_tokens.reference import row_budgets
 from pallas_kernels.toolbox import launch
 from pallas_kernels.toolbox.head_calls import HeadCalls
@@ -91,7 +90,7 @@ def select_tokens(
         admission_ratio=settings.admission_ratio,
         interpret=interpret,
     )
-    found = _look_up(rows, config, look_up, reads, sizes, table)
+    found = _look_up(rows, config, look_up, reads, sizes, table, settings.with_clusters)
     if slots:
         found |= _admit(rows, config, reads, found, table)
         kept = ("slot_of_token", "token_of_slot", "last_used", "hit_count", "miss_count")
@@ -99,11 +98,9 @@ def select_tokens(
     else:
         found["hits"] = jnp.zeros(rows.shape, jnp.int32)
         table = table._replace(misses=found["miss_count"])
-    names = ["tokens", "slots", "hit", "remaining", "hits", "misses"]
-    if settings.with_clusters:
-        found["clusters"] = picked_clusters(found["tokens"], found["remaining"], offsets[layer])
-        names.append("clusters")
-    return Retrieved(table=table, **{name: found[name] for name in names})
+    names = ("tokens", "slots", "hit", "remaining", "hits", "misses")
+    clusters = found.get("members_of")
+    return Retrieved(table=table, **{name: found[name] for name in names}, clusters=clusters)
 
 
 # Keys, places and counts of the contenders, by chunk.
@@ -216,6 +213,7 @@ def _look_up(
     reads: dict[str, Any],
     sizes: Array,
     table: RowTable,
+    with_clusters: bool,
 ) -> dict[str, Array]:
     """Find what `look_up_rows` writes, by the names of `LookUp`."""
     max_tokens = reads["picked"].shape[-1]
@@ -226,6 +224,8 @@ def _look_up(
         "slots": rows.of(max_tokens),
         "hit": rows.of(max_tokens, dtype=jnp.bool_),
     }
+    if with_clusters:
+        writes["members_of"] = rows.of(max_tokens)
     if table.token_of_slot.shape[-1]:
         reads = reads | {"slot_of_token": table.slot_of_token}
         in_place["last_used"] = table.last_used

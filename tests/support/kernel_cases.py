@@ -233,7 +233,7 @@ def _attention(heads: Heads) -> dict[str, Any]:
         moments = moments_of(clusters, rank, d, dtype)
         return arrays | {"correction": Correction(moments, products, arrays["tokens"])}
 
-    both = {"attend_zones", "attend_corrected"}
+    corrected = {"attend_zones", "find_runs", "find_remains", "attend_corrected"}
     # No float16 holds weights times scales.
     scaled = {} if dtype == "float16" else {
         "attend_dense-levels": (
@@ -251,7 +251,7 @@ def _attention(heads: Heads) -> dict[str, Any]:
         scaled["attend_zones-moments-levels"] = (
             attend,
             (with_moments(levels, 2, jnp.int8), layer),
-            both,
+            corrected,
         )
     return scaled | {
         "attend_zones": (attend, (arrays, layer), {"attend_zones"}),
@@ -260,9 +260,11 @@ def _attention(heads: Heads) -> dict[str, Any]:
         "attend_zones-host": (
             functools.partial(attend, host=True), (small, layer), {"attend_zones"}
         ),
-        "attend_zones-moments": (attend, (with_moments(no_slots, 2, dtype), layer), both),
+        "attend_zones-moments": (attend, (with_moments(no_slots, 2, dtype), layer), corrected),
         "attend_zones-moments-host": (
-            functools.partial(attend, host=True), (with_moments(small, 4, jnp.int8), layer), both
+            functools.partial(attend, host=True),
+            (with_moments(small, 4, jnp.int8), layer),
+            corrected,
         ),
         "attend_dense": (
             attend_all,
