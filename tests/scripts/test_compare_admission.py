@@ -1,33 +1,21 @@
 """`compare_admission.py`: what it counts, on a small model."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.scripts import load_script
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, make_params, make_prompts
 from wavejax import DenseAttention, Generator, WaveAttention, WaveConfig
 from wavejax.engine.prompts import bucket
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 @pytest.fixture(scope="module")
 def script():
-    # It imports another script.
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("admission", SCRIPTS / "compare_admission.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
+    return load_script("compare_admission")
 
 
 def test_the_settings_are_named(script):

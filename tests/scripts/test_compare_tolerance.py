@@ -1,15 +1,13 @@
 """The comparison of a tolerance with fixed budgets, from end to end on a tiny random model."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
+from tests.support.scripts import load_script
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import TEMPLATE, TINY, write_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_tolerance.py"
 METHOD = (
     "wave[min_retrieved_tokens=64,retrieval_fraction=0,min_clusters=0,cluster_size=16,"
     "max_cluster_size=32,tolerance_draws=16]"
@@ -17,10 +15,7 @@ METHOD = (
 
 
 def script():
-    spec = importlib.util.spec_from_file_location("compare_tolerance", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compare_tolerance")
 
 
 @pytest.mark.slow(90)

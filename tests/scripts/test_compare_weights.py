@@ -1,9 +1,5 @@
 """`compare_weights.py`: its figures are those of the distributions, its ways those it names."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,23 +7,15 @@ import pytest
 from models.checkpoints.open import open_checkpoint
 from models.formats import INT4, INT8
 from models.quantised import formats_of
+from tests.support.scripts import load_script
 from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import CONFIGS, make_tensors, write_folder
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
 def script():
     # It imports another script.
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("weights", SCRIPTS / "compare_weights.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
+    return load_script("compare_weights")
 
 
 def test_figures_are_of_the_distributions(script):

@@ -1,21 +1,16 @@
 """A small soak: pieces give what one run gives, memory stays flat; and faults would be found."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from tests.support.scripts import load_script
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, make_params, make_prompts
 from wavejax import Generator, WaveAttention
 
 # It runs longer than it compiles, and its bits are those of users.
 pytestmark = pytest.mark.optimised
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "soak.py"
-_spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(script)
+script = load_script("soak")
 
 
 @pytest.mark.slow

@@ -1,21 +1,19 @@
 """The evaluation scripts: they go on where they stopped, and refuse bad input in one line."""
 
 import contextlib
-import importlib.util
 import io
 import json
-from pathlib import Path
 
 import pytest
 
 from models.checkpoints.open import Checkpoint
 from models.errors import InputError
+from tests.support.scripts import load_script
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import TEMPLATE, TINY, Result, write_tokenizer
 from wavejax.evaluation.bench import Bench
 from wavejax.evaluation.records import Records, blocks, key_of
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
 LENGTH = 1500
 # Prompts of 1,400 bytes are then clustered.
 SMALL = "[growth_tokens=64,segment_tokens=512,max_cluster_size=64,min_retrieved_tokens=64]"
@@ -33,9 +31,7 @@ def model(tmp_path_factory):
 
 
 def run(script, *arguments):
-    spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = module.main([str(argument) for argument in arguments])

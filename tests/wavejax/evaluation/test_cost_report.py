@@ -1,13 +1,12 @@
 """Costs beside accuracy: of records, of folders old and new, and without running anything."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from models.checkpoints.open import Checkpoint
+from tests.support.scripts import load_script
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import TEMPLATE, TINY, write_tokenizer
 from tests.wavejax.evaluation.test_summary import cells, record
@@ -17,7 +16,6 @@ from wavejax.evaluation.cost_report import panels_of, plot_kl_by_bytes, points_o
 from wavejax.evaluation.methods import parse_methods
 from wavejax.store.shape import CacheShape
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
 SHAPE = CacheShape(layers=2, kv_heads=2, head_dim=16)
 BUDGET = {"retrieval_fraction": 0.1, "min_retrieved_tokens": 1}
 SETTINGS = {"model": "tiny", "dtype": "bfloat16", **BUDGET}
@@ -100,10 +98,7 @@ def test_the_plot_has_a_point_a_method_and_a_line_where_nothing_is_lost(tmp_path
 
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(name)
 
 
 def write(folder, parts=None, model="tiny"):

@@ -1,17 +1,14 @@
 """Evaluations that go on: with other tasks and more samples, and only with the same samples."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from models.checkpoints.open import Checkpoint
 from models.errors import InputError
+from tests.support.scripts import load_script
 from tests.support.tiny_models import make_tensors, write_folder
 from tests.wavejax.cli.conftest import TEMPLATE, TINY, write_tokenizer
-
-SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 class WouldRunError(Exception):
@@ -37,9 +34,7 @@ def no_weights(monkeypatch):
 
 def run(script, model, folder, *more):
     """What is said of the command's input; None where all is right and it would run."""
-    spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script)
     options = {"--model": model, "--out": folder, "--lengths": 2600, "--tasks": "vt"}
     options |= dict(zip(more[::2], more[1::2], strict=True))
     arguments = [str(x) for pair in options.items() for x in pair]

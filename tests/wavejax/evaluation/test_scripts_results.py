@@ -1,7 +1,6 @@
 """What scripts found stays found: nothing is written in place, stopped runs leave their part."""
 
 import ast
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.scripts import load_script
 from wavejax.evaluation.files import write_growing
 from wavejax.evaluation.replacement import study
 from wavejax.evaluation.replacement.trace import Trace
@@ -20,10 +20,7 @@ SOURCES = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "wavejax" / "evaluation").
 
 def script(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(name)
 
 
 def written_in_place(source):
