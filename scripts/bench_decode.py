@@ -5,9 +5,10 @@
 By itself it takes random weights of Llama-3-8B's shape, and caches of random keys and values, whose
 index is built as a prompt's is. `--prefill real` reads random prompts instead and times that.
 Wave attention's row cache is made to hit as often as `--hit-ratio` says, by feeding tokens that are
-as much alike as it takes. With `--row-dtype int8` full attention is timed in both dtypes. Whatever
-fails is recorded, and the rest goes on; the results are written after each configuration, to
-NAME.unfinished.json until all are there.
+as much alike as it takes. With `--row-dtype int8` full attention is timed in both dtypes. Other
+systems' ways of decoding are timed by `--baselines`, see `host_managed` and `torch_baseline`.
+Whatever fails is recorded, and the rest goes on; the results are written after each configuration,
+to NAME.unfinished.json until all are there.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from typing import Any
 
 import click
 import jax
-from decode_configurations import CALLS, Bench, pinned_bytes
+from decode_baselines import BASELINES, HostManagedBaseline, TransformersBaseline
+from decode_configurations import CALLS, Bench, Method, pinned_bytes
 from decode_model import SHAPES, memory_of, random_params, with_smooth_embedding
 from decode_report import add_ratios, plot, print_table
 from decode_timing import steps_needed
@@ -30,7 +32,6 @@ from models.errors import InputError
 from models.formats import formats_of_dtype
 from models.unstacked import unstack_layers
 from wavejax import DenseAttention, WaveAttention, WaveConfig
-from wavejax.attention.protocol import AnyAttention
 from wavejax.cli.entry import exit_process
 from wavejax.cli.explaining import HELP, check_variable, print_explanation
 from wavejax.cli.guard import main_guard
@@ -101,6 +102,13 @@ IDENTITY = ("context", "batch", "attention", "store")
     help="Where wave attention's rows are. host: read in place; staged: on the host too, gathered "
     "there and sent.",
 )
+@click.option(
+    "--baselines",
+    "others",
+    default="",
+    help="Also time, between commas: host-managed, pages of keys and values in host memory, "
+    "gathered there; transformers, its Llama in PyTorch.  [default: none]",
+)
 @click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="A call.")
 @click.option(
     "--hit-ratio",
@@ -143,6 +151,7 @@ def command(
     batches: str,
     attentions: str,
     stores: str,
+    others: str,
     steps: int,
     hit_ratio: float,
     prefill: str,
@@ -166,6 +175,7 @@ def command(
     sizes = parse_numbers("--batches", batches, ("max", "common"))
     kinds = parse_words("--attention", attentions, ("full", "wave"))
     places = parse_words("--store", stores, ("device", "host", "staged"))
+    named = parse_words("--baselines", others, BASELINES) if others else []
     checkpoint = None if model is None else open_checkpoint(model)
     if checkpoint is not None and model_layers is not None:
         raise InputError("--model-layers makes a shape smaller, not a checkpoint: leave out one")
@@ -178,7 +188,7 @@ def command(
         formats = dict(checkpoint.formats(weight_dtype))
     if model_layers is not None:
         sizes_of = dataclasses.replace(sizes_of, num_layers=model_layers)
-    choices: list[tuple[str, str | None, AnyAttention]] = []
+    choices: list[tuple[str, str | None, Method]] = []
     if "full" in kinds:
         choices.append(("full", None, DenseAttention()))
         if config.row_dtype != "model":
@@ -186,11 +196,19 @@ def command(
             choices.append((f"full-{config.row_dtype}", None, alike))
     if "wave" in kinds:
         choices += [("wave", place, wave_attention(config, place)) for place in places]
+    if "host-managed" in named:
+        choices.append(("host-managed", None, HostManagedBaseline(config)))
     new_tokens = steps_needed(steps, CALLS) + (4 * config.growth_tokens if growth else 0)
 
     # Before anything starts JAX's device.
-    all_kinds = [attention for _, _, attention in choices]
     stored = "bfloat16" if dtype == "auto" else dtype  # as on a GPU; others pin nothing
+    if "transformers" in named:
+        outsider = TransformersBaseline.timed(sizes_of, stored, steps, CALLS, lengths, sizes)
+        if outsider.missing is None:
+            choices.append(("transformers", None, outsider))
+        else:
+            print(f"transformers: {outsider.missing}", flush=True)
+    all_kinds = [attention for _, _, attention in choices]
     set_memory_limits(pinned_bytes(sizes_of, all_kinds, max(lengths), sizes, new_tokens, stored))
     gpu = jax.default_backend() == "gpu"
     if dtype == "auto":
@@ -234,9 +252,14 @@ def command(
     # What is large comes first: of memory that is freed, only a part may be pinned again.
     for context in sorted(lengths, reverse=True):
         largest = [bench.largest(attention, context) for attention in all_kinds]
+        common = min(
+            most
+            for (kind, _, _), most in zip(choices, largest, strict=True)
+            if kind != "transformers"
+        )
         for asked in sorted(sizes, key=lambda b: -b if isinstance(b, int) else -inf):
             for (kind, store, attention), most in zip(choices, largest, strict=True):
-                batch = most if asked == "max" else min(largest)
+                batch = most if asked == "max" else common
                 if isinstance(asked, int):
                     batch = asked
                 name = "-".join(filter(None, (kind, store, str(context), str(batch))))
@@ -246,7 +269,7 @@ def command(
                     "batch": batch,
                     "attention": kind,
                     "store": store,
-                }
+                } | bench.held_as(attention, context)
                 # The largest batch may be one that was also asked for by its number.
                 done = (one for one in results if all(one[k] == head[k] for k in IDENTITY))
                 result = next(done, None) or bench.attempt(attention, batch, context, name)

@@ -7,17 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from decode_baselines import HostManagedBaseline, TransformersBaseline
 from decode_state import fill
 from decode_timing import Decoder, profile, time_decoding, time_growth
+from host_programs import budget_of
 
 from models.config import ModelConfig
 from models.parameters import Params
 from models.quantised import formats_of
-from wavejax import Generator
+from wavejax import Generator, WaveAttention
 from wavejax.attention.protocol import AnyAttention
 from wavejax.planning.free_memory import FreeMemory, host_available
 from wavejax.planning.memory import MemoryNeed, memory_need
 from wavejax.planning.plan import STAGING_BYTES
+
+Method = AnyAttention | HostManagedBaseline | TransformersBaseline
 
 LARGEST_BATCH = 1024
 CALLS = 5  # that are timed
@@ -57,20 +61,56 @@ class Bench:
     ceiling: float
     free: FreeMemory
 
-    def need(self, attention: AnyAttention, batch: int, context: int) -> MemoryNeed:
+    def need(
+        self, attention: AnyAttention | HostManagedBaseline, batch: int, context: int
+    ) -> MemoryNeed:
         """See `memory_need`."""
+        if isinstance(attention, HostManagedBaseline):
+            return attention.need(self.model, batch, context, self.new_tokens, self.dtype)
         sizes = batch, context, self.new_tokens
         more: dict[str, Any] = {"shortest_prompt": context, "formats": formats_of(self.params)}
         return memory_need(self.model, attention, *sizes, self.dtype, **more)
 
-    def largest(self, attention: AnyAttention, context: int) -> int:
+    def largest(self, attention: Method, context: int) -> int:
         """Return the most sequences that fit; 0 if one does not."""
+        if isinstance(attention, TransformersBaseline):
+            return attention.largest(context)
         return largest_batch(lambda batch: fits(self.need(attention, batch, context), self.free))
 
+    def held_as(self, attention: Method, context: int) -> dict[str, Any]:
+        """Return the precision of weights and of keys and values, and the budget.
+
+        The budget is what a step retrieves, or fetches, in tokens of each kv head; None: all.
+        """
+        budget, rows = None, self.dtype
+        weights = {f"int{format.bits}" for format in formats_of(self.params).values()}
+        if isinstance(attention, TransformersBaseline):
+            weights = set()
+        elif isinstance(attention, HostManagedBaseline):
+            budget = attention.budget(context)
+        else:
+            rows = self.dtype if attention.row_dtype == "model" else attention.row_dtype
+        if isinstance(attention, WaveAttention):
+            budget = budget_of(attention.config, context)
+        precision = {"weights": "+".join(sorted(weights)) or self.dtype, "rows": rows}
+        return {"precision": precision, "budget": budget}
+
     def measure(
-        self, attention: AnyAttention, batch: int, context: int, name: str
+        self,
+        attention: AnyAttention | HostManagedBaseline,
+        batch: int,
+        context: int,
+        name: str,
     ) -> dict[str, Any]:
         """Fill a state, decode, and return all figures."""
+        if isinstance(attention, HostManagedBaseline):
+            sizes = batch, context, self.new_tokens, self.dtype
+            return attention.measure(
+                *(self.model, self.params, *sizes),
+                steps=self.steps,
+                calls=CALLS,
+                ceiling=self.ceiling,
+            )
         generator = Generator(self.model, attention, unroll=self.unroll)
         start = time.perf_counter()
         filled = fill(
@@ -102,10 +142,10 @@ class Bench:
             found["growth"] = time_growth(decoder, self.dtype)
         return found
 
-    def attempt(
-        self, attention: AnyAttention, batch: int, context: int, name: str
-    ) -> dict[str, Any]:
+    def attempt(self, attention: Method, batch: int, context: int, name: str) -> dict[str, Any]:
         """Return what `measure` finds, or `error`: how it failed."""
+        if isinstance(attention, TransformersBaseline):
+            return attention.attempt(batch, context, self.ceiling)
         start = time.perf_counter()
         try:
             if batch == 0:
@@ -149,14 +189,16 @@ def largest_batch(fits: Callable[[int], bool], most: int = LARGEST_BATCH) -> int
 
 def pinned_bytes(
     model: ModelConfig,
-    attentions: Sequence[AnyAttention],
+    attentions: Sequence[Method],
     context: int,
     batches: Sequence[int | str],
     new_tokens: int,
     dtype: str,
 ) -> int:
     """Host memory that XLA should be allowed to pin, at a longest context and these batches."""
-    pinned = [one for one in attentions if one.store == "host" and not one.staged]
+    baselines = HostManagedBaseline, TransformersBaseline
+    own = [one for one in attentions if not isinstance(one, baselines)]
+    pinned = [one for one in own if one.store == "host" and not one.staged]
     if not pinned:
         return STAGING_BYTES
     numbers = [batch for batch in batches if isinstance(batch, int)]

@@ -11,12 +11,27 @@ from wavejax.evaluation.files import replacing
 from wavejax.evaluation.plots import pyplot
 
 COLUMNS = (
-    *("tokens", "batch", "attention", "ms/step", "floor", "tokens/s", "to full", "to full-int8"),
-    *("to host", "hits", "host MB", "GB/s of step", "prefill s", "growth ms", "kernels ms"),
+    *("tokens", "batch", "attention", "precision", "budget", "ms/step", "floor", "tokens/s"),
+    *(
+        "to full",
+        "to full-int8",
+        "to host",
+        "to managed",
+        "to transformers",
+        "hits",
+        "host MB",
+        "GB/s of step",
+        "prefill s",
+        "growth ms",
+        "kernels ms",
+    ),
 )
 
 # Full attention in the model's dtype and with rows in int8, and how ratios to them are named.
 BASELINES = {"full": "ratio", "full-int8": "int8_ratio"}
+
+# Others' ways to decode, and how ratios to them are named.
+OTHERS = {"host-managed": "managed_ratio", "transformers": "transformers_ratio"}
 
 # By the batch asked for, in the order of their first results.
 STYLES = ("-", ":", "--", "-.")
@@ -34,7 +49,7 @@ def add_ratios(results: Sequence[dict[str, Any]]) -> None:
     `full_ratio` over full attention's at the same batch, `best_ratio` over full attention's best
     batch, in the model's dtype; `full_int8_ratio` and `best_int8_ratio` over its own with rows in
     int8; wave attention's `host_ratio` over that of rows in host memory, read in place, at the same
-    batch.
+    batch; `managed_ratio` and `transformers_ratio` over the baselines' at the same batch.
     """
     timed = [one for one in results if "tokens_per_s" in one]
     speeds = {
@@ -49,6 +64,9 @@ def add_ratios(results: Sequence[dict[str, Any]]) -> None:
                 one[f"best_{ratio}"] = speed / max(of_full)
             if (full, None, *at) in speeds:
                 one[f"full_{ratio}"] = speed / speeds[full, None, *at]
+        for other, ratio in OTHERS.items():
+            if (other, None, *at) in speeds:
+                one[ratio] = speed / speeds[other, None, *at]
         if one["attention"] == "wave" and ("wave", "host", *at) in speeds:
             one["host_ratio"] = speed / speeds["wave", "host", *at]
 
@@ -59,18 +77,21 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
     failures = []
     for one in sorted(results, key=lambda one: (one["context"], one["batch"])):
         head = [str(one["context"]), str(one["batch"]), label(one)]
+        held = [_precision(one["precision"]), _number(one["budget"], "d")]
         if "ms_per_step" not in one:
-            table.add_row(*head, "failed")
+            table.add_row(*head, *held, "failed")
             failures.append(f"{' x '.join(head)}: {one['error']}")
             continue
         growth, kernels = one.get("growth", {}), one.get("profile", {})
         table.add_row(
             *head,
+            *held,
             f"{one['ms_per_step']:.2f}",
             f"{one['floor_ms']:.2f}",
             f"{one['tokens_per_s']:.1f}",
             *(_number(one.get(f"full_{ratio}"), ".2f", "x") for ratio in BASELINES.values()),
             _number(one.get("host_ratio"), ".2f", "x"),
+            *(_number(one.get(ratio), ".2f", "x") for ratio in OTHERS.values()),
             _number(one.get("hit_ratio"), ".1%"),
             _number(one["bytes_per_step"]["host"] / 1e6 or None, ".1f"),
             _number(one.get("host_gb_per_s_of_step") or None, ".1f"),
@@ -79,9 +100,14 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             _number(kernels.get("kernels_ms_per_step"), ".2f"),
         )
     # Wide, so that a table in a file is not folded.
-    (console or Console(width=160)).print(table)
+    (console or Console(width=200)).print(table)
     for failure in failures:
         print(failure)
+
+
+def _precision(of: dict[str, str]) -> str:
+    """Return the weights' dtype, and the rows' if it is another."""
+    return of["weights"] if of["weights"] == of["rows"] else f"{of['weights']}, {of['rows']} rows"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

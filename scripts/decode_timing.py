@@ -88,7 +88,7 @@ def _decode(
     def one_step(_: Array, carry: Any) -> Any:
         state, tokens, drawn = carry
         state = generator.feed(params, state, tokens)
-        return state, *_sample(generator, state.logits, state.step, tokens, stride, drawn)
+        return state, *sample(generator, state.logits, state.step, tokens, stride, drawn)
 
     carry = state, tokens, jnp.zeros_like(tokens)
     return lax.fori_loop(0, steps, one_step, carry)
@@ -105,12 +105,12 @@ def _decode_staged(
     drawn = jnp.zeros_like(tokens)
     for _ in range(int(steps)):
         state = generator.feed(params, state, tokens)
-        tokens, drawn = _sample(generator, state.logits, state.step, tokens, stride, drawn)
+        tokens, drawn = sample(generator, state.logits, state.step, tokens, stride, drawn)
     return state, tokens, drawn
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sample(
+def sample(
     generator: Generator, logits: Array, step: Array, tokens: Array, stride: Array, drawn: Array
 ) -> tuple[Array, Array]:
     """Return the tokens to feed next, and what was drawn so far."""

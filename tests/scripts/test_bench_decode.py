@@ -144,6 +144,39 @@ def test_full_attention_is_measured_in_both_dtypes(tmp_path):
             assert one[name.replace("full", "best")] == pytest.approx(one[name])
 
 
+@pytest.mark.slow(45)
+def test_baselines_are_measured_beside_the_others(tmp_path):
+    out = tmp_path / "results.json"
+    done = bench(
+        *("--contexts", "600", "--batches", f"{BATCH},100000000", "--store", "host"),
+        *("--attention", "wave", "--steps", str(STEPS), "--min-retrieved-tokens", "40"),
+        *("--baselines", "host-managed,transformers", "--out", str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    missing = [line for line in done.stdout.splitlines() if line.startswith("transformers: ")]
+    assert len(missing) == 1, done.stdout  # there is no CUDA GPU here, if there is torch
+    results = json.loads(out.read_text())["results"]
+    wave, managed = (one for one in results if one["batch"] == BATCH)
+    assert [wave["attention"], managed["attention"]] == ["wave", "host-managed"]
+    for one in (wave, managed):
+        assert "error" not in one, one
+        assert one["precision"] == {"weights": "float32", "rows": "float32"}
+    # Whole pages of 16.
+    assert (wave["budget"], managed["budget"]) == (40, 48)
+    assert managed["tokens_per_s"] == pytest.approx(1000 * BATCH / managed["ms_per_step"])
+    assert managed["managed_ratio"] == 1
+    assert wave["managed_ratio"] == pytest.approx(managed["ms_per_step"] / wave["ms_per_step"])
+    # 2 layers of 2 kv heads, 48 tokens each, rows of 2 x 64 float32.
+    assert managed["bytes_per_step"]["host"] == BATCH * 2 * 2 * 48 * 2 * 64 * 4
+    assert managed["bytes_per_step"]["weights"] == wave["bytes_per_step"]["weights"]
+    assert 0 < sum(managed["ms_of_step"].values()) < managed["most_ms"]
+    assert min(managed["alone"]["gather_gb_per_s"].values()) > 0
+    text = " ".join(done.stdout.split())
+    assert "precision budget" in text
+    assert f"600 {BATCH} host-managed float32 48 " in text
+    assert "100000000 x host-managed: MemoryError: needs" in text
+
+
 def test_a_mistake_is_one_line():
     done = bench("--batches", "1,most")
     assert done.returncode == 2

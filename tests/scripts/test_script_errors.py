@@ -29,6 +29,10 @@ ROOT = Path(__file__).parents[2]
         ("compare_tolerance.py --method quest", "must be wave, with settings if wanted"),
         ("plot_cost.py OUT --out FILE/found.png", "cannot write"),
         ("bench_decode.py --shape tiny --weight-dtype packed", "give one by --model"),
+        (
+            "bench_decode.py --shape tiny --baselines quest",
+            "'quest' is none of host-managed, transf",
+        ),
         ("profile_step.py --shapes batch8-128k", "there is no GPU to profile: JAX runs on cpu"),
     ],
 )

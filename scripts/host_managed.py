@@ -1,0 +1,168 @@
+"""Sparse decoding that the host manages: a baseline with keys and values in host memory.
+
+Each layer of a step goes through these, one after the other:
+
+1. The device makes the query and bounds its product with every page of 16 keys by the page's least
+   and greatest key, which are in its memory (Quest, arXiv 2406.10774). It takes the best pages.
+2. Their numbers go to the host.
+3. Threads gather the pages into a pinned block (`host_pages`), and one copy sends it.
+4. The device attends to these pages, to the sinks and to the window, and ends the layer. The same
+   program begins the next layer, so that a layer is one program.
+
+It stands for systems that keep keys and values in host memory, choose on the device, and let the
+host fetch the chosen ones in each layer of each step: Quest with its pages offloaded, and InfiniGen
+(arXiv 2406.19707). RetroInfer (arXiv 2505.02922) reports its 10.5x over sparse attention with keys
+and values in CPU memory.
+
+The budget is wave attention's own, rounded up to whole pages. All kv heads and sequences are in one
+gather. Pages are ranked as `wavejax.evaluation.baselines` ranks them, whose accuracy is recorded.
+Scores, selection, attention and merging run in this project's own kernels.
+
+It does not do these:
+
+- It keeps no pages on the device from step to step, and fetches all that are chosen.
+- It does not guess a layer's pages before the layer's own query is there, as InfiniGen does.
+- It writes no new pages to the host: the tokens that a run generates stay in the window. Such a
+  system would write them too, so this saves the baseline time.
+- It estimates nothing: what is not chosen is left out.
+"""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decode_model import clustered_rows, new_key
+from host_pages import PAGE_TOKENS, HostPages
+from host_programs import Layout, Summaries, bounds_of, enter_step, leave_step, next_layer
+from jax import Array
+
+from models.config import ModelConfig
+from models.parameters import Params
+from models.unstacked import only_layer, without_layers
+from wavejax import DenseAttention, WaveConfig
+from wavejax.attention.dense import DenseState
+from wavejax.engine.prompts import bucket
+from wavejax.store.shape import CacheShape
+
+PHASES = ("ids", "gather")
+
+
+@dataclasses.dataclass
+class HostManaged:
+    """All sequences' keys and values, and what decodes them.
+
+    Attributes:
+        model, layout: sizes.
+        pages: in host memory.
+        summaries: of them, on the device.
+        steady: sinks, window and new tokens, on the device.
+        seconds: since they were set to zero, of steps: `ids`, the wait for the pages' numbers, all
+            of the device's work in it; `gather`; the rest is Python's and JAX's.
+    """
+
+    model: ModelConfig
+    layout: Layout
+    pages: HostPages
+    summaries: Summaries
+    steady: DenseState
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(PHASES, 0.0)
+    )
+
+    def feed(self, params: Params, tokens: Array) -> Array:
+        """Feed one token of each sequence, `[batch]`; return the logits, `[batch, vocab]`."""
+        model, layout, ends = self.model, self.layout, without_layers(params)
+        bounds, offsets = self.summaries
+        of_layer = [only_layer(params, layer) for layer in range(model.num_layers)]
+        pending, self.steady = enter_step(
+            model, layout, ends, of_layer[0], tokens, self.steady, bounds[0], offsets
+        )
+        for layer in range(model.num_layers):
+            rows = self._fetch(layer, pending.ids)
+            if layer + 1 < model.num_layers:
+                pair = of_layer[layer], of_layer[layer + 1]
+                later = rows, self.steady, bounds[layer + 1], offsets
+                pending, self.steady = next_layer(
+                    model, layout, pair, np.int32(layer), pending, *later
+                )
+        logits, self.steady = leave_step(model, ends, of_layer[-1], pending, rows, self.steady)
+        return logits
+
+    def _fetch(self, layer: int, ids: Array) -> tuple[Array, Array]:
+        ids.copy_to_host_async()
+        start = time.perf_counter()
+        found = np.asarray(ids)
+        self.seconds["ids"] += time.perf_counter() - start
+        keys, values, seconds = self.pages.send(layer, found)
+        self.seconds["gather"] += seconds
+        return keys, values
+
+
+def fill(
+    model: ModelConfig,
+    config: WaveConfig,
+    batch: int,
+    context: int,
+    new_tokens: int,
+    dtype: str,
+    threads: int = 0,
+) -> HostManaged:
+    """Make the random keys and values that `decode_state.fill` makes, and summarise their pages.
+
+    Args:
+        model: sizes.
+        config: says what is on the device, and the budget.
+        batch: sequences.
+        context: tokens of each.
+        new_tokens: room for this many more.
+        dtype: of keys and values.
+        threads: see `HostPages`.
+    """
+    layout = Layout.of(config, context)
+    shape = model.num_layers, batch, model.num_kv_heads, layout.pages, model.head_dim
+    pages = HostPages(shape, dtype, layout.chosen, threads)
+    held = layout.sinks + layout.window
+    steady = DenseAttention().init_state(CacheShape.of(model), batch, held, new_tokens, dtype)
+    bounds = []
+    for layer in range(model.num_layers):
+        of_layer = []
+        for sequence in range(batch):
+            at = jnp.int32(layer), jnp.int32(sequence)
+            keys, values, summary, steady = _make_layer(
+                model, layout, bucket(context), dtype, *at, steady
+            )
+            pages.put(layer, sequence, keys, values)
+            of_layer.append(summary)
+        bounds.append(jnp.stack(of_layer)[None])
+    offsets = jnp.broadcast_to(
+        jnp.arange(layout.pages + 1, dtype=jnp.int32), (1, *shape[1:3], layout.pages + 1)
+    )
+    steady = dataclasses.replace(steady, tokens=jnp.full(batch, held, jnp.int32))
+    return HostManaged(model, layout, pages, Summaries(tuple(bounds), offsets), steady)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="steady")
+def _make_layer(
+    model: ModelConfig,
+    layout: Layout,
+    room: int,
+    dtype: str,
+    layer: Array,
+    sequence: Array,
+    steady: DenseState,
+) -> tuple[Array, Array, Array, DenseState]:
+    """Return pages of keys and of values, `[kv_heads, pages, 16, head_dim]`, and their bounds."""
+    key = jax.random.fold_in(jax.random.fold_in(new_key(1), layer), sequence)
+    first, end = layout.sinks, layout.sinks + layout.pages * PAGE_TOKENS
+    rows = clustered_rows(model, room, dtype, key)
+    paged = []
+    for new in rows:
+        of_pages = jnp.swapaxes(new[first:end], 0, 1)
+        paged.append(of_pages.reshape(len(of_pages), layout.pages, PAGE_TOKENS, -1))
+    on_device = [jnp.concatenate([x[:first], x[end : end + layout.window]]) for x in rows]
+    where = {"sequence": sequence, "length": jnp.int32(0)}
+    steady = DenseAttention().write_prompt(layer, on_device[0], on_device[1], steady, **where)
+    return paged[0], paged[1], bounds_of(paged[0]), steady
