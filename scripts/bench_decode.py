@@ -107,7 +107,8 @@ IDENTITY = ("context", "batch", "attention", "store")
     "others",
     default="",
     help="Also time, between commas: host-managed, pages of keys and values in host memory, "
-    "gathered there; transformers, its Llama in PyTorch.  [default: none]",
+    "gathered there; host-managed-ahead, which guesses them a layer early; transformers, its Llama "
+    "in PyTorch.  [default: none]",
 )
 @click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="A call.")
 @click.option(
@@ -196,8 +197,10 @@ def command(
             choices.append((f"full-{config.row_dtype}", None, alike))
     if "wave" in kinds:
         choices += [("wave", place, wave_attention(config, place)) for place in places]
-    if "host-managed" in named:
-        choices.append(("host-managed", None, HostManagedBaseline(config)))
+    for name in named:
+        if name != "transformers":
+            ahead = name == "host-managed-ahead"
+            choices.append((name, None, HostManagedBaseline(config, ahead)))
     new_tokens = steps_needed(steps, CALLS) + (4 * config.growth_tokens if growth else 0)
 
     # Before anything starts JAX's device.

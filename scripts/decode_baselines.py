@@ -23,7 +23,7 @@ from wavejax import DenseAttention, Generator, WaveConfig
 from wavejax.engine.prompts import bucket
 from wavejax.planning.memory import MemoryNeed
 
-BASELINES = ("host-managed", "transformers")
+BASELINES = ("host-managed", "host-managed-ahead", "transformers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +32,12 @@ class HostManagedBaseline:
 
     Attributes:
         config: wave attention's, for the budget and for what stays on the device.
+        ahead: whether pages are chosen a layer early.
         threads: that gather; 0: as many as are fastest.
     """
 
     config: WaveConfig
+    ahead: bool = False
     threads: int = 0
     store: ClassVar[str] = "host"
     staged: ClassVar[bool] = True
@@ -96,7 +98,8 @@ class HostManagedBaseline:
             ceiling: bytes a second that a copy reads and writes on this device.
         """
         start = time.perf_counter()
-        managed = fill(model, self.config, batch, context, new_tokens, dtype, self.threads)
+        sizes = batch, context, new_tokens, dtype, self.threads
+        managed = fill(model, self.config, *sizes, ahead=self.ahead)
         filled = time.perf_counter() - start
         pages = managed.pages
         try:

@@ -12,26 +12,19 @@ from wavejax.evaluation.plots import pyplot
 
 COLUMNS = (
     *("tokens", "batch", "attention", "precision", "budget", "ms/step", "floor", "tokens/s"),
-    *(
-        "to full",
-        "to full-int8",
-        "to host",
-        "to managed",
-        "to transformers",
-        "hits",
-        "host MB",
-        "GB/s of step",
-        "prefill s",
-        "growth ms",
-        "kernels ms",
-    ),
+    *("to full", "to full-int8", "to host", "to managed", "to ahead", "to transformers"),
+    *("hits", "host MB", "GB/s of step", "prefill s", "growth ms", "kernels ms"),
 )
 
 # Full attention in the model's dtype and with rows in int8, and how ratios to them are named.
 BASELINES = {"full": "ratio", "full-int8": "int8_ratio"}
 
 # Others' ways to decode, and how ratios to them are named.
-OTHERS = {"host-managed": "managed_ratio", "transformers": "transformers_ratio"}
+OTHERS = {
+    "host-managed": "managed_ratio",
+    "host-managed-ahead": "ahead_ratio",
+    "transformers": "transformers_ratio",
+}
 
 # By the batch asked for, in the order of their first results.
 STYLES = ("-", ":", "--", "-.")
@@ -49,7 +42,8 @@ def add_ratios(results: Sequence[dict[str, Any]]) -> None:
     `full_ratio` over full attention's at the same batch, `best_ratio` over full attention's best
     batch, in the model's dtype; `full_int8_ratio` and `best_int8_ratio` over its own with rows in
     int8; wave attention's `host_ratio` over that of rows in host memory, read in place, at the same
-    batch; `managed_ratio` and `transformers_ratio` over the baselines' at the same batch.
+    batch; `managed_ratio`, `ahead_ratio` and `transformers_ratio` over the baselines' at the same
+    batch.
     """
     timed = [one for one in results if "tokens_per_s" in one]
     speeds = {
@@ -100,7 +94,7 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             _number(kernels.get("kernels_ms_per_step"), ".2f"),
         )
     # Wide, so that a table in a file is not folded.
-    (console or Console(width=200)).print(table)
+    (console or Console(width=240)).print(table)
     for failure in failures:
         print(failure)
 

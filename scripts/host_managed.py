@@ -18,15 +18,19 @@ The budget is wave attention's own, rounded up to whole pages. All kv heads and 
 gather. Pages are ranked as `wavejax.evaluation.baselines` ranks them, whose accuracy is recorded.
 Scores, selection, attention and merging run in this project's own kernels.
 
+`ahead` makes it guess a layer's pages one layer early, by the query that the input of the layer
+before gives, as InfiniGen does. The host then gathers and sends while the device works. InfiniGen
+guesses with a part of the query's weights and of the keys; here all weights and bounds are read.
+
 It does not do these:
 
 - It keeps no pages on the device from step to step, and fetches all that are chosen.
-- It does not guess a layer's pages before the layer's own query is there, as InfiniGen does.
 - It writes no new pages to the host: the tokens that a run generates stay in the window. Such a
   system would write them too, so this saves the baseline time.
 - It estimates nothing: what is not chosen is left out.
 """
 
+import collections
 import dataclasses
 import functools
 import time
@@ -36,7 +40,15 @@ import jax.numpy as jnp
 import numpy as np
 from decode_model import clustered_rows, new_key
 from host_pages import PAGE_TOKENS, HostPages
-from host_programs import Layout, Summaries, bounds_of, enter_step, leave_step, next_layer
+from host_programs import (
+    Layout,
+    Pending,
+    Summaries,
+    bounds_of,
+    enter_step,
+    leave_step,
+    next_layer,
+)
 from jax import Array
 
 from models.config import ModelConfig
@@ -59,6 +71,7 @@ class HostManaged:
         pages: in host memory.
         summaries: of them, on the device.
         steady: sinks, window and new tokens, on the device.
+        ahead: whether pages are chosen a layer early.
         seconds: since they were set to zero, of steps: `ids`, the wait for the pages' numbers, all
             of the device's work in it; `gather`; the rest is Python's and JAX's.
     """
@@ -68,6 +81,7 @@ class HostManaged:
     pages: HostPages
     summaries: Summaries
     steady: DenseState
+    ahead: bool = False
     seconds: dict[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(PHASES, 0.0)
     )
@@ -76,29 +90,38 @@ class HostManaged:
         """Feed one token of each sequence, `[batch]`; return the logits, `[batch, vocab]`."""
         model, layout, ends = self.model, self.layout, without_layers(params)
         bounds, offsets = self.summaries
-        of_layer = [only_layer(params, layer) for layer in range(model.num_layers)]
-        pending, self.steady = enter_step(
-            model, layout, ends, of_layer[0], tokens, self.steady, bounds[0], offsets
-        )
-        for layer in range(model.num_layers):
-            rows = self._fetch(layer, pending.ids)
-            if layer + 1 < model.num_layers:
-                pair = of_layer[layer], of_layer[layer + 1]
-                later = rows, self.steady, bounds[layer + 1], offsets
-                pending, self.steady = next_layer(
-                    model, layout, pair, np.int32(layer), pending, *later
-                )
-        logits, self.steady = leave_step(model, ends, of_layer[-1], pending, rows, self.steady)
+        layers = [only_layer(params, layer) for layer in range(model.num_layers)]
+        early = 2 if self.ahead else 1
+        first = ends, tuple(layers[:early]), tokens, self.steady, bounds[:early], offsets
+        pending, self.steady = enter_step(model, layout, *first)
+        chosen = collections.deque(_sent_for(pending))
+        for layer in range(model.num_layers - 1):
+            rows = self._fetch(layer, chosen.popleft())
+            through = layer + 1 + early
+            given = np.int32(layer), pending, rows, self.steady
+            own = bounds[through - 1] if through <= model.num_layers else None
+            pending, self.steady = next_layer(
+                model, layout, tuple(layers[layer:through]), *given, own, offsets
+            )
+            chosen.extend(_sent_for(pending))
+        rows = self._fetch(model.num_layers - 1, chosen.popleft())
+        logits, self.steady = leave_step(model, ends, layers[-1], pending, rows, self.steady)
         return logits
 
     def _fetch(self, layer: int, ids: Array) -> tuple[Array, Array]:
-        ids.copy_to_host_async()
         start = time.perf_counter()
         found = np.asarray(ids)
         self.seconds["ids"] += time.perf_counter() - start
         keys, values, seconds = self.pages.send(layer, found)
         self.seconds["gather"] += seconds
         return keys, values
+
+
+def _sent_for(pending: Pending) -> tuple[Array, ...]:
+    """Return the pages' numbers, on their way to the host."""
+    for ids in pending.ids:
+        ids.copy_to_host_async()
+    return pending.ids
 
 
 def fill(
@@ -109,6 +132,8 @@ def fill(
     new_tokens: int,
     dtype: str,
     threads: int = 0,
+    *,
+    ahead: bool = False,
 ) -> HostManaged:
     """Make the random keys and values that `decode_state.fill` makes, and summarise their pages.
 
@@ -120,6 +145,7 @@ def fill(
         new_tokens: room for this many more.
         dtype: of keys and values.
         threads: see `HostPages`.
+        ahead: see `HostManaged`.
     """
     layout = Layout.of(config, context)
     shape = model.num_layers, batch, model.num_kv_heads, layout.pages, model.head_dim
@@ -141,7 +167,7 @@ def fill(
         jnp.arange(layout.pages + 1, dtype=jnp.int32), (1, *shape[1:3], layout.pages + 1)
     )
     steady = dataclasses.replace(steady, tokens=jnp.full(batch, held, jnp.int32))
-    return HostManaged(model, layout, pages, Summaries(tuple(bounds), offsets), steady)
+    return HostManaged(model, layout, pages, Summaries(tuple(bounds), offsets), steady, ahead)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="steady")

@@ -10,7 +10,7 @@ import ctypes
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +25,11 @@ PAGE_TOKENS = 16
 PARTS = 2  # keys, values
 WORD = np.dtype(np.uint64)  # pages are copied as such: numpy copies of bfloat16 are slow
 TRIALS = 3
+# Ways to ask where a pinned array is. The second one is a copy where numpy cannot read it in place.
+ADDRESSES: tuple[Callable[[Array], int], ...] = (
+    lambda array: array.unsafe_buffer_pointer(),
+    lambda array: np.asarray(array).ctypes.data,
+)
 
 
 class Block:
@@ -39,19 +44,21 @@ class Block:
         """Make room for an array of this shape, which begins with the pages' axes."""
         device = jax.devices()[0]
         self._there = SingleDeviceSharding(device)
-        self._shape, self._dtype = shape, np.dtype(dtype)
         self._sent: Array | None = None
         self._array: Array | None = None
         self.pinned = False
-        # Anything that XLA does not offer here leaves the block in memory that is not pinned.
-        with contextlib.suppress(Exception):
-            here = SingleDeviceSharding(device, memory_kind="pinned_host")
-            array = jax.block_until_ready(jax.device_put(jnp.zeros(shape, dtype), here))
-            memory = (ctypes.c_uint8 * array.nbytes).from_address(array.unsafe_buffer_pointer())
-            self.words = np.frombuffer(memory, WORD).reshape(-1, page_words)
-            self._array = array
-            self.pinned = self._sees_changes()
-        if not self.pinned:
+        for address in ADDRESSES:
+            # Whatever is not to be had here leaves the block in memory that is not pinned.
+            with contextlib.suppress(Exception):
+                here = SingleDeviceSharding(device, memory_kind="pinned_host")
+                array = jax.block_until_ready(jax.device_put(jnp.zeros(shape, dtype), here))
+                memory = (ctypes.c_uint8 * array.nbytes).from_address(address(array))
+                self.words = np.frombuffer(memory, WORD).reshape(-1, page_words)
+                self._array = array
+                self.pinned = self._sees_changes()
+            if self.pinned:
+                break
+        else:
             self._array = None
             self._own = np.zeros(shape, dtype)
             self.words = self._own.reshape(-1).view(WORD).reshape(-1, page_words)

@@ -79,12 +79,13 @@ class Pending(NamedTuple):
     Attributes:
         hidden: `[batch, 1, hidden]`, its input.
         query: `[batch, kv_heads, group, head_dim]`.
-        ids: `[batch, kv_heads, chosen]` int32, rising.
+        ids: pages that were chosen meanwhile, of the next layers that none are chosen of:
+            `[batch, kv_heads, chosen]` int32 each, rising.
     """
 
     hidden: Array
     query: Array
-    ids: Array
+    ids: tuple[Array, ...]
 
 
 def bounds_of(keys: Array) -> Array:
@@ -141,23 +142,14 @@ def attend(query: Array, keys: Array, values: Array, layer: Array, steady: Dense
     return ops.merge_states(*parts, dtype=query.dtype)[0]
 
 
-def _begin(
-    model: ModelConfig,
-    layout: Layout,
-    params: Params,
-    layer: Array,
-    hidden: Array,
-    steady: DenseState,
-    bounds: Array,
-    offsets: Array,
-) -> tuple[Pending, DenseState]:
-    """Begin a layer: its query, its new key and value, and its pages' numbers."""
-    positions = (steady.tokens + layout.pages * PAGE_TOKENS)[:, None]
+def _query(
+    model: ModelConfig, layout: Layout, params: Params, layer: Array, hidden: Array, tokens: Array
+) -> tuple[Array, Array, Array]:
+    """Return a layer's query, `[batch, kv_heads, group, head_dim]`, and its new key and value."""
+    positions = (tokens + layout.pages * PAGE_TOKENS)[:, None]
     weights = decoder.pick_layer(params, layer)
     query, key, value = decoder.enter_layer(model, weights, layer, hidden, positions)
-    steady = DenseAttention().append(layer, key, value, steady)
-    grouped = query.reshape(len(query), model.num_kv_heads, -1, model.head_dim)
-    return Pending(hidden, grouped, choose_pages(grouped, bounds, offsets, layout.chosen)), steady
+    return query.reshape(len(query), model.num_kv_heads, -1, model.head_dim), key, value
 
 
 def _end(
@@ -165,12 +157,11 @@ def _end(
     params: Params,
     layer: Array,
     pending: Pending,
-    keys: Array,
-    values: Array,
+    rows: tuple[Array, Array],
     steady: DenseState,
 ) -> Array:
     """Attend to the pages and to the device's tokens, and end the layer."""
-    output = attend(pending.query, keys, values, layer, steady)
+    output = attend(pending.query, *rows, layer, steady)
     output = output.reshape(len(output), 1, model.num_heads, model.head_dim)
     return decoder.leave_layer(model, decoder.pick_layer(params, layer), pending.hidden, output)
 
@@ -180,45 +171,79 @@ def enter_step(
     model: ModelConfig,
     layout: Layout,
     ends: Params,
-    first: Params,
+    params: tuple[Params, ...],
     tokens: Array,
     steady: DenseState,
-    bounds: Array,
+    bounds: tuple[Array, ...],
     offsets: Array,
 ) -> tuple[Pending, DenseState]:
-    """Look up the tokens, and begin the first layer."""
+    """Look up the tokens, begin the first layer, and choose pages.
+
+    Args:
+        model, layout: sizes.
+        ends: the weights that are no layer's.
+        params, bounds: of the layers to choose pages for: the first, or the first two.
+        tokens: `[batch]` int32.
+        steady: sinks, window and new tokens.
+        offsets: see `Summaries`.
+    """
     hidden = decoder.embed(model, ends, tokens[:, None])
-    return _begin(model, layout, first, jnp.int32(0), hidden, steady, bounds, offsets)
+    ids = []
+    for number, (of_layer, own) in enumerate(zip(params, bounds, strict=True)):
+        layer = jnp.int32(number)
+        query, key, value = _query(model, layout, of_layer, layer, hidden, steady.tokens)
+        ids.append(choose_pages(query, own, offsets, layout.chosen))
+        if number == 0:
+            first, appended = query, DenseAttention().append(layer, key, value, steady)
+    return Pending(hidden, first, tuple(ids)), appended
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="steady")
 def next_layer(
     model: ModelConfig,
     layout: Layout,
-    params: tuple[Params, Params],
+    params: tuple[Params, ...],
     layer: Array,
     pending: Pending,
     rows: tuple[Array, Array],
     steady: DenseState,
-    bounds: Array,
+    bounds: Array | None,
     offsets: Array,
 ) -> tuple[Pending, DenseState]:
-    """End a layer, and begin the one after it, whose `bounds` are given."""
-    hidden = _end(model, params[0], layer, pending, *rows, steady)
-    return _begin(model, layout, params[1], layer + 1, hidden, steady, bounds, offsets)
+    """End a layer, begin the one after it, and choose pages.
+
+    Args:
+        model, layout: sizes.
+        params: of the layer, of the one after it, and of the one after that if pages are chosen
+            for it already, by what this one gets as input.
+        layer: int32, which one ends.
+        pending: the layer that ends.
+        rows: its pages.
+        steady: sinks, window and new tokens.
+        bounds: of the last of these layers; None to choose none.
+        offsets: see `Summaries`.
+    """
+    hidden = _end(model, params[0], layer, pending, rows, steady)
+    query, key, value = _query(model, layout, params[1], layer + 1, hidden, steady.tokens)
+    chooses = query
+    if len(params) > 2:
+        chooses, _, _ = _query(model, layout, params[2], layer + 2, hidden, steady.tokens)
+    ids = () if bounds is None else (choose_pages(chooses, bounds, offsets, layout.chosen),)
+    steady = DenseAttention().append(layer + 1, key, value, steady)
+    return Pending(hidden, query, ids), steady
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="steady")
 def leave_step(
     model: ModelConfig,
     ends: Params,
-    last: Params,
+    params: Params,
     pending: Pending,
     rows: tuple[Array, Array],
     steady: DenseState,
 ) -> tuple[Array, DenseState]:
-    """End the last layer; return the logits, `[batch, vocab]` float32."""
-    hidden = _end(model, last, jnp.int32(model.num_layers - 1), pending, *rows, steady)
+    """End the last layer, whose weights are `params`; return the logits, `[batch, vocab]`."""
+    hidden = _end(model, params, jnp.int32(model.num_layers - 1), pending, rows, steady)
     normed = decoder.final_norm(model, ends, hidden[:, 0])
     everyone = jnp.ones(len(steady.tokens), bool)
     return decoder.unembed(model, ends, normed), DenseAttention().advance(steady, everyone)

@@ -150,22 +150,25 @@ def test_baselines_are_measured_beside_the_others(tmp_path):
     done = bench(
         *("--contexts", "600", "--batches", f"{BATCH},100000000", "--store", "host"),
         *("--attention", "wave", "--steps", str(STEPS), "--min-retrieved-tokens", "40"),
-        *("--baselines", "host-managed,transformers", "--out", str(out)),
+        *("--baselines", "host-managed,host-managed-ahead,transformers", "--out", str(out)),
     )
     assert done.returncode == 0, done.stderr
     missing = [line for line in done.stdout.splitlines() if line.startswith("transformers: ")]
     assert len(missing) == 1, done.stdout  # there is no CUDA GPU here, if there is torch
     results = json.loads(out.read_text())["results"]
-    wave, managed = (one for one in results if one["batch"] == BATCH)
-    assert [wave["attention"], managed["attention"]] == ["wave", "host-managed"]
-    for one in (wave, managed):
+    wave, managed, ahead = (one for one in results if one["batch"] == BATCH)
+    names = [one["attention"] for one in (wave, managed, ahead)]
+    assert names == ["wave", "host-managed", "host-managed-ahead"]
+    for one in (wave, managed, ahead):
         assert "error" not in one, one
         assert one["precision"] == {"weights": "float32", "rows": "float32"}
     # Whole pages of 16.
-    assert (wave["budget"], managed["budget"]) == (40, 48)
+    assert (wave["budget"], managed["budget"], ahead["budget"]) == (40, 48, 48)
     assert managed["tokens_per_s"] == pytest.approx(1000 * BATCH / managed["ms_per_step"])
     assert managed["managed_ratio"] == 1
     assert wave["managed_ratio"] == pytest.approx(managed["ms_per_step"] / wave["ms_per_step"])
+    assert wave["ahead_ratio"] == pytest.approx(ahead["ms_per_step"] / wave["ms_per_step"])
+    assert ahead["bytes_per_step"]["host"] == managed["bytes_per_step"]["host"]
     # 2 layers of 2 kv heads, 48 tokens each, rows of 2 x 64 float32.
     assert managed["bytes_per_step"]["host"] == BATCH * 2 * 2 * 48 * 2 * 64 * 4
     assert managed["bytes_per_step"]["weights"] == wave["bytes_per_step"]["weights"]

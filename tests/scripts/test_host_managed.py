@@ -56,9 +56,9 @@ def logits_of(attention, model, params, batch, context, tokens):
     return np.stack(found)
 
 
-def managed_logits(config, model, params, batch, context, tokens):
+def managed_logits(config, model, params, batch, context, tokens, ahead=False):
     managed = load("host_managed").fill(
-        model, config, batch, context, len(tokens), "float32", threads=2
+        model, config, batch, context, len(tokens), "float32", threads=2, ahead=ahead
     )
     found = np.stack([np.asarray(managed.feed(params, jnp.asarray(step))) for step in tokens])
     managed.pages.close()
@@ -69,15 +69,21 @@ def tokens_of(model, batch):
     return np.random.default_rng().integers(0, model.vocab_size, (STEPS, batch)).astype(np.int32)
 
 
-@pytest.mark.parametrize("batch, context, unroll", [(1, 300, False), (3, 613, True)])
-def test_all_pages_are_full_attention(batch, context, unroll):
-    model = tiny()
+@pytest.mark.parametrize(
+    "batch, context, unroll, layers, ahead",
+    [
+        *((1, 300, False, 2, False), (3, 613, True, 2, False)),
+        *((1, 300, False, 1, True), (2, 613, True, 5, True)),
+    ],
+)
+def test_all_pages_are_full_attention(batch, context, unroll, layers, ahead):
+    model = tiny(num_layers=layers)
     params = load("decode_model").random_params(model, "float32")
     tokens = tokens_of(model, batch)
     expected = logits_of(DenseAttention(), model, params, batch, context, tokens)
     if unroll:
         params = load("models.unstacked").unstack_layers(params)
-    found, managed = managed_logits(config_of(10_000), model, params, batch, context, tokens)
+    found, managed = managed_logits(config_of(10_000), model, params, batch, context, tokens, ahead)
     assert managed.layout.chosen == managed.layout.pages
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
@@ -94,6 +100,23 @@ def test_some_pages_are_sparse_attention_by_page_bounds():
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
     full = logits_of(DenseAttention(), model, params, batch, context, tokens)
     assert np.abs(full - expected).max() > 0.01  # or it would say nothing
+
+
+def test_pages_are_guessed_by_the_input_of_the_layer_before():
+    """So a guess is right where that layer adds nothing to its input, and else may be wrong."""
+    model, batch, context = tiny(num_layers=4), 2, 651
+    tokens, config = tokens_of(model, batch), config_of(3 * PAGE)
+    params = load("decode_model").random_params(model, "float32")
+    given = model, params, batch, context, tokens
+    exact, guessed = (managed_logits(config, *given, ahead)[0] for ahead in (False, True))
+    assert np.abs(exact - guessed).max() > 0.01
+    stacks = params["params"]["layers"]
+    # But for the last one's, or no attention would matter.
+    idle = {name: stacks[name].at[:-1].set(0) for name in ("output", "down")}
+    params = {"params": params["params"] | {"layers": stacks | idle}}
+    given = model, params, batch, context, tokens
+    exact, guessed = (managed_logits(config, *given, ahead)[0] for ahead in (False, True))
+    np.testing.assert_allclose(guessed, exact, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kv_heads, context, chosen", [(1, 301, 3), (2, 777, 7), (4, 555, 1)])
@@ -170,15 +193,17 @@ def test_every_token_is_somewhere_once():
     managed.pages.close()
 
 
-@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("pinned", ["at once", "by numpy", ""])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gathered_pages_stay_as_they_were_sent(monkeypatch, pinned, dtype):
     host_pages = load("host_pages")
+    if pinned == "by numpy":
+        monkeypatch.setattr(host_pages, "ADDRESSES", (lambda _: 1 / 0, host_pages.ADDRESSES[1]))
     if not pinned:
         monkeypatch.setattr(host_pages.Block, "_sees_changes", lambda self: False)
     shape, chosen = (3, 2, 3, 11, 64), 5
     pages = host_pages.HostPages(shape, dtype, chosen, threads=3)
-    assert pages.pinned == pinned
+    assert pages.pinned == bool(pinned)
     rng = np.random.default_rng()
     size = (3, 2, 3, 11, PAGE, 64)
     written = [jnp.asarray(rng.normal(size=size), dtype) for _ in range(2)]

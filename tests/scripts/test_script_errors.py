@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
         ("bench_decode.py --shape tiny --weight-dtype packed", "give one by --model"),
         (
             "bench_decode.py --shape tiny --baselines quest",
-            "'quest' is none of host-managed, transf",
+            "'quest' is none of host-managed, host-",
         ),
         ("profile_step.py --shapes batch8-128k", "there is no GPU to profile: JAX runs on cpu"),
     ],
