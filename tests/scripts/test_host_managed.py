@@ -1,8 +1,12 @@
 """The baseline that the host manages attends to the best pages, and to no others of the host's."""
 
 import dataclasses
+import gc
 import importlib
 import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -224,6 +228,35 @@ def test_gathered_pages_stay_as_they_were_sent(monkeypatch, pinned, dtype):
             np.testing.assert_array_equal(np.asarray(x), expected.reshape(2, 3, -1, 64))
     assert pages.choose_threads().keys() >= {1}
     assert pages.send_rate() > 0
+    pages.close()
+
+
+def test_helpers_keep_no_pages():
+    """Or what a failure leaves behind would take the next configuration's memory."""
+    pages = load("host_pages").HostPages((1, 1, 2, 9, 64), "float32", 4, threads=3)
+    pages.send(0, np.zeros((1, 2, 4), np.int32))
+    rows = weakref.ref(pages.rows)
+    del pages
+    for _ in range(100):
+        gc.collect()
+        if rows() is None:
+            break
+        time.sleep(0.05)
+    assert rows() is None
+
+
+def test_what_fails_in_a_helper_is_raised(monkeypatch):
+    pages = load("host_pages").HostPages((1, 1, 2, 9, 64), "float32", 4, threads=3)
+    caller, take = threading.get_ident(), np.take
+
+    def fail(*operands):
+        if threading.get_ident() != caller:
+            raise ValueError("not here")
+        return take(*operands)
+
+    monkeypatch.setattr(np, "take", fail)
+    with pytest.raises(ValueError, match="not here"):
+        pages.send(0, np.zeros((1, 2, 4), np.int32))
     pages.close()
 
 
