@@ -19,8 +19,9 @@ gather. Pages are ranked as `wavejax.evaluation.baselines` ranks them, whose acc
 Scores, selection, attention and merging run in this project's own kernels.
 
 `ahead` makes it guess a layer's pages one layer early, by the query that the input of the layer
-before gives, as InfiniGen does. The host then gathers and sends while the device works. InfiniGen
-guesses with a part of the query's weights and of the keys; here all weights and bounds are read.
+before gives, as InfiniGen does. The host then gathers while the device works. The copy waits for
+programs that were queued before it, as JAX's copies do. InfiniGen guesses with a part of the
+query's weights and of the keys; here all weights and bounds are read.
 
 It does not do these:
 

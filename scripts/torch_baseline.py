@@ -6,16 +6,19 @@ before JAX's device starts. The process needs `torch`, `transformers` and a CUDA
     python scripts/torch_baseline.py < request.json
 
 `request_of` returns a request. Each case gives a line of JSON. The model has random weights, and
-its cache random keys and values. A step feeds one token a sequence and takes the best next one. Two
-caches are timed, and the faster is the case's figure:
+its cache random keys and values. A step feeds one token a sequence and takes the best next one.
+Three ways are timed, and the fastest is the case's figure:
 
 - `dynamic`: transformers' own default. It copies all keys and values at each step to add a token.
 - `reserved`: room for all tokens at first, and a view of the used part. Nothing is copied or
-  masked, so that attention runs in its fastest kernel. Transformers has no such cache.
+  masked. Transformers has no such cache.
+- `reserved-flash`: the same, and PyTorch may take its flash kernels alone. Others that it prefers
+  on some GPUs may prepare anew for each length.
 
 Steps run eagerly, as `generate` runs them by default: no `torch.compile`, no CUDA graphs.
 """
 
+import functools
 import json
 import statistics
 import subprocess
@@ -31,7 +34,7 @@ USABLE = 0.95
 SPARE = 2 * 2**30
 # How errors begin of a baseline that cannot run at all.
 MISSING = "missing"
-CACHES = ("dynamic", "reserved")
+WAYS = ("dynamic", "reserved", "reserved-flash")
 # Fields of a model's config that transformers' Llama has no counterpart of.
 UNLIKE_LLAMA = ("qkv_bias", "qk_norm", "sliding_window", "rope_scaling", "rope_layers")
 
@@ -89,6 +92,7 @@ def figures(request: dict[str, Any], device: str = "cuda") -> Iterator[dict[str,
         return
     import torch
     import transformers
+    from torch_llama import random_llama
 
     facts = {
         "torch": torch.__version__,
@@ -96,7 +100,7 @@ def figures(request: dict[str, Any], device: str = "cuda") -> Iterator[dict[str,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
     }
     dtype = getattr(torch, request["dtype"])
-    model = _random_llama(request["model"], dtype, device)
+    model = random_llama(request["model"], dtype, device)
     for context, asked in cases:
         try:
             room = context + request["steps"] * (WARM_UPS + request["calls"])
@@ -123,86 +127,65 @@ def _missing(model: dict[str, Any], device: str) -> str | None:
     return None
 
 
-def _random_llama(sizes: dict[str, Any], dtype: Any, device: str) -> Any:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"],
-        num_key_value_heads=sizes["num_kv_heads"],
-        head_dim=sizes["head_dim"],
-        max_position_embeddings=sizes["max_context"],
-        rms_norm_eps=sizes["norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_theta"]},
-        tie_word_embeddings=sizes["tie_embeddings"],
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
-    return model.eval()
-
-
-def _bytes_of_token(model: Any) -> int:
-    config = model.config
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return int(numbers * model.dtype.itemsize)
-
-
 def _largest(model: Any, room: int) -> int:
     """Return the most sequences that fit beside the weights."""
     import torch
+    from torch_llama import bytes_of_token
 
     torch.cuda.empty_cache()
     free = USABLE * torch.cuda.mem_get_info()[0] - SPARE
     # A layer of the dynamic cache is held twice while it grows.
     layers = model.config.num_hidden_layers
-    return max(0, int(free // (_bytes_of_token(model) * room * (layers + 1) / layers)))
+    return max(0, int(free // (bytes_of_token(model) * room * (layers + 1) / layers)))
 
 
 def _time_case(
     model: Any, request: dict[str, Any], context: int, batch: int, room: int
 ) -> dict[str, Any]:
     import torch
+    from torch_llama import bytes_of_token, decode, fill_cache
 
     steps, calls = request["steps"], request["calls"]
     vocab = model.config.vocab_size
     tokens = torch.arange(batch, device=model.device)[:, None] * vocab // batch
-    by_cache = {}
-    for kind in CACHES:
-        cache = fill_cache(kind, model, context, batch, room)
+    by_way: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    for way in WAYS:
+        kind, _, flash = way.partition("-")
+        try:
+            cache = fill_cache(kind, model, context, batch, room)
 
-        def run(cache: Any = cache) -> float:
-            return _seconds(lambda: decode(model, cache, tokens, steps), model.device)
+            def run(cache: Any = cache, flash: bool = bool(flash)) -> float:
+                call = functools.partial(decode, model, cache, tokens, steps, flash=flash)
+                return _seconds(call, model.device)
 
-        for _ in range(WARM_UPS):
-            run()
-        by_cache[kind] = [run() for _ in range(calls)]
-        del cache, run
+            for _ in range(WARM_UPS):
+                run()
+            by_way[way] = [run() for _ in range(calls)]
+        except Exception as error:  # The other ways are still worth timing.
+            failed[way] = f"{type(error).__name__}: {error}"[:300]
+        cache = run = None  # type: ignore[assignment]
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-    best = min(by_cache, key=lambda kind: statistics.median(by_cache[kind]))
-    step = statistics.median(by_cache[best]) / steps
+    if not by_way:
+        raise RuntimeError(f"every way failed: {failed}")
+    best = min(by_way, key=lambda way: statistics.median(by_way[way]))
+    step = statistics.median(by_way[best]) / steps
     weights = sum(x.nbytes for x in model.parameters())
     if not model.config.tie_word_embeddings:
         weights -= model.get_input_embeddings().weight.nbytes
     # Of the steps' middle.
     tokens_held = context + steps * (WARM_UPS + calls / 2)
-    attention = batch * tokens_held * _bytes_of_token(model)
+    attention = batch * tokens_held * bytes_of_token(model)
     moved = {"weights": float(weights), "attention": float(attention)}
     return {
         "ms_per_step": 1e3 * step,
-        "least_ms": 1e3 * min(by_cache[best]) / steps,
-        "most_ms": 1e3 * max(by_cache[best]) / steps,
+        "least_ms": 1e3 * min(by_way[best]) / steps,
+        "most_ms": 1e3 * max(by_way[best]) / steps,
         "tokens_per_s": batch / step,
-        "cache": best,
-        "ms_by_cache": {k: 1e3 * statistics.median(x) / steps for k, x in by_cache.items()},
+        "way": best,
+        "failed_ways": failed,
+        "ms_by_way": {k: 1e3 * statistics.median(x) / steps for k, x in by_way.items()},
         "bytes_per_step": moved | {"missed": 0.0, "host": 0.0, "device": sum(moved.values())},
     }
 
@@ -216,72 +199,6 @@ def _seconds(call: Callable[[], Any], device: Any) -> float:
     call()
     wait()
     return time.perf_counter() - start
-
-
-def decode(model: Any, cache: Any, tokens: Any, steps: int) -> Any:
-    """Decode, and return the logits of the last step, `[batch, vocab]`.
-
-    Args:
-        model: transformers' Llama.
-        cache: of `fill_cache`; grows by `steps` tokens.
-        tokens: `[batch, 1]`, fed at the first step; at each other, the one that follows.
-        steps: one or more.
-    """
-    import torch
-
-    logits = None
-    with torch.inference_mode():
-        for step in range(steps):
-            fed = (tokens + step) % model.config.vocab_size
-            logits = model(input_ids=fed, past_key_values=cache, use_cache=True).logits[:, -1]
-            # Drawn as generation does, and forgotten.
-            logits.argmax(dim=-1)
-    return logits
-
-
-def fill_cache(kind: str, model: Any, context: int, batch: int, room: int) -> Any:
-    """Make a cache of random keys and values.
-
-    Args:
-        kind: one of `CACHES`.
-        model: whose cache.
-        context: tokens of each sequence.
-        batch: sequences.
-        room: tokens that a sequence will have in the end.
-    """
-    import torch
-    from transformers import DynamicCache
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    class Reserved(DynamicLayer):
-        """One layer's keys and values, with room for all that are to come."""
-
-        def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> Any:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                size = (*key_states.shape[:2], room, key_states.shape[3])
-                self.room = tuple(key_states.new_empty(size) for _ in range(2))
-                self.held = 0
-            end = self.held + key_states.shape[2]
-            for held, new in zip(self.room, (key_states, value_states), strict=True):
-                held[:, :, self.held : end] = new
-            self.held = end
-            self.keys, self.values = (held[:, :, :end] for held in self.room)
-            return self.keys, self.values
-
-    config = model.config
-    layers = range(config.num_hidden_layers)
-    dynamic = kind == "dynamic"
-    cache = DynamicCache(config=config) if dynamic else Cache(layers=[Reserved() for _ in layers])
-    size = batch, config.num_key_value_heads, context, config.head_dim
-    made = torch.Generator(model.device).manual_seed(1)
-    for layer in layers:
-        keys, values = (
-            torch.randn(size, dtype=model.dtype, device=model.device, generator=made)
-            for _ in range(2)
-        )
-        cache.update(keys, values, layer)
-    return cache
 
 
 def main() -> None:

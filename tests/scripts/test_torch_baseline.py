@@ -62,7 +62,7 @@ def test_results_are_found_by_tokens_and_sequences(load, monkeypatch):
     assert timed.missing == "missing: torch sees no CUDA GPU"
 
 
-def test_llama_is_timed_with_two_caches(load):
+def test_llama_is_timed_in_three_ways(load):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     baseline = load("torch_baseline")
@@ -71,19 +71,22 @@ def test_llama_is_timed_with_two_caches(load):
         assert found["batch"] == batch, found
         assert found["tokens_per_s"] == pytest.approx(1000 * batch / found["ms_per_step"])
         assert found["least_ms"] <= found["ms_per_step"] <= found["most_ms"]
-        assert found["ms_by_cache"][found["cache"]] == min(found["ms_by_cache"].values())
+        assert found["ms_by_way"][found["way"]] == min(found["ms_by_way"].values())
+        assert found["ms_by_way"].keys() | found["failed_ways"].keys() == set(baseline.WAYS)
+        assert found["ms_by_way"].keys() >= {"dynamic", "reserved"}
         # 2 layers of 2 kv heads with rows of 2 x 64 float32.
         tokens = found["bytes_per_step"]["attention"] / (2 * 2 * 2 * 64 * 4 * batch)
         assert context < tokens < context + 3 * 4
     (unlike,) = baseline.figures(request(load, [(300, 2)], qk_norm=True), "cpu")
     assert unlike == {"error": "missing: transformers' Llama has no qk_norm"}
 
-    model = baseline._random_llama(request(load, [])["model"], torch.float32, "cpu")
+    llama = load("torch_llama")
+    model = llama.random_llama(request(load, [])["model"], torch.float32, "cpu")
     fed = torch.tensor([[3], [500]])
-    caches = [baseline.fill_cache(kind, model, 300, 2, 310) for kind in baseline.CACHES]
-    found = [baseline.decode(model, cache, fed, 5) for cache in caches]
+    caches = [llama.fill_cache(kind, model, 300, 2, 310) for kind in ("dynamic", "reserved")]
+    found = [llama.decode(model, cache, fed, 5) for cache in caches]
     assert [cache.get_seq_length() for cache in caches] == [305, 305]
     torch.testing.assert_close(*found)
     # Other keys, other logits.
-    again = baseline.decode(model, baseline.fill_cache("dynamic", model, 299, 2, 310), fed, 5)
+    again = llama.decode(model, llama.fill_cache("dynamic", model, 299, 2, 310), fed, 5)
     assert (again - found[0]).abs().max() > 1e-4
