@@ -199,8 +199,9 @@ def command(
         choices += [("wave", place, wave_attention(config, place)) for place in places]
     for name in named:
         if name != "transformers":
-            ahead = name == "host-managed-ahead"
-            choices.append((name, None, HostManagedBaseline(config, ahead)))
+            baseline = HostManagedBaseline(config, ahead=name == "host-managed-ahead")
+            baseline.budget(min(lengths))  # InputError if there is nothing to fetch
+            choices.append((name, None, baseline))
     new_tokens = steps_needed(steps, CALLS) + (4 * config.growth_tokens if growth else 0)
 
     # Before anything starts JAX's device.

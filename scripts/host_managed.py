@@ -5,7 +5,8 @@ Each layer of a step goes through these, one after the other:
 1. The device makes the query and bounds its product with every page of 16 keys by the page's least
    and greatest key, which are in its memory (Quest, arXiv 2406.10774). It takes the best pages.
 2. Their numbers go to the host.
-3. Threads gather the pages into a pinned block (`host_pages`), and one copy sends it.
+3. Threads gather the pages into two pinned blocks, of keys and of values, and a copy sends each
+   (`host_pages`).
 4. The device attends to these pages, to the sinks and to the window, and ends the layer. The same
    program begins the next layer, so that a layer is one program.
 

@@ -45,7 +45,10 @@ class Layout:
         """
         pages = max(0, config.indexed_tokens(context)) // PAGE_TOKENS
         if not pages:
-            raise InputError(f"of {context} tokens none are beside the sinks and the window")
+            raise InputError(
+                f"a context of {context} tokens has no page of {PAGE_TOKENS} beside the sinks and "
+                "the window: give a longer one to a baseline that the host manages"
+            )
         chosen = min(pages, -(-budget_of(config, context) // PAGE_TOKENS))
         sinks = config.sink_tokens
         return cls(sinks, pages, context - sinks - pages * PAGE_TOKENS, max(1, chosen))

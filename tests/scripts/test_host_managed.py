@@ -271,7 +271,7 @@ def test_the_budget_is_wave_attentions(context):
             layout = programs.Layout.of(config, context)
             assert 0 <= layout.chosen * PAGE - min(expected, layout.pages * PAGE) < PAGE
         else:
-            with pytest.raises(ValueError, match="none are beside the sinks"):
+            with pytest.raises(ValueError, match="has no page of 16 beside the sinks"):
                 programs.Layout.of(config, context)
 
 

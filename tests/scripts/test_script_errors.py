@@ -33,6 +33,10 @@ ROOT = Path(__file__).parents[2]
             "bench_decode.py --shape tiny --baselines quest",
             "'quest' is none of host-managed, host-",
         ),
+        (
+            "bench_decode.py --contexts 999 --baselines host-managed",
+            "of 999 tokens has no page of 16",
+        ),
         ("profile_step.py --shapes batch8-128k", "there is no GPU to profile: JAX runs on cpu"),
     ],
 )
