@@ -19,7 +19,7 @@ OLDEST_GPU = (8, 0)
 # The environment variable that chooses for a whole process.
 VARIABLE = "WAVEJAX_IMPLEMENTATION"
 
-Implementation = Literal["auto", "xla", "triton", "tpu"]
+Implementation = Literal["auto", "xla", "triton", "tpu", "mosaic_gpu"]
 
 Result = TypeVar("Result")
 
@@ -44,7 +44,8 @@ def use_implementation(
 
     Args:
         implementation: "xla", plain JAX; "triton", the kernels for GPUs; "tpu", those for TPUs,
-            which few ops have; or "auto", the platform's best.
+            which few ops have; "mosaic_gpu", those by Mosaic GPU, which two ops have and "auto"
+            never takes; or "auto", the platform's best.
         by: who asks, for `explain`.
 
     Raises:

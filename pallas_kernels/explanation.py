@@ -17,7 +17,7 @@ class Choice:
 
     Attributes:
         op: the op's name.
-        implementation: what it took, "xla", "triton" or "tpu".
+        implementation: what it took, "xla", "triton", "tpu" or "mosaic_gpu".
         platform: JAX's default backend, such as "gpu" or "cpu".
         reason: why it took that, in words.
     """

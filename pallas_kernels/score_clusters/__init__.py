@@ -1,10 +1,10 @@
-"""The op `score_clusters`. Its meaning is `reference.py`; `triton.py` and `tpu.py` are kernels."""
+"""The op `score_clusters`. Its meaning is `reference.py`; the other files are kernels."""
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.score_clusters import reference, tpu, triton
+from pallas_kernels.score_clusters import mosaic_gpu, reference, tpu, triton
 from pallas_kernels.types import ClusterScores
 
 
@@ -42,6 +42,7 @@ def score_clusters(
             "xla": reference.score_clusters,
             "triton": triton.score_clusters,
             "tpu": tpu.score_clusters,
+            "mosaic_gpu": mosaic_gpu.score_clusters,
         },
         query,
         centroids,

@@ -12,6 +12,7 @@ OPS.remove("use_implementation")
 # In plain JAX alone: "auto" says so, and `dispatch.no_kernel` refuses.
 WITHOUT_KERNEL = {"build_spread"}
 WITH_TPU_KERNEL = {"attend_zones", "score_clusters"}
+WITH_MOSAIC_GPU_KERNEL = {"score_clusters"}
 
 
 def taken(function):
@@ -31,6 +32,7 @@ def test_implementations_take_what_the_op_takes(op):
     assert of_op.pop("implementation") == (inspect.Parameter.KEYWORD_ONLY, None)
     names = ["reference"] if op in WITHOUT_KERNEL else ["reference", "triton"]
     names += ["tpu"] if op in WITH_TPU_KERNEL else []
+    names += ["mosaic_gpu"] if op in WITH_MOSAIC_GPU_KERNEL else []
     plain, *kernels = (
         taken(getattr(importlib.import_module(f"pallas_kernels.{op}.{name}"), op)) for name in names
     )

@@ -12,7 +12,7 @@ from pallas_kernels import explain, triton_route
 from pallas_kernels.dispatch import VARIABLE, requested
 
 # Implementations that are kernels, and the platform of each as JAX names it.
-KERNELS = {"triton": "gpu", "tpu": "tpu"}
+KERNELS = {"triton": "gpu", "tpu": "tpu", "mosaic_gpu": "gpu"}
 
 HELP = "At the end, say which implementation each op took, and why."
 

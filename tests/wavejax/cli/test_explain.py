@@ -98,7 +98,7 @@ def test_what_kernels_do_not_support_is_one_line_where_they_are_asked_for(
     assert asked_for_kernels(error) is None
     monkeypatch.setenv(VARIABLE, "xla")
     assert asked_for_kernels(error) is None
-    for asked in ("triton", "tpu"):
+    for asked in ("triton", "tpu", "mosaic_gpu"):
         monkeypatch.setenv(VARIABLE, asked)
         line = asked_for_kernels(error)
         assert line is not None

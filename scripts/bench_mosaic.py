@@ -1,0 +1,197 @@
+"""Checks the Mosaic GPU kernels against the references on a GPU, and times them beside Triton's.
+
+    python scripts/bench_mosaic.py --shapes batch8-128k,batch1-128k,batch1-1m --out mosaic.json
+
+Each shape's variants are timed one after the other, Triton's first and last. Whatever fails is
+printed with its traceback's end, and the rest goes on.
+"""
+
+import argparse
+import functools
+import json
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gpu_timing import copy_ceiling, device_facts, time_calls
+from op_cases import Run, StepBench, by_api, names_from
+
+from pallas_kernels.score_clusters import mosaic_gpu as score_clusters
+from pallas_kernels.shapes import BENCHMARKED, SHAPES
+from pallas_kernels.types import MASKED
+
+OPS = ("score_clusters",)
+# Small shapes of other heads: their values are checked, and nothing is timed.
+CHECKED = ("llama", "qwen", "smollm2", "gemma", "phi", "wide")
+# How much a Mosaic kernel must win to be taken.
+WIN = 1.03
+
+
+def variants(op: str) -> dict[str, Callable[..., Any]]:
+    """Return the kernels to time, by name: Triton's as it is tuned, and Mosaic's by config."""
+    triton = functools.partial(by_api("triton"), op)
+    module, configs = (
+        score_clusters,
+        [
+            score_clusters.Config(block, blocks)
+            for block, blocks in ((64, 1), (64, 2), (64, 3), (64, 4), (128, 1), (128, 2))
+        ],
+    )
+    function = getattr(module, op)
+    named = {
+        " ".join(map(str, vars(config).values())): functools.partial(function, config=config)
+        for config in configs
+    }
+    return {"triton": triton, "heuristic": function, **named, "triton again": triton}
+
+
+def kept(name: str) -> int:
+    """Say how many lines of a traceback are worth printing."""
+    return 12 if name == "heuristic" else 4
+
+
+def attempt(label: str, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a variant; print what it found, or how it failed."""
+    try:
+        found = run()
+    except Exception:
+        lines = traceback.format_exc().strip().splitlines()
+        lines = [line for line in lines if not line.startswith(("---", "For simplicity"))]
+        lines = lines[-kept(name) :]
+        found = {"error": "\n".join(line[:400] for line in lines)}
+        print(f"FAILED {label} {name}\n{found['error']}", flush=True)
+    else:
+        print(f"{label} {name}: {found}"[:300], flush=True)
+    return found
+
+
+def errors(found: Any, expected: Any) -> dict[str, Any]:
+    """Compare the first results that are not None: most absolute error, and the first place of it.
+
+    A place is wrong too where one of the two is NaN or masked and the other is not.
+    """
+    worst: dict[str, Any] = {}
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        error = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0.0, abs(one - other))
+        error = np.nan_to_num(error, nan=np.inf)
+        at = np.unravel_index(int(error.argmax()), error.shape)
+        worst[f"error{i}"] = float(error[at])
+        if error[at] > 1e-2:
+            worst[f"wrong{i}"] = (
+                f"{int((error > 1e-2).sum())} of {error.size}, NaN {int(np.isnan(one).sum())}, "
+                f"masked {int((one <= MASKED / 2).sum())} for {int((other <= MASKED / 2).sum())}; "
+                f"most at {tuple(map(int, at))}: {float(one[at])} for {float(other[at])}"
+            )
+    return worst
+
+
+def runner(op: str, function: Callable[..., Any]) -> Run:
+    """Make of one kernel what `StepBench.case` calls."""
+
+    def run(name: str, *operands: Any, **settings: Any) -> Any:
+        assert name == op
+        return function(*operands, **settings)
+
+    return run
+
+
+def results_of(case: Any) -> list[Any]:
+    """Return a case's results in its first layer."""
+    return jax.tree.leaves(jax.jit(case.call)(jnp.int32(0), case.operands, case.state)[0])
+
+
+def check_and_time(
+    shape: str, op: str, names: list[str], timing: dict[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """Check the variants at a shape, and time those that are right where it is to be timed."""
+    bench = StepBench(SHAPES[shape], by_api("triton"))
+    expected = results_of(bench.case(op, by_api("xla")))
+    rows = {}
+    for name, function in variants(op).items():
+        if names and name not in names:
+            continue
+
+        def measure(function: Callable[..., Any] = function) -> dict[str, Any]:
+            case = bench.case(op, runner(op, function))
+            found = errors(results_of(case), expected)
+            if timing is not None and not any(key.startswith("wrong") for key in found):
+                own = {"links": case.links, **timing}
+                took, _ = time_calls(case.call, case.operands, case.state, **own)
+                found |= {"us": took.median * 1e6, "least_us": took.least * 1e6}
+                found["gb_per_s"] = case.bytes / took.median / 1e9
+            return found
+
+        rows[name] = attempt(f"{shape} {op}", name, measure)
+    return rows
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the times: how many times faster than Triton each variant is, and who wins."""
+    titles = f"{'shape':14}{'op':16}{'variant':16}{'us':>9}{'least':>9}{'GB/s':>7}{'x Triton':>10}"
+    lines = [titles]
+    for place, rows in report["timed"].items():
+        shape, op = place.split()
+        timed = {name: found["us"] for name, found in rows.items() if "us" in found}
+        triton = min((us for name, us in timed.items() if "triton" in name), default=None)
+        for name, found in rows.items():
+            start = f"{shape:14}{op:16}{name:16}"
+            if "us" not in found:
+                lines.append(start + ("  failed" if "error" in found else "  wrong values"))
+                continue
+            ratio = triton / found["us"] if triton else 0.0
+            verdict = "  wins" if ratio >= WIN and "triton" not in name else ""
+            lines.append(
+                f"{start}{found['us']:9.1f}{found['least_us']:9.1f}{found['gb_per_s']:7.0f}"
+                f"{ratio:10.3f}{verdict}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Check small shapes, then check and time the others; print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=",".join(BENCHMARKED), help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--checked", default=",".join(CHECKED), help="shapes of checks alone")
+    parser.add_argument("--ops", default=",".join(OPS), help=f"of {', '.join(OPS)}")
+    parser.add_argument("--variants", default="", help="only these, between commas: see the table")
+    parser.add_argument("--seconds", type=float, default=0.25, help="of measurements, a variant")
+    parser.add_argument("--ptxas", action="store_true", help="print registers and spills")
+    parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
+    args = parser.parse_args()
+    if args.ptxas:
+        os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    ops = names_from(parser, "--ops", args.ops, OPS)
+    shapes = names_from(parser, "--shapes", args.shapes, SHAPES)
+    checked = names_from(parser, "--checked", args.checked, SHAPES) if args.checked else []
+    names = args.variants.split(",") if args.variants else []
+    report: dict[str, Any] = device_facts() | {"checked": {}, "timed": {}}
+    print(device_facts(), flush=True)
+    report["copy"] = copy_ceiling(2.0)
+    print(f"copy {report['copy']}", flush=True)
+    for shape in [*checked, *shapes]:
+        timed = shape in shapes
+        for op in ops:
+            rows: dict[str, Any] = {}
+
+            def fill(rows: dict[str, Any] = rows, shape: str = shape, op: str = op) -> Any:
+                timing = {"seconds": args.seconds} if shape in shapes else None
+                wanted = names if shape in shapes else ["heuristic"]
+                rows.update(check_and_time(shape, op, wanted, timing))
+                return {"variants": len(rows)}
+
+            attempt(f"{shape} {op}", "all", fill)
+            report["timed" if timed else "checked"][f"{shape} {op}"] = rows
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(report, indent=1))
+    print(table(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()
