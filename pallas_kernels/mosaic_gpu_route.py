@@ -61,7 +61,10 @@ def call(
         grid_names=tuple(grid),
         kernel_name=name,
         compiler_params=mgpu.CompilerParams(
-            approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane
+            approx_math=True,
+            # The least that sums across warps take; by default it is twice as much.
+            reduction_scratch_bytes=1024,
+            lowering_semantics=mgpu.LoweringSemantics.Lane,
         ),
         **settings,
     )

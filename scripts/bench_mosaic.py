@@ -21,33 +21,49 @@ import numpy as np
 from gpu_timing import copy_ceiling, device_facts, time_calls
 from op_cases import Run, StepBench, by_api, names_from
 
+from pallas_kernels.attend_dense import mosaic_gpu as attend_dense
 from pallas_kernels.score_clusters import mosaic_gpu as score_clusters
-from pallas_kernels.shapes import BENCHMARKED, SHAPES
+from pallas_kernels.shapes import BENCHMARKED, SHAPES, StepShape
 from pallas_kernels.types import MASKED
 
-OPS = ("score_clusters",)
+OPS = ("score_clusters", "attend_dense")
 # Small shapes of other heads: their values are checked, and nothing is timed.
 CHECKED = ("llama", "qwen", "smollm2", "gemma", "phi", "wide")
 # How much a Mosaic kernel must win to be taken.
 WIN = 1.03
 
 
-def variants(op: str) -> dict[str, Callable[..., Any]]:
+# Of `attend_dense`: programs for each processor, tokens of a block, stages.
+ATTEND_CUTS = ((3, 64, 2), (2, 64, 3), (1, 64, 6), (6, 64, 2), (1, 128, 3))
+# Of `score_clusters`: clusters of a block, blocks of a program.
+SCORE_CUTS = ((64, 1), (64, 2), (64, 3), (64, 4), (128, 1))
+
+
+def variants(op: str, shape: StepShape) -> dict[str, Callable[..., Any]]:
     """Return the kernels to time, by name: Triton's as it is tuned, and Mosaic's by config."""
     triton = functools.partial(by_api("triton"), op)
-    module, configs = (
-        score_clusters,
-        [
-            score_clusters.Config(block, blocks)
-            for block, blocks in ((64, 1), (64, 2), (64, 3), (64, 4), (128, 1), (128, 2))
-        ],
-    )
-    function = getattr(module, op)
-    named = {
-        " ".join(map(str, vars(config).values())): functools.partial(function, config=config)
-        for config in configs
+    function: Callable[..., Any]
+    configs: dict[str, Any]
+    chosen: Any
+    if op == "score_clusters":
+        function = score_clusters.score_clusters
+        configs = {f"{block} {n}": score_clusters.Config(block, n) for block, n in SCORE_CUTS}
+        chosen = score_clusters.heuristic(shape.rows, shape.cluster_room, shape.head_dim)
+    else:
+        function = attend_dense.attend_dense
+        configs = {
+            f"{n} {block} {stages}": attend_dense.Config(
+                max(1, 132 * n // shape.rows), block, stages
+            )
+            for n, block, stages in ATTEND_CUTS
+        }
+        chosen = attend_dense.heuristic(shape.rows, shape.tokens, shape.head_dim)
+    others = {
+        name: functools.partial(function, config=config)
+        for name, config in configs.items()
+        if config != chosen
     }
-    return {"triton": triton, "heuristic": function, **named, "triton again": triton}
+    return {"triton": triton, "heuristic": function, **others, "triton again": triton}
 
 
 def kept(name: str) -> int:
@@ -59,6 +75,9 @@ def attempt(label: str, name: str, run: Callable[[], dict[str, Any]]) -> dict[st
     """Run a variant; print what it found, or how it failed."""
     try:
         found = run()
+    except NotImplementedError as error:
+        found = {"error": str(error)}
+        print(f"{label} {name}: not taken: {error}"[:400], flush=True)
     except Exception:
         lines = traceback.format_exc().strip().splitlines()
         lines = [line for line in lines if not line.startswith(("---", "For simplicity"))]
@@ -113,7 +132,7 @@ def check_and_time(
     bench = StepBench(SHAPES[shape], by_api("triton"))
     expected = results_of(bench.case(op, by_api("xla")))
     rows = {}
-    for name, function in variants(op).items():
+    for name, function in variants(op, bench.shape).items():
         if names and name not in names:
             continue
 
@@ -160,7 +179,7 @@ def main() -> None:
     parser.add_argument("--checked", default=",".join(CHECKED), help="shapes of checks alone")
     parser.add_argument("--ops", default=",".join(OPS), help=f"of {', '.join(OPS)}")
     parser.add_argument("--variants", default="", help="only these, between commas: see the table")
-    parser.add_argument("--seconds", type=float, default=0.25, help="of measurements, a variant")
+    parser.add_argument("--seconds", type=float, default=0.15, help="of measurements, a variant")
     parser.add_argument("--ptxas", action="store_true", help="print registers and spills")
     parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The op `attend_dense`. Its meaning is in `reference.py`, its kernels are in `triton.py`."""
+"""The op `attend_dense`. Its meaning is `reference.py`; the other files are kernels."""
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attend_dense import reference, triton
+from pallas_kernels.attend_dense import mosaic_gpu, reference, triton
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.types import Rows
 
@@ -43,7 +43,11 @@ def attend_dense(
     return dispatch.call(
         "attend_dense",
         implementation,
-        {"xla": reference.attend_dense, "triton": triton.attend_dense},
+        {
+            "xla": reference.attend_dense,
+            "triton": triton.attend_dense,
+            "mosaic_gpu": mosaic_gpu.attend_dense,
+        },
         query,
         keys,
         values,

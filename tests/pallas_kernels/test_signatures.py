@@ -12,7 +12,7 @@ OPS.remove("use_implementation")
 # In plain JAX alone: "auto" says so, and `dispatch.no_kernel` refuses.
 WITHOUT_KERNEL = {"build_spread"}
 WITH_TPU_KERNEL = {"attend_zones", "score_clusters"}
-WITH_MOSAIC_GPU_KERNEL = {"score_clusters"}
+WITH_MOSAIC_GPU_KERNEL = {"attend_dense", "score_clusters"}
 
 
 def taken(function):
