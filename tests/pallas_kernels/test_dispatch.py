@@ -215,6 +215,20 @@ def test_a_program_for_tpus_takes_their_kernels_on_any_machine():
     assert choose(by=by) == "plain JAX"
 
 
+@pytest.mark.parametrize(
+    "first, taken", [(lambda: "the kernel", "the kernel"), (None, "plain JAX")]
+)
+def test_mosaic_gpu_is_taken_only_if_it_is_asked_for(first, taken, monkeypatch):
+    pretend(monkeypatch)
+    by = {"xla": BY["xla"], "mosaic_gpu": lambda: "Mosaic's", "triton": first or unsupported}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert choose(by=by) == taken
+    assert choose("mosaic_gpu", by) == "Mosaic's"
+    with dispatch.use_implementation("mosaic_gpu"):
+        assert choose(by=by) == "Mosaic's"
+
+
 def test_a_named_implementation_that_is_not_there_fails_loudly():
     with pytest.raises(
         NotImplementedError, match="an_op: no implementation 'triton'; there is: xla"
