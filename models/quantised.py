@@ -11,12 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from models.formats import WeightFormat
 from models.parameters import Axes, Params, Path, Shape
-
-FEW_ROWS = 4
-"""Up to this number of tokens, a GPU multiplies by a matrix in groups without a matrix product."""
-
-ROWS_AT_ONCE = 2
-"""So many tokens' sums are made together: the matrix is read once for each."""
+from pallas_kernels.levels import Levels, dequantise
+from pallas_kernels.multiply_levels import MOST_TOKENS, multiply_levels
 
 _ARRAYS = ("levels", "scales", "scale_factors", "minima", "minimum_factors")
 
@@ -49,6 +45,11 @@ class QuantisedMatrix:
     dtype: Any = dataclasses.field(kw_only=True)
 
     @property
+    def parts(self) -> Levels:
+        """The arrays alone."""
+        return Levels(*(getattr(self, name) for name in _ARRAYS))
+
+    @property
     def shape(self) -> Shape:
         """Of the matrix that this stands for."""
         return (*self.levels.shape[:-1], self.columns)
@@ -75,21 +76,8 @@ class QuantisedMatrix:
 
     def dequantise(self, dtype: Any = None) -> Float[Array, "*lead out in"]:
         """Return the numbers: computed in float32, then rounded to `dtype`, or to the own one."""
-        numbers = self._whole_numbers().astype(jnp.float32)
-        numbers = numbers * _wide(self.scales, self.scale_factors)[..., None]
-        if self.minima is not None:
-            numbers = numbers + _wide(self.minima, self.minimum_factors)[..., None]
-        numbers = numbers.reshape(*numbers.shape[:-2], -1)[..., : self.columns]
+        numbers = dequantise(self.parts)[..., : self.columns]
         return numbers.astype(dtype or self.dtype)
-
-    def _whole_numbers(self) -> Int[Array, "*lead out groups group"]:
-        grouped = self.levels.reshape(*self.scales.shape, -1)
-        if self.levels.dtype == jnp.int8:
-            return grouped
-        shifts = jnp.array([[0], [4]], jnp.uint8)
-        halves = (grouped[..., None, :] >> shifts & 15).astype(jnp.int8)
-        levels = halves.reshape(*self.scales.shape, -1)
-        return levels - 8 if self.minima is None else levels
 
 
 def _flatten_with_keys(matrix: QuantisedMatrix) -> tuple[list[tuple[Any, Any]], tuple[int, Any]]:
@@ -117,6 +105,7 @@ def multiply(
     With a scale a channel, products of levels are summed in float32 and then scaled: levels are
     exact in every float dtype. With groups, the numbers are rounded to the inputs' dtype first, as
     a float matrix is. In both cases the result is that of the dequantised matrix, but for rounding.
+    With groups, up to `MOST_TOKENS` tokens are the op `multiply_levels`, which has a kernel.
 
     Args:
       inputs: of a floating dtype.
@@ -132,31 +121,10 @@ def multiply(
         scales = matrix.scales[..., 0].astype(jnp.float32)
         return (summed * scales).astype(dtype or inputs.dtype)
 
-    def product(inputs: Array, matrix: QuantisedMatrix) -> Array:
-        numbers = matrix.dequantise(inputs.dtype)
-        return jnp.einsum("...i,oi->...o", inputs, numbers, preferred_element_type=dtype)
-
-    def sums(inputs: Array, matrix: QuantisedMatrix) -> Array:
-        few = inputs.reshape(-1, inputs.shape[-1])
-
-        def of(rows: Array, matrix: QuantisedMatrix) -> Array:
-            numbers = matrix.dequantise(inputs.dtype).astype(jnp.float32)
-            return jnp.sum(rows[:, None, :].astype(jnp.float32) * numbers, axis=-1)
-
-        # Of more rows at once XLA would write the floats to memory after all; and so it would if
-        # two sums could share them, which a barrier between them forbids.
-        parts: list[Array] = []
-        for i in range(0, len(few), ROWS_AT_ONCE):
-            matrix, parts = lax.optimization_barrier((matrix, parts))
-            parts.append(of(few[i : i + ROWS_AT_ONCE], matrix))
-        summed = jnp.concatenate(parts).reshape(*inputs.shape[:-1], -1)
-        return summed.astype(dtype or inputs.dtype)
-
-    if not 0 < math.prod(inputs.shape[:-1]) <= FEW_ROWS:
-        return product(inputs, matrix)
-    # XLA's products on GPUs take a conversion as an operand, but no scales of groups: the floats
-    # would be written to memory and read again. Sums take any operand as it is computed.
-    return lax.platform_dependent(inputs, matrix, cuda=sums, rocm=sums, default=product)
+    if 0 < math.prod(inputs.shape[:-1]) <= MOST_TOKENS:
+        return multiply_levels(inputs, matrix.parts, dtype=dtype)
+    numbers = matrix.dequantise(inputs.dtype)
+    return jnp.einsum("...i,oi->...o", inputs, numbers, preferred_element_type=dtype)
 
 
 def look_up(matrix: QuantisedMatrix, rows: Int[Array, "*batch"]) -> Float[Array, "*batch in"]:
@@ -191,12 +159,3 @@ def formats_of(params: Params) -> dict[Path, WeightFormat]:
     leaves: dict[Path, Any] = {(name,): x for name, x in tree.items() if name != "layers"}
     leaves |= {("layers", name): x for name, x in layers.items()}
     return {path: x.format for path, x in leaves.items() if isinstance(x, QuantisedMatrix)}
-
-
-def _wide(small: Array, factors: Array | None) -> Float[Array, "*lead out groups"]:
-    """Return scales or minima in float32, times their factors if they have any."""
-    wide = small.astype(jnp.float32)
-    if factors is None:
-        return wide
-    blocks = wide.reshape(*factors.shape, -1) * factors.astype(jnp.float32)[..., None]
-    return blocks.reshape(wide.shape)

@@ -15,6 +15,10 @@ A decode step's ops, in their order:
 - `merge_states`: attention over disjoint sets of tokens to attention over their union.
 - `attend_dense`: attention to all tokens, what the others together are compared with.
 
+A product of the layers around attention:
+
+- `multiply_levels`: a few tokens times a matrix in 8 or 4 bits, `Levels`.
+
 Ops that make what a decode step reads:
 
 - `build_clusters`: a segment's tokens by their keys, `Clusters`.
@@ -49,6 +53,7 @@ from pallas_kernels.dispatch import Implementation, explain, forget, use_impleme
 from pallas_kernels.encode_tokens import encode_tokens
 from pallas_kernels.explanation import Choice, Explanation, FallbackWarning
 from pallas_kernels.merge_states import merge_states
+from pallas_kernels.multiply_levels import multiply_levels
 from pallas_kernels.score_clusters import score_clusters
 from pallas_kernels.score_tokens import score_tokens
 from pallas_kernels.select_clusters import select_clusters
@@ -63,6 +68,7 @@ from pallas_kernels.types import (
     Correction,
     Estimate,
     IndexedTokens,
+    Levels,
     Moments,
     PackedQuery,
     Picks,
@@ -94,6 +100,7 @@ __all__ = [
     "FallbackWarning",
     "Implementation",
     "IndexedTokens",
+    "Levels",
     "Moments",
     "PackedQuery",
     "Picks",
@@ -119,6 +126,7 @@ __all__ = [
     "explain",
     "forget",
     "merge_states",
+    "multiply_levels",
     "score_clusters",
     "score_tokens",
     "select_clusters",

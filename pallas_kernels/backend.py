@@ -80,13 +80,15 @@ def tpu_call(
     )
 
 
-def inline_assembly(text: str, *operands: Any, dtype: Any) -> Any:
-    """Compute what a piece of CUDA's assembly makes of vectors, element by element.
+def inline_assembly(text: str, *operands: Any, dtype: Any, pack: int = 1) -> Any:
+    """Compute what a piece of CUDA's assembly makes of tensors, element by element.
 
     Args:
-        text: PTX; $0 is the result, $1 and so on are the operands.
-        operands: `[n]` each, of 32 or 64 bits.
-        dtype: the result's, `[n]` too. (Pallas' assembly has one result.)
+        text: PTX; $0 is the result, $1 and so on are the operands. With `pack` each takes as many
+            registers as its elements fill, numbered on.
+        operands: of one shape, of 32 or 64 bits; with `pack` also of fewer.
+        dtype: the result's, of that shape too. (Pallas' assembly has one result.)
+        pack: elements that the text treats at once, in the order of their registers.
 
     Raises:
         RuntimeError: it is traced for GPUs of another maker. Ask `takes_assembly` first.
@@ -97,12 +99,15 @@ def inline_assembly(text: str, *operands: Any, dtype: Any) -> Any:
             "ask backend.takes_assembly, and to do without"
         )
 
-    def register(dtype: Any) -> str:
+    def registers(dtype: Any, prefix: str = "") -> list[str]:
         dtype = jnp.dtype(dtype)
-        return "f" if dtype == jnp.float32 else {4: "r", 8: "l"}[dtype.itemsize]
+        size = dtype.itemsize
+        if pack > 1 and size < 4:
+            return [prefix + "r"] * (pack * size // 4)
+        return [prefix + ("f" if dtype == jnp.float32 else {4: "r", 8: "l"}[size])] * pack
 
-    constraints = ",".join(["=" + register(dtype), *(register(x.dtype) for x in operands)])
-    return triton_route.inline_assembly(text, operands, constraints, dtype)
+    constraints = registers(dtype, "=") + [r for x in operands for r in registers(x.dtype)]
+    return triton_route.inline_assembly(text, operands, ",".join(constraints), dtype, pack)
 
 
 def on_nvidia() -> bool:

@@ -117,22 +117,25 @@ def debug_barrier() -> None:
     _route().debug_barrier()
 
 
-def inline_assembly(text: str, operands: Sequence[Any], constraints: str, dtype: Any) -> jax.Array:
-    """Compute what a piece of CUDA's assembly makes of vectors, element by element.
+def inline_assembly(
+    text: str, operands: Sequence[Any], constraints: str, dtype: Any, pack: int = 1
+) -> jax.Array:
+    """Compute what a piece of CUDA's assembly makes of tensors, element by element.
 
     Args:
         text: PTX; $0 is the result, $1 and so on are the operands.
-        operands: `[n]` each.
-        constraints: of the result and the operands, as LLVM writes them.
+        operands: of one shape.
+        constraints: of the registers of result and operands, as LLVM writes them.
         dtype: the result's.
+        pack: elements that the text treats at once.
     """
     if takes_own_route():
-        return own_triton.inline_assembly(text, operands, constraints, dtype)
+        return own_triton.inline_assembly(text, operands, constraints, dtype, pack)
     [result] = _triton.elementwise_inline_asm(
         text,
         args=operands,
         constraints=constraints,
-        pack=1,
+        pack=pack,
         result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, dtype)],
     )
     return result

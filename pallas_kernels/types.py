@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
+from pallas_kernels.levels import Levels as Levels
 from pallas_kernels.moments import Correction as Correction
 from pallas_kernels.moments import Moments as Moments
 from pallas_kernels.moments import Spread as Spread

@@ -205,7 +205,8 @@ def _assembly(at: Translator, equation: Equation) -> Value:
     types = ", ".join(value.type for value in equation.inputs)
     return at.writer.make(
         f'tt.elementwise_inline_asm "{text}" {{constraints = '
-        f'"{equation.params["constraints"]}", packed_element = 1 : i32, pure = true}} '
+        f'"{equation.params["constraints"]}", packed_element = {equation.params["pack"]} : i32, '
+        f"pure = true}} "
         f"{names} : {types} -> {result.type}",
         result.element,
         result.shape,

@@ -16,7 +16,7 @@ atomic_add_p = core.Primitive("own_atomic_add")
 # Without operands or results.
 barrier_p = core.Primitive("own_barrier")
 barrier_p.multiple_results = True
-# Operands: tensors of one shape. Parameters: `text`, `constraints`, `dtype`.
+# Operands: tensors of one shape. Parameters: `text`, `constraints`, `dtype`, `pack`.
 assembly_p = core.Primitive("own_inline_assembly")
 
 _barrier_effect = local_effect("OwnBarrierEffect")
@@ -39,16 +39,21 @@ def debug_barrier() -> None:
     barrier_p.bind()
 
 
-def inline_assembly(text: str, operands: Sequence[Any], constraints: str, dtype: Any) -> jax.Array:
+def inline_assembly(
+    text: str, operands: Sequence[Any], constraints: str, dtype: Any, pack: int = 1
+) -> jax.Array:
     """Compute what a piece of CUDA's assembly makes of tensors, element by element.
 
     Args:
         text: PTX; $0 is the result, $1 and so on are the operands.
         operands: tensors of one shape.
-        constraints: of the result and the operands, as LLVM writes them.
+        constraints: of the registers of result and operands, as LLVM writes them.
         dtype: the result's.
+        pack: elements that the text treats at once.
     """
-    return assembly_p.bind(*operands, text=text, constraints=constraints, dtype=jnp.dtype(dtype))
+    return assembly_p.bind(
+        *operands, text=text, constraints=constraints, dtype=jnp.dtype(dtype), pack=pack
+    )
 
 
 @atomic_add_p.def_effectful_abstract_eval
@@ -70,8 +75,8 @@ def _waited() -> Any:
 
 
 @assembly_p.def_abstract_eval
-def _computed(*operands: Any, text: str, constraints: str, dtype: Any) -> Any:
-    del text, constraints
+def _computed(*operands: Any, text: str, constraints: str, dtype: Any, pack: int) -> Any:
+    del text, constraints, pack
     if len({operand.shape for operand in operands}) != 1:
         raise TypeError(f"assembly wants operands of one shape, not {operands}")
     return jax.core.ShapedArray(operands[0].shape, dtype)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from models.quantised import QuantisedMatrix, multiply
+from pallas_kernels import use_implementation
 from tests.support.described_gpu import compiled
 
 OUT, IN = 4096, 2048
@@ -32,17 +33,27 @@ def matrices():
     }
 
 
-# By format, tokens that are multiplied at once. In groups, more are known to write the floats.
-TOKENS = {"int8": (1, 4, 32), "int4": (1, 2, 3, 4), "Q4_K": (1, 2, 3, 4)}
-PRODUCTS = {f"{name}-{n}": (name, n) for name, of in TOKENS.items() for n in of}
+# By implementation and format, tokens that are multiplied at once. In groups, without the kernel
+# more are known to write the floats.
+TOKENS = {
+    "xla": {"int8": (1, 4, 32), "int4": (1, 2, 3, 4), "Q4_K": (1, 2, 3, 4)},
+    "triton": {"int4": (1, 4, 8, 16, 32), "Q4_K": (1, 4, 8, 16, 32)},
+}
+PRODUCTS = {
+    f"{name}-{n}-{implementation}": (name, n, implementation)
+    for implementation, formats in TOKENS.items()
+    for name, of in formats.items()
+    for n in of
+}
 
 
 def main() -> None:
     """Compile all, and print those that keep no floats."""
     of_format = matrices()
-    for product, (name, tokens) in PRODUCTS.items():
+    for product, (name, tokens, implementation) in PRODUCTS.items():
         inputs = _of(tokens, 1, IN, dtype=jnp.bfloat16)
-        program = compiled(lambda x, m: multiply(x, m), inputs, of_format[name])
+        with use_implementation(implementation):
+            program = compiled(lambda x, m: multiply(x, m), inputs, of_format[name])
         if program.get_compiled_memory_stats().temp_size_in_bytes < OUT * IN / 2:
             print(product, flush=True)
 

@@ -30,6 +30,7 @@ from pallas_kernels.types import (
     TokenCodes,
 )
 from tests.support.index_kernel_cases import index_calls
+from tests.support.product_kernel_cases import product_calls
 from tests.support.zone_operands import zone_operands
 
 BATCH, HEADS, LAYERS = 8, 8, 2
@@ -74,6 +75,7 @@ def kernel_cases(heads: Heads) -> Mapping[str, KernelCase]:
         heads: of the queries and rows.
     """
     calls = _selection(heads) | _attention(heads) | index_calls(heads.head_dim, heads.dtype)
+    calls |= product_calls(heads.dtype)
     return {name: KernelCase(call[0], call[1], frozenset(call[2])) for name, call in calls.items()}
 
 
