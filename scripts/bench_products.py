@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,36 +122,44 @@ def bench(
     return {"us": took.median * 1e6, "least_us": took.least * 1e6, "error": error}
 
 
-def ways(name: str, format: WeightFormat | None, tokens: int, sweep: bool) -> dict[str, Multiply]:
+def ways(name: str, format: WeightFormat | None, sweep: bool) -> dict[str, Multiply]:
     """Ways to multiply by a format: XLA's, the kernel's own choice, and configs of it."""
     found: dict[str, Multiply] = {"XLA": by_xla}
     if format is None or format.group is None:
         return found
     found["kernel"] = functools.partial(by_kernel, None)
     if sweep:
-        for config in configs(name, tokens):
+        for config in configs(name):
             sizes = (config.rows, config.block, config.splits, config.num_warps, config.num_stages)
             label = "/".join(map(str, sizes)) + ("p" if config.pairs else "")
             found[label] = functools.partial(by_kernel, config)
     return found
 
 
-def configs(name: str, tokens: int) -> list[triton.Config]:
+def configs(name: str) -> list[triton.Config]:
     """Configs that are worth a try; splits of 0 are the heuristic's."""
-    base = triton.Config(splits=0)
-    tried = [
-        *({"splits": n} for n in (1, 2, 4, 8)),
-        *({"rows": 32, "splits": n} for n in (0, 1)),
-        *({"rows": 128, "splits": n} for n in (0, 4)),
-        *({"rows": 128, "block": 64, "num_warps": w} for w in (2, 4)),
+    base = triton.Config(splits=0, pairs=name in ("int4", "Q4_K"))
+    tried: list[dict[str, Any]] = [
+        {},
+        {"splits": 1},
+        {"splits": 4},
+        {"splits": 8},
+        {"rows": 32},
+        {"rows": 128},
+        {"rows": 128, "block": 64},
+        {"rows": 128, "block": 64, "num_warps": 4},
+        {"rows": 256, "block": 64, "num_warps": 4},
         {"block": 64},
         {"block": 256, "num_stages": 3},
-        {"rows": 16, "num_warps": 1},
-        *({"num_stages": n} for n in (3, 5)),
+        {"num_stages": 3},
+        {"num_stages": 5},
         {"num_warps": 4},
+        {"pairs": False},
+        {"pairs": False, "rows": 32},
+        {"pairs": False, "num_warps": 4},
     ]
-    both = (True, False) if name in ("int4", "Q4_K", "Q4_0") else (False,)
-    return [dataclasses.replace(base, **x, pairs=pairs) for pairs in both for x in tried]
+    found = [dataclasses.replace(base, **x) for x in tried]
+    return list(dict.fromkeys(found))
 
 
 def row_of(found: dict[str, Any]) -> str:
@@ -175,10 +184,14 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="configs of the kernel too")
     parser.add_argument("--only-kernel", action="store_true", help="leave XLA's ways out")
     parser.add_argument("--seconds", type=float, default=0.05, help="of measurements, a product")
+    parser.add_argument(
+        "--budget", type=float, default=540, help="seconds; later ones are left out"
+    )
     parser.add_argument("--turns", type=float, default=TURNS, help="bytes of matrices in turn")
     parser.add_argument("--out", type=Path, help="write all figures here, as JSON")
     arguments = parser.parse_args()
 
+    start, left_out = time.perf_counter(), 0
     on_gpu = jax.default_backend() == "gpu"
     report: dict[str, Any] = device_facts() | {"copy": copy_ceiling(2.0 if on_gpu else 0.01)}
     empty = empty_chain(20).median * 1e6
@@ -198,8 +211,11 @@ def main() -> None:
             ]
             for tokens in map(int, arguments.tokens.split(",")):
                 inputs = jax.random.normal(jax.random.key(tokens), (tokens, shape[1]), jnp.bfloat16)
-                for way, multiply in ways(kind, FORMATS[kind], tokens, arguments.sweep).items():
+                for way, multiply in ways(kind, FORMATS[kind], arguments.sweep).items():
                     if arguments.only_kernel and way == "XLA":
+                        continue
+                    if time.perf_counter() - start > arguments.budget:
+                        left_out += 1
                         continue
                     found: dict[str, Any] = {"matrix": name, "tokens": tokens, "format": kind}
                     found |= {"way": way, "bytes": size}
@@ -216,6 +232,7 @@ def main() -> None:
             del first, matrices
         if arguments.out:
             write_growing(arguments.out, json.dumps(report, indent=1), whole=False)
+    print(f"{time.perf_counter() - start:.0f} s, {left_out} left out", flush=True)
     if arguments.out:
         write_growing(arguments.out, json.dumps(report, indent=1), whole=True)
 

@@ -19,8 +19,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import backend as plt
 from pallas_kernels import tuning
-from pallas_kernels.levels import MIDDLE, Levels
-from pallas_kernels.multiply_levels import _registers
+from pallas_kernels.levels import Levels
+from pallas_kernels.multiply_levels._block import Block, bytes_of_group
 from pallas_kernels.toolbox import launch
 
 # Tokens that the kernel multiplies.
@@ -74,144 +74,57 @@ def heuristic(matrix: Levels, tokens: int, dtype: Any) -> Config:
 
 
 def splits_of(out: int, row_bytes: int, rows: int, block: int) -> int:
-    """Cut columns until each of an H200's processors has three programs, if they read 4 blocks."""
+    """Cut columns until each of an H200's processors has three programs, if they read 2 blocks.
+
+    Into parts of one size if that takes at most half of the programs away.
+    """
     tiles, blocks = pl.cdiv(out, rows), pl.cdiv(row_bytes, block)
-    return max(1, min(-(-3 * 132 // tiles), blocks // 4))
+    most = max(1, min(-(-3 * 132 // tiles), blocks // 2))
+    even = max(n for n in range(1, most + 1) if blocks % n == 0)
+    return even if 2 * even >= most else most
 
 
 def _kernel(inputs: Any, matrix: Levels, sums: Any, *, config: Config, interpret: bool) -> None:
     """One part of the columns, for some of the rows: `[tokens, rows]` of the product."""
     tokens, columns = inputs.shape
     out, row_bytes = matrix.levels.shape
-    run = matrix.group * matrix.bits // 8
     tile, part = pl.program_id(0), pl.program_id(1)
     row = tile * config.rows + jnp.arange(config.rows)
     # Those past the end read the last row.
-    at = (row if out % config.rows == 0 else jnp.minimum(row, out - 1))[:, None]
+    rows = (row if out % config.rows == 0 else jnp.minimum(row, out - 1))[:, None]
     token = jnp.arange(launch.tile(tokens, _TOKEN_TILE))
     blocks = pl.cdiv(row_bytes, config.block)
     steps = pl.cdiv(blocks, config.splits)
 
-    def visit(i: Any, total: Any) -> Any:
-        block = part * steps + i
-        byte = block * config.block + jnp.arange(config.block)
-        exists = None if row_bytes % config.block == 0 else byte < row_bytes
-        levels = _load(matrix.levels, at, byte, exists)
-        halves = _numbers(matrix, levels, at, block, inputs.dtype, config, interpret)
-        for half, numbers in enumerate(halves):
-            column = _columns(block, config.block, run, half if len(halves) > 1 else None)
+    def block_at(number: Any) -> Block:
+        return Block(matrix, rows, jnp.minimum(number, blocks - 1), config.block)
+
+    def visit(i: Any, carry: Any) -> Any:
+        total, factors = carry
+        number = part * steps + i
+        block = Block(matrix, rows, number, config.block)
+        levels = block.levels()
+        # Those of the next block: they are too few for Triton to load them before it asks.
+        following = block_at(number + 1).factors()
+        made = block.numbers(levels, factors, inputs.dtype, pairs=config.pairs, interpret=interpret)
+        for half, numbers in enumerate(made):
+            column = block.columns(half)
             given = plt.load(
                 inputs.at[token[:, None], column[None, :]],
                 mask=(token < tokens)[:, None] & (column < columns)[None, :],
                 other=0,
             )
             total = total + launch.dot(numbers, given, (1, 1))
-        return total
+        return total, following
 
     zero = jnp.zeros((config.rows, token.shape[0]), jnp.float32)
     end = steps if blocks % config.splits == 0 else jnp.clip(blocks - part * steps, 0, steps)
-    total = lax.fori_loop(0, end, visit, zero)
+    total, _ = lax.fori_loop(0, end, visit, (zero, block_at(part * steps).factors()))
     plt.store(
         sums.at[part, token[None, :], row[:, None]],
         total.astype(sums.dtype),
         mask=(token < tokens)[None, :] & (row < out)[:, None],
     )
-
-
-def _numbers(
-    matrix: Levels, levels: Any, at: Any, block: Any, dtype: Any, config: Config, interpret: bool
-) -> list[Any]:
-    """Dequantise a block of bytes, `[rows, bytes]`: one number of each byte, or two.
-
-    Args:
-        matrix: refs.
-        levels: the block's bytes.
-        at: the numbers of rows, `[rows, 1]`.
-        block: its number.
-        dtype: of the numbers.
-        config: of the kernel.
-        interpret: whether the kernel is interpreted.
-    """
-    run = matrix.group * matrix.bits // 8
-    spread = functools.partial(_spread, run=run, size=config.block)
-    read = functools.partial(_scales, at=at, block=block, run=run, size=config.block)
-    scale = read(matrix.scales, matrix.scale_factors)
-    least = None if matrix.minima is None else read(matrix.minima, matrix.minimum_factors)
-    by_assembly = matrix.bits == 4 and launch.takes_assembly(interpret)
-    if by_assembly and config.pairs and dtype != jnp.float32:
-        rounded = [None if x is None else spread(x.astype(dtype)) for x in (scale, least)]
-        return _registers.in_pairs(levels, *rounded)
-    bias = _registers.BIAS if by_assembly else 0
-    if matrix.bits == 4 and least is None:
-        bias += MIDDLE
-    found = _registers.biased(levels) if by_assembly else _registers.plain(levels)
-    found = [numbers * spread(scale) for numbers in found]
-    if bias:
-        least = -bias * scale + (0 if least is None else least)
-    if least is not None:
-        found = [numbers + spread(least) for numbers in found]
-    return [numbers.astype(dtype) for numbers in found]
-
-
-def _scales(small: Any, factors: Any, *, at: Any, block: Any, run: int, size: int) -> Any:
-    """Load the scales, or minima, of a block's groups: float32 `[rows, groups]`.
-
-    Args:
-        small: the scales' ref.
-        factors: that of their factors, or None.
-        at: the numbers of rows, `[rows, 1]`.
-        block: its number.
-        run: bytes of a group.
-        size: bytes of a block.
-    """
-    groups, count = small.shape[1], max(1, size // run)
-    first = lax.div(block, jnp.int32(run // size)) if run > size else block * count
-    group = first + jnp.arange(count)
-    exists = None if groups % count == 0 else group < groups
-    wide = _load(small, at, group, exists).astype(jnp.float32)
-    if factors is None:
-        return wide
-    shared = groups // factors.shape[1]
-    if shared % count == 0:
-        # One factor for all of them.
-        group, exists = first + jnp.arange(1), None
-    factor = _load(factors, at, lax.div(group, jnp.int32(shared)), exists)
-    return wide * factor.astype(jnp.float32)
-
-
-def _spread(x: Any, *, run: int, size: int) -> Any:
-    """Give each byte its group's number: `[rows, groups]` to `[rows, bytes]`."""
-    rows, groups = x.shape
-    if groups == 1:
-        return jnp.broadcast_to(x, (rows, size))
-    return jnp.broadcast_to(x[:, :, None], (rows, groups, run)).reshape(rows, size)
-
-
-def _columns(block: Any, size: int, run: int, half: int | None) -> Any:
-    """Find the columns of a block's bytes: `[bytes]` int32.
-
-    Args:
-        block: its number.
-        size: bytes of a block.
-        run: bytes of a group.
-        half: which of a byte's two levels; None if it has one.
-    """
-    # Not by // and %: of lax's remainders, Triton sees which numbers follow each other.
-    byte = jnp.arange(size)
-    if half is None:
-        return block * size + byte
-    if run > size:
-        group = lax.div(block, jnp.int32(run // size))
-        return block * size + (group + half) * run + byte
-    group, rest = lax.div(byte, jnp.int32(run)), lax.rem(byte, jnp.int32(run))
-    return (block * (2 * size) + half * run) + (group * (2 * run) + rest)
-
-
-def _load(array: Any, row: Any, column: Any, exists: Any) -> Any:
-    """Load `[rows, columns]` of an array; zeros where none `exists`, which is None for all."""
-    if exists is None:
-        return plt.load(array.at[row, column[None, :]])
-    return plt.load(array.at[row, column[None, :]], mask=exists[None, :], other=0)
 
 
 def multiply_levels(
@@ -271,7 +184,7 @@ def _check(matrix: Levels, tokens: int, dtype: Any) -> None:
             f"multiply_levels: dtype is {jnp.dtype(dtype).name}; the kernel knows bfloat16, "
             "float16 and float32"
         )
-    run = matrix.group * matrix.bits // 8
+    run = bytes_of_group(matrix)
     if run < _LEAST_RUN or run != launch.tile(run):
         raise NotImplementedError(
             f"multiply_levels: {matrix.group} levels of {matrix.bits} bits are a group; the kernel "

@@ -92,6 +92,17 @@ def test_every_cut_gives_the_product(bits, columns, config):
     assert_product(interpreted(inputs, matrix, config=config), inputs, numbers, 1e-6)
 
 
+@pytest.mark.parametrize("block", [8, 16, 64, 128, 256])
+@pytest.mark.parametrize("encoding", PACKED[5:], ids=lambda encoding: encoding.name)
+def test_factors_are_those_of_the_groups(encoding, block):
+    """A block of part of a group, of some, and of the groups of several factors."""
+    data = random_blocks(encoding, (OUT, 1024))
+    matrix = Levels(**{name: jnp.asarray(x) for name, x in levels_of(data, encoding).items()})
+    inputs, config = inputs_of(2, 1024), Config(rows=16, block=block, splits=2)
+    numbers = decoded(data, encoding).astype(np.float64)
+    assert_product(interpreted(inputs, matrix, config=config), inputs, numbers, 1e-6)
+
+
 def test_all_tokens_and_the_own_choice():
     for encoding in (PACKED[1], PACKED[5]):
         data = random_blocks(encoding, (OUT, 2048))
