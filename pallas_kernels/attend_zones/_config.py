@@ -24,18 +24,21 @@ TILE_BYTES = 16384
 
 @dataclasses.dataclass(frozen=True)
 class RestConfig:
-    """How the work of the estimate by moments is cut, into two launches that follow on each other.
+    """How the work of the estimate by moments is cut: of its last two launches.
 
     Attributes:
-        remains_tile: clusters of a program of the first one, which finds what remains of them.
+        remains_tile: clusters of a program of `find_remains`.
         remains_warps: its warps.
-        splits: programs a row of the second one, which sums values. Each takes tiles of
-            `remains_tile` clusters that follow on each other.
+        splits: programs a row, and share of its heads, of `attend_corrected`, which sums values.
+            Each takes tiles of `remains_tile` clusters that follow on each other.
         heads: query heads of one program at most; more are another's.
         cluster_tile, ahead: clusters, or retrieved rows, whose vectors lie side by side in a
             program's threads, and how many of these tiles it asks for at once. Their product
             divides `remains_tile`.
-        num_warps: of the second one.
+        num_warps: of `attend_corrected`.
+
+    Raises:
+        ValueError: tiles of `cluster_tile` times `ahead` do not fill `remains_tile`.
     """
 
     splits: int
@@ -45,6 +48,13 @@ class RestConfig:
     cluster_tile: int = 8
     ahead: int = 2
     num_warps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.remains_tile % (self.cluster_tile * self.ahead):
+            raise ValueError(
+                f"remains_tile is {self.remains_tile}; it must be a multiple of cluster_tile "
+                f"{self.cluster_tile} times ahead {self.ahead}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +126,18 @@ def heuristic(
     )
 
 
-def rest_heuristic(rows: int, head_dim: int, clusters: int) -> RestConfig:
+def rest_heuristic(rows: int, group: int, head_dim: int, clusters: int) -> RestConfig:
     """Choose a config for the estimate by moments: on an H200 the fastest tried at `batch8-128k`.
 
     Args:
         rows: sequences times kv heads.
+        group: query heads of one.
         head_dim: of the vectors.
         clusters: the capacity of a row's list.
     """
     # A thread has eight numbers of a vector, in whatever dtype it comes: so no thread hands any on.
     tile = max(1024 // launch.tile(head_dim), 1)
     remains = max(RestConfig.remains_tile, RestConfig.ahead * tile)
-    splits = max(1, min(REST_PROGRAMS // rows, math.ceil(clusters / remains)))
+    shares = rows * math.ceil(group / RestConfig.heads)
+    splits = max(1, min(REST_PROGRAMS // shares, math.ceil(clusters / remains)))
     return RestConfig(splits, remains_tile=remains, cluster_tile=tile)

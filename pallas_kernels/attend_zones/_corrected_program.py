@@ -106,11 +106,11 @@ class RestProgram(PartOfRow, ListReader):
         peak = jnp.max(peaks)
         return peak, jnp.sum(masses * jnp.exp2(peaks - peak))
 
-    def peak(self, j: int, tile: Array) -> Array:
-        """Load the peaks of tiles, of any shape; MASKED where there is no such head."""
+    def peak(self, j: int, tile: Array, valid: Array | bool = True) -> Array:
+        """Load the peaks of tiles, of any shape; MASKED where not valid or without such a head."""
         head, exists = self.head(j)
         peaks = self.refs.peaks.at[self.b, self.h, head, tile]
-        return plt.load(peaks, mask=jnp.broadcast_to(exists, tile.shape), other=MASKED)
+        return plt.load(peaks, mask=jnp.broadcast_to(exists & valid, tile.shape), other=MASKED)
 
     def add_clusters(self, first: Array, end: Array, shares: list[Array], sums: Sums) -> Sums:
         """Add the vectors of `ahead` times `cluster_tile` clusters.
@@ -210,7 +210,8 @@ class RestProgram(PartOfRow, ListReader):
         tile = lax.div(own, jnp.int32(self.config.remains_tile))
         each = plt.load(refs.each.at[self.b, self.h, own], mask=valid, other=0)
         loaded = [
-            (self.load_weights(j, refs.means, own, valid), self.peak(j, tile))
+            # Of no other tile: its peak may be so much higher that 2 to its power is infinite.
+            (self.load_weights(j, refs.means, own, valid), self.peak(j, tile, valid))
             for j in range(self.heads)
         ]
         return [

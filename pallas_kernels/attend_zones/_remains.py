@@ -1,4 +1,4 @@
-"""The kernel of what remains of each cluster: the first of two of the estimate by moments.
+"""The kernel of what remains of each cluster: the second of three of the estimate by moments.
 
 `_rest.py` is its meaning. Of a cluster of n members with logit l, let r be retrieved: n' = n - r
 remain, of which s are to be estimated. L is the sum of the retrieved's logits. Then
@@ -8,11 +8,11 @@ remain, of which s are to be estimated. L is the sum of the retrieved's logits. 
     w = s e^{l'} h p                        what multiplies a direction's weight vector
 
 h being the share of its moments that the cluster keeps, and l' at most l where n' < n / 2. The mass
-is a n' / n. The launch before has written the retrieved rows' logits, so no row is read.
+is a n' / n. The launch of the zones has written the retrieved rows' logits, so no row is read.
 
-Retrieved rows are listed by rising clusters, so a cluster's are a run of the list. A launch before
-(`_runs.py`) has written where each begins; a thread goes through its cluster's. So there are no
-atomics, and two runs give the same bits.
+Retrieved rows are listed by rising clusters, so a cluster's are a run of the list. The launch
+before (`_runs.py`) has written where each begins; a thread goes through its cluster's. So there
+are no atomics, and two runs give the same bits.
 """
 
 from typing import Any, NamedTuple

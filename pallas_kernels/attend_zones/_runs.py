@@ -11,13 +11,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import backend as plt
+from pallas_kernels.attend_zones._list_reader import MOST_LOOKED_AT
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import NO_ID
 
 # Places of a program.
 BLOCK = 256
-# Places that a program looks at at once, to find the list's end.
-MOST_LOOKED_AT = 2048
 
 
 class RunsOperands(NamedTuple):

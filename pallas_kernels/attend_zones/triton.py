@@ -1,6 +1,6 @@
 """`attend_zones` as one Pallas (Triton) kernel: all three zones in one launch.
 
-An estimate by moments is a second one: see `_corrected.py`.
+An estimate by moments is three more: see `_corrected.py`.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def attend_zones(
         config = dataclasses.replace(config, missed_splits=0)
     rest_config, rest_parts = None, 0
     if correction is not None:
-        rest_config = config.rest or rest_heuristic(*shape[:2], remaining.shape[2])
+        rest_config = config.rest or rest_heuristic(shape[0], group, head_dim, remaining.shape[2])
         rest_parts = rest_config.splits
         config = dataclasses.replace(config, estimated_splits=0)
     parts = sum(config.splits)

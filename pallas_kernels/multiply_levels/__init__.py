@@ -9,7 +9,6 @@ from pallas_kernels.multiply_levels import reference, triton
 from pallas_kernels.types import Levels
 
 MOST_TOKENS = triton.MOST_TOKENS
-FEW_ROWS = reference.FEW_ROWS
 
 
 def multiply_levels(

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import backend
 
-# The least rows and columns that Triton's `dot` takes.
+# The least rows and columns that most kernels give Triton's `dot`; it takes eight columns, too.
 DOT_TILE = 16
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -114,7 +114,8 @@ def dot(a: Any, b: Any, contract: tuple[int, int] = (1, 0)) -> Any:
     """Matrix product in float32; float32 operands are not rounded to TF32.
 
     Args:
-        a, b: matrices of one dtype, each side a power of two and at least `DOT_TILE`.
+        a, b: matrices of one dtype, each side a power of two and at least `DOT_TILE`; but b may
+            have eight columns.
         contract: the axis of each that is summed over.
     """
     return lax.dot_general(

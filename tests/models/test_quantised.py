@@ -12,7 +12,7 @@ from models.checkpoints.levels import converted, quantise
 from models.formats import INT4, INT8, WeightFormat, common_format
 from models.layer import linear
 from models.quantised import QuantisedMatrix, look_up, matrix_axes
-from pallas_kernels.multiply_levels import FEW_ROWS
+from pallas_kernels.multiply_levels.reference import FEW_ROWS
 from tests.support.lowering import lower_for
 from tests.support.quantised_cases import PACKED, decoded, matrix_of_levels, random_blocks
 

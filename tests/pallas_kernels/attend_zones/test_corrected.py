@@ -81,12 +81,39 @@ def test_it_is_the_reference(group, head_dim, dtype, moments, rank, cached, leve
     "config",
     [
         kernel.RestConfig(1, remains_tile=128, heads=1, cluster_tile=16, ahead=1),
-        kernel.rest_heuristic(BATCH * HEADS, 64, CLUSTERS),
+        kernel.rest_heuristic(BATCH * HEADS, 3, 64, CLUSTERS),
     ],
 )
 def test_tiles_change_nothing_but_rounding(config):
     case = rest_case(0, 3, 64, rank=4)
     check(run_kernel(case, config), run_reference(case), TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize("times", [10, 40, 80])
+def test_logits_of_tiles_that_are_far_apart(times):
+    """Tiles' greatest masses differ by more than float32's whole range."""
+    case = rest_case(0, 3, 64, rank=2)
+    case |= {"query": times * case["query"], "logits": times * case["logits"]}
+    correction = case["correction"]
+    case["correction"] = correction._replace(products=times * correction.products)
+    found = run_kernel(case)
+    assert not np.isnan(np.asarray(found.outputs)).any()
+    # A logsumexp of 300 has six digits after the point.
+    check(found, run_reference(case), times * TOLERANCES["float32"])
+
+
+def test_what_is_retrieved_of_clusters_that_are_left_out():
+    """A program's clusters may all be left out, while it has rows of theirs."""
+    case = rest_case(0, 3, 64, rank=2, cached=False)
+    case["remaining"] = case["remaining"].at[..., 8:24].set(0)
+    found = run_kernel(case, kernel.RestConfig(5, remains_tile=8, cluster_tile=4, ahead=2))
+    assert not np.isnan(np.asarray(found.outputs)).any()
+    check(found, run_reference(case), TOLERANCES["float32"])
+
+
+def test_tiles_that_do_not_fill_a_program_are_refused():
+    with pytest.raises(ValueError, match="remains_tile is 16"):
+        kernel.RestConfig(2, remains_tile=16, cluster_tile=8, ahead=4)
 
 
 def test_more_directions_than_are_written_out():

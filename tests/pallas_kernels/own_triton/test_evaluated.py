@@ -22,7 +22,7 @@ TESTS = {
     ),
     "attend_zones/test_kernel.py": ("not lowers", {"attend_zones"}),
     "attend_zones/test_corrected.py": (
-        "not lowers",
+        "test_it_is_the_reference",
         {"find_runs", "find_remains", "attend_corrected"},
     ),
     "attend_dense": ("not lowers", {"attend_dense", "merge_states"}),
