@@ -53,6 +53,12 @@ def wait_for_ended(batches: Sequence[Batch]) -> list[tuple[Batch, Exception]]:
     return failed
 
 
+def most_reused(batches: Sequence[Batch], answer: Answer) -> int:
+    """Count the tokens of a prompt that need not be read, with the best free slot."""
+    slots = (held for batch in batches for held in batch.ended.values())
+    return max((held.reused(answer.request) for held in slots), default=0)
+
+
 def slot_to_continue(batches: Sequence[Batch], answer: Answer) -> tuple[Batch, int] | None:
     """Find the free slot from which the most tokens of a prompt are reused; None if there is none.
 

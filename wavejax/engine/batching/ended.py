@@ -64,6 +64,9 @@ class Ended:
         if self.unusable or not self.ended_by:
             return 0
         prompt: Any = request.prompt
+        half = len(prompt) // 2
+        if half < len(self.prompt) and self.prompt[half] != prompt[half]:
+            return 0  # Most of those that have nothing in common, without a look at all tokens.
         held = np.concatenate([self.prompt, np.asarray(self.token_ids, self.prompt.dtype)])
         # The last one is read anew: it says what comes next.
         alike = min(common_prefix(held, prompt), len(prompt) - 1)

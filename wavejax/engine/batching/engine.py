@@ -96,6 +96,7 @@ class BatchEngine:
             self.rooms,
             memory=self._memory,
             reuse_slots=reuse_slots,
+            is_short=self._is_short,
             stall=stall / 1000,
             queue_limit=whole_number("`queue_limit`", queue_limit, 1),
             most_passes=whole_number("`most_passes`", most_passes, 0),
@@ -151,13 +152,17 @@ class BatchEngine:
             request,
             channel,
             self._clock(),
-            bucket(prompt_tokens - reused_by(request)) <= self._short,
+            self._is_short(prompt_tokens - reused_by(request)),
             decoder_of(self._tokenizer, request),
         )
         self._scheduler.line.push(answer)
         self._submitted += 1
         self._changed.notify_all()
         return Handle(answer.number, request, channel)
+
+    def _is_short(self, tokens: int) -> bool:
+        """Tell whether a prompt is short of which so many tokens are to be read."""
+        return bucket(tokens) <= self._short
 
     def start(self) -> "BatchEngine":
         """Begin to work, in a thread of its own; of no effect if it does."""

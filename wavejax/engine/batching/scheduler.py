@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 
 from models.parameters import Params
 from wavejax.engine.batching import continued_reading
+from wavejax.engine.batching.admission import reused_by
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
 from wavejax.engine.batching.kept_reading import KeptReading
 from wavejax.engine.batching.line import Blocked, Line
 from wavejax.engine.batching.pace import Pace, reads_whole
+from wavejax.engine.batching.placing import Place, Placing
 from wavejax.engine.batching.reading import Reading
 from wavejax.engine.batching.request import FinishReason
 from wavejax.engine.batching.rooms import Room
@@ -21,7 +23,6 @@ from wavejax.engine.generator import Generator
 from wavejax.engine.prompts import bucket
 
 MARGIN = 0.9  # Of the time that streams may wait, what is planned with.
-Place = tuple[Batch, int]
 
 
 class Scheduler:
@@ -38,6 +39,7 @@ class Scheduler:
     Args:
         generator, params, rooms, memory, reuse_slots, queue_limit, most_passes, steps, clock: as of
             `BatchEngine`.
+        is_short: whether a prompt is short of which so many tokens are to be read.
         stall: seconds that answers may wait.
         lock: guards what `BatchEngine.submit` and `stats` see.
     """
@@ -50,6 +52,7 @@ class Scheduler:
         *,
         memory: int | None,
         reuse_slots: bool,
+        is_short: Callable[[int], bool],
         stall: float,
         queue_limit: int,
         most_passes: int,
@@ -68,7 +71,8 @@ class Scheduler:
         )
         self.longest_stall = 0.0
         self.pace, self.stall, self.clock = Pace(), stall, clock
-        self._memory, self._lock = memory, lock
+        self._rooms, self._lock = Placing(self.batches, memory), lock
+        self._reuse_slots, self._is_short = reuse_slots, is_short
         self.step_sizes = [2**i for i in range(steps.bit_length())]
         self._came: dict[int, float] = {}  # of each batch whose answers come, its last tokens
         self._short_first = True
@@ -107,6 +111,7 @@ class Scheduler:
             for batch, error in continued_reading.wait_for_ended(waited):
                 self._fail_batch(batch, error)
             with self._lock:
+                self._tell_short()
                 taken = self.line.take(self._place)
                 if taken is None:
                     return
@@ -114,10 +119,23 @@ class Scheduler:
                 self.readings[answer.short] = self._reading(batch, slot, answer)
             answer.started = self.clock()
             try:
-                self._allocate(batch)
+                self._rooms.allocate(batch)
                 self.readings[answer.short].prepare()
             except Exception as error:  # memory that the planner knew nothing of
                 self._fail(batch, answer, error)
+
+    def _tell_short(self) -> None:
+        """Say anew who in line is short: a long conversation's next turn is, if it adds little."""
+        if not self._reuse_slots:
+            return
+        for answer in self.line:
+            held = continued_reading.most_reused(self.batches, answer)
+            saved = max(held, reused_by(answer.request))
+            answer.short = self._is_short(answer.prompt_tokens - saved)
+
+    def _place(self, answer: Answer) -> Place | Blocked:
+        """Find a request its slot, or say why there is none now."""
+        return "reading" if answer.short in self.readings else self._rooms.place(answer)
 
     def _reading(self, batch: Batch, slot: int, answer: Answer) -> SlotReading:
         """Choose how a prompt gets into its slot."""
@@ -129,42 +147,6 @@ class Scheduler:
         padded, config = bucket(answer.prompt_tokens), self.generator.model_config
         whole = reads_whole(self.pace, config, padded, self.stall / 2)
         return Reading(batch, slot, answer, whole)
-
-    def _place(self, answer: Answer) -> Place | Blocked:
-        """Find the smallest room's slot that holds a request, or say why there is none now.
-
-        Before all others one that holds what its prompt begins with.
-        """
-        if answer.short in self.readings:
-            return "reading"
-        continued = continued_reading.slot_to_continue(self.batches, answer)
-        if continued is not None:
-            return continued
-        for batch in self.batches:
-            if not batch.room.holds(*answer.room):
-                continue
-            free = batch.free_slots()
-            if free and (batch.state is not None or self._fits(batch)):
-                return batch, free[0]
-        return "room"
-
-    def _fits(self, batch: Batch) -> bool:
-        """Whether a room can have memory, if those that are idle give theirs back."""
-        if self._memory is None:
-            return True
-        held = sum(one.room.bytes for one in self.batches if one.state and not one.idle)
-        return held + batch.room.bytes <= self._memory
-
-    def _allocate(self, batch: Batch) -> None:
-        if batch.state is not None:
-            return
-        for other in self.batches:
-            held = sum(one.room.bytes for one in self.batches if one.state)
-            if self._memory is None or held + batch.room.bytes <= self._memory:
-                break
-            if other.state is not None and other.idle:
-                other.drop()
-        batch.allocate()
 
     def _decode(self) -> None:
         """Call each room's step, and hand tokens out: a call behind, while nothing is read."""

@@ -99,6 +99,37 @@ def test_what_was_answered_after_a_stop_is_cut(name):
     assert second.token_ids == turns.answer(9)
 
 
+def test_a_next_turn_does_not_wait_for_another_long_prompt(monkeypatch):
+    """Of its tokens few are read, so it is as short as a request of these."""
+    engine = make_engine(None, (ROOM,), reuse_slots=True, short_tokens=128)
+    first = ask(engine, FIRST, 8)
+    handles = [
+        engine.submit(request_of(prompt, 8))
+        for prompt in (OTHER, [*FIRST, *first.token_ids, *NEXT])
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._scheduler, "_read", lambda: None)
+        engine.turn()
+    # One of each kind is read at a time.
+    assert {key: one.answer.number for key, one in engine._scheduler.readings.items()} == {
+        False: 1,
+        True: 2,
+    }
+    run(engine)
+    other, found = (handle.result(0) for handle in handles)
+    assert other.token_ids == Alone(None, (), 8)(handles[0].request)[0]
+    assert found.usage.cached_tokens == len(FIRST) + len(first.token_ids)
+    # Where nothing of it is held it is as long as it is.
+    engine = make_engine(None, (ROOM,), reuse_slots=True, short_tokens=128)
+    handles = [engine.submit(request_of(prompt, 8)) for prompt in (OTHER, FIRST)]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._scheduler, "_read", lambda: None)
+        engine.turn()
+    assert list(engine._scheduler.readings) == [False]
+    run(engine)
+    assert all(handle.done for handle in handles)
+
+
 def test_the_same_prompt_again_reads_its_last_token():
     engine = make_engine(None, (ROOM,), reuse_slots=True)
     found = [ask(engine, FIRST, 8) for _ in range(2)]
