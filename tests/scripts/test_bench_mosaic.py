@@ -1,33 +1,74 @@
 """`scripts/bench_mosaic.py` goes on where kernels fail, as all do without a GPU, and tells why."""
 
+import dataclasses
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+from tests.support.scripts import load_script
 
 
-def test_it_tells_how_each_variant_failed(tmp_path):
-    out = tmp_path / "results.json"
-    options = ["--shapes", "smollm2", "--checked", "tiny96", "--seconds", "0.01", "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "scripts/bench_mosaic.py", *options],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def script(monkeypatch):
+    module = load_script("bench_mosaic")
+    # Of a dtype that the kernels take.
+    small = dataclasses.replace(module.SHAPES["tiny"], dtype="bfloat16")
+    monkeypatch.setitem(module.SHAPES, "small", small)
+    return module
+
+
+def run(script, monkeypatch, out, *options):
+    options = ["--shapes", "small", "--seconds", "0.01", "--out", str(out), *options]
+    monkeypatch.setattr(sys, "argv", ["bench_mosaic.py", *options])
+    script.main()
+
+
+def test_it_tells_how_each_variant_failed(script, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "new" / "results.json"
+    run(script, monkeypatch, out, "--checked", "tiny96")
     report = json.loads(out.read_text())
-    assert set(report["timed"]) == {"smollm2 score_clusters", "smollm2 attend_dense"}
+    assert [path.name for path in out.parent.iterdir()] == ["results.json"]
+    assert set(report["timed"]) == {"small score_clusters", "small attend_dense"}
     for variants in report["timed"].values():
         assert len(variants) >= 6
         assert all(found["error"] for found in variants.values())
     checked = report["checked"]["tiny96 attend_dense"]
     assert "head_dim is 96" in checked["heuristic"]["error"]
-    assert "FAILED smollm2 attend_dense heuristic" in done.stdout
-    assert "x Triton" in done.stdout
+    said = capsys.readouterr().out
+    assert "FAILED small attend_dense heuristic" in said
+    assert "x Triton" in said
+
+
+def test_what_was_found_of_an_op_stays_if_the_run_is_stopped(script, monkeypatch, tmp_path):
+    out, found = tmp_path / "results.json", []
+    out.write_text("of an earlier run")
+
+    def errors(*_):
+        if len(found) == 2:
+            raise KeyboardInterrupt
+        found.append({"error0": 0.5, "wrong0": "all"})
+        return found[-1]
+
+    monkeypatch.setattr(script, "results_of", lambda case: [])
+    monkeypatch.setattr(script, "errors", errors)
+    with pytest.raises(KeyboardInterrupt):
+        run(script, monkeypatch, out, "--checked", "", "--ops", "score_clusters")
+    report = json.loads((tmp_path / "results.unfinished.json").read_text())
+    assert list(report["timed"]["small score_clusters"].values()) == found
+    assert out.read_text() == "of an earlier run"
+
+
+def test_a_reference_that_fails_is_told_and_the_other_op_goes_on(script, monkeypatch, tmp_path):
+    case, out = script.StepBench.case, tmp_path / "results.json"
+
+    def some_case(bench, op, run):
+        if op == "score_clusters":
+            raise ValueError("no reference")
+        return case(bench, op, run)
+
+    monkeypatch.setattr(script.StepBench, "case", some_case)
+    run(script, monkeypatch, out, "--checked", "", "--variants", "heuristic")
+    report = json.loads(out.read_text())["timed"]
+    assert "no reference" in report["small score_clusters"]["all"]["error"]
+    assert report["small attend_dense"].keys() == {"heuristic"}
