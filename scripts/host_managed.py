@@ -33,6 +33,7 @@ It does not do these:
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import time
@@ -152,6 +153,22 @@ def fill(
     layout = Layout.of(config, context)
     shape = model.num_layers, batch, model.num_kv_heads, layout.pages, model.head_dim
     pages = HostPages(shape, dtype, layout.chosen, threads)
+    with contextlib.ExitStack() as failed:
+        failed.callback(pages.close)  # or its helpers would wait for ever
+        summaries, steady = _fill_pages(model, layout, pages, batch, context, new_tokens, dtype)
+        failed.pop_all()
+    return HostManaged(model, layout, pages, summaries, steady, ahead)
+
+
+def _fill_pages(
+    model: ModelConfig,
+    layout: Layout,
+    pages: HostPages,
+    batch: int,
+    context: int,
+    new_tokens: int,
+    dtype: str,
+) -> tuple[Summaries, DenseState]:
     held = layout.sinks + layout.window
     steady = DenseAttention().init_state(CacheShape.of(model), batch, held, new_tokens, dtype)
     bounds = []
@@ -166,10 +183,11 @@ def fill(
             of_layer.append(summary)
         bounds.append(jnp.stack(of_layer)[None])
     offsets = jnp.broadcast_to(
-        jnp.arange(layout.pages + 1, dtype=jnp.int32), (1, *shape[1:3], layout.pages + 1)
+        jnp.arange(layout.pages + 1, dtype=jnp.int32),
+        (1, batch, model.num_kv_heads, layout.pages + 1),
     )
     steady = dataclasses.replace(steady, tokens=jnp.full(batch, held, jnp.int32))
-    return HostManaged(model, layout, pages, Summaries(tuple(bounds), offsets), steady, ahead)
+    return Summaries(tuple(bounds), offsets), steady
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="steady")

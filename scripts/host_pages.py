@@ -5,7 +5,6 @@ sequences and kv heads are copied side by side into a pinned block, and one copy
 The keys' block is on its way while the values' is filled.
 """
 
-import contextlib
 import ctypes
 import functools
 import itertools
@@ -39,6 +38,7 @@ class Block:
 
     Attributes:
         pinned: whether XLA pinned it. If not, XLA copies it once more before it is sent.
+        failure: why it is not pinned; "" if it is.
         words: `[pages, words]` uint64, what numpy fills.
     """
 
@@ -48,16 +48,18 @@ class Block:
         self._there = SingleDeviceSharding(device)
         self._sent: Array | None = None
         self._array: Array | None = None
-        self.pinned = False
+        self.pinned, self.failure = False, ""
         for address in ADDRESSES:
-            # Whatever is not to be had here leaves the block in memory that is not pinned.
-            with contextlib.suppress(Exception):
+            try:
                 here = SingleDeviceSharding(device, memory_kind="pinned_host")
                 array = jax.block_until_ready(jax.device_put(jnp.zeros(shape, dtype), here))
                 memory = (ctypes.c_uint8 * array.nbytes).from_address(address(array))
                 self.words = np.frombuffer(memory, WORD).reshape(-1, page_words)
                 self._array = array
                 self.pinned = self._sees_changes()
+                self.failure = "" if self.pinned else "the device does not see what numpy writes"
+            except Exception as error:  # The block is then in memory that is not pinned.
+                self.failure = f"{type(error).__name__}: {error}"[:300]
             if self.pinned:
                 break
         else:
@@ -158,6 +160,12 @@ class HostPages:
     def pinned(self) -> bool:
         """Whether the blocks are pinned."""
         return all(block.pinned for pair in self._blocks for block in pair)
+
+    @property
+    def not_pinned(self) -> str | None:
+        """Why blocks are not pinned; None if all are."""
+        failures = [block.failure for pair in self._blocks for block in pair if not block.pinned]
+        return failures[0] if failures else None
 
     def put(self, layer: int, sequence: int, keys: Array, values: Array) -> None:
         """Write one sequence's pages in one layer, `[kv_heads, pages, 16, head_dim]` each."""

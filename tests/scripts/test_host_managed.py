@@ -1,37 +1,24 @@
 """The baseline that the host manages attends to the best pages, and to no others of the host's."""
 
 import dataclasses
-import gc
-import importlib
-import sys
+import functools
 import threading
-import time
-import weakref
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.unstacked import unstack_layers
 from pallas_kernels.types import Rows
+from tests.support.scripts import load_script
 from wavejax import DenseAttention, Generator, WaveConfig
 from wavejax.attention.retrieval import budgets
 from wavejax.evaluation.baselines import SparseAttention, SparseState
 
-ROOT = Path(__file__).parents[2]
 PAGE, STEPS = 16, 3
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts():
-    """Scripts import each other by their bare names."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield
-    sys.path.remove(str(ROOT / "scripts"))
-
-
-def load(name):
-    return importlib.import_module(name)
+# One module of each, so that each program is compiled once.
+load = functools.cache(load_script)
 
 
 def tiny(**changes):
@@ -70,7 +57,9 @@ def managed_logits(config, model, params, batch, context, tokens, ahead=False):
 
 
 def tokens_of(model, batch):
-    return np.random.default_rng().integers(0, model.vocab_size, (STEPS, batch)).astype(np.int32)
+    return (
+        np.random.default_rng(batch).integers(0, model.vocab_size, (STEPS, batch)).astype(np.int32)
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +75,7 @@ def test_all_pages_are_full_attention(batch, context, unroll, layers, ahead):
     tokens = tokens_of(model, batch)
     expected = logits_of(DenseAttention(), model, params, batch, context, tokens)
     if unroll:
-        params = load("models.unstacked").unstack_layers(params)
+        params = unstack_layers(params)
     found, managed = managed_logits(config_of(10_000), model, params, batch, context, tokens, ahead)
     assert managed.layout.chosen == managed.layout.pages
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
@@ -132,7 +121,7 @@ def test_attention_is_that_of_an_oracle_in_float64(kv_heads, context, chosen):
     )
     layout, layer = managed.layout, 1
     group = model.num_heads // kv_heads
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(context)
     query = rng.normal(size=(batch, kv_heads, group, model.head_dim)).astype(np.float32)
     bounds, offsets = managed.summaries
     ids = np.asarray(
@@ -197,67 +186,20 @@ def test_every_token_is_somewhere_once():
     managed.pages.close()
 
 
-@pytest.mark.parametrize("pinned", ["at once", "by numpy", ""])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gathered_pages_stay_as_they_were_sent(monkeypatch, pinned, dtype):
-    host_pages = load("host_pages")
-    if pinned == "by numpy":
-        monkeypatch.setattr(host_pages, "ADDRESSES", (lambda _: 1 / 0, host_pages.ADDRESSES[1]))
-    if not pinned:
-        monkeypatch.setattr(host_pages.Block, "_sees_changes", lambda self: False)
-    shape, chosen = (3, 2, 3, 11, 64), 5
-    pages = host_pages.HostPages(shape, dtype, chosen, threads=3)
-    assert pages.pinned == bool(pinned)
-    rng = np.random.default_rng()
-    size = (3, 2, 3, 11, PAGE, 64)
-    written = [jnp.asarray(rng.normal(size=size), dtype) for _ in range(2)]
-    for layer in range(3):
-        for sequence in range(2):
-            pages.put(layer, sequence, *(x[layer, sequence] for x in written))
-    sent = []
-    for turn in range(7):
-        ids = np.stack(
-            [np.sort(rng.permutation(11)[:chosen]) for _ in range(6)], dtype=np.int32
-        ).reshape(2, 3, chosen)
-        sent.append((turn % 3, ids, *pages.send(turn % 3, ids)[:2]))
-    for layer, ids, *found in sent:
-        for part, x in zip(written, found, strict=True):
-            expected = np.take_along_axis(
-                np.asarray(part[layer]), ids[..., None, None].astype(int), axis=2
-            )
-            np.testing.assert_array_equal(np.asarray(x), expected.reshape(2, 3, -1, 64))
-    assert pages.choose_threads().keys() >= {1}
-    assert pages.send_rate() > 0
-    pages.close()
+def test_no_helper_stays_where_filling_fails(monkeypatch):
+    managed, before, helpers = load("host_managed"), set(threading.enumerate()), []
 
+    def fail(*_):
+        helpers.extend(set(threading.enumerate()) - before)
+        raise MemoryError("no room")
 
-def test_helpers_keep_no_pages():
-    """Or what a failure leaves behind would take the next configuration's memory."""
-    pages = load("host_pages").HostPages((1, 1, 2, 9, 64), "float32", 4, threads=3)
-    pages.send(0, np.zeros((1, 2, 4), np.int32))
-    rows = weakref.ref(pages.rows)
-    del pages
-    for _ in range(100):
-        gc.collect()
-        if rows() is None:
-            break
-        time.sleep(0.05)
-    assert rows() is None
-
-
-def test_what_fails_in_a_helper_is_raised(monkeypatch):
-    pages = load("host_pages").HostPages((1, 1, 2, 9, 64), "float32", 4, threads=3)
-    caller, take = threading.get_ident(), np.take
-
-    def fail(*operands):
-        if threading.get_ident() != caller:
-            raise ValueError("not here")
-        return take(*operands)
-
-    monkeypatch.setattr(np, "take", fail)
-    with pytest.raises(ValueError, match="not here"):
-        pages.send(0, np.zeros((1, 2, 4), np.int32))
-    pages.close()
+    monkeypatch.setattr(managed, "_make_layer", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        managed.fill(tiny(), config_of(64), 1, 333, 5, "float32", threads=3)
+    assert len(helpers) >= 2
+    for helper in helpers:
+        helper.join(timeout=10)
+        assert not helper.is_alive()
 
 
 @pytest.mark.parametrize("context", [200, 30_720, 122_880, 1_048_576])
@@ -283,5 +225,7 @@ def test_memory_is_counted():
     managed = load("host_managed").fill(model, config, 2, 777, 5, "float32", 1)
     on_device = load("decode_model").memory_of((managed.summaries, managed.steady))
     assert 0 <= need.state - need.cache - on_device < 0.02 * on_device
-    assert need.host == managed.pages.nbytes + 2 * managed.pages.block_bytes
+    blocks = 2 * managed.pages.block_bytes
+    assert baseline.pinned(model, 2, 777, "float32") == blocks
+    assert need.host == managed.pages.nbytes + blocks
     managed.pages.close()
