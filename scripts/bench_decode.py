@@ -12,17 +12,16 @@ to NAME.unfinished.json until all are there.
 """
 
 import dataclasses
-import json
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import click
 import jax
-from decode_baselines import BASELINES, HostManagedBaseline, TransformersBaseline
-from decode_configurations import CALLS, Bench, Method, pinned_bytes
+from decode_baselines import HostManagedBaseline
+from decode_configurations import CALLS, Bench, pinned_bytes
 from decode_model import SHAPES, memory_of, random_params, with_smooth_embedding
-from decode_report import add_ratios, plot, print_table
+from decode_report import BASELINES, plot, print_table
+from decode_run import Choice, Report, jobs_of, run_jobs, time_outsider
 from decode_timing import steps_needed
 from gpu_timing import copy_ceiling, device_facts
 
@@ -36,7 +35,6 @@ from wavejax.cli.entry import exit_process
 from wavejax.cli.explaining import HELP, check_variable, print_explanation
 from wavejax.cli.guard import main_guard
 from wavejax.cli.options import fields_of, options_from
-from wavejax.evaluation.files import write_growing
 from wavejax.planning.free_memory import free_memory, set_memory_limits
 
 
@@ -77,9 +75,6 @@ dtype_option = click.option(
     show_default=True,
     help="auto: float32 on a CPU, bfloat16 on a GPU.",
 )
-
-# What makes two results those of one configuration.
-IDENTITY = ("context", "batch", "attention", "store")
 
 
 @click.command(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
@@ -176,7 +171,7 @@ def command(
     sizes = parse_numbers("--batches", batches, ("max", "common"))
     kinds = parse_words("--attention", attentions, ("full", "wave"))
     places = parse_words("--store", stores, ("device", "host", "staged"))
-    named = parse_words("--baselines", others, BASELINES) if others else []
+    named = parse_words("--baselines", others, tuple(BASELINES)) if others else []
     checkpoint = None if model is None else open_checkpoint(model)
     if checkpoint is not None and model_layers is not None:
         raise InputError("--model-layers makes a shape smaller, not a checkpoint: leave out one")
@@ -189,7 +184,7 @@ def command(
         formats = dict(checkpoint.formats(weight_dtype))
     if model_layers is not None:
         sizes_of = dataclasses.replace(sizes_of, num_layers=model_layers)
-    choices: list[tuple[str, str | None, Method]] = []
+    choices: list[Choice] = []
     if "full" in kinds:
         choices.append(("full", None, DenseAttention()))
         if config.row_dtype != "model":
@@ -206,28 +201,27 @@ def command(
 
     # Before anything starts JAX's device.
     stored = "bfloat16" if dtype == "auto" else dtype  # as on a GPU; others pin nothing
-    if "transformers" in named:
-        outsider = TransformersBaseline.timed(sizes_of, stored, steps, CALLS, lengths, sizes)
-        if outsider.missing is None:
-            choices.append(("transformers", None, outsider))
-        else:
-            print(f"transformers: {outsider.missing}", flush=True)
-    all_kinds = [attention for _, _, attention in choices]
-    set_memory_limits(pinned_bytes(sizes_of, all_kinds, max(lengths), sizes, new_tokens, stored))
-    gpu = jax.default_backend() == "gpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if gpu else "float32"
-    report: dict[str, Any] = device_facts() | {
+    report = Report(out)
+    report.content |= {
         "model": sizes_of.to_json() | {"name": model or shape},
-        "dtype": dtype,
         "weight_dtype": weight_dtype,
         "steps": steps,
         "calls": CALLS,
         "unroll": unroll,
         "wave": dataclasses.asdict(config),
-        "copy": copy_ceiling(2.0 if gpu else 0.01),
     }
-    print({name: report[name] for name in ("device", "jax", "date", "copy")}, flush=True)
+    report.keep()
+    if "transformers" in named:
+        choices += time_outsider(sizes_of, stored, steps, lengths, sizes, report)
+    all_kinds = [attention for _, _, attention in choices]
+    set_memory_limits(pinned_bytes(sizes_of, all_kinds, max(lengths), sizes, new_tokens, stored))
+    gpu = jax.default_backend() == "gpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if gpu else "float32"
+    copy = copy_ceiling(2.0 if gpu else 0.01)
+    facts: dict[str, Any] = device_facts() | {"dtype": dtype, "copy": copy}
+    report.content |= facts
+    print({name: facts[name] for name in ("device", "jax", "date", "copy")}, flush=True)
     if checkpoint is None:
         params = random_params(sizes_of, dtype, formats=formats)
     else:
@@ -247,45 +241,13 @@ def command(
         unroll=unroll,
         growth=growth,
         profile=traces,
-        ceiling=report["copy"]["best"],
+        ceiling=copy["best"],
         free=free_memory(),
     )
-    report |= {"weight_bytes": memory_of(params), "free": dataclasses.asdict(bench.free)}
-    results: list[dict[str, Any]] = []
-    report["results"] = results
-    # What is large comes first: of memory that is freed, only a part may be pinned again.
-    for context in sorted(lengths, reverse=True):
-        largest = [bench.largest(attention, context) for attention in all_kinds]
-        common = min(
-            most
-            for (kind, _, _), most in zip(choices, largest, strict=True)
-            if kind != "transformers"
-        )
-        for asked in sorted(sizes, key=lambda b: -b if isinstance(b, int) else -inf):
-            for (kind, store, attention), most in zip(choices, largest, strict=True):
-                batch = most if asked == "max" else common
-                if isinstance(asked, int):
-                    batch = asked
-                name = "-".join(filter(None, (kind, store, str(context), str(batch))))
-                head = {
-                    "context": context,
-                    "batch_asked": asked,
-                    "batch": batch,
-                    "attention": kind,
-                    "store": store,
-                } | bench.held_as(attention, context)
-                # The largest batch may be one that was also asked for by its number.
-                done = (one for one in results if all(one[k] == head[k] for k in IDENTITY))
-                result = next(done, None) or bench.attempt(attention, batch, context, name)
-                results.append(result | head)
-                add_ratios(results)
-                shown = {k: v for k, v in results[-1].items() if not isinstance(v, (dict, list))}
-                print(json.dumps(shown), flush=True)
-                if out is not None:
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    write_growing(out, json.dumps(report, indent=1), whole=False)
-    if out is not None:
-        write_growing(out, json.dumps(report, indent=1), whole=True)
+    free = dataclasses.asdict(bench.free)
+    report.content |= {"weight_bytes": memory_of(params), "free": free}
+    results = run_jobs(bench, jobs_of(bench, choices, lengths, sizes), report)
+    report.keep(whole=True)
     print_table(results)
     if explained:
         print_explanation()

@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -15,7 +15,7 @@ from host_managed import HostManaged, fill
 from host_pages import PAGE_TOKENS, round_trip
 from host_programs import Layout
 from jax import Array
-from torch_baseline import MISSING, request_of, time_transformers
+from torch_baseline import MISSING, Case, request_of, time_transformers
 
 from models.config import ModelConfig
 from models.parameters import Params
@@ -23,7 +23,8 @@ from wavejax import DenseAttention, Generator, WaveConfig
 from wavejax.engine.prompts import bucket
 from wavejax.planning.memory import MemoryNeed
 
-BASELINES = ("host-managed", "host-managed-ahead", "transformers")
+# Why transformers gives nothing for a batch that JAX's planner alone knows.
+TOO_LATE = "it runs before the others' common batch is known"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,11 @@ class HostManagedBaseline:
         """Tokens of each kv head that a step fetches."""
         return PAGE_TOKENS * Layout.of(self.config, context).chosen
 
+    def pinned(self, model: ModelConfig, batch: int, context: int, dtype: str) -> int:
+        """Bytes of the two pairs of blocks that it pins; its pages are not pinned."""
+        of_token = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(dtype).itemsize
+        return 2 * batch * self.budget(context) * of_token
+
     def need(
         self, model: ModelConfig, batch: int, context: int, new_tokens: int, dtype: str
     ) -> MemoryNeed:
@@ -55,7 +61,7 @@ class HostManagedBaseline:
         of_token = 2 * model.num_kv_heads * model.head_dim * number
         heads = batch * model.num_kv_heads
         held = layout.sinks + layout.window + new_tokens
-        block = batch * layout.chosen * PAGE_TOKENS * of_token
+        blocks = self.pinned(model, batch, context, dtype)
         scores = 4 * batch * model.num_heads * layout.pages
         # Of making one sequence's keys and values: these, what they are made of, and their pages.
         making = 4 * bucket(context) * of_token
@@ -63,10 +69,9 @@ class HostManagedBaseline:
             weights=0,
             index=model.num_layers * batch * layout.pages * of_token
             + 4 * heads * (layout.pages + 1),
-            cache=3 * block,
+            cache=3 * blocks // 2,
             steady=batch * (model.num_layers * held * of_token + 4),
-            # Two pairs of blocks are pinned besides.
-            rows=model.num_layers * batch * layout.pages * PAGE_TOKENS * of_token + 2 * block,
+            rows=model.num_layers * batch * layout.pages * PAGE_TOKENS * of_token + blocks,
             rows_on="host",
             workspace=max(making, 4 * scores + 12 * batch * model.vocab_size),
             largest_stack=0,
@@ -136,6 +141,7 @@ class HostManagedBaseline:
             "page_tokens": PAGE_TOKENS,
             "threads": pages.threads,
             "pinned": pages.pinned,
+            "not_pinned": pages.not_pinned,
             "ms_of_step": of_step,
             "alone": alone,
         }
@@ -188,10 +194,10 @@ class TransformersBaseline:
     """The baseline of `torch_baseline`, already timed: JAX leaves it no memory once it runs.
 
     Attributes:
-        results: by tokens and sequences. Where the largest batch is not known, 0.
+        results: by tokens and by sequences as they were asked for: a number, or "max".
     """
 
-    results: dict[tuple[int, int], dict[str, Any]]
+    results: dict[Case, dict[str, Any]]
     store: ClassVar[str] = "device"
     staged: ClassVar[bool] = False
 
@@ -204,38 +210,64 @@ class TransformersBaseline:
         calls: int,
         contexts: Sequence[int],
         batches: Sequence[int | str],
+        tell: Callable[[Case, dict[str, Any]], None],
     ) -> "TransformersBaseline":
         """Time it at all contexts and batches but "common", which JAX's planner alone knows.
 
-        Starts no device of JAX's.
+        Starts no device of JAX's, and no process where there is no case.
+
+        Args:
+            model: sizes.
+            dtype: of weights, keys and values, by PyTorch's name.
+            steps, calls: decode steps in a call, and how many calls are timed.
+            contexts, batches: numbers, or "max" and "common" as batches.
+            tell: called with each case and its figures as they come.
         """
         sizes = [batch for batch in batches if batch != "common"]
         cases = [(context, batch) for context in contexts for batch in sizes]
-        request = request_of(model.to_json(), dtype, steps, calls, cases)
-        results = {}
-        for (context, asked), found in zip(cases, time_transformers(request), strict=True):
-            batch = found.get("batch", asked if isinstance(asked, int) else 0)
-            results[context, batch] = found
+        results: dict[Case, dict[str, Any]] = {}
+        if cases:
+            request = request_of(model.to_json(), dtype, steps, calls, cases)
+            for case, found in zip(cases, time_transformers(request), strict=True):
+                results[case] = found
+                tell(case, found)
         return cls(results)
 
     @property
     def missing(self) -> str | None:
         """Why nothing could be timed; None where something was tried."""
+        if not self.results:
+            return f"{MISSING}: {TOO_LATE}"
         errors = [found.get("error", "") for found in self.results.values()]
-        if errors and all(error.startswith(MISSING) for error in errors):
+        if all(error.startswith(MISSING) for error in errors):
             return str(errors[0])
         return None
 
     def largest(self, context: int) -> int:
-        """Return the most sequences that were timed; 0 if none were."""
-        held = (b for (c, b), found in self.results.items() if c == context)
-        return max(held, default=0)
+        """Return the sequences of the "max" case, timed or failed; 0 if there is none."""
+        return int(self.results.get((context, "max"), {}).get("batch", 0))
 
-    def attempt(self, batch: int, context: int, ceiling: float) -> dict[str, Any]:
-        """Return the figures, or `error`; `ceiling` as of `HostManagedBaseline.measure`."""
-        found = self.results.get((context, batch))
+    def attempt(
+        self, batch: int, context: int, ceiling: float, asked: int | str | None = None
+    ) -> dict[str, Any]:
+        """Return the figures, or `error`.
+
+        Args:
+            batch, context: sequences, and tokens of each.
+            ceiling: as of `HostManagedBaseline.measure`.
+            asked: the batch as it was asked for, if not by its number.
+        """
+        found = self.results.get((context, batch if asked is None else asked))
         if found is None:
-            return {"error": "not timed: it runs before the others' common batch is known"}
+            # The others' common batch may happen to be one that was timed.
+            same = (
+                one
+                for case, one in self.results.items()
+                if case[0] == context and one.get("batch") == batch and "error" not in one
+            )
+            found = next(same, None)
+        if found is None:
+            return {"error": f"not timed: {TOO_LATE}"}
         if "error" in found:
             return found
         return found | {

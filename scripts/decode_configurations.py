@@ -77,6 +77,30 @@ class Bench:
             return attention.largest(context)
         return largest_batch(lambda batch: fits(self.need(attention, batch, context), self.free))
 
+    def largest_of_each(self, attentions: Sequence[Method], context: int) -> list[int]:
+        """Return `largest` of each, where the host-managed baselines run before all others."""
+        found = {
+            i: self.largest(one, context)
+            for i, one in enumerate(attentions)
+            if isinstance(one, HostManagedBaseline)
+        }
+        # XLA keeps the blocks that it pinned for them.
+        held = max(
+            (
+                one.pinned(self.model, found[i], context, self.dtype)
+                for i, one in enumerate(attentions)
+                if isinstance(one, HostManagedBaseline)
+            ),
+            default=0,
+        )
+        left = max(0, self.free.host - held), max(0, self.free.pinned - held)
+        free = dataclasses.replace(self.free, host=left[0], pinned=left[1])
+        others = dataclasses.replace(self, free=free)
+        return [
+            found[i] if i in found else others.largest(one, context)
+            for i, one in enumerate(attentions)
+        ]
+
     def held_as(self, attention: Method, context: int) -> dict[str, Any]:
         """Return the precision of weights and of keys and values, and the budget.
 
@@ -142,10 +166,17 @@ class Bench:
             found["growth"] = time_growth(decoder, self.dtype)
         return found
 
-    def attempt(self, attention: Method, batch: int, context: int, name: str) -> dict[str, Any]:
+    def attempt(
+        self,
+        attention: Method,
+        batch: int,
+        context: int,
+        name: str,
+        asked: int | str | None = None,
+    ) -> dict[str, Any]:
         """Return what `measure` finds, or `error`: how it failed."""
         if isinstance(attention, TransformersBaseline):
-            return attention.attempt(batch, context, self.ceiling)
+            return attention.attempt(batch, context, self.ceiling, asked)
         start = time.perf_counter()
         try:
             if batch == 0:
@@ -199,10 +230,15 @@ def pinned_bytes(
     baselines = HostManagedBaseline, TransformersBaseline
     own = [one for one in attentions if not isinstance(one, baselines)]
     pinned = [one for one in own if one.store == "host" and not one.staged]
-    if not pinned:
+    managed = [one for one in attentions if isinstance(one, HostManagedBaseline)]
+    if not pinned and not managed:
         return STAGING_BYTES
     numbers = [batch for batch in batches if isinstance(batch, int)]
     if len(numbers) < len(batches):
         return int(PINNED_SHARE * host_available())
-    need = memory_need(model, pinned[0], max(numbers), context, new_tokens, dtype)
-    return need.pinned + STAGING_BYTES
+    most = max(numbers)
+    blocks = max((one.pinned(model, most, context, dtype) for one in managed), default=0)
+    rows = 0
+    if pinned:
+        rows = memory_need(model, pinned[0], most, context, new_tokens, dtype).pinned
+    return rows + blocks + STAGING_BYTES

@@ -17,10 +17,10 @@ COLUMNS = (
 )
 
 # Full attention in the model's dtype and with rows in int8, and how ratios to them are named.
-BASELINES = {"full": "ratio", "full-int8": "int8_ratio"}
+FULL = {"full": "ratio", "full-int8": "int8_ratio"}
 
 # Others' ways to decode, and how ratios to them are named.
-OTHERS = {
+BASELINES = {
     "host-managed": "managed_ratio",
     "host-managed-ahead": "ahead_ratio",
     "transformers": "transformers_ratio",
@@ -52,13 +52,13 @@ def add_ratios(results: Sequence[dict[str, Any]]) -> None:
     }
     for one in timed:
         at, speed = (one["context"], one["batch"]), one["tokens_per_s"]
-        for full, ratio in BASELINES.items():
+        for full, ratio in FULL.items():
             of_full = [x for key, x in speeds.items() if (key[0], key[2]) == (full, at[0])]
             if of_full:
                 one[f"best_{ratio}"] = speed / max(of_full)
             if (full, None, *at) in speeds:
                 one[f"full_{ratio}"] = speed / speeds[full, None, *at]
-        for other, ratio in OTHERS.items():
+        for other, ratio in BASELINES.items():
             if (other, None, *at) in speeds:
                 one[ratio] = speed / speeds[other, None, *at]
         if one["attention"] == "wave" and ("wave", "host", *at) in speeds:
@@ -66,9 +66,9 @@ def add_ratios(results: Sequence[dict[str, Any]]) -> None:
 
 
 def print_table(results: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Print a line for each result, failures with what they failed of."""
+    """Print a line for each result; below, how others failed, and which blocks are not pinned."""
     table = Table(*COLUMNS, box=None, pad_edge=False)
-    failures = []
+    failures, notes = [], []
     for one in sorted(results, key=lambda one: (one["context"], one["batch"])):
         head = [str(one["context"]), str(one["batch"]), label(one)]
         held = [_precision(one["precision"]), _number(one["budget"], "d")]
@@ -76,6 +76,8 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             table.add_row(*head, *held, "failed")
             failures.append(f"{' x '.join(head)}: {one['error']}")
             continue
+        if one.get("not_pinned"):
+            notes.append(f"{' x '.join(head)}: its blocks are not pinned: {one['not_pinned']}")
         growth, kernels = one.get("growth", {}), one.get("profile", {})
         table.add_row(
             *head,
@@ -83,9 +85,9 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
             f"{one['ms_per_step']:.2f}",
             f"{one['floor_ms']:.2f}",
             f"{one['tokens_per_s']:.1f}",
-            *(_number(one.get(f"full_{ratio}"), ".2f", "x") for ratio in BASELINES.values()),
+            *(_number(one.get(f"full_{ratio}"), ".2f", "x") for ratio in FULL.values()),
             _number(one.get("host_ratio"), ".2f", "x"),
-            *(_number(one.get(ratio), ".2f", "x") for ratio in OTHERS.values()),
+            *(_number(one.get(ratio), ".2f", "x") for ratio in BASELINES.values()),
             _number(one.get("hit_ratio"), ".1%"),
             _number(one["bytes_per_step"]["host"] / 1e6 or None, ".1f"),
             _number(one.get("host_gb_per_s_of_step") or None, ".1f"),
@@ -95,8 +97,8 @@ def print_table(results: Sequence[dict[str, Any]], console: Console | None = Non
         )
     # Wide, so that a table in a file is not folded.
     (console or Console(width=240)).print(table)
-    for failure in failures:
-        print(failure)
+    for line in (*failures, *notes):
+        print(line)
 
 
 def _precision(of: dict[str, str]) -> str:

@@ -18,20 +18,26 @@ Three ways are timed, and the fastest is the case's figure:
 Steps run eagerly, as `generate` runs them by default: no `torch.compile`, no CUDA graphs.
 """
 
+import contextlib
 import functools
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 WARM_UPS = 2
 # Of the memory that is free beside the weights, what caches may take.
 USABLE = 0.95
 SPARE = 2 * 2**30
+# That a case may take, the first with the imports and the model's weights.
+CASE_SECONDS = 300.0
 # How errors begin of a baseline that cannot run at all.
 MISSING = "missing"
 WAYS = ("dynamic", "reserved", "reserved-flash")
@@ -57,23 +63,61 @@ def request_of(
 
 
 def time_transformers(
-    request: dict[str, Any], python: str = sys.executable
-) -> list[dict[str, Any]]:
-    """Run a request in a process of its own; return each case's figures, or its `error`."""
-    cases = request["cases"]
-    done = subprocess.run(
-        [python, str(Path(__file__).resolve())],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if len(found) < len(cases):
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        error = {"error": f"the process ended with status {done.returncode}: {said}"[:1000]}
-        found += [error] * (len(cases) - len(found))
-    return found
+    request: dict[str, Any], python: str = sys.executable, limit: float = CASE_SECONDS
+) -> Iterator[dict[str, Any]]:
+    """Run a request in a process of its own.
+
+    Args:
+        request: of `request_of`.
+        python: that has torch.
+        limit: seconds that a case may take. The process is ended past them.
+
+    Yields:
+        each case's figures, or its `error`, as soon as the process says them.
+    """
+    left = len(request["cases"])
+    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as told:
+        asked.write(json.dumps(request))
+        asked.seek(0)
+        process = subprocess.Popen(
+            [python, str(Path(__file__).resolve())],
+            stdin=asked,
+            stdout=subprocess.PIPE,
+            stderr=told,
+            text=True,
+        )
+        lines: SimpleQueue[str | None] = SimpleQueue()
+        threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+        try:
+            how, end = "", time.monotonic() + limit
+            while left and not how:
+                try:
+                    line = lines.get(timeout=max(0.0, end - time.monotonic()))
+                except Empty:
+                    how = f"the process gave no figures for {limit:g} s"
+                    break
+                if line is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=10)
+                    how = f"the process ended with status {process.returncode}"
+                elif line.startswith("{"):
+                    yield json.loads(line)
+                    left, end = left - 1, time.monotonic() + limit
+        finally:
+            process.kill()
+            process.wait()
+        told.seek(0)
+        said = (told.read().strip().splitlines() or ["it said nothing"])[-1]
+    yield from [{"error": f"{how}: {said}"[:1000]}] * left
+
+
+def _read(process: subprocess.Popen[str], lines: "SimpleQueue[str | None]") -> None:
+    """Pass on what a process says, and None as it ends: a pipe alone knows no time limit."""
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            lines.put(line)
+    lines.put(None)
 
 
 def figures(request: dict[str, Any], device: str = "cuda") -> Iterator[dict[str, Any]]:
@@ -102,15 +146,16 @@ def figures(request: dict[str, Any], device: str = "cuda") -> Iterator[dict[str,
     dtype = getattr(torch, request["dtype"])
     model = random_llama(request["model"], dtype, device)
     for context, asked in cases:
+        batch = 0 if asked == "max" else int(asked)
         try:
             room = context + request["steps"] * (WARM_UPS + request["calls"])
-            batch = _largest(model, room) if asked == "max" else int(asked)
+            batch = batch or _largest(model, room)
             if not batch:
                 raise MemoryError("not even one sequence fits")
             found = _time_case(model, request, context, batch, room)
             yield {"batch": batch, "outsider": facts} | found
         except Exception as error:  # The other cases are still worth timing.
-            yield {"error": f"{type(error).__name__}: {error}"[:1000]}
+            yield {"batch": batch, "error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 def _missing(model: dict[str, Any], device: str) -> str | None:
