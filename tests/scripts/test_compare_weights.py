@@ -1,5 +1,7 @@
 """`compare_weights.py`: its figures are those of the distributions, its ways those it names."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
