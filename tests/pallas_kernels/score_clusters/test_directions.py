@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.score_clusters import triton
-from tests.pallas_kernels.score_clusters.test_tpu import (
+from tests.support.cluster_cases import (
     BATCH,
     HEADS,
     IN_USE,

@@ -4,21 +4,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels.score_clusters import mosaic_gpu, reference
+from pallas_kernels.score_clusters import mosaic_gpu
 from pallas_kernels.toolbox import launch
-from pallas_kernels.types import MASKED
-from tests.pallas_kernels.score_clusters.test_tpu import (
+from tests.support.cluster_cases import (
     BATCH,
     HEADS,
-    LAYER,
     LAYERS,
     SCALE,
+    check,
+    check_nan,
     cluster_case,
-    in_float64,
 )
 from tests.support.lowering import lower_for
 from tests.support.mosaic_gpu_interpreter import interpret, needs_interpreter
@@ -34,23 +32,6 @@ CASES = [
 ]
 
 
-def check(found, case, rotated):
-    """Compare with the reference and with float64; what must not be read is NaN."""
-    expected = reference.score_clusters(*case, scale=SCALE, rotated=rotated)
-    np.testing.assert_allclose(found.logits, expected.logits, atol=3e-5)
-    np.testing.assert_allclose(found.logsumexp, expected.logsumexp, rtol=1e-6, atol=3e-5)
-    if rotated:
-        np.testing.assert_allclose(found.rotated, expected.rotated, atol=1e-5)
-    logits, logsumexp, some = in_float64(*case)
-    exists = ~np.isnan(logits)
-    np.testing.assert_array_equal(np.asarray(found.logits)[~exists], np.float32(MASKED))
-    np.testing.assert_allclose(np.asarray(found.logits)[exists], logits[exists], atol=3e-5)
-    np.testing.assert_allclose(np.asarray(found.logsumexp)[some], logsumexp[some], atol=3e-5)
-    assert not some[2].any()
-    assert some[:2].all()
-    np.testing.assert_array_equal(np.asarray(found.logsumexp)[2], np.float32(MASKED))
-
-
 @needs_interpreter
 @pytest.mark.parametrize("group, head_dim, dtype, room, config", CASES)
 def test_it_is_the_reference(group, head_dim, dtype, room, config):
@@ -64,24 +45,12 @@ def test_it_is_the_reference(group, head_dim, dtype, room, config):
     check(interpret(kernel, *case, races=overlap), case, rotated=True)
 
 
-def spoilt_by_nan(run):
-    """Check that a NaN in a centroid shows in its row alone."""
-    query, centroids, offsets, layer = cluster_case(0, 2, 64, "bfloat16", 320)
-    [at, *_] = np.flatnonzero(np.diff(offsets[LAYER, 0, 1]))
-    centroids = centroids.at[LAYER, 0, 1, at, 7].set(jnp.nan)
-    found = run(query, centroids, offsets, layer)
-    spoilt = np.isnan(np.asarray(found.logsumexp))
-    assert spoilt[0, 1].all()
-    assert spoilt.sum() == 2
-    assert np.isnan(np.asarray(found.logits)).sum() == 2
-
-
 @needs_interpreter
 def test_nan_in_a_cluster_shows_in_its_row_alone():
     kernel = functools.partial(
         mosaic_gpu.score_clusters, scale=SCALE, interpret=True, config=mosaic_gpu.Config(64, 1)
     )
-    spoilt_by_nan(lambda *case: interpret(kernel, *case))
+    check_nan(lambda *case: interpret(kernel, *case), 64, "bfloat16", 320)
 
 
 @pytest.mark.parametrize("group, head_dim, dtype, room, config", CASES)
