@@ -53,26 +53,21 @@ def wait_for_ended(batches: Sequence[Batch]) -> list[tuple[Batch, Exception]]:
     return failed
 
 
-def most_reused(batches: Sequence[Batch], answer: Answer) -> int:
-    """Count the tokens of a prompt that need not be read, with the best free slot."""
-    slots = (held for batch in batches for held in batch.ended.values())
-    return max((held.reused(answer.request) for held in slots), default=0)
-
-
-def slot_to_continue(batches: Sequence[Batch], answer: Answer) -> tuple[Batch, int] | None:
+def slot_to_continue(batches: Sequence[Batch], answer: Answer) -> tuple[int, Batch, int] | None:
     """Find the free slot from which the most tokens of a prompt are reused; None if there is none.
 
     The smallest room's of several.
+
+    Returns:
+        how many tokens need not be read, the room's batch, and the slot.
     """
     found: list[tuple[int, Batch, int]] = [
         (held.reused(answer.request), batch, slot)
         for batch in batches
         for slot, held in batch.ended.items()
     ]
-    if not any(reused for reused, _, _ in found):
-        return None
-    _, batch, slot = max(found, key=lambda one: one[0])
-    return batch, slot
+    best = max(found, key=lambda one: one[0], default=None)
+    return best if best is not None and best[0] else None
 
 
 def cut_slot(batch: Batch, slot: int, tokens: int) -> None:

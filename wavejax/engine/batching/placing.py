@@ -28,7 +28,8 @@ class Placing:
         """
         continued = slot_to_continue(self._batches, answer)
         if continued is not None:
-            return continued
+            _, batch, slot = continued
+            return batch, slot
         for batch in self._batches:
             if not batch.room.holds(*answer.room):
                 continue

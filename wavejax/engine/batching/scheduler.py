@@ -129,8 +129,8 @@ class Scheduler:
         if not self._reuse_slots:
             return
         for answer in self.line:
-            held = continued_reading.most_reused(self.batches, answer)
-            saved = max(held, reused_by(answer.request))
+            continued = continued_reading.slot_to_continue(self.batches, answer)
+            saved = max(continued[0] if continued else 0, reused_by(answer.request))
             answer.short = self._is_short(answer.prompt_tokens - saved)
 
     def _place(self, answer: Answer) -> Place | Blocked:
