@@ -5,6 +5,7 @@ rows. So no row crosses the bus twice, but for the values of those that found no
 keeps the logits of retrieved rows, so keys are read once. All write into the same outputs.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from pallas_kernels.attend_zones._corrected_program import RestProgram
 from pallas_kernels.attend_zones._remains import Remains, RemainsOperands, RemainsProgram
 from pallas_kernels.attend_zones._runs import BLOCK, Runs, RunsOperands, find_runs
 from pallas_kernels.toolbox import launch
+from pallas_kernels.toolbox.head_calls import HeadCalls
 from pallas_kernels.types import Estimate, Picks, StoredRows
 
 
@@ -138,17 +140,16 @@ def _find_remains(
     logits, _, offsets, remaining, correction = estimate
     assert correction is not None
     moments, (batch, kv_heads, group, clusters) = correction.moments, logits.shape
-    rows = (batch, kv_heads)
+    rows = HeadCalls((batch, kv_heads), interpret)
+    floats = functools.partial(rows.of, dtype=jnp.float32)
     listed = RunsOperands(picks.tokens, correction.clusters)
-    [runs] = launch.call(
+    [runs] = rows.call(
         find_runs,
         (listed,),
-        (Runs(_like(*rows, clusters, dtype=jnp.int32), _like(*rows, dtype=jnp.int32)),),
-        (pl.cdiv(picks.tokens.shape[2], BLOCK), batch * kv_heads),
+        (Runs(rows.of(clusters), rows.of()),),
+        pl.cdiv(picks.tokens.shape[2], BLOCK),
         name="find_runs",
         num_warps=BLOCK // 64,
-        num_stages=1,
-        interpret=interpret,
     )
     operands = RemainsOperands(
         *(query, exponents, *listed),
@@ -156,12 +157,11 @@ def _find_remains(
         *(correction.products, moments.lambdas, moments.weight_scales, layer),
     )
     tiles, rank = pl.cdiv(clusters, config.remains_tile), moments.lambdas.shape[4]
-    of_tile = _like(*rows, group, tiles)
     results = Remains(
-        _like(*logits.shape),
-        _like(rank, *logits.shape),
-        _like(*rows, clusters),
-        *(of_tile, of_tile, _like(*rows, tiles, dtype=jnp.int32)),
+        floats(group, clusters),
+        jax.ShapeDtypeStruct((rank, *logits.shape), jnp.float32),
+        floats(clusters),
+        *(floats(group, tiles), floats(group, tiles), rows.of(tiles)),
     )
 
     def kernel(operands: RemainsOperands, results: Remains) -> None:
@@ -179,7 +179,3 @@ def _find_remains(
     )
     remains: Remains = found
     return remains
-
-
-def _like(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
