@@ -29,13 +29,8 @@ class QuantisedMatrix:
     of all arrays, such as indexing, slicing and `jax.lax.scan`, gives a `QuantisedMatrix` again.
 
     Attributes:
-      levels: int8 ``[..., out, width]``; or, in 4 bits, uint8 ``[..., out, width / 2]``. `width` is
-        `in`, padded to whole groups. The byte i of a group of n holds its levels i, in the lower
-        half, and i + n / 2; without minima 8 is added to them.
-      scales: ``[..., out, groups]``, float32, float16, bfloat16, or int8 with factors.
-      scale_factors: float16 ``[..., out, blocks]``, which scales are multiplied by; or None.
-      minima: as `scales`, or None.
-      minimum_factors: as `scale_factors`, or None.
+      levels, scales, scale_factors, minima, minimum_factors: arrays ``[..., out, ...]``, as in
+        `pallas_kernels.levels.Levels`.
       columns: the size of `in`.
       dtype: of the floats that the matrix stands for: the model's.
     """
@@ -121,11 +116,11 @@ def multiply(
     matrix, inputs = lax.optimization_barrier((matrix, inputs))
     if matrix.format.group is None and matrix.minima is None:
         levels = matrix.levels.astype(inputs.dtype)
-        few = 0 < math.prod(inputs.shape[:-1]) < LEAST_TOKENS
-        padded = _multiply_padded if few else _multiply_floats
-        summed = lax.platform_dependent(
-            inputs, levels, cuda=padded, rocm=_multiply_floats, default=_multiply_floats
-        )
+        if 0 < math.prod(inputs.shape[:-1]) < LEAST_TOKENS:
+            ways = {"cuda": _multiply_padded, "default": _multiply_floats}
+            summed = lax.platform_dependent(inputs, levels, **ways)
+        else:
+            summed = _multiply_floats(inputs, levels)
         scales = matrix.scales[..., 0].astype(jnp.float32)
         return (summed * scales).astype(dtype or inputs.dtype)
 
