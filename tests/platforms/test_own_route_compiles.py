@@ -69,7 +69,8 @@ def test_all_kernels_compile():
             made = stock.compile_text(kernel.text("cuda"), "cuda", HOPPER, *shape)
             assert f".visible .entry {kernel.symbol}(" in made.code
             assert made.num_warps == kernel.num_warps
-            assert made.shared <= 227 * 1024, name
+            # 99 KB are the most of NVIDIA's GPUs that have the least.
+            assert made.shared <= 99 * 1024, name
             names.add(name)
     assert len(names) >= 23
 
