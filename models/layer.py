@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from models.config import ModelConfig
+from models.joined import GATES, QUERIES, key_of
 from models.parameters import Params
 from models.quantised import QuantisedMatrix, multiply
 from models.rope import cosines_and_sines, rotate
@@ -23,7 +24,7 @@ MLP_BLOCK = 8192
 
 
 def pick_layer(params: Params, layer: Int[Array, ""] | int) -> dict[str, Any]:
-    """Give one layer's weights by their names: arrays, or quantised matrices.
+    """Give one layer's weights by their names: arrays, quantised matrices, or joined ones.
 
     Args:
       params: the whole model's, or what `unstacked.only_layer` leaves of them.
@@ -74,9 +75,10 @@ def enter_layer(
       query, key and value, in `hidden`'s dtype, as an `Attend` takes them.
     """
     normed = rms_norm(hidden, weights["attention_norm"], config.norm_eps)
-    query = _heads(normed, weights["query"], weights.get("query_bias"), config.head_dim)
-    key = _heads(normed, weights["key"], weights.get("key_bias"), config.head_dim)
-    value = _heads(normed, weights["value"], weights.get("value_bias"), config.head_dim)
+    query, key, value = (
+        _heads(product, weights.get(f"{name}_bias"), config.head_dim)
+        for name, product in zip(QUERIES, products(normed, weights, QUERIES), strict=True)
+    )
     if config.qk_norm:
         query = rms_norm(query, weights["query_norm"], config.norm_eps)
         key = rms_norm(key, weights["key_norm"], config.norm_eps)
@@ -112,8 +114,8 @@ def leave_layer(
 
     def mlp(hidden: Array) -> Array:
         normed = rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
-        gated = nn.silu(linear(normed, weights["gate"])) * linear(normed, weights["up"])
-        return hidden + linear(gated, weights["down"])
+        gate, up = products(normed, weights, GATES)
+        return hidden + linear(nn.silu(gate) * up, weights["down"])
 
     return _by_blocks(mlp, hidden)
 
@@ -165,16 +167,24 @@ def linear(
     return jnp.einsum("...i,oi->...o", inputs, matrix, preferred_element_type=dtype)
 
 
+def products(
+    inputs: Float[Array, "*batch in"], weights: dict[str, Any], names: tuple[str, ...]
+) -> list[Float[Array, "*batch out"]]:
+    """Multiply by matrices of a layer, each for itself, or at once if they are joined."""
+    joined = weights.get(key_of(names))
+    if joined is None:
+        return [linear(inputs, weights[name]) for name in names]
+    return jnp.split(linear(inputs, joined.matrix), joined.starts, axis=-1)
+
+
 def _heads(
-    inputs: Float[Array, "batch tokens hidden"],
-    matrix: Float[Array, "heads_times_dim hidden"] | QuantisedMatrix,
+    projected: Float[Array, "batch tokens heads_times_dim"],
     bias: Float[Array, "heads_times_dim"] | None,
     head_dim: int,
 ) -> Float[Array, "batch tokens heads {head_dim}"]:
-    projected = linear(inputs, matrix)
     if bias is not None:
         projected = projected + bias
-    return projected.reshape(*inputs.shape[:2], -1, head_dim)
+    return projected.reshape(*projected.shape[:2], -1, head_dim)
 
 
 def rms_norm(

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from models.formats import WeightFormat
+from models.joined import JoinedMatrices
 from models.parameters import Axes, Params, Path, Shape
 from pallas_kernels.levels import Levels, dequantise
 from pallas_kernels.multiply_levels import MOST_TOKENS, multiply_levels
@@ -173,5 +174,9 @@ def formats_of(params: Params) -> dict[Path, WeightFormat]:
     tree = params["params"]
     layers = tree["layers"][0] if isinstance(tree["layers"], tuple) else tree["layers"]
     leaves: dict[Path, Any] = {(name,): x for name, x in tree.items() if name != "layers"}
-    leaves |= {("layers", name): x for name, x in layers.items()}
+    for name, x in layers.items():
+        if isinstance(x, JoinedMatrices):
+            leaves |= {("layers", each): x.matrix for each in x.names}
+        else:
+            leaves["layers", name] = x
     return {path: x.format for path, x in leaves.items() if isinstance(x, QuantisedMatrix)}

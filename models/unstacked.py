@@ -2,15 +2,18 @@
 
 On a GPU, XLA copies a layer's matrix out of its stack before the product reads it: a decode step
 then moves all weights three times. With layers of their own there is nothing to copy, but every
-layer must be written out in the program: no loop can run over them.
+layer must be written out in the program: no loop can run over them. Matrices that multiply the same
+numbers are joined too (`models.joined`).
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from models.joined import join_layer, separate_layer
 from models.parameters import Params
 
 
@@ -19,7 +22,7 @@ def unstack_layers(params: Params) -> Params:
 
     Each stack is deleted from the device as soon as its slices are made, so that the parameters
     and one more stack are the most that is held: `params` must not be used any more. All other
-    arrays are in both trees.
+    arrays are in both trees. Query, key and value are joined then, gate and up too, layer by layer.
 
     Args:
         params: as `parameter_shapes` describes them: under ``layers`` a dict of stacks, ``[layers,
@@ -39,6 +42,15 @@ def unstack_layers(params: Params) -> Params:
         jax.block_until_ready([layer[name] for layer in layers])
         for array in jax.tree.leaves(stack):
             array.delete()
+    return {"params": params["params"] | {"layers": tuple(join_layer(layer) for layer in layers)}}
+
+
+def stack_layers(params: Params) -> Params:
+    """Return the parameters with their layers stacked: copies, where they were not."""
+    layers = params["params"]["layers"]
+    if isinstance(layers, tuple):
+        apart = [separate_layer(layer) for layer in layers]
+        layers = jax.tree.map(lambda *each: jnp.stack(each), *apart)
     return {"params": params["params"] | {"layers": layers}}
 
 

@@ -32,8 +32,11 @@ from pallas_kernels import use_implementation
 from pallas_kernels.multiply_levels import triton
 from wavejax.evaluation.files import write_growing
 
-# Of a layer of Llama-3-8B, [out, in]: gate and up, down, query and output, key and value.
+# Of a layer of Llama-3-8B, [out, in]: gate and up, down, query and output, key and value; and those
+# that have the same inputs, joined.
 MATRICES = {
+    "qkv": (6144, 4096),
+    "gate-up": (28672, 4096),
     "gate": (14336, 4096),
     "down": (4096, 14336),
     "query": (4096, 4096),
@@ -167,7 +170,7 @@ def configs(name: str) -> list[triton.Config]:
 
 def row_of(found: dict[str, Any]) -> str:
     """One line of the table."""
-    head = f"{found['matrix']:7}{found['tokens']:4}  {found['format']:9}{found['way']:18}"
+    head = f"{found['matrix']:8}{found['tokens']:4}  {found['format']:9}{found['way']:18}"
     if "error_text" in found:
         return f"{head}  {found['error_text']}"
     return (
@@ -269,7 +272,7 @@ def main() -> None:
     run = Run(options)
     ceiling = run.copy["best"] / 1e9
     print(f"{run.report['device']}, copy {ceiling:.0f} GB/s, empty call {run.empty_us:.2f} us")
-    print("matrix  tok  format   way                      us    GB/s  floor     error", flush=True)
+    print("matrix   tok  format   way                      us    GB/s  floor     error", flush=True)
     for name in names:
         for kind in kinds:
             run.time_format(name, kind)

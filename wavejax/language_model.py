@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
@@ -17,6 +16,7 @@ from models.errors import InputError
 from models.parameters import Params
 from models.quantised import formats_of
 from models.text.tokenizer import Tokenizer
+from models.unstacked import stack_layers
 from wavejax.attention.causal import causal_attention
 from wavejax.attention.protocol import AnyAttention
 from wavejax.config import WaveConfig
@@ -278,13 +278,7 @@ class LanguageModel:
             >>> hidden.shape == (1, 3, module.config.hidden_size)
             True
         """
-        params = self.params["params"]
-        layers = params["layers"]
-        if isinstance(layers, tuple):
-            layers = jax.tree.map(lambda *each: jnp.stack(each), *layers)
-        return Decoder(self.config, attend or causal_attend), {
-            "params": params | {"layers": layers}
-        }
+        return Decoder(self.config, attend or causal_attend), stack_layers(self.params)
 
 
 def causal_attend(

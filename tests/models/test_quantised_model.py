@@ -90,7 +90,7 @@ def test_one_layer_of_those_apart_is_one_program():
     params = apart(params_of("int4"))
     first, second = (jax.tree.structure(only_layer(params, layer)) for layer in (0, 1))
     assert first == second
-    query = params["params"]["layers"][1]["query"]
-    assert isinstance(query, QuantisedMatrix)
-    assert query.shape == (64, 32)
-    assert query.dtype == jnp.float32
+    output = params["params"]["layers"][1]["output"]
+    assert isinstance(output, QuantisedMatrix)
+    assert output.shape == (32, 64)
+    assert output.dtype == jnp.float32

@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from models.config import ModelConfig
 from models.errors import InputError
+from models.joined import separate_layer
 from models.parameters import Params
 from models.text.tokenizer import Tokenizer
 from wavejax.attention.protocol import AnyAttention
@@ -120,7 +121,7 @@ def weights_fingerprint(params: Params) -> str:
         tree = dict(params["params"])
         layers = tree.pop("layers")
         if isinstance(layers, tuple):
-            sums = [_sums(one) for one in layers]
+            sums = [_sums(separate_layer(one)) for one in layers]
             stacked = {name: [int(one[name]) for one in sums] for name in sums[0]}
         else:
             sums = jax.vmap(_sums)(layers)
