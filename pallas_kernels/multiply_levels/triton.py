@@ -67,10 +67,14 @@ def heuristic(matrix: Levels, tokens: int, dtype: Any) -> Config:
         # Its products are made one by one, in registers.
         return Config(32, 32, splits_of(out, row_bytes, 32, 32), num_warps=4, num_stages=2)
     rows = min(64, launch.tile(out, launch.DOT_TILE))
-    block = 128 if tokens <= 16 else 64
-    # Where nothing is rounded that is not otherwise.
+    # Whether pairs round nothing that is not rounded otherwise. In bfloat16 they are worth what
+    # they round, in float16 small scales would lose more.
     exact = matrix.scale_factors is None and matrix.scales.dtype == dtype
-    return Config(rows, block, splits_of(out, row_bytes, rows, block), pairs=exact)
+    pairs = matrix.bits == 4 and (exact or dtype == jnp.bfloat16)
+    block = 64 if tokens > 16 else 128 if exact or not pairs else 256
+    stages = 3 if pairs and tokens <= 16 else 4
+    splits = splits_of(out, row_bytes, rows, block)
+    return Config(rows, block, splits, pairs=pairs, num_stages=stages)
 
 
 def splits_of(out: int, row_bytes: int, rows: int, block: int) -> int:
