@@ -13,6 +13,7 @@ MISSED = "2026-11-27-missed-rows-h200"
 RULER, ONE_BUDGET, FWE = "2026-11-26-ruler", "2026-11-26-one-budget", "2026-11-29-fwe-1.5b"
 BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
 WEIGHTS = "2026-11-30-weights-cpu"
+JOINED = "2026-11-30-joined-steps-h200"
 ROUNDED = "2026-11-30-full-int8-cpu"
 SHAPES = {
     "batch8-128k": "batch 8, 131,072 tokens",
@@ -219,6 +220,16 @@ def admission(runs: Runs) -> str:
     return table(head, rows) + dated(runs, ADMISSION)
 
 
+def by_weights(runs: Runs) -> str:
+    """Return times of a step at batch 1, by the weights of both sides."""
+    rows = []
+    for name, words in (("bfloat16", "bfloat16"), ("int8", "`int8`"), ("int4", "`int4`")):
+        full, wave = (runs[JOINED][f"{name}/{method}/ms"] for method in ("full", "wave"))
+        rows.append([words, f"{full:.2f}", f"{wave:.2f}", times(full, wave)])
+    head = ["weights", "full attention, ms", "wave, ms", "times as fast"]
+    return table(head, rows) + dated(runs, JOINED)
+
+
 def weights(runs: Runs) -> str:
     """Return the error by how weights are kept."""
     names = {
@@ -245,6 +256,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     "steps on an H200": steps(STEPS["H200"]),
     "steps on an H100": steps(STEPS["H100"]),
     "steps, rows in int8": steps(INT8),
+    "steps by weights": by_weights,
     "missed rows": missed,
     "ruler": ruler,
     "one budget": one_budget,
