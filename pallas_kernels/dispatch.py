@@ -44,8 +44,8 @@ def use_implementation(
 
     Args:
         implementation: "xla", plain JAX; "triton", the kernels for GPUs; "tpu", those for TPUs,
-            which few ops have; "mosaic_gpu", those by Mosaic GPU, which two ops have and "auto"
-            never takes; or "auto", the platform's best.
+            which few ops have; "mosaic_gpu", those by Mosaic GPU for Hopper, which two ops have;
+            or "auto", the platform's best.
         by: who asks, for `explain`.
 
     Raises:
@@ -96,6 +96,7 @@ def call(
     implementation: Implementation | None,
     implementations: Mapping[str, Callable[..., Result]],
     *operands: object,
+    on_hopper: Literal["triton", "mosaic_gpu"] = "triton",
     **settings: object,
 ) -> Result:
     """Call the implementation asked for; with "auto" the platform's best that supports the case.
@@ -115,6 +116,7 @@ def call(
         implementations: the op's functions by name. "xla" is always there. One that was left out
             is of no use in this case.
         operands, settings: of the op.
+        on_hopper: what "auto" tries first on a GPU of that kind.
 
     Raises:
         NotImplementedError: a named implementation does not exist, or does not support the case.
@@ -139,13 +141,15 @@ def call(
     elif kernel == "triton" and (unfit := _unfit()):
         reason, lost = unfit, on_gpu
     else:
-        try:
-            result = implementations[kernel](*operands, **settings)
-        except NotImplementedError as error:
-            reason, lost = str(error).removeprefix(f"{op}: "), kernel == "triton"
-        else:
-            _record(op, kernel, "the kernel supports this case")
-            return result
+        kernels = [on_hopper, kernel] if kernel == "triton" and _on_hopper() else [kernel]
+        for name in dict.fromkeys(kernels):
+            try:
+                result = implementations[name](*operands, **settings)
+            except NotImplementedError as error:
+                reason, lost = str(error).removeprefix(f"{op}: "), kernel == "triton"
+            else:
+                _record(op, name, "the kernel supports this case")
+                return result
     result = implementations["xla"](*operands, **settings)
     _record(op, "xla", reason, warn=lost)
     return result
@@ -199,6 +203,11 @@ def _unfit() -> str | None:
         return None
     has, least = (".".join(map(str, version)) for version in (capability, OLDEST_GPU))
     return f"the GPU has compute capability {has}; the kernels need {least}"
+
+
+def _on_hopper() -> bool:
+    capability = launch.compute_capability()
+    return capability is not None and capability[0] == 9
 
 
 def _record(op: str, implementation: str, reason: str, warn: bool = False) -> None:

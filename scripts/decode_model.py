@@ -35,6 +35,20 @@ SHAPES = {
         rope_theta=500_000.0,
         norm_eps=1e-5,
     ),
+    "smollm2-135m": ModelConfig(
+        architecture="llama",
+        vocab_size=49_152,
+        num_layers=30,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        max_context=2**20,
+        rope_theta=100_000.0,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+    ),
     # In seconds on a CPU; the least head that the kernels know.
     "tiny": ModelConfig(
         architecture="llama",

@@ -16,7 +16,7 @@ from models.parameters import Params
 from wavejax import Generator
 from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.generator import DecodeState
-from wavejax.engine.prompts import bucket, least_of_bucket
+from wavejax.engine.prompts import answer_room, bucket, least_of_bucket
 from wavejax.engine.staged_state import StagedState, hold_rows, on_device_of
 from wavejax.store.shape import CacheShape
 from wavejax.store.steady import SteadyZone
@@ -90,7 +90,7 @@ def _write_rows(
     room = bucket(context)
     least = least_of_bucket(context)
     cache: Any = attention.init_state(
-        CacheShape.of(model), batch, room, new_tokens, dtype, shortest_prompt=least
+        CacheShape.of(model), batch, room, answer_room(new_tokens), dtype, shortest_prompt=least
     )
     logits = jnp.zeros((batch, model.vocab_size), jnp.float32)
     rest = jnp.zeros(batch, bool), jnp.int32(0), jnp.int32(0)

@@ -53,5 +53,7 @@ def attend_dense(
         values,
         lengths,
         layer,
+        # There it takes 0.85 to 0.93 times as long as Triton's.
+        on_hopper="mosaic_gpu",
         scale=scale,
     )

@@ -218,7 +218,7 @@ def test_a_program_for_tpus_takes_their_kernels_on_any_machine():
 @pytest.mark.parametrize(
     "first, taken", [(lambda: "the kernel", "the kernel"), (None, "plain JAX")]
 )
-def test_mosaic_gpu_is_taken_only_if_it_is_asked_for(first, taken, monkeypatch):
+def test_mosaic_gpu_is_taken_only_if_the_op_or_the_caller_asks_for_it(first, taken, monkeypatch):
     pretend(monkeypatch)
     by = {"xla": BY["xla"], "mosaic_gpu": lambda: "Mosaic's", "triton": first or unsupported}
     with warnings.catch_warnings():
@@ -227,6 +227,39 @@ def test_mosaic_gpu_is_taken_only_if_it_is_asked_for(first, taken, monkeypatch):
     assert choose("mosaic_gpu", by) == "Mosaic's"
     with dispatch.use_implementation("mosaic_gpu"):
         assert choose(by=by) == "Mosaic's"
+
+
+@pytest.mark.parametrize("capability, first", [("9.0", True), ("8.9", False), ("10.0", False)])
+def test_on_hopper_an_op_may_be_faster_by_mosaic_gpu(capability, first, monkeypatch):
+    pretend(monkeypatch, capability=capability)
+    by = BY | {"mosaic_gpu": lambda: "Mosaic's"}
+    preferred = {"on_hopper": "mosaic_gpu"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = dispatch.call("an_op", None, by, **preferred)
+        assert found == ("Mosaic's" if first else "the kernel")
+        assert dispatch.call("an_op", "triton", by, **preferred) == "the kernel"
+        # What it does not support the other kernel may.
+        refused = by | {"mosaic_gpu": unsupported}
+        assert dispatch.call("an_op", None, refused, **preferred) == "the kernel"
+    with pytest.warns(ops.FallbackWarning, match="head_dim is 32"):
+        neither = refused | {"triton": unsupported}
+        assert dispatch.call("an_op", None, neither, **preferred) == "plain JAX"
+
+
+def test_full_attention_is_by_mosaic_gpu_on_hopper(monkeypatch):
+    pretend(monkeypatch)
+    shapes = [(1, 2, 4, 64), (1, 1, 2, 256, 64), (1, 1, 2, 256, 64)]
+    query, *rows = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+
+    def attend(query, keys, values):
+        rows = ops.Rows(keys), ops.Rows(values)
+        return ops.attend_dense(query, *rows, jnp.array([256]), 0, scale=0.125)
+
+    jax.eval_shape(attend, query, *rows)
+    wide = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (query, *rows)]
+    jax.eval_shape(attend, *wide)
+    assert [choice.implementation for choice in ops.explain()] == ["mosaic_gpu", "triton"]
 
 
 def test_a_named_implementation_that_is_not_there_fails_loudly():
