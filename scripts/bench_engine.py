@@ -2,8 +2,9 @@
 
     python scripts/bench_engine.py --shape llama-3-8b --prompt-tokens 30720 --out engine.json
 
-- busy: tokens a second with all slots busy, over `Generator.decode_n` alone.
-- unequal: answers of 1/32 to all of `--new-tokens`, three for each slot: seconds of static batches
+- busy: tokens a second with all slots busy, over `Generator.decode_n` alone. One prompt for all,
+  which is read once: then all slots begin at about the same time.
+- unequal: answers of 1/32 to all of `--new-tokens`, eight for each slot: seconds of static batches
   over the engine's. Prompts are read within both.
 - stall: the longest gap in an answer while a prompt of `--long-tokens` is read, over
   `--max-stall-ms`.
@@ -36,6 +37,7 @@ from wavejax.cli.guard import main_guard
 from wavejax.cli.options import fields_of, options_from
 from wavejax.evaluation.files import write_growing
 from wavejax.planning.free_memory import set_memory_limits
+from wavejax.planning.plan import STAGING_BYTES
 
 PARTS = ("busy", "unequal", "stall", "document")
 COUNT = click.IntRange(min=1)
@@ -76,7 +78,7 @@ def command(
         if attention == "full"
         else WaveAttention(config, "device")
     )
-    set_memory_limits(0)  # pins nothing; before anything starts JAX's device
+    set_memory_limits(STAGING_BYTES)  # no store of rows; before anything starts JAX's device
     gpu = jax.default_backend() == "gpu"
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"

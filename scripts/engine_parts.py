@@ -18,6 +18,7 @@ from wavejax.engine.batching import BatchEngine, Event, Piece, Request, Room
 from wavejax.engine.batching.options import EngineOptions
 
 STEPS = 8  # of a call of the step, here and there
+PER_SLOT = 8  # answers of unequal length
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ def run(engine: BatchEngine, *requests: Times) -> None:
 
 def busy(setting: Setting) -> dict[str, float]:
     """Tokens a second with all slots busy, over those of `decode_n` alone."""
-    prompts, new = setting.prompts(setting.slots), setting.new_tokens
+    prompts, new = setting.prompts(1) * setting.slots, setting.new_tokens
     with setting.engine(setting.prompt_tokens, setting.slots) as engine:
         seen = [Times(engine, Request(one, new, stop_tokens=())) for one in prompts]
         run(engine, *seen)
     begun, ended = max(one.tokens[0] for one in seen), min(one.tokens[-1] for one in seen)
+    if begun >= ended:
+        raise ValueError("no time was all slots' own: give more --new-tokens, or shorter prompts")
     within = sum(begun < at <= ended for one in seen for at in one.tokens)
     state = setting.generator.start(setting.params, prompts, new)
     state, _ = setting.generator.decode_n(setting.params, state, STEPS)
@@ -109,7 +112,7 @@ def busy(setting: Setting) -> dict[str, float]:
 
 def unequal(setting: Setting) -> dict[str, float]:
     """Seconds of static batches over the engine's, for answers of unequal length."""
-    count = 3 * setting.slots
+    count = PER_SLOT * setting.slots
     prompts, rng = setting.prompts(count), np.random.default_rng(setting.seed + 1)
     low = np.log(max(1, setting.new_tokens // 32))
     lengths = np.exp(rng.uniform(low, np.log(setting.new_tokens), count)).round().astype(int)

@@ -39,6 +39,10 @@ class Pace:
             return before and before * (key[2] + 1) / key[2]
         return self._first.get(_program(key)) if own is None else own
 
+    def has_run(self, key: Hashable) -> bool:
+        """Whether a key's program has run, and so has been compiled."""
+        return _program(key) in self._first
+
     def measured(self, kind: str) -> dict[int, float]:
         """Return, by number, the seconds of all keys (kind, number) that were measured."""
         return {
@@ -72,21 +76,37 @@ def layer_work(config: ModelConfig, tokens: int) -> float:
     return float(tokens) * weights + float(tokens) * tokens * query
 
 
+def seconds_of_layer(pace: Pace, config: ModelConfig, tokens: int) -> float | None:
+    """Return the seconds of a prompt's layer, read whole; None where no layer was measured.
+
+    Of a length that was not, by the one nearest in work: a short prompt's layer has a share that
+    does not grow.
+    """
+    known = pace.measured("layer")
+    if tokens in known or not known:
+        return known.get(tokens)
+    work = {of: layer_work(config, of) for of in (*known, tokens)}
+    near = min(known, key=lambda of: abs(work[of] - work[tokens]))
+    return known[near] * max(1.0, work[tokens] / work[near])
+
+
 def reads_whole(pace: Pace, config: ModelConfig, tokens: int, seconds: float) -> bool:
-    """Whether a prompt's layers are read whole: whether one takes no longer than it may.
+    """Whether a prompt's layers are read whole, and not in parts.
+
+    They are if one takes no longer than it may. Where one way alone has run, and so is compiled,
+    that one is taken, whole layers up to twice the time: to compile takes seconds, for which all
+    answers would wait.
 
     Args:
-        pace: with what was measured, by ("layer", padded tokens).
+        pace: with what was measured, by ("layer", padded tokens), or by a part's kind.
         config: the model's.
         tokens: the prompt's, padded.
         seconds: that a layer may take.
     """
-    known = pace.measured("layer")
-    if tokens not in known:
-        if not known:
-            return tokens <= WHOLE_UNKNOWN
-        # By the length nearest in work: a short prompt's layer has a share that does not grow.
-        work = {of: layer_work(config, of) for of in (*known, tokens)}
-        near = min(known, key=lambda of: abs(work[of] - work[tokens]))
-        return known[near] * max(1.0, work[tokens] / work[near]) <= seconds
-    return known[tokens] <= seconds
+    whole, parts = pace.has_run(("layer", tokens)), pace.has_run(("write", tokens))
+    if parts and not whole:
+        return False
+    expected = seconds_of_layer(pace, config, tokens)
+    if expected is None:
+        return whole or tokens <= WHOLE_UNKNOWN
+    return expected <= (2 * seconds if whole and not parts else seconds)

@@ -14,13 +14,17 @@ from wavejax.engine.batching.batch import Batch
 from wavejax.engine.batching.continued_reading import cut_slot
 from wavejax.engine.batching.handle import Channel
 from wavejax.engine.batching.levels import Level, level_of
-from wavejax.engine.batching.pace import reads_whole
+from wavejax.engine.batching.pace import seconds_of_layer
 from wavejax.engine.batching.reading import Reading, let_hold
 from wavejax.engine.batching.request import Request
 from wavejax.engine.batching.scheduler import Scheduler
 from wavejax.engine.batching.sharing import copies, copy_slot
 from wavejax.engine.prompts import bucket
 from wavejax.engine.sampling import Sampler
+
+# Of the time that a layer may take, what is surely fast enough: what was measured may be slower
+# later on.
+MARGIN = 0.7
 
 
 def warm(
@@ -53,15 +57,19 @@ def warm(
     for batch in scheduler.batches:
         batch.allocate()
         lengths = [length for own, length in work if own is batch]
-        for length in lengths:
-            # Measured where it may be fast enough; what is not is read in parts.
-            if reads_whole(scheduler.pace, config, length, 4 * allowed):
-                _run(scheduler, batch, length, Sampler(), True)
-            if not reads_whole(scheduler.pace, config, length, allowed):
-                _run(scheduler, batch, length, Sampler(), False)
-            count()
+        # Steps first: with them a layer of the shortest prompts is measured, for the others.
         for sampler in by_level.values():
             _run(scheduler, batch, min(lengths, default=1), sampler, True, scheduler.step_sizes)
+            count()
+        for length in lengths:
+            # Whole where that may be fast enough, in parts where it may be too slow: where a little
+            # would make it the other, both.
+            expected = seconds_of_layer(scheduler.pace, config, length)
+            if expected is None or expected <= 4 * allowed:
+                _run(scheduler, batch, length, Sampler(), True)
+            expected = seconds_of_layer(scheduler.pace, config, length)
+            if expected is None or expected > MARGIN * allowed:
+                _run(scheduler, batch, length, Sampler(), False)
             count()
         for tokens in pieces:
             _append(batch, tokens)

@@ -44,6 +44,22 @@ def test_after_warming_up_no_length_and_no_number_compiles_anything():
     engine.close()
 
 
+def test_after_warming_up_a_change_of_pace_compiles_nothing(monkeypatch):
+    """However fast layers turn out to be: whole and in parts are programs of their own."""
+    monkeypatch.setattr("wavejax.engine.batching.pace.WHOLE_UNKNOWN", 100)  # all are long
+    engine = make_engine(rooms=[Room(320, 64, 2)], max_stall_ms=1e-3)
+    engine.warmup(prompt_tokens=[100, 320])
+    requests, found = [Request(x, 3, stop_tokens=()) for x in make_prompts((300, 90))], []
+    with CompileLog() as log:
+        for stall in (60.0, 1e-6):
+            engine._scheduler.stall = stall
+            handles = [engine.submit(request) for request in requests]
+            run(engine)
+            found.append([handle.result(0).token_ids for handle in handles])
+    assert not log.names
+    assert found[0] == found[1] == [Alone()(request)[0] for request in requests]
+
+
 def test_a_room_waits_for_the_memory_of_another_until_it_is_idle():
     small, large = Room(128, 64, 3, bytes=40), Room(160, 64, 1, bytes=80)
     engine = make_engine(rooms=[large, small], memory=100)

@@ -3,7 +3,7 @@
 import pytest
 
 from models.config import ModelConfig
-from wavejax.engine.batching.pace import Pace, layer_work, reads_whole
+from wavejax.engine.batching.pace import Pace, layer_work, reads_whole, seconds_of_layer
 from wavejax.engine.batching.slot_reading import Part
 from wavejax.engine.batching.turn import read_all, read_some
 
@@ -126,20 +126,46 @@ def test_a_section_that_was_not_measured_is_guessed_by_the_one_before():
     assert pace.seconds(("attend", 1024, 1)) is None
 
 
+SMALL = ModelConfig(
+    "llama", vocab_size=50, num_layers=2, hidden_size=32, head_dim=8, intermediate_size=48,
+    num_heads=4, num_kv_heads=2, max_context=64,
+)  # fmt: skip
+
+
 def test_layers_are_read_whole_if_one_takes_no_longer_than_it_may():
-    config = ModelConfig(
-        "llama", vocab_size=50, num_layers=2, hidden_size=32, head_dim=8, intermediate_size=48,
-        num_heads=4, num_kv_heads=2, max_context=64,
-    )  # fmt: skip
-    pace = Pace()
+    pace, config = Pace(), SMALL
     assert reads_whole(pace, config, 1024, 0.1)
     assert not reads_whole(pace, config, 1280, 0.1)
     for _ in range(2):
         pace.note(("layer", 512), 1, 0.01)
     assert reads_whole(pace, config, 512, 0.01)
-    assert not reads_whole(pace, config, 512, 0.009)
+    assert not reads_whole(pace, config, 512, 0.004)
     # By work, which grows faster than the length.
     ratio = layer_work(config, 4096) / layer_work(config, 512)
     assert 8 < ratio < 64
     assert reads_whole(pace, config, 4096, 0.0101 * ratio)
     assert not reads_whole(pace, config, 4096, 0.0099 * ratio)
+    assert seconds_of_layer(pace, config, 4096) == pytest.approx(0.01 * ratio)
+
+
+def test_the_way_that_has_run_is_taken_before_one_that_would_compile():
+    pace = Pace()
+    for _ in range(2):
+        pace.note(("layer", 512), 1, 0.01)
+        pace.note(("write", 4096), 1, 0.01)
+    # In parts, though a whole layer would be fast enough.
+    assert not reads_whole(pace, SMALL, 4096, 100.0)
+    assert reads_whole(pace, SMALL, 2048, 100.0)
+    # Whole, though it takes longer than it may; not if it takes more than twice as long.
+    assert reads_whole(pace, SMALL, 512, 0.006)
+    assert not reads_whole(pace, SMALL, 512, 0.004)
+    for _ in range(2):
+        pace.note(("write", 512), 1, 0.001)
+        pace.note(("layer", 4096), 1, 0.1)
+    # Both have run.
+    assert not reads_whole(pace, SMALL, 512, 0.006)
+    assert reads_whole(pace, SMALL, 4096, 0.1)
+    # Before anything was measured a run tells too.
+    first = Pace()
+    first.note(("layer", 8192), 1, 9.0)
+    assert reads_whole(first, SMALL, 8192, 0.1)
