@@ -174,6 +174,8 @@ class Restoring:
         rows = coming.result()
         state = on_device_of(attention_state)
         part = next(part for part in arrays.parts_of(attention_state) if part.name == name)
+        # One layer is on its way at a time: XLA pins memory for it, which a limit is set to.
+        jax.block_until_ready(part.array)
         state = _replaced(state, {name: arrays.put(part, self._slot, rows, layer)})
         return with_device_part(attention_state, state)
 
