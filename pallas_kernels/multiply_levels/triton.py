@@ -71,7 +71,9 @@ def heuristic(matrix: Levels, tokens: int, dtype: Any) -> Config:
     # they round, in float16 small scales would lose more.
     exact = matrix.scale_factors is None and matrix.scales.dtype == dtype
     pairs = matrix.bits == 4 and (exact or dtype == jnp.bfloat16)
-    block = 64 if tokens > 16 else 128 if exact or not pairs else 256
+    # Of more than 8 tokens a wide block takes more shared memory than AMD's GPUs have.
+    wide = pairs and not exact and tokens <= _TOKEN_TILE
+    block = 64 if tokens > 16 else 256 if wide else 128
     stages = 3 if pairs and tokens <= 16 else 4
     splits = splits_of(out, row_bytes, rows, block)
     return Config(rows, block, splits, pairs=pairs, num_stages=stages)

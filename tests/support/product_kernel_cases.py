@@ -24,7 +24,7 @@ def product_calls(dtype: str) -> dict[str, Any]:
     calls = {
         "int4-1": int4,
         "int4-32": int4,
-        "Q4_1-16": Levels(nibbles, halves, minima=halves),
+        "Q4_1-8": Levels(nibbles, halves, minima=halves),
         "Q4_K-16": Levels(nibbles, small, factors, small, factors),
         "Q6_K-16": Levels(levels, smaller, factors),
     }
