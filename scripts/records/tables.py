@@ -13,7 +13,7 @@ MISSED = "2026-11-27-missed-rows-h200"
 RULER, ONE_BUDGET, FWE = "2026-11-26-ruler", "2026-11-26-one-budget", "2026-11-29-fwe-1.5b"
 BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
 WEIGHTS = "2026-11-30-weights-cpu"
-JOINED = "2026-11-30-joined-steps-h200"
+JOINED, MILLION = "2026-11-30-joined-steps-h200", "2026-11-30-million-h200"
 ROUNDED = "2026-11-30-full-int8-cpu"
 SHAPES = {
     "batch8-128k": "batch 8, 131,072 tokens",
@@ -27,31 +27,33 @@ PLACES = {"full": "full attention", "device": "wave, device", "host": "wave, hos
 
 def speed(runs: Runs) -> str:
     """README's table: times of one step by workload and method, on an H200."""
-    ops, steps = runs[OPS["H200"]], runs[STEPS["H200"]]
+    ops, steps, joined, int8 = (runs[name] for name in (OPS["H200"], STEPS["H200"], JOINED, INT8))
     rows = []
-    for shape, words in SHAPES.items():
-        full, wave = (at_shape(ops, shape)[op] for op in ("full_attention", "step"))
-        rows.append(
-            [f"attention of one layer: {words}", f"{full} us", f"{wave} us", times(full, wave)]
-        )
-    for tokens, words, place in (
-        ("122880", "122,880 tokens", "device"),
-        ("122880", "122,880 tokens, rows in host memory", "host"),
-        ("30720", "30,720 tokens", "device"),
+    for run, tokens, words in (
+        (steps, "122880", "122,880 tokens, the largest batches"),
+        (int8, "122880", "the same, wave attention's rows in int8"),
+        (steps, "30720", "30,720 tokens, the largest batches"),
     ):
-        full, wave = (steps[f"{tokens}/batch_1/{name}/ms"] for name in ("full", place))
-        line = f"step of a whole model: batch 1, {words}"
-        rows.append([line, f"{full:.2f} ms", f"{wave:.2f} ms", times(full, wave)])
-    for run, words in (
-        (steps, "whole model: 122,880 tokens, the largest batches"),
-        (runs[INT8], "the same with wave attention's rows in int8"),
-    ):
-        full, wave = (run[f"122880/largest/{name}"] for name in ("full", "device"))
+        full, wave = (run[f"{tokens}/largest/{name}"] for name in ("full", "device"))
         line = f"{words} ({full['batch']} and {wave['batch']})"
         rate = [f"{each['tokens_per_s']} tokens/s" for each in (full, wave)]
         rows.append([line, *rate, times(wave["tokens_per_s"], full["tokens_per_s"])])
-    head = ["workload", "full attention", "wave attention", "times as fast"]
-    return table(head, rows) + dated(runs, OPS["H200"], STEPS["H200"], INT8)
+    for run, path, method, words in (
+        (joined, "bfloat16", "wave", "batch 1, 122,880 tokens"),
+        (joined, "int8", "wave", "the same, weights of both in int8"),
+        (joined, "int4", "wave", "the same, weights of both in int4"),
+        (steps, "122880/batch_1", "host", "batch 1, 122,880 tokens, rows in host memory"),
+        (steps, "30720/batch_1", "device", "batch 1, 30,720 tokens"),
+    ):
+        full, wave = (run[f"{path}/{name}/ms"] for name in ("full", method))
+        rows.append([words, f"{full:.2f} ms", f"{wave:.2f} ms", times(full, wave)])
+    million = runs[MILLION]["wave/ms"]
+    rows.append(["batch 1, 1,048,576 tokens, rows in int8", "not measured", f"{million} ms", ""])
+    full, wave = (at_shape(ops, "batch8-128k")[op] for op in ("full_attention", "step"))
+    line = "attention of one layer alone, batch 8, 131,072 tokens"
+    rows.append([line, f"{full} us", f"{wave} us", times(full, wave)])
+    head = ["a decode step", "full attention", "wave attention", "times as fast"]
+    return table(head, rows) + dated(runs, STEPS["H200"], INT8, JOINED, MILLION, OPS["H200"])
 
 
 def accuracy(runs: Runs) -> str:
@@ -276,10 +278,11 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 def dated(runs: Runs, *names: str) -> str:
     """Return the line below a table: each record's device and day."""
-    devices = [runs[name].device.split(",")[0] for name in names]
-    days = [runs[name].date.split("T")[0] for name in names]
-    each = zip(devices, days, names, strict=True)
-    return "\n" + " ".join(f"On {device}, {day}: `{name}`." for device, day, name in each) + "\n"
+    found: dict[str, list[str]] = {}
+    for name in names:
+        device, day = runs[name].device.split(",")[0], runs[name].date.split("T")[0]
+        found.setdefault(f"On {device}, {day}", []).append(f"`{name}`")
+    return "\n" + " ".join(f"{where}: {', '.join(each)}." for where, each in found.items()) + "\n"
 
 
 def times(slow: float, fast: float) -> str:

@@ -37,7 +37,7 @@ def test_another_figure_makes_another_table(records):
     runs = run_records.read_runs()
     text = "before\n<!-- table: speed -->\n<!-- end of table -->\nafter\n"
     written = write_tables.with_tables(text, runs)
-    assert written.startswith("before\n<!-- table: speed -->\n| workload |")
+    assert written.startswith("before\n<!-- table: speed -->\n| a decode step |")
     assert written.endswith("<!-- end of table -->\nafter\n")
     runs[tables.OPS["H200"]].figures["A"]["step"] = 100.0
     assert "| 976.3 us | 100.0 us | 9.8x |" in write_tables.with_tables(written, runs)
