@@ -7,7 +7,8 @@ from models.config import ModelConfig
 Params = dict[str, Any]
 """``{"params": tree}`` as Flax gives it; `parameter_shapes` describes the tree.
 
-A matrix, or a stack of matrices, may be a `quantised.QuantisedMatrix` in place of an array.
+A matrix, or a stack of matrices, may be a `quantised.QuantisedMatrix` in place of an array. Layers
+that `unstacked.unstack_layers` took apart may have `joined.JoinedMatrices` in place of several.
 """
 
 Path = tuple[str, ...]

@@ -13,6 +13,7 @@ from models.text import tokenizer
 PUBLIC = [getattr(wavejax, name) for name in wavejax.__all__] + [
     *(checkpoints.open_checkpoint, checkpoints.Checkpoint, config.ModelConfig, decoder.Decoder),
     *(decoder.apply_model, decoder.apply_layer, tokenizer.load_tokenizer, tokenizer.Tokenizer),
+    unstacked.stack_layers,
     unstacked.unstack_layers,
 ]
 
