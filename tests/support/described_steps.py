@@ -34,7 +34,7 @@ ATTENTIONS = {
 ON_THE_HOST = {"host", "int8", "audit"}
 
 
-def kernels_or_plain(op, implementation, implementations, *operands, **settings):
+def kernels_or_plain(op, implementation, implementations, *operands, on_hopper=None, **settings):
     """What `dispatch.call` does on a GPU: a kernel, or plain JAX for what it does not know."""
     try:
         return by_kernels(op, implementation, implementations, *operands, **settings)

@@ -40,7 +40,10 @@ def layer_programs(attention: AnyAttention, tokens: int) -> dict[str, tuple[Any,
     }
 
 
-def by_kernels(op, implementation, implementations, *operands, **settings):  # type: ignore[no-untyped-def]
-    """What `dispatch.call` does on a GPU, but that a kernel which refuses is an error."""
+def by_kernels(op, implementation, implementations, *operands, on_hopper=None, **settings):  # type: ignore[no-untyped-def]
+    """What `dispatch.call` does on a GPU, but that a kernel which refuses is an error.
+
+    A GPU before Hopper: what compiles for one that is not there has no Mosaic GPU.
+    """
     picked = implementation or ("triton" if "triton" in implementations else "xla")
     return implementations[picked](*operands, **settings)
