@@ -8,8 +8,9 @@
   over the engine's. Prompts are read within both.
 - stall: the longest gap in an answer while a prompt of `--long-tokens` is read, over
   `--max-stall-ms`.
-- document: seconds to the first token after a kept text, over those of reading it. `loaded_s`
-  begins with the folder on disk, as after a restart whose programs are compiled.
+- document: seconds to the first token of another question to a text that a slot still holds
+  (`reuse_slots`), over those of reading the text. `kept_s` is that of a text kept on disk;
+  `loaded_s` begins with the folder, as after a restart whose programs are compiled.
 
 Weights and prompts are random. A part that fails is recorded, and the others go on.
 """

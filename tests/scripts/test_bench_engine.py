@@ -43,7 +43,7 @@ def test_each_part_is_measured(tmp_path):
     assert unequal["ratio"] == pytest.approx(unequal["static_s"] / unequal["engine_s"])
     assert stall["gaps"] >= 1
     assert stall["ratio"] == pytest.approx(stall["longest_gap_ms"] / 250)
-    assert document["ratio"] == pytest.approx(document["kept_s"] / document["read_s"])
+    assert document["ratio"] == pytest.approx(document["in_slot_s"] / document["read_s"])
     assert all(found["ratio"] > 0 for found in report["parts"].values())
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[-4:]] == [*report["parts"]]

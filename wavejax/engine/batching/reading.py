@@ -76,13 +76,14 @@ class Reading(SlotReading):
             number = self._done // section
             left = min((number + 1) * section, self.blocks) - self._done
             return Part(("attend", self.padded, number), left)
-        return Part((self._kind, self.padded), 1)
+        left = self.layers - self._layer if self._kind == "layer" else 1
+        return Part((self._kind, self.padded), left)
 
     def _run(self, units: int) -> Any:
         runs = {
             "all": self._all,
             "begin": self._begin,
-            "layer": self._run_layer,
+            "layer": self._run_layers,
             "enter": self._enter,
             "attend": self._attend,
             "write": self._write,
@@ -107,13 +108,16 @@ class Reading(SlotReading):
         self._kind = "layer" if self.whole else "enter"
         return self._hidden, engine.arrays_of(parked)
 
-    def _run_layer(self, _: int) -> Any:
-        engine, state = self.batch.engine, self.batch.whole_state
-        layer = jnp.int32(self._layer)
-        self._hidden, cache = engine.prefill_layer(
-            self._weights, self._hidden, layer, *self._where, state.attention_state
-        )
-        return self._leave_layer(cache)
+    def _run_layers(self, units: int) -> Any:
+        """Run layers one after another: the device has the next one queued."""
+        engine, made = self.batch.engine, None
+        for _ in range(units):
+            held, layer = self.batch.whole_state.attention_state, jnp.int32(self._layer)
+            self._hidden, cache = engine.prefill_layer(
+                self._weights, self._hidden, layer, *self._where, held
+            )
+            made = self._leave_layer(cache)
+        return made
 
     def _enter(self, units: int) -> Any:
         config = self.batch.engine.model_config

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tests.support.batch_requests import SAMPLERS, Alone, make_engine, make_request, run
-from tests.support.tiny_generator import CONFIG, make_prompts
+from tests.support.tiny_generator import CONFIG, MODEL, make_prompts
 from wavejax import DenseAttention, Sampler, WaveAttention
 from wavejax.engine.batching import Request, Room
+from wavejax.engine.batching.reading import Reading
 from wavejax.engine.batching.scheduler import Scheduler
 
 LENGTHS = (1, 3, 5, 60, 127)
@@ -86,6 +87,20 @@ def test_prompts_read_in_parts_among_running_answers_give_the_same(store):
         handles = arrivals(engine, rng, requests, cancelled=0.02)
     assert engine.stats().read_parts > 60
     assert "length" in check(handles, Alone(attention, most=90))
+
+
+def test_layers_that_fit_the_time_are_read_without_a_wait_between(monkeypatch):
+    engine, runs = make_engine(rooms=[Room(160, 64, 1)], max_stall_ms=60_000), []
+    engine.warmup(prompt_tokens=[100])
+    run_units = Reading.run
+    monkeypatch.setattr(
+        Reading, "run", lambda self, n: (runs.append((self.part().key[0], n)), run_units(self, n))
+    )
+    request = Request(make_prompts((100,))[0], 5, stop_tokens=())
+    handle = engine.submit(request)
+    run(engine)
+    assert runs == [("begin", 1), ("layer", MODEL.num_layers), ("end", 1)]
+    assert handle.result(0).token_ids == Alone()(request)[0]
 
 
 def test_calls_of_the_step_come_between_the_parts_of_a_prompt(monkeypatch):
