@@ -1,5 +1,7 @@
 """Parameters with layers of their own: consumed stacks, equal results, mistakes that are named."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,20 @@ def test_the_module_and_the_function_agree_in_both_forms():
         hidden, seen = run(params, unroll)
         np.testing.assert_allclose(hidden, expected, atol=1e-5)
         assert int(seen) == int(state) == 1
+
+
+def test_biases_and_norms_are_of_the_matrices_that_were_joined():
+    model = dataclasses.replace(MODEL, qkv_bias=True, qk_norm=True)
+    decoder, inputs = Decoder(model, attend), (TOKENS, POSITIONS, jnp.int32(0))
+    keys = iter(jax.random.split(jax.random.key(2), 99))
+    # Biases are zeros, and norms ones, before they are learnt.
+    params = jax.tree.map(
+        lambda x: x + jax.random.normal(next(keys), x.shape),
+        decoder.init(jax.random.key(1), *inputs),
+    )
+    expected, _ = jax.jit(decoder.apply)(params, *inputs)
+    hidden, _ = apply_model(model, unstack_layers(params), TOKENS, POSITIONS, attend, jnp.int32(0))
+    np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_traced_number_runs_the_one_layer_that_it_is_given():
