@@ -19,6 +19,7 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 
 from pallas_kernels import triton_route
+from pallas_kernels.modes import standard_modes
 
 pallas_call = triton_route.pallas_call
 load = triton_route.load
@@ -207,10 +208,13 @@ def _lower(
     function: Any,
     platform: str | None = None,
 ) -> Any:
-    if platform in (None, traced_for):
-        return mlir.lower_fun(core.jaxpr_as_fun(jaxpr), multiple_results=True)(context, *operands)
-    with _traced_for(platform):
-        return mlir.lower_fun(function, multiple_results=True)(context, *operands)
+    # What kernels are lowered to is made of traced functions too.
+    with standard_modes():
+        if platform in (None, traced_for):
+            made = core.jaxpr_as_fun(jaxpr)
+            return mlir.lower_fun(made, multiple_results=True)(context, *operands)
+        with _traced_for(platform):
+            return mlir.lower_fun(function, multiple_results=True)(context, *operands)
 
 
 mlir.register_lowering(_per_platform, _lower)

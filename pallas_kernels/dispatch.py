@@ -11,6 +11,7 @@ import jax
 
 from pallas_kernels import backend
 from pallas_kernels.explanation import Choice, Explanation, FallbackWarning
+from pallas_kernels.modes import has_wide_floats, narrowed, standard_modes
 from pallas_kernels.toolbox import launch
 
 # The least compute capability that has the kernels' instructions.
@@ -105,6 +106,9 @@ def call(
     back to "xla" where the kernel raises NotImplementedError; on a GPU it warns of it once for each
     reason. On a TPU most ops have no kernel.
 
+    Ops are computed in JAX's standard modes: a program that sets 64-bit types, or strict promotion,
+    gets what others get. Only operands in float64 are computed in the program's own modes.
+
     The choice is made while the op is traced. A jitted caller keeps it for as long as it keeps the
     trace. `use_implementation` is part of `jit`'s cache key. The environment variable is not: set
     it before the process starts, or call `jax.clear_caches()` after a change.
@@ -122,6 +126,22 @@ def call(
         NotImplementedError: a named implementation does not exist, or does not support the case.
         ValueError: the environment variable names no implementation.
     """
+    if has_wide_floats((operands, settings)):
+        return _call(op, implementation, implementations, operands, settings, on_hopper)
+    operands, settings = narrowed((operands, settings))
+    with standard_modes():
+        return _call(op, implementation, implementations, operands, settings, on_hopper)
+
+
+def _call(
+    op: str,
+    implementation: Implementation | None,
+    implementations: Mapping[str, Callable[..., Result]],
+    operands: tuple[object, ...],
+    settings: dict[str, Any],
+    on_hopper: str,
+) -> Result:
+    """Do as `call` says, in the modes that are set."""
     request = _request(implementation)
     if request.implementation != "auto":
         if request.implementation not in implementations:
@@ -217,5 +237,5 @@ def _record(op: str, implementation: str, reason: str, warn: bool = False) -> No
         _choices[choice] = None
     if warn and not known:
         message = f"{op} runs in plain JAX on a GPU: {reason}"
-        # Of the op's caller: below it are the op, `call` and this function.
-        warnings.warn(message, FallbackWarning, stacklevel=4)
+        # Of the op's caller: below it are the op, `call`, `_call` and this function.
+        warnings.warn(message, FallbackWarning, stacklevel=5)

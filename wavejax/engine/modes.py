@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import jax
 
+from pallas_kernels.modes import standard_modes
+
 
 @contextlib.contextmanager
 def own_modes() -> Iterator[None]:
@@ -14,10 +16,5 @@ def own_modes() -> Iterator[None]:
     that does not; one that forbids implicit transfers, promotions or broadcasts forbids its own,
     not the few that are meant here. Modes that only look for mistakes, as `jax_debug_nans`, stay.
     """
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        jax.transfer_guard("allow"),
-    ):
+    with standard_modes(), jax.transfer_guard("allow"):
         yield
