@@ -79,6 +79,17 @@ def test_it_is_the_reference(group, head_dim, dtype, tokens, config):
     check(interpret(kernel, *case), case)
 
 
+@needs_interpreter
+def test_it_may_be_mapped_over_more_sequences():
+    shape, config = CASES[0][:4], CASES[0][4]
+    cases = [make_case(*shape, seed=seed) for seed in (1, 2)]
+    kernel = functools.partial(mosaic_gpu.attend_dense, scale=SCALE, config=config, interpret=True)
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *cases)
+    found = interpret(jax.vmap(kernel), *stacked)
+    for number, case in enumerate(cases):
+        check([x[number] for x in found], case)
+
+
 def check_nan(run):
     """Check that NaN in a key and in a value that are seen show in their row alone."""
     query, keys, values, lengths, layer = make_case(2, 64, "bfloat16", 264)
