@@ -8,7 +8,6 @@ With `--kernels` each op that has a kernel for TPUs is a program, for several sh
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
@@ -48,19 +47,6 @@ DTYPE = jnp.bfloat16
 HEADS = (64, 3, "bfloat16"), (96, 7, "float32"), (128, 5, "bfloat16"), (256, 16, "float32")
 # The smallest topology of each chip, and the bytes of a chip's memory that XLA gives a program.
 CHIPS = {"v5e": ("v5e:2x2", 15.75 * 2**30), "v6e": ("v6e:2x2", 31.25 * 2**30)}
-MODELS = SHAPES | {
-    "smollm2": dataclasses.replace(
-        SHAPES["llama-3-8b"],
-        vocab_size=49_152,
-        num_layers=30,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        tie_embeddings=True,
-    )
-}
 
 
 def main() -> None:
@@ -69,7 +55,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--chip", choices=CHIPS, default="v6e")
-    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--model", choices=SHAPES, default="smollm2")
     parser.add_argument("--tokens", type=int, default=32_768, help="of each prompt")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--fetch", choices=["none", "staged"], default="none")
@@ -86,7 +72,7 @@ def main() -> None:
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    model = MODELS[args.model]
+    model = SHAPES[args.model]
     implementation: ops.Implementation = "xla" if args.plain else "auto"
     if args.kernels:
         programs = _kernels()

@@ -6,6 +6,7 @@ it: token i + s is the more like token i the smaller s is, and a loop that feeds
 turns each query a little at every step. See `smooth_embedding` and `clustered_rows`.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -35,20 +36,6 @@ SHAPES = {
         rope_theta=500_000.0,
         norm_eps=1e-5,
     ),
-    "smollm2-135m": ModelConfig(
-        architecture="llama",
-        vocab_size=49_152,
-        num_layers=30,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        max_context=2**20,
-        rope_theta=100_000.0,
-        norm_eps=1e-5,
-        tie_embeddings=True,
-    ),
     # In seconds on a CPU; the least head that the kernels know.
     "tiny": ModelConfig(
         architecture="llama",
@@ -64,6 +51,18 @@ SHAPES = {
         norm_eps=1e-5,
     ),
 }
+SHAPES["smollm2"] = dataclasses.replace(
+    SHAPES["llama-3-8b"],
+    vocab_size=49_152,
+    num_layers=30,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    rope_theta=100_000.0,
+    tie_embeddings=True,
+)
 WAVES = 16  # cosines that the embedding is the sum of
 PERIODS = 10  # how often they go round, on average: a token is like its V / 60 next ones
 STILL = 0.01  # radians a token: pairs of dimensions that RoPE turns more slowly carry the keys

@@ -53,7 +53,7 @@ def attend_dense(
         values,
         lengths,
         layer,
-        # There it takes 0.85 to 0.93 times as long as Triton's.
+        # On an H200 0.90 to 0.93 times as long as Triton's, by the heuristics of both.
         on_hopper="mosaic_gpu",
         scale=scale,
     )

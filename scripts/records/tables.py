@@ -15,11 +15,7 @@ BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
 WEIGHTS = "2026-11-30-weights-cpu"
 JOINED, MILLION = "2026-11-30-joined-steps-h200", "2026-11-30-million-h200"
 ROUNDED = "2026-11-30-full-int8-cpu"
-SHAPES = {
-    "batch8-128k": "batch 8, 131,072 tokens",
-    "batch1-128k": "batch 1, 131,072",
-    "batch1-1m": "batch 1, 1,048,576",
-}
+SHAPES = ("batch8-128k", "batch1-128k", "batch1-1m")
 # What records of before 2026-11-29 call them.
 _LETTERS = {"batch8-128k": "A", "batch1-128k": "A1", "batch1-1m": "1M"}
 PLACES = {"full": "full attention", "device": "wave, device", "host": "wave, host"}
@@ -182,8 +178,8 @@ def fwe(runs: Runs) -> str:
         "full": "full attention",
         "wave": "wave, by default",
         "wave_8192": "wave, 8192 retrieved",
+        "oracle": "oracle, 4096 retrieved, no estimate",
     }
-    names["oracle"] = "oracle, 4096 retrieved, no estimate"
     run = runs[FWE]
     rows = []
     for name, words in names.items():

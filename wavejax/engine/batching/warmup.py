@@ -24,7 +24,7 @@ from wavejax.engine.sampling import Sampler
 
 # Of the time that a layer may take, what is surely fast enough: what was measured may be slower
 # later on.
-MARGIN = 0.7
+SURELY_FAST = 0.7
 
 
 def warm(
@@ -68,7 +68,7 @@ def warm(
             if expected is None or expected <= 4 * allowed:
                 _run(scheduler, batch, length, Sampler(), True)
             expected = seconds_of_layer(scheduler.pace, config, length)
-            if expected is None or expected > MARGIN * allowed:
+            if expected is None or expected > SURELY_FAST * allowed:
                 _run(scheduler, batch, length, Sampler(), False)
             count()
         for tokens in pieces:
