@@ -6,7 +6,7 @@ to a sequence and how much of it is in use. The row cache is not kept: it begins
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +52,11 @@ class Part(NamedTuple):
     def by_layer(self) -> bool:
         """Whether it is kept layer by layer: it is large."""
         return self.name.startswith(_ROWS)
+
+    @property
+    def kept_axes(self) -> tuple[str, ...]:
+        """The names of the axes that its kept array has, if it is not kept by layer."""
+        return (self.axes[0], *self.axes[2:]) if self.axes[:2] == STACKED else ()
 
 
 def name_of(path: tuple[Any, ...]) -> str:
@@ -111,24 +116,34 @@ def take(attention_state: Any, slot: int) -> Iterator[tuple[str, Callable[[], np
             yield part.name, functools.partial(_take, part, slot, sizes)
 
 
-def put(part: Part, slot: int, kept: np.ndarray, layer: int | None = None) -> Array:
-    """Put a kept array into a slot, and return the state's new array; `part.array` is donated.
+def padded(part: Part, kept: np.ndarray) -> np.ndarray:
+    """Make a kept array that is no layer's as long as its part's room: what `put` takes."""
+    if not part.kept_axes:
+        return kept
+    layers, _, *rest = part.array.shape
+    pad = [(0, have - want) for have, want in zip((layers, *rest), kept.shape, strict=True)]
+    # Clusters past the last one end where it ends.
+    return np.pad(kept, pad, mode="edge" if "cluster_edges" in part.axes else "constant")
+
+
+def put(part: Part, slot: int, block: Array | np.ndarray) -> Array:
+    """Put what `padded` made into a slot, and return the new array; `part.array` is donated."""
+    write = _put_all if part.axes[:2] == STACKED else _put_number
+    return write(part.array, block, np.int32(slot))
+
+
+def put_rows(part: Part, slot: int, layer: int, start: int, heads: Sequence[Array]) -> Array:
+    """Put rows into a slot from one on, and return the new array; `part.array` is donated.
 
     Args:
-        part: of `parts_of`.
+        part: by layer.
         slot: whose place.
-        kept: as `take` gave it.
-        layer: of rows, which layer's these are.
+        layer: whose rows.
+        start: the first row.
+        heads: of each kv head, its rows, on the device.
     """
-    array, axes = part.array, part.axes
-    if axes[:2] != STACKED:
-        return _put_number(array, slot, kept)
-    if layer is not None:
-        block = _padded(kept, axes[2:], array.shape[2:])
-        write = _append if axes[-1] == "head_dim" and "key_value" in axes else _put_layer
-        return write(array, block, jnp.int32(layer), jnp.int32(slot))
-    block = _padded(kept, (axes[0], *axes[2:]), (array.shape[0], *array.shape[2:]))
-    return _put_all(array, block, jnp.int32(slot))
+    write = _append if part.name in _STORE else _put_layer
+    return write(part.array, tuple(heads), np.int32(layer), np.int32(slot), np.int32(start))
 
 
 def fits(part: Part, kept_shape: tuple[int, ...], layer: bool) -> bool:
@@ -159,15 +174,9 @@ def _take(part: Part, slot: int, sizes: dict[str, int], layer: int | None = None
             one = np.asarray(_take_layer(array, jnp.asarray([layer, slot], jnp.int32)))
     else:
         axes = (axes[0], *axes[2:])
-        one = np.asarray(_take_all(array, jnp.int32(slot)))
+        one = np.asarray(_take_all(array, np.int32(slot)))
     cut = tuple(slice(sizes.get(name)) if name in sizes else slice(None) for name in axes)
     return one[cut]
-
-
-def _padded(kept: np.ndarray, axes: tuple[str, ...], room: tuple[int, ...]) -> np.ndarray:
-    """Make an array as long as the room: clusters past the last one end where it ends."""
-    pad = [(0, have - want) for have, want in zip(room, kept.shape, strict=True)]
-    return np.pad(kept, pad, mode="edge" if "cluster_edges" in axes else "constant")
 
 
 @jax.jit
@@ -199,16 +208,22 @@ def _put_all(array: Array, block: Array, slot: Array) -> Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put_layer(array: Array, block: Array, layer: Array, slot: Array) -> Array:
-    start = (layer, slot, *(jnp.int32(0) for _ in block.shape))
-    return lax.dynamic_update_slice(array, block[None, None].astype(array.dtype), start)
+def _put_layer(
+    array: Array, heads: tuple[Array, ...], layer: Array, slot: Array, start: Array
+) -> Array:
+    block = jnp.stack(heads)[None, None].astype(array.dtype)
+    zero = jnp.int32(0)
+    where = (layer, slot, zero, start, *(zero for _ in block.shape[4:]))
+    return lax.dynamic_update_slice(array, block, where)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _append(array: Array, block: Array, layer: Array, slot: Array) -> Array:
-    return ops.append_rows(Rows(array), block, layer, slot, 0).data
+def _append(
+    array: Array, heads: tuple[Array, ...], layer: Array, slot: Array, start: Array
+) -> Array:
+    return ops.append_rows(Rows(array), jnp.stack(heads), layer, slot, start).data
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put_number(array: Array, slot: Array, value: Array) -> Array:
+def _put_number(array: Array, value: Array, slot: Array) -> Array:
     return array.at[slot].set(value)

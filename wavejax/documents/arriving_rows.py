@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Int, Num
 
 from pallas_kernels.types import NO_ID
-from wavejax.documents.files import StoredArray
+from wavejax.documents.stored_arrays import StoredArray
 from wavejax.store.host_rows import HostRows
 
 

@@ -14,86 +14,23 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import io
 import json
 import os
 import secrets
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
-import jax.numpy as jnp
 import numpy as np
 
 from models.errors import InputError
 from models.paths import is_file, names_in, stat_of
+from wavejax.documents.stored_arrays import StoredArray, damaged, write_arrays
 
 MANIFEST, LOCK, ARRAYS = "document.json", ".lock", "arrays-"
 FORMAT, VERSION = "wavejax-document", 1
-BLOCK = 2**24  # Bytes written or checked at a time.
-_SMALL = 4096  # Bytes of a file that is not worth mapping; an empty array cannot be.
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredArray:
-    """An array in a file.
-
-    Attributes:
-        file: its `.npy` file.
-        shape: of the array.
-        dtype: its name, as "bfloat16".
-        bytes: of the file.
-        crc32: of the file: any flipped byte changes it.
-    """
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    crc32: int
-
-    def map(self) -> np.ndarray:
-        """Map the array, unchecked but for its size.
-
-        Raises:
-            InputError: the file is missing, truncated, or no such array.
-        """
-        self._check_size()
-        try:
-            stored = np.load(self.file, mmap_mode="r" if self.bytes > _SMALL else None)
-            array = stored.view(jnp.dtype(self.dtype))
-        except Exception as error:  # of a damaged header NumPy raises whatever its parser does
-            raise _damaged(self.file, f"holds no such array ({type(error).__name__})") from None
-        if array.shape != self.shape:
-            raise _damaged(self.file, f"has the shape {list(array.shape)}")
-        return array
-
-    def check(self) -> None:
-        """Read the whole file; raises InputError where a byte is not what was written."""
-        self._check_size()
-        checksum = 0
-        try:
-            with self.file.open("rb", buffering=0) as file:
-                while block := file.read(BLOCK):
-                    checksum = zlib.crc32(block, checksum)
-        except OSError as error:
-            raise _damaged(self.file, f"cannot be read: {error.strerror}") from None
-        if checksum != self.crc32:
-            raise _damaged(self.file, "is not what was written (its checksum differs)")
-
-    def read(self) -> np.ndarray:
-        """Check the array and map it; raises InputError as `check` and `map` do."""
-        self.check()
-        return self.map()
-
-    def _check_size(self) -> None:
-        found = stat_of(self.file)
-        if found is None or found.st_size != self.bytes:
-            there_is = "is missing" if found is None else f"has {found.st_size} bytes"
-            raise _damaged(self.file, f"{there_is}, expected {self.bytes}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +61,8 @@ def write_folder(
     Args:
         path: the folder; nothing, an empty folder or an earlier document may be there.
         facts: plain values, for `document.json`.
-        arrays: names, as "index/centroids", and what makes each array: called one by one, so that
-            only one is held at a time.
+        arrays: names, as "index/centroids", and what makes each array: called one by one, while
+            the ones before are written, so that few are held at a time.
 
     Raises:
         InputError: something else is at `path`, or the folder cannot be written, as on a full disk.
@@ -140,7 +77,7 @@ def write_folder(
             _remove_unnamed(path)
             folder = path / f"{ARRAYS}{secrets.token_hex(8)}"
             folder.mkdir()
-            stored = {name: _write_array(folder, name, make()) for name, make in arrays}
+            stored = write_arrays(folder, arrays)
             _sync(folder)
             listed = {
                 name: {
@@ -197,7 +134,7 @@ def read_folder(path: Path) -> Folder:
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(file, f"is not what was written ({error})") from None
+        raise damaged(file, f"is not what was written ({error})") from None
 
 
 def refuse_other(path: Path) -> None:
@@ -207,29 +144,6 @@ def refuse_other(path: Path) -> None:
     names = set(names_in(path)) if path.is_dir() else {""}
     if any(name != LOCK and not name.startswith(ARRAYS) for name in names):
         raise InputError(f"{path} is there already and no kept document; name another folder")
-
-
-def _write_array(folder: Path, name: str, array: np.ndarray) -> StoredArray:
-    file = folder / (name.replace("/", ".") + ".npy")
-    array = np.asarray(array, order="C")
-    plain = array
-    if array.dtype.kind not in "biuf":  # one of ml_dtypes, which NumPy would not know again
-        plain = array.view(f"u{array.dtype.itemsize}")
-    begin = io.BytesIO()
-    np.lib.format.write_array_header_1_0(begin, np.lib.format.header_data_from_array_1_0(plain))
-    header = begin.getvalue()
-    data = plain.reshape(-1).data.cast("B") if plain.size else memoryview(b"")
-    checksum = zlib.crc32(header)
-    with file.open("wb") as out:
-        out.write(header)
-        for start in range(0, len(data), BLOCK):
-            block = data[start : start + BLOCK]
-            checksum = zlib.crc32(block, checksum)
-            out.write(block)
-        out.flush()
-        os.fsync(out.fileno())
-    size = len(header) + len(data)
-    return StoredArray(file, array.shape, array.dtype.name, size, checksum)
 
 
 def _write_manifest(path: Path, said: dict[str, Any]) -> None:
@@ -280,7 +194,3 @@ def _sync(folder: Path) -> None:
 
 def _is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _damaged(file: Path, reason: str) -> InputError:
-    return InputError(f"{file} {reason}: the kept document is damaged; read the document again")

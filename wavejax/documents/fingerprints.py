@@ -121,13 +121,19 @@ def weights_fingerprint(params: Params) -> str:
         tree = dict(params["params"])
         layers = tree.pop("layers")
         if isinstance(layers, tuple):
-            sums = [_sums(separate_layer(one)) for one in layers]
+            # All are under way before the first is waited for.
+            sums = jax.device_get([_sums_of_layer(one) for one in layers])
             stacked = {name: [int(one[name]) for one in sums] for name in sums[0]}
         else:
             sums = jax.vmap(_sums)(layers)
             stacked = {name: x.tolist() for name, x in sums.items()}
-        ends = {name: int(x) for name, x in _sums(tree).items()}
+        ends = {name: int(x) for name, x in jax.device_get(_sums(tree)).items()}
     return _digest({"layers": stacked, **ends})
+
+
+@jax.jit
+def _sums_of_layer(layer: dict[str, Any]) -> dict[str, Array]:
+    return _sums(separate_layer(layer))
 
 
 @jax.jit

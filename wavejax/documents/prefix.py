@@ -17,6 +17,7 @@ from jaxtyping import Int
 from pallas_kernels.rounding import dequantise
 from pallas_kernels.types import Rows
 from wavejax.config import WaveConfig
+from wavejax.documents.stored_arrays import StoredArray
 from wavejax.engine.prompts import common_prefix
 from wavejax.store.index import WaveIndex, append_segments
 
@@ -99,6 +100,19 @@ def cut_arrays(
         "steady/sink_tokens": np.asarray(cut.sinks, np.int32),
         "steady/window_tokens": np.asarray(cut.window, np.int32),
     }
+
+
+def map_store(files: Mapping[str, StoredArray], layer: int, rows: str, scales: str) -> Rows:
+    """Map a layer's kept row store; who reads it has it checked.
+
+    Args:
+        files: a document's, by name.
+        layer: which layer.
+        rows, scales: the names that the store's arrays are kept under; scales may be none.
+    """
+    data, beside = (files.get(f"{name}/{layer}") for name in (rows, scales))
+    mapped: Any = data and data.map(), beside and beside.map()
+    return Rows(*mapped)
 
 
 def rows_between(store: Rows, window: np.ndarray, start: int, end: int) -> np.ndarray:

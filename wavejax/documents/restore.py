@@ -1,39 +1,38 @@
 """A kept sequence's arrays are put into a slot of an attention's state, all of them or a prefix."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from models.errors import InputError
-from pallas_kernels.types import Rows
 from wavejax.attention.dense import DenseState
 from wavejax.config import WaveConfig
 from wavejax.documents import arrays
 from wavejax.documents.arrays import Part
 from wavejax.documents.arriving_rows import ArrivingRows
-from wavejax.documents.files import Folder, StoredArray
+from wavejax.documents.files import Folder
 from wavejax.documents.prefix import (
     Cut,
     cluster_cut_segment,
     cut_arrays,
     cut_at,
+    map_store,
     rows_between,
 )
+from wavejax.documents.stored_arrays import StoredArray
+from wavejax.documents.transfers import Checks, Transfers, piece_of
 from wavejax.engine.staged_state import StagedState, on_device_of, with_device_part
 from wavejax.store.index import WaveIndex
 from wavejax.store.state import WaveState
 
-_AHEAD = 2  # Layers whose files are read and checked while an earlier one is put in its place.
 _WINDOW = "steady/window"
 _ROWS, _SCALES = "store/rows/data", "store/rows/scales"
-Coming = concurrent.futures.Future[np.ndarray]
+Maker = Callable[[], np.ndarray]
 
 
 def grown_tokens(folder: Folder) -> int:
@@ -87,8 +86,8 @@ class Restoring:
         rest: tokens to come after them, for which there must be room.
 
     Raises:
-        InputError: an array is damaged, or the state has no room. Rows are read by the steps, which
-            raise what is found there.
+        InputError: a length is damaged, or the state has no room. The steps raise what is found in
+            other arrays.
     """
 
     def __init__(
@@ -103,15 +102,39 @@ class Restoring:
         self._slot, self._config = slot, config
         staged, state = isinstance(attention_state, StagedState), on_device_of(attention_state)
         parts = {part.name: part for part in arrays.parts_of(attention_state)}
-        small = [name for name, part in parts.items() if not part.by_layer]
-        kept = {name: folder.arrays[name].read() for name in small}
+        by_layer = {
+            name: [folder.arrays[f"{name}/{layer}"] for layer in range(part.array.shape[0])]
+            for name, part in parts.items()
+            if part.by_layer
+        }
+        small = {name: folder.arrays[name] for name in parts if name not in by_layer}
+        arriving = staged and length is None  # `ArrivingRows` check them
+        in_order = [
+            file
+            for layer in zip(*by_layer.values(), strict=True)
+            for name, file in zip(by_layer, layer, strict=True)
+            if not (arriving and name == _ROWS)
+        ]
+        self._small, self._checks = small, Checks([*in_order, *small.values()])
+        if length is not None:
+            self._checks.wait(*small.values())
+        # Of the others the lengths are asked for at once.
+        kept = {name: file.map() if file.shape else file.read() for name, file in small.items()}
         self._cut: Cut | None = None
         if length is not None and config is not None:
             counts = (int(kept[name]) for name in ("index/tokens", "index/prompt_tokens"))
             self._cut, window = cut_at(config, length, *counts), kept[_WINDOW]
-            stores = _read_stores(folder, window.shape[0])
-            self._between = functools.partial(_rows_of, stores, window)
-            kept = cut_arrays(self._cut, kept, {name: _axes(part) for name, part in parts.items()})
+            stores = [
+                map_store(folder.arrays, layer, _ROWS, _SCALES) for layer in range(window.shape[0])
+            ]
+
+            def between(layer: int, start: int, end: int) -> np.ndarray:
+                return rows_between(stores[layer], window[layer], start, end)
+
+            self._between = between
+            kept = cut_arrays(
+                self._cut, kept, {name: part.kept_axes for name, part in parts.items()}
+            )
             start, end = self._cut.indexed, self._cut.indexed + self._cut.window
             kept[_WINDOW] = np.stack([self._between(i, start, end) for i in range(len(stores))])
         elif length is not None:
@@ -120,13 +143,15 @@ class Restoring:
         _check_room(folder, parts, kept, first)
         if rest > _room_left(state, config, kept):
             raise _no_room(f" and the {rest} tokens after it")
-        self._kept, self._work = kept, collections.deque[Callable[[Any], Any]]()
-        for name, part in parts.items():
-            if part.by_layer:
-                layers = range(part.array.shape[0])
-                files = [folder.arrays[f"{name}/{layer}"] for layer in layers]
-                self._plan_rows(name, files, first, staged and name == _ROWS)
-        self._work.append(self._put_small)
+        self._work = collections.deque[Callable[[Any], Any]]()
+        groups: list[list[Maker]] = []
+        for name, files in by_layer.items():
+            self._plan_rows(name, files, first, staged and name == _ROWS, groups)
+        self._work.append(functools.partial(self._put_small, list(kept)))
+        [device] = jax.tree.leaves(state)[0].devices()
+        self._transfers = Transfers(device, groups)
+        last = [functools.partial(arrays.padded, parts[name], x) for name, x in kept.items()]
+        self._last = Transfers(device, [last])
 
     @property
     def steps(self) -> int:
@@ -137,24 +162,37 @@ class Restoring:
         """Do one step; donates `attention_state`, as the engine holds it now.
 
         Raises:
-            InputError: rows are damaged. Nothing is donated then.
+            InputError: an array is damaged. Nothing is donated then.
         """
         return self._work.popleft()(attention_state)
 
     def _plan_rows(
-        self, name: str, files: list[StoredArray], first: int | None, held: bool
+        self,
+        name: str,
+        files: list[StoredArray],
+        first: int | None,
+        held: bool,
+        groups: list[list[Maker]],
     ) -> None:
         """List the steps that put rows in their place; the host holds those that are `held`."""
         if held and self._cut is None:
             self._work.append(functools.partial(self._receive, files))
             return
-        # The next layers' files are read and checked while one is put in its place.
-        pool = concurrent.futures.ThreadPoolExecutor(_AHEAD)
-        coming = [pool.submit(_first, file, first) for file in files]
-        pool.shutdown(wait=False)
-        for layer, rows in enumerate(coming):
-            put = self._fill if held else functools.partial(self._put_layer, name)
-            self._work.append(functools.partial(put, layer, rows))
+        for layer, file in enumerate(files):
+            if held:
+                self._work.append(functools.partial(self._fill, layer, file, first))
+                continue
+            tokens = file.shape[1] if first is None else first
+            rows, starts = piece_of(file, tokens)
+            mapped, heads = file.map(), range(file.shape[0])
+            groups.append(
+                [
+                    functools.partial(_piece, mapped, head, start, rows)
+                    for start in starts
+                    for head in heads
+                ]
+            )
+            self._work.append(functools.partial(self._put_layer, name, layer, file, starts))
 
     def _receive(self, files: list[StoredArray], attention_state: StagedState) -> StagedState:
         """Have staged rows arrive in a thread of their own."""
@@ -162,31 +200,46 @@ class Restoring:
         rows.receive(self._slot, files)
         return StagedState(attention_state.on_device, rows)
 
-    def _fill(self, layer: int, coming: Coming, attention_state: StagedState) -> StagedState:
-        held, rows = attention_state.rows, coming.result()
+    def _fill(
+        self, layer: int, file: StoredArray, first: int | None, attention_state: StagedState
+    ) -> StagedState:
+        self._checks.wait(file)
+        held, rows = attention_state.rows, file.map()[:, :first]
         if isinstance(held, ArrivingRows):
             held.settle(self._slot)
         held.take_in()
         held.rows[layer, self._slot, :, : rows.shape[1]] = rows
         return attention_state
 
-    def _put_layer(self, name: str, layer: int, coming: Coming, attention_state: Any) -> Any:
-        rows = coming.result()
+    def _put_layer(
+        self,
+        name: str,
+        layer: int,
+        file: StoredArray,
+        starts: list[int],
+        attention_state: Any,
+    ) -> Any:
+        self._checks.wait(file)
+        pieces, heads = self._transfers.take(), file.shape[0]
         state = on_device_of(attention_state)
-        part = next(part for part in arrays.parts_of(attention_state) if part.name == name)
-        # One layer is on its way at a time: XLA pins memory for it, which a limit is set to.
-        jax.block_until_ready(part.array)
-        state = _replaced(state, {name: arrays.put(part, self._slot, rows, layer)})
-        return with_device_part(attention_state, state)
+        for number, start in enumerate(starts):
+            part = next(part for part in arrays.parts_of(attention_state) if part.name == name)
+            of_heads = pieces[number * heads : (number + 1) * heads]
+            put = arrays.put_rows(part, self._slot, layer, start, of_heads)
+            state = _replaced(state, {name: put})
+            attention_state = with_device_part(attention_state, state)
+        return attention_state
 
-    def _put_small(self, attention_state: Any) -> Any:
+    def _put_small(self, names: list[str], attention_state: Any) -> Any:
         """Put all but the rows; then the slot holds the sequence."""
+        self._checks.wait(*self._small.values())
         state = on_device_of(attention_state)
         parts = {part.name: part for part in arrays.parts_of(attention_state)}
-        put = {name: arrays.put(parts[name], self._slot, x) for name, x in self._kept.items()}
+        blocks = dict(zip(names, self._last.take(), strict=True))
+        put = {name: arrays.put(parts[name], self._slot, block) for name, block in blocks.items()}
         state = _replaced(state, put)
         if isinstance(state, WaveState):
-            state = arrays.begin(state, jnp.int32(self._slot))
+            state = arrays.begin(state, np.int32(self._slot))
             state = dataclasses.replace(state, index=self._clustered(state.index))
         else:
             assert isinstance(state, DenseState)
@@ -241,29 +294,6 @@ def _no_room(more: str = "") -> InputError:
     )
 
 
-def _axes(part: Part) -> tuple[str, ...]:
-    """Name the axes that a part's kept array has."""
-    return (part.axes[0], *part.axes[2:]) if part.axes[:2] == arrays.STACKED else ()
-
-
-def _read_stores(folder: Folder, layers: int) -> list[Rows]:
-    """Map the kept row store of every layer, and check it."""
-
-    def read(layer: int) -> Rows:
-        data, scales = (folder.arrays.get(f"{name}/{layer}") for name in (_ROWS, _SCALES))
-        kept: Any = data and data.read(), scales and scales.read()
-        return Rows(*kept)
-
-    with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
-        return list(pool.map(read, range(layers)))
-
-
-def _rows_of(
-    stores: list[Rows], window: np.ndarray, layer: int, start: int, end: int
-) -> np.ndarray:
-    return rows_between(stores[layer], window[layer], start, end)
-
-
-def _first(file: StoredArray, tokens: int | None) -> np.ndarray:
-    """Read a layer's first rows."""
-    return file.read()[:, :tokens]
+def _piece(rows: np.ndarray, head: int, start: int, count: int) -> np.ndarray:
+    """Take one head's rows from one on: a part of the mapped file."""
+    return rows[head, start : start + count]

@@ -16,9 +16,10 @@ from models.parameters import Params
 from models.paths import is_file, names_in, stat_of
 from models.text.tokenizer import Tokenizer
 from wavejax.documents.document import Document
-from wavejax.documents.files import MANIFEST, Folder, StoredArray, read_folder
+from wavejax.documents.files import MANIFEST, Folder, read_folder
 from wavejax.documents.fingerprints import check_fingerprints, fingerprints
 from wavejax.documents.prefix import reusable
+from wavejax.documents.stored_arrays import StoredArray
 from wavejax.engine.generator import Generator
 
 _CHECKERS = 4  # Files that are checked at a time: their checksums are the processor's work.

@@ -9,7 +9,8 @@ import pytest
 from pallas_kernels.types import NO_ID
 from wavejax import InputError
 from wavejax.documents.arriving_rows import ArrivingRows
-from wavejax.documents.files import StoredArray, read_folder, write_folder
+from wavejax.documents.files import read_folder, write_folder
+from wavejax.documents.stored_arrays import StoredArray
 from wavejax.store.host_rows import HostRows
 
 LAYERS, BATCH, HEADS, ROOM, KEPT, DIM = 3, 2, 2, 60, 45, 4

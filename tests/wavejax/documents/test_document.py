@@ -12,7 +12,7 @@ from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, SAMPLED, make_pa
 from tests.wavejax.engine.test_compiled_programs import CompileLog
 from wavejax import DenseAttention, Generator, InputError, Sampler, WaveAttention
 from wavejax.documents import arrays
-from wavejax.documents.files import StoredArray
+from wavejax.documents.stored_arrays import StoredArray
 from wavejax.engine.generator import NO_TOKEN
 from wavejax.store.shape import CacheShape
 
