@@ -6,27 +6,21 @@ puts its token: wave attention's into the window, which grows into the index as 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jaxtyping import Bool, Float, Int, Num
+from jax import Array
+from jaxtyping import Int, Num
 
-from pallas_kernels import _compat
-from pallas_kernels.rounding import dequantise, held_as
-from pallas_kernels.types import MASKED, Rows
+from pallas_kernels.rounding import held_as
+from wavejax.attention.appended_attention import attend, stored_dense, stored_wave
 from wavejax.attention.dense import DenseState
-from wavejax.attention.protocol import AnyAttention, Layer, PromptKV, PromptQuery, scale_of
+from wavejax.attention.protocol import AnyAttention, Layer, PromptKV, PromptQuery
 from wavejax.attention.wave import WaveAttention
 from wavejax.store.rows import as_rows
-from wavejax.store.state import WaveState
 
-BLOCK = 2048  # Stored rows attended to at a time: bounds what logits take.
-
-Running = tuple[Array, Array, Array]  # The largest logit so far, the weights' sum, the output.
-ReadBlock = Callable[[Array], Float[Array, "kv_heads block 2 head_dim"]]
+TILE = 128  # Rows of a matrix product's tile, on a GPU.
 
 
 def free_tokens(attention: AnyAttention, state: Any) -> Int[Array, " batch"]:
@@ -86,20 +80,22 @@ def append(
     place = jnp.arange(tokens)
     causal = (place <= place[:, None]) & (place < count)
     if isinstance(state, DenseState):
-        read, room = _read_dense(state, layer, sequence), state.keys.shape[3]
-        indexed, rows, seen = state.tokens[sequence], new, causal
+        before, rows, seen = stored_dense(state, layer, sequence), new, causal
     else:
-        read, room = _read_store(state, layer, sequence, stored)
-        steady, indexed = state.steady, state.index.tokens[sequence]
+        before, steady = stored_wave(state, layer, sequence, stored), state.steady
         sinks, window = steady.sink[layer, sequence], steady.window[layer, sequence]
-        rows = jnp.concatenate([sinks, window, new.astype(window.dtype)], axis=1)
+        # In whole tiles of a product, or XLA pads rows and weights by kernels of their own.
+        beside = sinks.shape[1] + window.shape[1] + tokens
+        filler = jnp.zeros((new.shape[0], -beside % TILE, *new.shape[2:]), window.dtype)
+        rows = jnp.concatenate([sinks, window, new.astype(window.dtype), filler], axis=1)
         valid = [
             jnp.arange(sinks.shape[1]) < steady.sink_tokens[sequence],
             jnp.arange(window.shape[1]) < steady.window_tokens[sequence],
         ]
         held = jnp.broadcast_to(jnp.concatenate(valid), (tokens, sinks.shape[1] + window.shape[1]))
-        seen = jnp.concatenate([held, causal], axis=1)
-    output = _attend(query, rows, seen, read, indexed, room)
+        unseen = jnp.zeros((tokens, filler.shape[1]), bool)
+        seen = jnp.concatenate([held, causal, unseen], axis=1)
+    output = attend(query, rows, seen, before)
     return output, _write(state, layer, sequence, new, count)
 
 
@@ -111,119 +107,6 @@ def advance(state: Any, sequence: Int[Array, ""], count: Int[Array, ""]) -> Any:
     return dataclasses.replace(
         state, steady=dataclasses.replace(state.steady, window_tokens=window)
     )
-
-
-def _attend(
-    query: PromptQuery,
-    rows: Float[Array, "kv_heads rows 2 head_dim"],
-    seen: Bool[Array, "tokens rows"],
-    read: ReadBlock,
-    indexed: Int[Array, ""],
-    room: int,
-) -> PromptQuery:
-    """Softmax over rows at hand and `indexed` stored ones, block by block, in float32."""
-    _, tokens, heads, head_dim = query.shape
-    kv_heads, scale = rows.shape[0], scale_of(query)
-    grouped = query[0].reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    grouped = grouped.transpose(1, 2, 0, 3)
-
-    def take_in(running: Running, rows: Array, seen: Array) -> Running:
-        peak, total, output = running
-        # A row that is not seen may hold anything, NaN included.
-        rows = jnp.where(jnp.any(seen, axis=0)[:, None, None], rows, 0)
-        logits = scale * jnp.einsum(
-            "hgtd,hnd->hgtn", grouped, rows[..., 0, :], preferred_element_type=jnp.float32
-        )
-        logits = jnp.where(seen, logits, MASKED)
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
-        weights = jnp.where(seen, jnp.exp(logits - new_peak[..., None]), 0.0)
-        kept = jnp.exp(peak - new_peak)
-        values = rows[..., 1, :]
-        added = jnp.einsum(
-            "hgtn,hnd->hgtd",
-            weights.astype(values.dtype),
-            values,
-            preferred_element_type=jnp.float32,
-        )
-        total = total * kept + jnp.sum(weights, axis=-1)
-        return new_peak, total, output * kept[..., None] + added
-
-    shape = grouped.shape[:3]
-    nothing = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape, jnp.float32)
-    running = take_in(nothing, rows, seen)
-    block = min(BLOCK, room)
-    if block:
-
-        def round_of(i: Array, running: Running) -> Running:
-            # The last block is moved back into the room, and what was seen of it masked.
-            start = jnp.minimum(i * block, room - block)
-            place = start + jnp.arange(block)
-            seen = (place >= i * block) & (place < indexed)
-            return take_in(running, read(start), jnp.broadcast_to(seen, (tokens, block)))
-
-        running = lax.fori_loop(0, (indexed + block - 1) // block, round_of, running)
-    _, total, output = running
-    output = output / jnp.where(total > 0, total, 1.0)[..., None]
-    output = output.transpose(2, 0, 1, 3).reshape(query.shape)
-    return output.astype(query.dtype)
-
-
-def _read_dense(state: DenseState, layer: Array, sequence: Array) -> ReadBlock:
-    block = min(BLOCK, state.keys.shape[3])
-
-    def cut(array: Array, start: Array) -> Array:
-        rest = array.shape[4:]
-        where = (layer, sequence, jnp.int32(0), start, *(jnp.int32(0) for _ in rest))
-        return lax.dynamic_slice(array, where, (1, 1, array.shape[2], block, *rest))[0, 0]
-
-    def read(start: Array) -> Array:
-        rows = (state.keys, state.values)
-        return as_rows(*(dequantise(jax.tree.map(lambda x: cut(x, start), each)) for each in rows))
-
-    return read
-
-
-def _read_store(
-    state: WaveState, layer: Array, sequence: Array, stored: Array | None
-) -> tuple[ReadBlock, int]:
-    """Make what reads a block of the row store, wherever it is; give the store's room too."""
-    rows, scales = state.store.rows
-    kv_heads, room = rows.shape[2], rows.shape[3] if stored is None else stored.shape[1]
-    block = min(BLOCK, room)
-
-    def of_scales(start: Array) -> Array | None:
-        if scales is None:
-            return None
-        where = (layer, sequence, jnp.int32(0), start, jnp.int32(0))
-        return lax.dynamic_slice(scales, where, (1, 1, kv_heads, block, 2))[0, 0]
-
-    if stored is not None:
-
-        def read_staged(start: Array) -> Array:
-            levels = lax.dynamic_slice_in_dim(stored, start, block, axis=1)
-            return dequantise(Rows(levels, of_scales(start)))
-
-        return read_staged, room
-    sizes = (1, 1, kv_heads, block, *rows.shape[4:])
-
-    def cut(rows: Array, where: Array) -> Array:
-        numbers = lax.GatherDimensionNumbers(
-            offset_dims=(0, 1, 2, 3), collapsed_slice_dims=(0, 1), start_index_map=(0, 1, 3)
-        )
-        return lax.gather(rows, where, numbers, sizes, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-
-    def read(start: Array) -> Array:
-        return dequantise(Rows(read_data(start), of_scales(start)))
-
-    def read_data(start: Array) -> Array:
-        where = jnp.stack([layer, sequence, start]).astype(jnp.int32)
-        if jax.typeof(rows).memory_space != jax.memory.Space.Host:
-            return cut(rows, where)
-        # XLA does not gather across memories: the host's processor does, and one transfer follows.
-        where = jax.device_put(where, jax.memory.Space.Host)
-        return jax.device_put(_compat.run_on_host(cut, rows, where), jax.memory.Space.Device)
-
-    return read, room
 
 
 def _write(state: Any, layer: Array, sequence: Array, new: Array, count: Array) -> Any:
