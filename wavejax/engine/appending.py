@@ -25,7 +25,11 @@ from wavejax.engine.staged_state import StagedState
 from wavejax.engine.state import DecodeState, commit
 from wavejax.store.host_rows import HostRows
 
-PIECE = 1024  # Tokens that run through the layers together.
+PIECE = 1024  # Tokens that run through the layers together, layer by layer.
+# Where layers are written out, so many run through all of them in one program: a call of a program
+# for each layer takes longer than the layer. One length, so that one program is compiled.
+SHORT = 128
+FEW = 3  # Pieces of `SHORT` up to which that is faster.
 
 
 def append(
@@ -80,13 +84,23 @@ def append_some(
     """
     while True:
         arrays = engine.arrays_of(attention_state)
-        free = int(appended.free_tokens(engine.attention, arrays)[slot])
+        free = int(np.asarray(appended.free_tokens(engine.attention, arrays))[slot])
         if free:
             break
         attention_state = grow(engine, attention_state)
-    piece = tokens[: min(free, PIECE)]
+    piece = tokens[: min(free, piece_tokens(engine, len(tokens)))]
     given = engine, params, attention_state, logits, slot, piece
     return *_append_piece(*given), len(piece)
+
+
+def piece_tokens(engine: Engine, left: int) -> int:
+    """Count the tokens of the next piece, of so many that are left."""
+    return SHORT if left <= FEW * SHORT and _in_one_program(engine) else PIECE
+
+
+def _in_one_program(engine: Engine) -> bool:
+    """Whether short pieces run through all layers in one program: rows must be on the device."""
+    return engine.unrolls and engine.attention.on_device == engine.attention
 
 
 def check_append(engine: Engine, state: DecodeState, slot: int, tokens: int) -> None:
@@ -119,7 +133,10 @@ def _append_piece(
     model_config, ends = engine.model_config, unstacked.without_layers(params)
     padded = np.zeros((1, bucket(len(piece))), np.int32)
     padded[0, : len(piece)] = piece
-    sequence, count = jnp.int32(slot), jnp.int32(len(piece))
+    sequence, count = np.int32(slot), np.int32(len(piece))
+    if len(piece) <= SHORT and _in_one_program(engine):
+        given_all = params, padded, sequence, count, attention_state, logits
+        return _append_short(model_config, engine.attention, *given_all)
     hidden = commit(compiled.embed(model_config, ends, jnp.asarray(padded)))
     rows: HostRows | None = None
     state = attention_state
@@ -128,11 +145,41 @@ def _append_piece(
     for layer in range(model_config.num_layers):
         stored = None if rows is None else jax.device_put(rows.of(layer, slot))
         weights = unstacked.only_layer(params, layer)
-        given = hidden, jnp.int32(layer), sequence, count, state, stored
+        given = hidden, np.int32(layer), sequence, count, state, stored
         hidden, state = _append_layer(model_config, engine.attention, weights, *given)
     given_last = ends, hidden, sequence, count, state, logits
     state, logits = _finish(model_config, *given_last)
     return state if rows is None else StagedState(state, rows), logits
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("state", "logits"))
+def _append_short(
+    model_config: ModelConfig,
+    attention: AnyAttention,
+    params: Params,
+    padded: Array,
+    sequence: Array,
+    count: Array,
+    state: Any,
+    logits: Array,
+) -> tuple[Any, Array]:
+    """Read a piece by all layers at once."""
+
+    def append_one(
+        layer: Array, query: Array, key: Array, value: Array, state: Any
+    ) -> tuple[Array, Any]:
+        # A layer's rows are read when its query is there: XLA would copy all layers' at the start.
+        query, layer = jax.lax.optimization_barrier((query, layer))
+        return appended.append(layer, query, key, value, state, sequence=sequence, count=count)
+
+    first = attention.lengths(state)[sequence]
+    positions = first + jnp.arange(padded.shape[1], dtype=jnp.int32)[None]
+    # A function of its own: layers that are written out trace and lower it once.
+    given = params, padded, positions, jax.jit(append_one), state
+    hidden, state = decoder.apply_model(model_config, *given, unroll=True)
+    last = jax.lax.dynamic_slice_in_dim(hidden[0], count - 1, 1)
+    last = decoder.unembed(model_config, params, last)
+    return appended.advance(state, sequence, count), logits.at[sequence].set(last[0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")

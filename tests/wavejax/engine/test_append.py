@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, make_params, make_prompts
 from wavejax import DenseAttention, Generator, InputError, Sampler, WaveAttention
+from wavejax.engine import appending
 
 # With all tokens retrieved wave attention is exact: it then gives full attention's tokens.
 EXACT = dataclasses.replace(CONFIG, min_retrieved_tokens=4096, min_candidate_tokens=4096)
@@ -43,6 +44,21 @@ def test_it_is_the_whole_prompt(name):
         state = generator.append(params, state, WHOLE[cut:], slot=1)
         np.testing.assert_allclose(state.logits[1], logits, atol=2e-4)
         np.testing.assert_array_equal(after(generator, state, slot=1), expected)
+
+
+@pytest.mark.parametrize("name", ["dense", pytest.param("device", marks=pytest.mark.slow(25))])
+def test_layers_that_are_written_out_append_in_one_program(name, monkeypatch):
+    """Short pieces, as on a GPU: the whole prompt's logits, and no layer runs alone."""
+    params = make_params()
+    generator = Generator(MODEL, ATTENTIONS[name], GREEDY, unroll=True)
+    whole = DENSE.start(params, [WHOLE], 20)
+    expected = np.asarray(whole.logits[0]), after(DENSE, whole)
+    monkeypatch.setattr(appending, "_append_layer", None)
+    for cut in (200, 299):
+        state = generator.start(params, [OTHER, WHOLE[:cut]], 420)
+        state = generator.append(params, state, WHOLE[cut:], slot=1)
+        np.testing.assert_allclose(state.logits[1], expected[0], atol=2e-4)
+        np.testing.assert_array_equal(after(generator, state, slot=1), expected[1])
 
 
 @pytest.mark.slow(20)

@@ -94,7 +94,8 @@ class AppendedReading(SlotReading):
 
     def part(self) -> Part:
         """Say what comes next: a piece of the rest."""
-        count = min(appending.PIECE, len(self._prompt) - self._read)
+        left = len(self._prompt) - self._read
+        count = min(appending.piece_tokens(self.batch.engine, left), left)
         sizes = bucket(self._read), bucket(count) if count else 0
         return Part(("append", self.batch.room, *sizes), 1)
 
