@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
@@ -14,7 +15,7 @@ from models.config import ModelConfig
 from models.parameters import Params
 from wavejax.attention.protocol import AnyAttention
 from wavejax.engine import penalties
-from wavejax.engine.interface import Engine
+from wavejax.engine.interface import Engine, Number
 from wavejax.engine.sampling import draw_tokens, step_keys
 from wavejax.engine.staged_state import StagedState
 from wavejax.engine.state import NO_TOKEN, DecodeState
@@ -43,9 +44,9 @@ class CompiledEngine(Engine):
         self,
         params: Params,
         hidden: Float[Array, "1 tokens hidden"],
-        layer: Int[Array, ""],
-        sequence: Int[Array, ""],
-        length: Int[Array, ""],
+        layer: Number,
+        sequence: Number,
+        length: Number,
         attention_state: Any,
     ) -> tuple[Float[Array, "1 tokens hidden"], Any]:
         """See `Engine`."""
@@ -58,8 +59,8 @@ class CompiledEngine(Engine):
         self,
         params: Params,
         hidden: Float[Array, "1 tokens hidden"],
-        sequence: Int[Array, ""],
-        length: Int[Array, ""],
+        sequence: Number,
+        length: Number,
         attention_state: Any,
         logits: Float[Array, "batch vocab"],
     ) -> tuple[Any, Float[Array, "batch vocab"]]:
@@ -67,13 +68,24 @@ class CompiledEngine(Engine):
         given = params, hidden, sequence, length, attention_state, logits
         return finish_prefill(self.model_config, self.attention, *given)
 
+    def first_tokens(
+        self, state: DecodeState
+    ) -> tuple[Int[Array, " batch"], Int[Array, "1 batch"]] | None:
+        """See `Engine`."""
+        return first_tokens(self, state)
+
     def decode_n(
-        self, params: Params, state: DecodeState, steps: int
+        self,
+        params: Params,
+        state: DecodeState,
+        steps: int,
+        first: Int[Array, " batch"] | None = None,
     ) -> tuple[DecodeState, Int[Array, "steps batch"]]:
         """See `Engine`."""
+        given = _none_drawn(state.finished) if first is None else first
         # The room is a power of two, so that a remainder of steps needs no program of its own.
         room = max(STEPS_AT_LEAST, 2 ** (steps - 1).bit_length())
-        state, tokens = decode_n(self, params, state, jnp.int32(steps), room)
+        state, tokens = decode_n(self, params, state, np.int32(steps), room, given)
         return state, tokens[:steps]
 
     def force(
@@ -152,8 +164,15 @@ def feed(engine: Engine, params: Params, state: DecodeState, tokens: Array) -> D
     return dataclasses.replace(state, step=state.step + 1, **new)
 
 
-def draw(engine: Engine, state: DecodeState) -> tuple[DecodeState, Array, Array]:
+def draw(
+    engine: Engine, state: DecodeState, given: Array | None = None
+) -> tuple[DecodeState, Array, Array]:
     """Draws the next tokens.
+
+    Args:
+        engine: what generates.
+        state: before.
+        given: `[batch]` int32, tokens that were drawn already; NO_TOKEN where none was.
 
     Returns:
         the state, with who is finished; the tokens to feed; and what to show, NO_TOKEN for those
@@ -169,6 +188,8 @@ def draw(engine: Engine, state: DecodeState) -> tuple[DecodeState, Array, Array]
         logits = penalties.penalised(state.sampling.penalties, logits, state.counts)
     keys = step_keys(state.seed, state.step, state.sequences)
     drawn = draw_tokens(state.sampling, logits, keys)
+    if given is not None:
+        drawn = jnp.where(given == NO_TOKEN, drawn, given)
     shown = jnp.where(finished | bad, NO_TOKEN, drawn)
     stopped = jnp.isin(drawn, jnp.asarray(engine.stop_tokens, jnp.int32))
     state = dataclasses.replace(
@@ -177,15 +198,40 @@ def draw(engine: Engine, state: DecodeState) -> tuple[DecodeState, Array, Array]
     return state, drawn, shown
 
 
+def _none_drawn(finished: Array) -> Array:
+    """Return NO_TOKEN for each sequence, where the state is: one program for both."""
+    if isinstance(finished, jax.core.Tracer):
+        return jnp.full(finished.shape, NO_TOKEN, jnp.int32)
+    return _no_tokens(finished.shape, finished.sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _no_tokens(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Array:
+    return jax.device_put(np.full(shape, NO_TOKEN, np.int32), sharding)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def first_tokens(engine: Engine, state: DecodeState) -> tuple[Array, Array]:
+    """Draw the next step's tokens; see `Engine`."""
+    _, drawn, shown = draw(engine, state)
+    return drawn, shown[None]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnames="state")
 def decode_n(
-    engine: Engine, params: Params, state: DecodeState, steps: Array, room: int
+    engine: Engine,
+    params: Params,
+    state: DecodeState,
+    steps: Array,
+    room: int,
+    first: Array | None = None,
 ) -> tuple[DecodeState, Array]:
     """Draw and feed tokens until all have stopped, `steps` at most; see `Engine`."""
 
     def one_step(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
         state, tokens, i = carry
-        state, drawn, shown = draw(engine, state)
+        given = None if first is None else jnp.where(i == 0, first, NO_TOKEN)
+        state, drawn, shown = draw(engine, state, given)
         return feed(engine, params, state, drawn), tokens.at[i].set(shown), i + 1
 
     def more(carry: tuple[DecodeState, Array, Array]) -> Array:

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -12,6 +13,10 @@ from models.config import ModelConfig
 from models.parameters import Params
 from wavejax.attention.protocol import AnyAttention
 from wavejax.engine.state import DecodeState
+
+# An int32 scalar. A compiled call takes the host's along, for which an array of its own is a
+# transfer and a kernel: some 0.3 ms on a GPU machine.
+Number = Int[Array, ""] | np.int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +69,9 @@ class Engine(abc.ABC):
         self,
         params: Params,
         hidden: Float[Array, "1 tokens hidden"],
-        layer: Int[Array, ""],
-        sequence: Int[Array, ""],
-        length: Int[Array, ""],
+        layer: Number,
+        sequence: Number,
+        length: Number,
         attention_state: Any,
     ) -> tuple[Float[Array, "1 tokens hidden"], Any]:
         """Run one layer over a padded prompt.
@@ -88,8 +93,8 @@ class Engine(abc.ABC):
         self,
         params: Params,
         hidden: Float[Array, "1 tokens hidden"],
-        sequence: Int[Array, ""],
-        length: Int[Array, ""],
+        sequence: Number,
+        length: Number,
         attention_state: Any,
         logits: Float[Array, "batch vocab"],
     ) -> tuple[Any, Float[Array, "batch vocab"]]:
@@ -107,11 +112,29 @@ class Engine(abc.ABC):
             the attention state, and the logits.
         """
 
+    def first_tokens(
+        self, state: DecodeState
+    ) -> tuple[Int[Array, " batch"], Int[Array, "1 batch"]] | None:
+        """Draw the tokens of the next step ahead of it, so that nobody waits for the step.
+
+        Returns:
+            the tokens that `decode_n` is to be given as `first`, and those to show, as its first
+            row. None where the engine's steps cannot be given tokens. The state is not donated.
+        """
+        return None
+
     @abc.abstractmethod
     def decode_n(
-        self, params: Params, state: DecodeState, steps: int
+        self,
+        params: Params,
+        state: DecodeState,
+        steps: int,
+        first: Int[Array, " batch"] | None = None,
     ) -> tuple[DecodeState, Int[Array, "steps batch"]]:
-        """Draws and feeds `steps` tokens a sequence; see `Generator.decode_n`."""
+        """Draws and feeds `steps` tokens a sequence; see `Generator.decode_n`.
+
+        `first` are the first step's tokens, drawn by `first_tokens`.
+        """
 
     @abc.abstractmethod
     def force(

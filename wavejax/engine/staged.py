@@ -23,7 +23,7 @@ from models.parameters import Params
 from wavejax.attention.wave import WaveAttention
 from wavejax.engine import compiled, penalties
 from wavejax.engine import staged_programs as programs
-from wavejax.engine.interface import Engine
+from wavejax.engine.interface import Engine, Number
 from wavejax.engine.staged_state import StagedState, hold_rows
 from wavejax.engine.state import NO_TOKEN, DecodeState
 from wavejax.store.host_rows import HostRows
@@ -55,9 +55,9 @@ class StagedEngine(Engine):
         self,
         params: Params,
         hidden: Float[Array, "1 tokens hidden"],
-        layer: Int[Array, ""],
-        sequence: Int[Array, ""],
-        length: Int[Array, ""],
+        layer: Number,
+        sequence: Number,
+        length: Number,
         attention_state: StagedState,
     ) -> tuple[Float[Array, "1 tokens hidden"], StagedState]:
         """See `Engine`; also brings the rows to the host: one layer behind."""
@@ -73,8 +73,8 @@ class StagedEngine(Engine):
         self,
         params: Params,
         hidden: Float[Array, "1 tokens hidden"],
-        sequence: Int[Array, ""],
-        length: Int[Array, ""],
+        sequence: Number,
+        length: Number,
         attention_state: StagedState,
         logits: Float[Array, "batch vocab"],
     ) -> tuple[StagedState, Float[Array, "batch vocab"]]:
@@ -84,9 +84,14 @@ class StagedEngine(Engine):
         return StagedState(on_device, attention_state.rows), logits
 
     def decode_n(
-        self, params: Params, state: DecodeState, steps: int
+        self,
+        params: Params,
+        state: DecodeState,
+        steps: int,
+        first: Int[Array, " batch"] | None = None,
     ) -> tuple[DecodeState, Int[Array, "steps batch"]]:
         """See `Engine`."""
+        assert first is None  # `first_tokens` gives none
         nothing = jnp.full(state.finished.shape, NO_TOKEN, jnp.int32)
         tokens: list[Array] = []
         while len(tokens) < steps and not np.asarray(state.finished).all():

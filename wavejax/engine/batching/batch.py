@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -14,36 +13,15 @@ from models.parameters import Params
 from wavejax.engine import penalties, slots
 from wavejax.engine.batching import watching
 from wavejax.engine.batching.answer import Answer
+from wavejax.engine.batching.call import Call, hand_out
 from wavejax.engine.batching.ended import Ended, ended
 from wavejax.engine.batching.levels import Level, level_of
 from wavejax.engine.batching.reads import begin_reads, copy_counters, reads_in
-from wavejax.engine.batching.request import TokenLogprobs
 from wavejax.engine.batching.rooms import Room
 from wavejax.engine.batching.tolerances import begin_slot, copy_log, met_in
 from wavejax.engine.generator import Generator
 from wavejax.engine.sampling import Sampler
-from wavejax.engine.state import NO_TOKEN, DecodeState, commit, was_donated
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A call of the step whose tokens were not looked at yet.
-
-    Attributes:
-        seats: who sat where.
-        tokens: `[steps, batch]` int32.
-        scores: log-probabilities of the call's one step, if anyone asked for them.
-        at: when it was made, by the engine's clock.
-        key: its kind, for its pace.
-        steps: of it.
-    """
-
-    seats: tuple[Answer | None, ...]
-    tokens: Array
-    scores: watching.Scores | None
-    at: float
-    key: Hashable
-    steps: int
+from wavejax.engine.state import DecodeState, commit, was_donated
 
 
 class Batch:
@@ -142,7 +120,7 @@ class Batch:
             "nonfinite": np.zeros(1, bool),
             "counts": state.counts and penalties.count_prompts([request.prompt], vocab),
         }
-        state = dataclasses.replace(state, **_set_row(rows, jnp.int32(slot), row))
+        state = dataclasses.replace(state, **_set_row(rows, np.int32(slot), row))
         state = begin_slot(state, slot, request.tolerance, self.engine.attention)
         self.state = begin_reads(state, slot)
         answer.met = lambda: met_in(copy_log(self.state), slot)
@@ -172,27 +150,44 @@ class Batch:
         """Whether a call's tokens must be known before the next: someone has a constraint."""
         return any(answer.request.constraint is not None for answer in self.answers)
 
-    def dispatch(self, steps: int, now: float) -> list[Answer]:
+    def dispatch(self, steps: int, now: Callable[[], float], ahead: bool = False) -> list[Answer]:
         """Call the step; `collect` has the tokens. One step if anyone is watched.
 
+        Args:
+            steps: of the call.
+            now: gives the time.
+            ahead: whether the tokens of a single step are drawn and handed out before it runs.
+
         Returns:
-            the answers that ended before it: their constraints failed.
+            the answers that ended before it: their constraints failed, or those tokens were their
+            last.
         """
-        allowed, ended = self._allowed(now)
+        allowed, ended = self._allowed(now())
         self.release()
-        seats, state, scores = tuple(self.seats), self.whole_state, None
+        first = None
+        if ahead and steps == 1 and not any(answer.watched for answer in self.answers):
+            first = self.engine.first_tokens(self.whole_state)
+        if first is not None:
+            for answer in self.answers:
+                answer.dispatched += 1
+            ended += self._give(self.seats, np.asarray(first[1]), None, now())
+            self.release()
         if not self.answers:
             return ended
+        seats, state, scores = tuple(self.seats), self.whole_state, None
         watched = any(answer.watched for answer in self.answers)
         if watched:
             steps = 1
             logits, state = watching.enter(state, allowed)
-        state, tokens = self.engine.decode_n(self.params, state, steps)
+        state, tokens = self.engine.decode_n(self.params, state, steps, first and first[0])
         if watched:
             scores = watching.score(logits, tokens[0])
         self.state = state
         tokens.copy_to_host_async()
-        self.calls.append(Call(seats, tokens, scores, now, self.key, steps))
+        if first is not None:
+            self.calls.append(Call((None,) * len(seats), tokens, None, now(), self.key, steps))
+            return ended
+        self.calls.append(Call(seats, tokens, scores, now(), self.key, steps))
         for answer in self.answers:
             answer.dispatched += steps
             if answer.left <= 0:
@@ -209,14 +204,24 @@ class Batch:
             the answers that ended by it. Their slots are free.
         """
         call = self.calls.pop(0)
-        tokens, came = np.asarray(call.tokens), now()
+        tokens = np.asarray(call.tokens)
+        return self._give(call.seats, tokens, call.scores, now())
+
+    def _give(
+        self,
+        seats: Sequence[Answer | None],
+        tokens: np.ndarray,
+        scores: watching.Scores | None,
+        came: float,
+    ) -> list[Answer]:
+        """Hand tokens `[steps, batch]` out; return the answers that ended by them, and leave."""
         ended: list[Answer] = []
-        for slot, answer in enumerate(call.seats):
+        for slot, answer in enumerate(tuple(seats)):
             if answer is None or answer.has_ended():
                 continue
             try:
-                told = watching.of_slot(call.scores, slot, answer)
-                _hand_out(answer, tokens[:, slot].tolist(), told, came)
+                told = watching.of_slot(scores, slot, answer)
+                hand_out(answer, tokens[:, slot].tolist(), told, came)
             except Exception as error:  # its own: of its constraint, or its text
                 answer.end("error", came, error)
             if answer.has_ended():
@@ -271,22 +276,6 @@ class Batch:
             changes["counts"] = counts
         self._level, self._samplers = level, samplers
         self.state = dataclasses.replace(self.whole_state, **changes)
-
-
-def _hand_out(
-    answer: Answer, tokens: Sequence[int], told: TokenLogprobs | None, now: float
-) -> None:
-    """Give an answer its tokens of a call, up to its end."""
-    for token in tokens:
-        if token == NO_TOKEN:
-            # Its room holds what it may want, so it is not full.
-            answer.end("not finite", now)
-        else:
-            if answer.request.constraint is not None:
-                answer.request.constraint.accept(token)
-            answer.take(token, told, now)
-        if answer.has_ended():
-            return
 
 
 _ROWS = ("finished", "seed", "step", "sequences", "nonfinite", "counts")

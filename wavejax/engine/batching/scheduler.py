@@ -157,7 +157,11 @@ class Scheduler:
                 self._collect(batch, 0)
             if batch.answers:
                 try:
-                    ended = batch.dispatch(self._steps_of(batch), self.clock())
+                    # Not while parts of prompts are timed: the step would run on amid them.
+                    ahead = not self.readings and _begin_answers(batch)
+                    if ahead:
+                        self._collect(batch, 0)
+                    ended = batch.dispatch(self._steps_of(batch), self.clock, ahead)
                 except Exception as error:
                     self._fail_batch(batch, error)
                     continue
@@ -195,7 +199,7 @@ class Scheduler:
 
         A power of two: of how many tokens are taken out of a call's result is a tiny program.
         """
-        if any(answer.dispatched == 0 for answer in batch.answers):
+        if _begin_answers(batch):
             return 1
         left = max(answer.left for answer in batch.answers)
         steps = next((n for n in self.step_sizes if n >= left), self.step_sizes[-1])
@@ -280,3 +284,8 @@ class Scheduler:
             self.running.discard(answer)
             self.finished[reason] += 1
             self.counts["generated_tokens"] += answer.tokens
+
+
+def _begin_answers(batch: Batch) -> bool:
+    """Whether someone waits for a first token."""
+    return any(answer.dispatched == 0 for answer in batch.answers)

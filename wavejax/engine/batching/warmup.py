@@ -4,7 +4,6 @@ import collections
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from wavejax.engine import appending
@@ -102,7 +101,7 @@ def _buckets(least: int, most: int) -> list[int]:
 def _append(batch: Batch, tokens: int) -> None:
     """Append so many tokens to a slot that holds nothing; fewer where a window takes no more."""
     engine, state = batch.engine, batch.whole_state
-    emptied = let_hold(engine, state.attention_state, jnp.int32(0), jnp.int32(0))
+    emptied = let_hold(engine, state.attention_state, np.int32(0), np.int32(0))
     given = appending.grow(engine, emptied), state.logits, 0, np.zeros(tokens, np.int32)
     held, logits, count = appending.append_some(engine, batch.params, *given)
     batch.state = dataclasses.replace(state, attention_state=held, logits=logits)
@@ -137,12 +136,14 @@ def _run(
         raise reading.error
     for steps in calls:
         key, before = batch.key, scheduler.clock()
-        batch.dispatch(steps, before)
+        batch.dispatch(steps, scheduler.clock)
         batch.collect(scheduler.clock)
         scheduler.pace.note(key, steps, scheduler.clock() - before)
     if calls:
+        batch.dispatch(1, scheduler.clock, ahead=True)
+        batch.collect(scheduler.clock)
         answer.request = dataclasses.replace(request, logprobs=0)
-        batch.dispatch(1, scheduler.clock())
+        batch.dispatch(1, scheduler.clock)
         batch.collect(scheduler.clock)
     batch.leave(answer)
     batch.release()
