@@ -42,12 +42,12 @@ def read_prompt(
     layers, ends = engine.model_config.num_layers, unstacked.without_layers(params)
     padded = np.zeros((1, bucket(len(prompt))), np.int32)
     padded[0, : len(prompt)] = prompt
-    where = jnp.int32(sequence), jnp.int32(len(prompt))
+    where = np.int32(sequence), np.int32(len(prompt))
     hidden = commit(compiled.embed(engine.model_config, ends, jnp.asarray(padded)))
     for layer in range(layers):
         previous, weights = hidden, unstacked.only_layer(params, layer)
         hidden, attention_state = engine.prefill_layer(
-            weights, hidden, jnp.int32(layer), *where, attention_state
+            weights, hidden, np.int32(layer), *where, attention_state
         )
         if progress is not None and layer > 0:
             # One layer behind, so that the device always has the next one queued.

@@ -124,7 +124,7 @@ def enter(
     rows: dict[str, Any] = {name: getattr(state, name) for name in _ROWS}
     # Which ranks there are is no row of any slot.
     rows["sampling"] = dataclasses.replace(settings, ranks=None)
-    rows = _set_row(rows, jnp.int32(slot), row)
+    rows = _set_row(rows, np.int32(slot), row)
     rows["sampling"] = dataclasses.replace(rows["sampling"], ranks=settings.ranks)
     new = {"attention_state": attention_state, "logits": logits} | rows
     return dataclasses.replace(state, **new)
@@ -176,7 +176,7 @@ def check_insert(
 
 def release(state: DecodeState, slot: int) -> DecodeState:
     """End a slot's sequence; see `Generator.release`."""
-    ended = _set_row(state.finished, jnp.int32(slot), np.ones(1, bool))
+    ended = _set_row(state.finished, np.int32(slot), np.ones(1, bool))
     return dataclasses.replace(state, finished=ended)
 
 

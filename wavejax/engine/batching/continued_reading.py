@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from wavejax.attention import appended
@@ -74,7 +74,7 @@ def cut_slot(batch: Batch, slot: int, tokens: int) -> None:
     """Leave a slot the first tokens of what it holds."""
     state = batch.whole_state
     held = state.attention_state
-    arrays = _cut(on_device_of(held), jnp.int32(slot), jnp.int32(tokens))
+    arrays = _cut(on_device_of(held), np.int32(slot), np.int32(tokens))
     new = with_device_part(held, arrays)
     batch.state = dataclasses.replace(state, attention_state=new)
 

@@ -95,7 +95,7 @@ def ended(
     arrays = engine.arrays_of(state.attention_state)
     if was_donated(arrays):
         return None
-    limits = _limits(engine.attention, arrays, jnp.int32(slot))
+    limits = _limits(engine.attention, arrays, np.int32(slot))
     prompt: Any = answer.request.prompt
     return Ended(prompt, answer.token_ids, answer.ended_by, limits, number)
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from wavejax.engine.batching.admission import reused_by
 from wavejax.engine.batching.answer import Answer
@@ -54,7 +54,7 @@ class KeptReading(AppendedReading):
         engine, state = batch.engine, batch.whole_state
         # First what may be refused, while nothing has been donated.
         self._restoring = kept.restoring(engine, state.attention_state, self.slot, self._prompt)
-        where = jnp.int32(self.slot), jnp.int32(len(self._prompt))
+        where = np.int32(self.slot), np.int32(len(self._prompt))
         return self._hold(park(engine, state.attention_state, *where))
 
     def _restore(self, restoring: Restorable, units: int) -> Any:

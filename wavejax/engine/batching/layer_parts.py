@@ -18,6 +18,7 @@ from models.parameters import Params
 from wavejax.attention.causal_block import attend_block
 from wavejax.attention.protocol import AnyAttention
 from wavejax.attention.wave import WaveAttention
+from wavejax.engine.interface import Number
 from wavejax.engine.staged_state import StagedState
 
 
@@ -126,11 +127,11 @@ def write_staged(
 
 def write_layer(
     attention: Any,
-    layer: Array,
+    layer: Number,
     key: Array,
     value: Array,
-    sequence: Array,
-    length: Array,
+    sequence: Number,
+    length: Number,
     attention_state: Any,
 ) -> Any:
     """Write the layer's cache, wherever the rows are; `attention_state` as the engine holds it."""

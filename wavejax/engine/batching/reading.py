@@ -25,7 +25,7 @@ from wavejax.engine.batching.admission import parks
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.batch import Batch
 from wavejax.engine.batching.slot_reading import Part, SlotReading
-from wavejax.engine.interface import Engine
+from wavejax.engine.interface import Engine, Number
 from wavejax.engine.prefill import read_prompt
 from wavejax.engine.prompts import bucket
 from wavejax.engine.staged_state import with_device_part
@@ -51,7 +51,7 @@ class Reading(SlotReading):
         self.padded = bucket(len(prompt))
         dtype = batch.params["params"]["embedding"].dtype
         self._block = block_tokens(self.padded, config.num_heads, dtype, config.head_dim)
-        self._where = jnp.int32(slot), jnp.int32(len(prompt))
+        self._where = np.int32(slot), np.int32(len(prompt))
         self._kind = "begin" if parks(batch.engine.attention) else "all"
         self._layer = self._done = 0
         self._hidden: Any = None
@@ -112,7 +112,7 @@ class Reading(SlotReading):
         """Run layers one after another: the device has the next one queued."""
         engine, made = self.batch.engine, None
         for _ in range(units):
-            held, layer = self.batch.whole_state.attention_state, jnp.int32(self._layer)
+            held, layer = self.batch.whole_state.attention_state, np.int32(self._layer)
             self._hidden, cache = engine.prefill_layer(
                 self._weights, self._hidden, layer, *self._where, held
             )
@@ -124,7 +124,7 @@ class Reading(SlotReading):
         if self._made is None:
             self._made = commit(layer_parts.buffers(config, self._hidden))
         key, value, output = self._made
-        given = self._weights, jnp.int32(self._layer), self._hidden, key, value
+        given = self._weights, np.int32(self._layer), self._hidden, key, value
         key, value = layer_parts.enter(config, self._block, *given, *self._range(units))
         self._made = key, value, output
         self._step(units, "attend")
@@ -133,7 +133,7 @@ class Reading(SlotReading):
     def _attend(self, units: int) -> Any:
         config = self.batch.engine.model_config
         key, value, output = self._made
-        given = self._weights, jnp.int32(self._layer), self._hidden, key, value, output
+        given = self._weights, np.int32(self._layer), self._hidden, key, value, output
         output = layer_parts.attend(config, self._block, *given, *self._range(units))
         self._made = key, value, output
         self._step(units, "write")
@@ -142,7 +142,7 @@ class Reading(SlotReading):
     def _write(self, _: int) -> Any:
         engine, state = self.batch.engine, self.batch.whole_state
         key, value, output = self._made
-        given = jnp.int32(self._layer), key, value, *self._where
+        given = np.int32(self._layer), key, value, *self._where
         cache = layer_parts.write_layer(engine.attention, *given, state.attention_state)
         # The input's room takes the next layer's output.
         self._hidden, self._made = output, (key, value, self._hidden)
@@ -176,8 +176,8 @@ class Reading(SlotReading):
         self._kind = "end" if self._layer == self.layers else "layer" if self.whole else "enter"
         return self._hidden, batch.engine.arrays_of(cache)
 
-    def _range(self, units: int) -> tuple[Array, Array]:
-        return jnp.int32(self._done), jnp.int32(units)
+    def _range(self, units: int) -> tuple[np.int32, np.int32]:
+        return np.int32(self._done), np.int32(units)
 
     def _step(self, units: int, after: str) -> None:
         """Count blocks; go on to the next kind after the last one."""
@@ -194,7 +194,7 @@ class Reading(SlotReading):
         return unstacked.without_layers(self.batch.params)
 
 
-def park(engine: Engine, attention_state: Any, slot: Array, length: Array) -> Any:
+def park(engine: Engine, attention_state: Any, slot: Number, length: Number) -> Any:
     """Park a slot for a prompt of `length` tokens; `attention_state` as held, and donated.
 
     With full attention a step writes at the sequence's length: the new prompt's, past all its
@@ -204,11 +204,11 @@ def park(engine: Engine, attention_state: Any, slot: Array, length: Array) -> An
     attention = engine.attention
     if isinstance(attention, WaveAttention):
         config = attention.config
-        length = jnp.int32(config.sink_tokens + config.window_tokens - 1)
+        length = np.int32(config.sink_tokens + config.window_tokens - 1)
     return let_hold(engine, attention_state, slot, length)
 
 
-def let_hold(engine: Engine, attention_state: Any, slot: Array, length: Array) -> Any:
+def let_hold(engine: Engine, attention_state: Any, slot: Number, length: Number) -> Any:
     """Give a slot the lengths that a prompt of `length` tokens leaves; as held, and donated."""
     arrays = _let_hold(engine.attention, engine.arrays_of(attention_state), slot, length)
     return with_device_part(attention_state, arrays)

@@ -61,7 +61,7 @@ def begin_reads(state: DecodeState, slot: int) -> DecodeState:
         return state
     table = held.cache.table
     counted = table.hits, table.misses, held.attended, held.audit
-    hits, misses, attended, audit = _begin(counted, jnp.int32(slot))
+    hits, misses, attended, audit = _begin(counted, np.int32(slot))
     table = table._replace(hits=hits, misses=misses)
     cache = dataclasses.replace(held.cache, table=table)
     held = dataclasses.replace(held, cache=cache, attended=attended, audit=audit)
@@ -78,7 +78,7 @@ def copy_counters(state: DecodeState | None, slot: int) -> Counters | None:
     if was_donated(counted):
         return None
     has_cache = table.token_of_slot.shape[-1] > 0
-    hits, misses, attended, audit = _copy(counted, jnp.int32(slot))
+    hits, misses, attended, audit = _copy(counted, np.int32(slot))
     return Counters(hits, misses, attended, audit, slot, has_cache)
 
 

@@ -92,7 +92,7 @@ def copy_slot(state: DecodeState, source: int, target: int) -> DecodeState:
         source, target: slots.
     """
     held = state.attention_state, state.logits
-    attention_state, logits = _copy(held, jnp.int32(source), jnp.int32(target))
+    attention_state, logits = _copy(held, np.int32(source), np.int32(target))
     return dataclasses.replace(state, attention_state=attention_state, logits=logits)
 
 

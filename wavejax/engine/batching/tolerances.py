@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.errors import InputError
 from wavejax.attention.protocol import AnyAttention
@@ -48,7 +49,7 @@ def begin_slot(
         return state
     wanted = default_tolerance(attention) if tolerance is None else tolerance
     limit = jnp.float32(wanted or math.inf)
-    held = dataclasses.replace(held, tolerance=begin(held.tolerance, jnp.int32(slot), limit))
+    held = dataclasses.replace(held, tolerance=begin(held.tolerance, np.int32(slot), limit))
     return dataclasses.replace(state, attention_state=held)
 
 
