@@ -63,6 +63,17 @@ SHAPES["smollm2"] = dataclasses.replace(
     rope_theta=100_000.0,
     tie_embeddings=True,
 )
+SHAPES["qwen-0.5b"] = dataclasses.replace(
+    SHAPES["smollm2"],
+    vocab_size=151_936,
+    num_layers=24,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_heads=14,
+    num_kv_heads=2,
+    rope_theta=1_000_000.0,
+    qkv_bias=True,
+)
 WAVES = 16  # cosines that the embedding is the sum of
 PERIODS = 10  # how often they go round, on average: a token is like its V / 60 next ones
 STILL = 0.01  # radians a token: pairs of dimensions that RoPE turns more slowly carry the keys

@@ -192,6 +192,7 @@ def document(setting: Setting) -> dict[str, float]:
                 known = wavejax.load_document(path, generator=generator, params=params)
                 first = Times(engine, Request(asked, 1, stop_tokens=(), kept=known))
                 run(engine, first)
+                time.sleep(0.1)
                 second = Times(engine, Request(asked, 1, stop_tokens=(), kept=known))
                 run(engine, second)
                 read.append(fresh.tokens[0] - fresh.sent)
@@ -199,7 +200,8 @@ def document(setting: Setting) -> dict[str, float]:
                 kept.append(second.tokens[0] - second.sent)
     in_slot = []
     with setting.engine(len(asked), 1, reuse_slots=True) as engine:
-        for new in setting.prompts(4, 32):  # the first reads the text, the second compiles
+        for new in setting.prompts(5, 32):  # the first reads the text, the second compiles
+            time.sleep(0.1)  # nobody asks while the step after the last answer runs
             asking = Times(engine, Request(np.concatenate([text, new]), 1, stop_tokens=()))
             run(engine, asking)
             in_slot.append(asking.tokens[0] - asking.sent)
