@@ -175,10 +175,8 @@ def _merged(
     own: tuple[Array, Array], past: tuple[Array, Array]
 ) -> Float[Array, "1 tokens heads head_dim"]:
     """Merge outputs `[parts, tokens, heads, head_dim]` by the logs of their masses; float32."""
-    mass = jnp.concatenate([own[1], past[1]])
-    shares = jnp.exp(mass - jnp.max(mass, axis=0))[..., None]
-    added = shares[:1] * own[0] + jnp.sum(shares[1:] * past[0], axis=0, keepdims=True)
-    return added / jnp.sum(shares, axis=0, keepdims=True)
+    shares = jax.nn.softmax(jnp.concatenate([own[1], past[1]]), axis=0)[..., None]
+    return shares[:1] * own[0] + jnp.sum(shares[1:] * past[0], axis=0, keepdims=True)
 
 
 def stored_dense(state: DenseState, layer: Array, sequence: Array) -> Stored:

@@ -68,6 +68,7 @@ def append_some(
     logits: Array,
     slot: int,
     tokens: Int[np.ndarray, "_tokens"],
+    free: int = 0,
 ) -> tuple[Any, Array, int]:
     """Read the first of some tokens into a slot's sequence, as many as one piece takes.
 
@@ -78,16 +79,16 @@ def append_some(
         logits: `[batch, vocab]` float32; donated.
         slot: whose sequence.
         tokens: token ids, at least one, for which there is room.
+        free: tokens that are known to need no growth; 0 waits for the device to ask.
 
     Returns:
         the attention state, the logits, and how many tokens were read.
     """
-    while True:
+    while not free:
         arrays = engine.arrays_of(attention_state)
         free = int(np.asarray(appended.free_tokens(engine.attention, arrays))[slot])
-        if free:
-            break
-        attention_state = grow(engine, attention_state)
+        if not free:
+            attention_state = grow(engine, attention_state)
     piece = tokens[: min(free, piece_tokens(engine, len(tokens)))]
     given = engine, params, attention_state, logits, slot, piece
     return *_append_piece(*given), len(piece)

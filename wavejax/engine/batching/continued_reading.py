@@ -28,9 +28,14 @@ class ContinuedReading(AppendedReading):
         slot: one of `batch.ended`.
         answer: whose prompt begins with what the slot holds.
         reused: tokens of the prompt that are not read anew.
+        free: tokens that may be appended to them before the state has to grow.
     """
 
     continued = True
+
+    def __init__(self, batch: Batch, slot: int, answer: Answer, reused: int, free: int):
+        super().__init__(batch, slot, answer, reused)
+        self._free = free
 
     def prepare(self) -> None:
         """Cut what the slot holds: a step before it could grow what is to be cut."""

@@ -33,15 +33,16 @@ class Ended:
         prompt: token ids.
         token_ids: of the answer; its last tokens may not have come yet.
         ended_by: why the answer ended; empty until then.
-        limits: `[3]` int32: the fewest tokens that it can be cut to, those that it holds, and those
-            that there is room for yet. A tuple once they were asked for.
+        limits: `[4]` int32: the fewest tokens that it can be cut to, those that it holds, those
+            that there is room for yet, and of these, those before it has to grow. A tuple once they
+            were asked for.
         number: higher than of those that left before.
     """
 
     prompt: Int[np.ndarray, "_prompt"]
     token_ids: list[int]
     ended_by: list[FinishReason]
-    limits: Int[Array, "3"] | tuple[int, ...]
+    limits: Int[Array, "4"] | tuple[int, ...]
     number: int
 
     @property
@@ -54,6 +55,11 @@ class Ended:
         if not isinstance(self.limits, tuple):
             self.limits = tuple(np.asarray(self.limits).tolist())
         return self.limits
+
+    def free_after(self, tokens: int) -> int:
+        """Count the tokens that may be appended to the first `tokens` before it has to grow."""
+        _, length, _, free = self.wait()
+        return free + length - tokens
 
     def reused(self, request: Request) -> int:
         """Count the tokens of a prompt that need not be read: half of it at least, or none.
@@ -72,7 +78,7 @@ class Ended:
         alike = min(common_prefix(held, prompt), len(prompt) - 1)
         if 2 * alike < len(prompt) or alike <= reused_by(request):
             return 0
-        least, length, room = self.wait()
+        least, length, room, _ = self.wait()
         alike = min(alike, length)
         fits = len(prompt) + request.max_new_tokens <= length + room
         return alike if fits and 2 * alike >= len(prompt) and alike >= max(least, 1) else 0
@@ -96,6 +102,7 @@ def ended(
     if was_donated(arrays):
         return None
     limits = _limits(engine.attention, arrays, np.int32(slot))
+    limits.copy_to_host_async()
     prompt: Any = answer.request.prompt
     return Ended(prompt, answer.token_ids, answer.ended_by, limits, number)
 
@@ -106,5 +113,6 @@ def _limits(attention: AnyAttention, state: Any, slot: Array) -> Array:
         appended.fewest_tokens(attention, state),
         attention.lengths(state),
         attention.remaining(state),
+        appended.free_tokens(attention, state),
     )
     return jnp.stack([each[slot] for each in found])

@@ -141,7 +141,8 @@ class Scheduler:
         """Choose how a prompt gets into its slot."""
         held = batch.ended.get(slot)
         if held is not None and (reused := held.reused(answer.request)):
-            return continued_reading.ContinuedReading(batch, slot, answer, reused)
+            free = held.free_after(reused)
+            return continued_reading.ContinuedReading(batch, slot, answer, reused, free)
         if answer.request.kept is not None:
             return KeptReading(batch, slot, answer)
         padded, config = bucket(answer.prompt_tokens), self.generator.model_config

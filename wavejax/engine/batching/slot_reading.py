@@ -91,6 +91,7 @@ class AppendedReading(SlotReading):
         prompt: Any = answer.request.prompt
         self._prompt: np.ndarray = prompt
         self._reused = self._read = reused
+        self._free = 0  # Tokens that may be appended at once, as far as is known.
 
     def part(self) -> Part:
         """Say what comes next: a piece of the rest."""
@@ -104,7 +105,10 @@ class AppendedReading(SlotReading):
         batch = self.batch
         state = batch.whole_state
         given = state.attention_state, state.logits, self.slot, self._prompt[self._read :]
-        held, logits, count = appending.append_some(batch.engine, batch.params, *given)
+        held, logits, count = appending.append_some(
+            batch.engine, batch.params, *given, free=self._free
+        )
+        self._free = max(0, self._free - count)
         batch.state = dataclasses.replace(state, attention_state=held, logits=logits)
         self._read += count
         self.answer.tell(self._read)
