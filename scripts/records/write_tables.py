@@ -11,8 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+from markdown import Runs
 from run_records import ROOT, read_runs
-from tables import TABLES, Runs
+from tables import TABLES
 
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
