@@ -7,7 +7,7 @@ ENGINE = "2026-12-01-engine-h200"
 
 
 def serving(runs: Runs) -> str:
-    """What the engine takes, beside what it replaces."""
+    """Return what the engine takes, beside what it replaces."""
     run = runs[ENGINE]
     rows = [
         *(_document(run, *each) for each in (("smollm2", "32,000"), ("qwen-0.5b", "32,000"))),
