@@ -26,6 +26,7 @@ BLOCK = 2048  # Stored rows attended to at a time in plain JAX: bounds what logi
 # cuDNN gives a head's queries to one program, whatever the rows: so many programs fill a GPU, each
 # with rows of its own, if they are not too few to be worth a merge.
 PROGRAMS, LEAST_ROWS = 256, 1024
+MOST_ROWS = 2**17  # Of a call of cuDNN, which wants them copied: 64 MiB a head of 128 in bfloat16.
 
 Running = tuple[Array, Array, Array]  # The largest logit so far, the weights' sum, the output.
 
@@ -73,7 +74,7 @@ def attend(
     shape = grouped.shape[:3]
     nothing = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(grouped.shape, jnp.float32)
     running = take_in(nothing, rows, seen)
-    if stored.room and not stored.on_host and _takes_cudnn(query):
+    if chunks_of(stored.room) and not stored.on_host and _takes_cudnn(query):
         peak, total, output = running
         mass = (peak + jnp.log(total)).transpose(2, 0, 1).reshape(1, tokens, heads)
         own = _ungrouped(output / total[..., None], query), mass
@@ -134,13 +135,24 @@ def _takes_cudnn(query: PromptQuery) -> bool:
     return implementation_for(query.dtype, query.shape[-1]) == "cudnn"
 
 
-def splits_of(room: int, heads: int) -> int:
-    """Count the parts that stored rows are attended to in by cuDNN: a power of two."""
+def chunks_of(room: int) -> int:
+    """Count the equal chunks, of `MOST_ROWS` at most, that stored rows are given to cuDNN in.
+
+    A power of two; 0 where there are no rows, or no such chunks.
+    """
+    chunks = 1
+    while room > MOST_ROWS * chunks:
+        chunks *= 2
+    return chunks if room and room % chunks == 0 else 0
+
+
+def splits_of(rows: int, heads: int) -> int:
+    """Count the parts of a chunk, each for programs of its own: a power of two."""
     splits = 1
     while (
         splits * heads < PROGRAMS
-        and room % (2 * splits) == 0
-        and room // (2 * splits) >= LEAST_ROWS
+        and rows % (2 * splits) == 0
+        and rows // (2 * splits) >= LEAST_ROWS
     ):
         splits *= 2
     return splits
@@ -148,17 +160,31 @@ def splits_of(room: int, heads: int) -> int:
 
 def _by_cudnn(
     query: PromptQuery, stored: Stored
-) -> tuple[Float[Array, "splits tokens heads head_dim"], Float[Array, "splits tokens heads"]]:
+) -> tuple[Float[Array, "parts tokens heads head_dim"], Float[Array, "parts tokens heads"]]:
     """Attend to the stored rows alone, part by part; each part's output, and log of its mass."""
-    rows = stored.read(jnp.int32(0), stored.room)
+    chunks = chunks_of(stored.room)
+    if chunks == 1:
+        return _chunk_by_cudnn(query, stored, stored.room, jnp.int32(0))
+    size = stored.room // chunks
+    attend = functools.partial(_chunk_by_cudnn, query, stored, size)
+    starts = size * jnp.arange(chunks, dtype=jnp.int32)
+    output, mass = lax.map(attend, starts)
+    return output.reshape(-1, *output.shape[2:]), mass.reshape(-1, *mass.shape[2:])
+
+
+def _chunk_by_cudnn(
+    query: PromptQuery, stored: Stored, room: int, start: Int[Array, ""]
+) -> tuple[Float[Array, "parts tokens heads head_dim"], Float[Array, "parts tokens heads"]]:
+    """Attend to `room` stored rows, from `start` on."""
+    rows, tokens = stored.read(start, room), stored.tokens - start
     # cuDNN would multiply what lies past the last token by zero, which NaN survives.
-    used = jnp.arange(stored.room, dtype=jnp.int32) < stored.tokens
+    used = jnp.arange(room, dtype=jnp.int32) < tokens
     rows = jnp.where(used[:, None, None], rows, 0).astype(query.dtype)
-    kv_heads, room, _, head_dim = rows.shape
+    kv_heads, _, _, head_dim = rows.shape
     splits = splits_of(room, query.shape[2])
     size = room // splits
     parts = rows.reshape(kv_heads, splits, size, 2, head_dim).transpose(3, 1, 2, 0, 4)
-    lengths = stored.tokens - size * jnp.arange(splits, dtype=jnp.int32)
+    lengths = tokens - size * jnp.arange(splits, dtype=jnp.int32)
     # At least one row of each part, which is left out where there is none.
     output, mass = jax.nn.dot_product_attention(
         jnp.broadcast_to(query, (splits, *query.shape[1:])),
