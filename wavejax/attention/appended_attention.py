@@ -1,7 +1,7 @@
 """Exact attention of appended tokens: to rows at hand, and to all stored rows of the sequence.
 
 Every new token sees all stored rows, so their part needs no causal mask: cuDNN takes it where it
-can, else blocks in plain JAX. Both parts are merged by their masses.
+can, and its parts are merged by their masses; else blocks in plain JAX take them in one by one.
 """
 
 import functools
@@ -29,6 +29,8 @@ PROGRAMS, LEAST_ROWS = 256, 1024
 MOST_ROWS = 2**17  # Of a call of cuDNN, which wants them copied: 64 MiB a head of 128 in bfloat16.
 
 Running = tuple[Array, Array, Array]  # The largest logit so far, the weights' sum, the output.
+# Of parts of the rows: outputs `[parts, tokens, heads, head_dim]`, and the logs of their masses.
+State = tuple[Array, Array]
 
 
 class Stored(NamedTuple):
@@ -56,6 +58,8 @@ def attend(
 ) -> PromptQuery:
     """Attend exactly to rows at hand and to stored ones; softmax in float32.
 
+    cuDNN takes keys and values in the query's dtype: rows in 8 bits are rounded to it there.
+
     Args:
         query: of the new tokens.
         rows: at hand: the new tokens' own, and what the sequence has besides its store.
@@ -78,7 +82,7 @@ def attend(
         peak, total, output = running
         mass = (peak + jnp.log(total)).transpose(2, 0, 1).reshape(1, tokens, heads)
         own = _ungrouped(output / total[..., None], query), mass
-        return _merged(own, _by_cudnn(query, stored)).astype(query.dtype)
+        return _with_stored(query, stored, own).astype(query.dtype)
     block = min(BLOCK, stored.room)
     if block:
 
@@ -158,18 +162,19 @@ def splits_of(rows: int, heads: int) -> int:
     return splits
 
 
-def _by_cudnn(
-    query: PromptQuery, stored: Stored
-) -> tuple[Float[Array, "parts tokens heads head_dim"], Float[Array, "parts tokens heads"]]:
-    """Attend to the stored rows alone, part by part; each part's output, and log of its mass."""
+def _with_stored(
+    query: PromptQuery, stored: Stored, own: State
+) -> Float[Array, "1 tokens heads head_dim"]:
+    """Merge what rows at hand gave with what cuDNN gives of the stored ones, chunk by chunk."""
     chunks = chunks_of(stored.room)
-    if chunks == 1:
-        return _chunk_by_cudnn(query, stored, stored.room, jnp.int32(0))
     size = stored.room // chunks
-    attend = functools.partial(_chunk_by_cudnn, query, stored, size)
-    starts = size * jnp.arange(chunks, dtype=jnp.int32)
-    output, mass = lax.map(attend, starts)
-    return output.reshape(-1, *output.shape[2:]), mass.reshape(-1, *mass.shape[2:])
+    if chunks == 1:
+        return _merged(own, _chunk_by_cudnn(query, stored, size, jnp.int32(0)))[0]
+
+    def round_of(i: Array, state: State) -> State:
+        return _merged(state, _chunk_by_cudnn(query, stored, size, i * size))
+
+    return lax.fori_loop(0, (stored.tokens + size - 1) // size, round_of, own)[0]
 
 
 def _chunk_by_cudnn(
@@ -197,12 +202,12 @@ def _chunk_by_cudnn(
     return output, jnp.where((lengths > 0)[:, None, None], mass, MASKED)
 
 
-def _merged(
-    own: tuple[Array, Array], past: tuple[Array, Array]
-) -> Float[Array, "1 tokens heads head_dim"]:
+def _merged(one: State, parts: State) -> State:
     """Merge outputs `[parts, tokens, heads, head_dim]` by the logs of their masses; float32."""
-    shares = jax.nn.softmax(jnp.concatenate([own[1], past[1]]), axis=0)[..., None]
-    return shares[:1] * own[0] + jnp.sum(shares[1:] * past[0], axis=0, keepdims=True)
+    masses = jnp.concatenate([one[1], parts[1]])
+    shares = jax.nn.softmax(masses, axis=0)[..., None]
+    output = shares[:1] * one[0] + jnp.sum(shares[1:] * parts[0], axis=0, keepdims=True)
+    return output, jax.nn.logsumexp(masses, axis=0, keepdims=True)
 
 
 def stored_dense(state: DenseState, layer: Array, sequence: Array) -> Stored:

@@ -116,20 +116,24 @@ def take(attention_state: Any, slot: int) -> Iterator[tuple[str, Callable[[], np
             yield part.name, functools.partial(_take, part, slot, sizes)
 
 
-def padded(part: Part, kept: np.ndarray) -> np.ndarray:
-    """Make a kept array that is no layer's as long as its part's room: what `put` takes."""
-    if not part.kept_axes:
-        return kept
-    layers, _, *rest = part.array.shape
-    pad = [(0, have - want) for have, want in zip((layers, *rest), kept.shape, strict=True)]
+def padded(part: Part, kept: np.ndarray, first: int, layers: int) -> np.ndarray:
+    """Make some layers of a kept array as long as its part's room: what `put_layers` takes."""
+    room = part.array.shape[2:]
+    some = kept[first : first + layers]
+    pad = [(0, have - want) for have, want in zip(room, some.shape[1:], strict=True)]
     # Clusters past the last one end where it ends.
-    return np.pad(kept, pad, mode="edge" if "cluster_edges" in part.axes else "constant")
+    mode = "edge" if "cluster_edges" in part.axes else "constant"
+    return np.pad(some, [(0, 0), *pad], mode=mode)  # type: ignore[call-overload]
 
 
-def put(part: Part, slot: int, block: Array | np.ndarray) -> Array:
+def put_layers(part: Part, slot: int, first: int, block: Array) -> Array:
     """Put what `padded` made into a slot, and return the new array; `part.array` is donated."""
-    write = _put_all if part.axes[:2] == STACKED else _put_number
-    return write(part.array, block, np.int32(slot))
+    return _put_layers(part.array, block, np.int32(first), np.int32(slot))
+
+
+def put_number(part: Part, slot: int, kept: np.ndarray) -> Array:
+    """Put a sequence's number into its slot, and return the new array; `part.array` is donated."""
+    return _put_number(part.array, kept, np.int32(slot))
 
 
 def put_rows(part: Part, slot: int, layer: int, start: int, heads: Sequence[Array]) -> Array:
@@ -142,7 +146,7 @@ def put_rows(part: Part, slot: int, layer: int, start: int, heads: Sequence[Arra
         start: the first row.
         heads: of each kv head, its rows, on the device.
     """
-    write = _append if part.name in _STORE else _put_layer
+    write = _append if part.name in _STORE else _put_rows
     return write(part.array, tuple(heads), np.int32(layer), np.int32(slot), np.int32(start))
 
 
@@ -203,12 +207,14 @@ def _take_all(array: Array, slot: Array) -> Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put_all(array: Array, block: Array, slot: Array) -> Array:
-    return lax.dynamic_update_index_in_dim(array, block.astype(array.dtype), slot, axis=1)
+def _put_layers(array: Array, block: Array, first: Array, slot: Array) -> Array:
+    zero = jnp.int32(0)
+    where = (first, slot, *(zero for _ in block.shape[1:]))
+    return lax.dynamic_update_slice(array, block[:, None].astype(array.dtype), where)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put_layer(
+def _put_rows(
     array: Array, heads: tuple[Array, ...], layer: Array, slot: Array, start: Array
 ) -> Array:
     block = jnp.stack(heads)[None, None].astype(array.dtype)

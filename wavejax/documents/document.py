@@ -17,7 +17,8 @@ from wavejax.documents import arrays
 from wavejax.documents.files import Folder, read_folder, refuse_other, write_folder
 from wavejax.documents.fingerprints import check_fingerprints, fingerprints, settings_of
 from wavejax.documents.prefix import reusable
-from wavejax.documents.restore import Restoring, check_arrays, grown_tokens, shortest_prompt
+from wavejax.documents.restore import Restoring
+from wavejax.documents.room import check_arrays, grown_tokens, shortest_prompt
 from wavejax.engine import appending, slots
 from wavejax.engine.checks import MOST_INT32, as_prompts, whole_number
 from wavejax.engine.generator import Generator
@@ -286,8 +287,11 @@ class Document:
             slots.check_insert(state, at, count, own, shortest_prompt(self.folder, [count]))
             work = self.restoring(generator.engine, state.attention_state, at, tokens)
             held = state.attention_state
-            while work.steps:
-                held = work.step(held)
+            try:
+                while work.steps:
+                    held = work.step(held)
+            finally:
+                work.close()
             logits = state.logits.at[at].set(self.last_logits())
             state = slots.enter(state, held, commit(logits), at, tokens[:count], sampler=own, **row)
             if count == len(tokens):

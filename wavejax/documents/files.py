@@ -62,7 +62,7 @@ def write_folder(
         path: the folder; nothing, an empty folder or an earlier document may be there.
         facts: plain values, for `document.json`.
         arrays: names, as "index/centroids", and what makes each array: called one by one, while
-            the ones before are written, so that few are held at a time.
+            up to four before it are written.
 
     Raises:
         InputError: something else is at `path`, or the folder cannot be written, as on a full disk.

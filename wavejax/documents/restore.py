@@ -3,13 +3,12 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from models.errors import InputError
 from wavejax.attention.dense import DenseState
 from wavejax.config import WaveConfig
 from wavejax.documents import arrays
@@ -24,51 +23,15 @@ from wavejax.documents.prefix import (
     map_store,
     rows_between,
 )
+from wavejax.documents.room import check_room, no_room, room_left
 from wavejax.documents.stored_arrays import StoredArray
-from wavejax.documents.transfers import Checks, Transfers, piece_of
+from wavejax.documents.transfers import Checks, Maker, Transfers, layer_pieces, row_pieces
 from wavejax.engine.staged_state import StagedState, on_device_of, with_device_part
 from wavejax.store.index import WaveIndex
 from wavejax.store.state import WaveState
 
 _WINDOW = "steady/window"
 _ROWS, _SCALES = "store/rows/data", "store/rows/scales"
-Maker = Callable[[], np.ndarray]
-
-
-def grown_tokens(folder: Folder) -> int:
-    """Count the tokens in a kept index that did not come with its prompt."""
-    if "index/prompt_tokens" not in folder.arrays:
-        return 0
-    prompt = int(folder.arrays["index/prompt_tokens"].read())
-    return int(folder.facts["sizes"]["tokens"]) - prompt
-
-
-def shortest_prompt(folder: Folder, begun: Sequence[int]) -> int:
-    """Count the tokens of the shortest prompt that a state for a document must be made for.
-
-    The clusters that are kept are as large as those of the tokens that were indexed at once.
-
-    Args:
-        folder: the document's.
-        begun: of each sequence, the tokens that go where prompts go.
-    """
-    if "index/prompt_tokens" not in folder.arrays:
-        return min(begun)
-    indexed = int(folder.arrays["index/prompt_tokens"].read())
-    settings = folder.facts["fingerprints"]["settings"]
-    beside = settings["sink_tokens"] + settings["local_tokens"]
-    return min(*begun, indexed + beside) if indexed else 1
-
-
-def check_arrays(folder: Folder, attention_state: Any) -> None:
-    """Raise InputError where a state has an array that a document lacks."""
-    for part in arrays.parts_of(attention_state):
-        name = f"{part.name}/0" if part.by_layer else part.name
-        if name not in folder.arrays:
-            raise InputError(
-                f"{folder.path} has no {name}: it was kept with other settings; read the document "
-                "again"
-            )
 
 
 class Restoring:
@@ -86,8 +49,8 @@ class Restoring:
         rest: tokens to come after them, for which there must be room.
 
     Raises:
-        InputError: a length is damaged, or the state has no room. The steps raise what is found in
-            other arrays.
+        InputError: a length is damaged, or the state has no room. The first step raises what is
+            found in the index and the steady zone, and others what is found in rows.
     """
 
     def __init__(
@@ -109,15 +72,15 @@ class Restoring:
         }
         small = {name: folder.arrays[name] for name in parts if name not in by_layer}
         arriving = staged and length is None  # `ArrivingRows` check them
-        in_order = [
+        of_rows = [
             file
-            for layer in zip(*by_layer.values(), strict=True)
-            for name, file in zip(by_layer, layer, strict=True)
+            for name, files in by_layer.items()
             if not (arriving and name == _ROWS)
+            for file in files
         ]
-        self._small, self._checks = small, Checks([*in_order, *small.values()])
+        self._small, self._checks = list(small.values()), Checks([*small.values(), *of_rows])
         if length is not None:
-            self._checks.wait(*small.values())
+            self._checks.wait(*self._small)
         # Of the others the lengths are asked for at once.
         kept = {name: file.map() if file.shape else file.read() for name, file in small.items()}
         self._cut: Cut | None = None
@@ -140,18 +103,16 @@ class Restoring:
         elif length is not None:
             kept["tokens"] = np.asarray(length, np.int32)
         first = length if self._cut is None else self._cut.indexed
-        _check_room(folder, parts, kept, first)
-        if rest > _room_left(state, config, kept):
-            raise _no_room(f" and the {rest} tokens after it")
-        self._work = collections.deque[Callable[[Any], Any]]()
+        check_room(folder, parts, kept, first)
+        if rest > room_left(state, config, kept):
+            raise no_room(f" and the {rest} tokens after it")
+        self._work = collections.deque[Callable[[Any], Any]]([self._wait_for_small])
         groups: list[list[Maker]] = []
         for name, files in by_layer.items():
             self._plan_rows(name, files, first, staged and name == _ROWS, groups)
-        self._work.append(functools.partial(self._put_small, list(kept)))
-        [device] = jax.tree.leaves(state)[0].devices()
-        self._transfers = Transfers(device, groups)
-        last = [functools.partial(arrays.padded, parts[name], x) for name, x in kept.items()]
-        self._last = Transfers(device, [last])
+        self._plan_small(parts, kept, groups)
+        devices = jax.tree.leaves(state)[0].devices()
+        self._transfers = Transfers(next(iter(devices)) if len(devices) == 1 else None, groups)
 
     @property
     def steps(self) -> int:
@@ -165,6 +126,16 @@ class Restoring:
             InputError: an array is damaged. Nothing is donated then.
         """
         return self._work.popleft()(attention_state)
+
+    def close(self) -> None:
+        """Do no more, and let go of what is on its way; of no effect after the last step."""
+        self._work.clear()
+        self._checks.cancel()
+        self._transfers.cancel()
+
+    def _wait_for_small(self, attention_state: Any) -> Any:
+        self._checks.wait(*self._small)
+        return attention_state
 
     def _plan_rows(
         self,
@@ -183,7 +154,7 @@ class Restoring:
                 self._work.append(functools.partial(self._fill, layer, file, first))
                 continue
             tokens = file.shape[1] if first is None else first
-            rows, starts = piece_of(file, tokens)
+            rows, starts = row_pieces(file, tokens)
             mapped, heads = file.map(), range(file.shape[0])
             groups.append(
                 [
@@ -193,6 +164,20 @@ class Restoring:
                 ]
             )
             self._work.append(functools.partial(self._put_layer, name, layer, file, starts))
+
+    def _plan_small(
+        self, parts: dict[str, Part], kept: dict[str, np.ndarray], groups: list[list[Maker]]
+    ) -> None:
+        """List the last step, which puts all but the rows, and what is brought for it."""
+        numbers = {name: x for name, x in kept.items() if not parts[name].kept_axes}
+        starts: dict[str, list[int]] = {}
+        for name in [one for one in kept if one not in numbers]:
+            part, array = parts[name], kept[name]
+            layers, batch = part.array.shape[:2]
+            count, starts[name] = layer_pieces(layers, part.array.nbytes // (layers * batch))
+            make = functools.partial(arrays.padded, part, array, layers=count)
+            groups.append([functools.partial(make, first=first) for first in starts[name]])
+        self._work.append(functools.partial(self._put_small, starts, numbers))
 
     def _receive(self, files: list[StoredArray], attention_state: StagedState) -> StagedState:
         """Have staged rows arrive in a thread of their own."""
@@ -230,14 +215,21 @@ class Restoring:
             attention_state = with_device_part(attention_state, state)
         return attention_state
 
-    def _put_small(self, names: list[str], attention_state: Any) -> Any:
+    def _put_small(
+        self, starts: dict[str, list[int]], numbers: dict[str, np.ndarray], attention_state: Any
+    ) -> Any:
         """Put all but the rows; then the slot holds the sequence."""
-        self._checks.wait(*self._small.values())
         state = on_device_of(attention_state)
         parts = {part.name: part for part in arrays.parts_of(attention_state)}
-        blocks = dict(zip(names, self._last.take(), strict=True))
-        put = {name: arrays.put(parts[name], self._slot, block) for name, block in blocks.items()}
-        state = _replaced(state, put)
+        new: dict[str, Any] = {}
+        for name, firsts in starts.items():
+            part = parts[name]
+            for first, block in zip(firsts, self._transfers.take(), strict=True):
+                part = part._replace(array=arrays.put_layers(part, self._slot, first, block))
+            new[name] = part.array
+        for name, number in numbers.items():
+            new[name] = arrays.put_number(parts[name], self._slot, number)
+        state = _replaced(state, new)
         if isinstance(state, WaveState):
             state = arrays.begin(state, np.int32(self._slot))
             state = dataclasses.replace(state, index=self._clustered(state.index))
@@ -261,37 +253,6 @@ def _replaced(state: Any, new: Mapping[str, Any]) -> Any:
     paths, tree = jax.tree_util.tree_flatten_with_path(state)
     leaves = [new.get(arrays.name_of(path), leaf) for path, leaf in paths]
     return jax.tree.unflatten(tree, leaves)
-
-
-def _check_room(
-    folder: Folder, parts: dict[str, Part], kept: dict[str, np.ndarray], rows: int | None
-) -> None:
-    """Raise InputError where a part has no room for what is put there; `rows` None for all."""
-    shapes = {name: array.shape for name, array in kept.items()}
-    for name, part in parts.items():
-        shape = shapes.get(name)
-        if part.by_layer:
-            kv_heads, tokens, *rest = folder.arrays[f"{name}/0"].shape
-            shape = (kv_heads, tokens if rows is None else rows, *rest)
-        if not arrays.fits(part, shape or (), part.by_layer):
-            raise _no_room()
-
-
-def _room_left(state: Any, config: WaveConfig | None, kept: dict[str, np.ndarray]) -> int:
-    """Count the tokens that a slot has room for after a kept sequence, as `remaining` will."""
-    if config is None:
-        return int(state.keys.shape[3]) - int(kept["tokens"])
-    grown = int(kept["index/tokens"]) - int(kept["index/prompt_tokens"])
-    growths = int(state.index.growths) - grown // config.growth_tokens
-    free = config.window_tokens - int(kept["steady/window_tokens"])
-    return free + config.growth_tokens * growths
-
-
-def _no_room(more: str = "") -> InputError:
-    return InputError(
-        f"the state has no room for the document{more}: make it with the document's `start`, or "
-        "`Generator.allocate` with more tokens"
-    )
 
 
 def _piece(rows: np.ndarray, head: int, start: int, count: int) -> np.ndarray:

@@ -16,12 +16,13 @@ from models.paths import stat_of
 
 try:
     from zlib_ng.zlib_ng import crc32  # the same numbers, some ten times as fast
-except ImportError:  # a platform that it is not built for
+except ImportError:  # a checkout that runs without all that it depends on
     from zlib import crc32
 
 BLOCK = 2**24  # Bytes written at a time.
 _IN_CACHE = 2**20  # Bytes checked at a time: they are in the processor's cache after the read.
-_WRITERS = 4  # Arrays that are written at a time.
+_WRITERS = 4  # Arrays that are written at a time, at most.
+_WAITING = 2**31  # Bytes of arrays that are held for them, at most, but for the newest one's.
 _SMALL = 4096  # Bytes of a file that is not worth mapping; an empty array cannot be.
 
 
@@ -87,23 +88,29 @@ class StoredArray:
 def write_arrays(
     folder: Path, arrays: Iterable[tuple[str, Callable[[], np.ndarray]]]
 ) -> dict[str, StoredArray]:
-    """Write arrays in threads of their own: a disk's bytes wait for no checksum."""
+    """Write arrays in several threads: the next one is made while others go to the disk."""
     done: dict[str, StoredArray] = {}
+    writing: collections.deque[tuple[str, int, concurrent.futures.Future[StoredArray]]]
+    writing = collections.deque()
+
+    def wait_for_first() -> None:
+        name, _, future = writing.popleft()
+        done[name] = future.result()
+
     with concurrent.futures.ThreadPoolExecutor(_WRITERS, "writers of a document") as pool:
-        writing: collections.deque[tuple[str, concurrent.futures.Future[StoredArray]]]
-        writing = collections.deque()
         for name, make in arrays:
-            if len(writing) == _WRITERS:
-                first, future = writing.popleft()
-                done[first] = future.result()
-            writing.append((name, pool.submit(_write_array, folder, name, make())))
-        done.update((name, future.result()) for name, future in writing)
+            while len(writing) >= _WRITERS or sum(size for _, size, _ in writing) > _WAITING:
+                wait_for_first()
+            array = np.asarray(make(), order="C")
+            writing.append((name, array.nbytes, pool.submit(_write_array, folder, name, array)))
+            del array  # held by its writer alone
+        while writing:
+            wait_for_first()
     return done
 
 
 def _write_array(folder: Path, name: str, array: np.ndarray) -> StoredArray:
     file = folder / (name.replace("/", ".") + ".npy")
-    array = np.asarray(array, order="C")
     plain = array
     if array.dtype.kind not in "biuf":  # one of ml_dtypes, which NumPy would not know again
         plain = array.view(f"u{array.dtype.itemsize}")

@@ -17,7 +17,7 @@ from wavejax.attention.dense import DenseAttention
 from wavejax.documents.document import Document, load_document, save_document
 from wavejax.documents.files import Folder, read_folder, refuse_other
 from wavejax.documents.fingerprints import weights_fingerprint
-from wavejax.documents.restore import shortest_prompt
+from wavejax.documents.room import shortest_prompt
 from wavejax.engine.checks import MOST_INT32, whole_number
 from wavejax.engine.generator import Generator
 from wavejax.engine.model_sampling import check_samples

@@ -1,15 +1,14 @@
 """A document's files on their way to the device: checked and brought side by side.
 
-One thread reads a file's pages, checks them and copies them into pinned memory at some 1 to 3 GB/s,
-a bus takes 50. So each file is checked by a thread of its own, and a layer's rows are brought in
-pieces, several at a time.
+One thread reads a file's pages, checks them and copies them into pinned memory at some 1 to 3 GB/s.
+A bus takes 50. So several threads check files, one each, and what goes to the device is cut into
+pieces, several of which are under way at a time.
 """
 
 import collections
 import concurrent.futures
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,40 +18,42 @@ from wavejax.documents.stored_arrays import StoredArray
 
 THREADS = min(16, os.cpu_count() or 1)
 AHEAD = 2  # Groups that are brought at a time: what is on the device besides the state.
-PIECE_BYTES = 2**25  # Of one head's rows, at most: what a thread pins at a time.
+PIECE_BYTES = 2**25  # Of a piece, about: what a thread pins at a time.
 
-Check = concurrent.futures.Future[None]
+Maker = Callable[[], np.ndarray]
 
 
 class Checks:
-    """Checks files in threads of their own, in the order in which they are given.
+    """Checks files in several threads, in the order in which they are given.
 
     Args:
         files: what to check.
     """
 
     def __init__(self, files: Sequence[StoredArray]):
-        pool = concurrent.futures.ThreadPoolExecutor(THREADS, "checks of a document")
-        self._checks: dict[StoredArray, Check] = {
-            file: pool.submit(file.check) for file in dict.fromkeys(files)
-        }
-        pool.shutdown(wait=False)
+        self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, "checks of a document")
+        self._checks = {file: self._pool.submit(file.check) for file in dict.fromkeys(files)}
+        self._pool.shutdown(wait=False)
 
     def wait(self, *files: StoredArray) -> None:
         """Wait until files are checked; raises InputError where one is damaged."""
         for file in files:
             self._checks[file].result()
 
+    def cancel(self) -> None:
+        """Check no more of them."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
 
 class Transfers:
-    """Brings groups of arrays to the device, `AHEAD` of them before they are asked for.
+    """Brings groups of arrays to a device, `AHEAD` of them before they are asked for.
 
     Args:
-        device: where to.
+        device: where to; None for JAX's default.
         groups: of each, what makes its arrays on the host; called in a thread.
     """
 
-    def __init__(self, device: Any, groups: Sequence[Sequence[Callable[[], np.ndarray]]]):
+    def __init__(self, device: jax.Device | None, groups: Sequence[Sequence[Maker]]):
         self._device, self._left = device, collections.deque(groups)
         self._coming: collections.deque[list[concurrent.futures.Future[Array]]]
         self._coming = collections.deque()
@@ -66,6 +67,12 @@ class Transfers:
         self._send()
         return arrays
 
+    def cancel(self) -> None:
+        """Bring no more, and let go of what has come."""
+        self._left.clear()
+        self._coming.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def _send(self) -> None:
         if self._left:
             group = self._left.popleft()
@@ -73,12 +80,12 @@ class Transfers:
         if not self._left:
             self._pool.shutdown(wait=False)
 
-    def _bring(self, make: Callable[[], np.ndarray]) -> Array:
+    def _bring(self, make: Maker) -> Array:
         # What is pinned for it is free again before the thread takes the next one.
         return jax.block_until_ready(jax.device_put(make(), self._device))
 
 
-def piece_of(file: StoredArray, tokens: int) -> tuple[int, list[int]]:
+def row_pieces(file: StoredArray, tokens: int) -> tuple[int, list[int]]:
     """Cut one head's rows into pieces of one length, so that all take one program.
 
     Args:
@@ -86,13 +93,34 @@ def piece_of(file: StoredArray, tokens: int) -> tuple[int, list[int]]:
         tokens: how many rows are wanted of each head.
 
     Returns:
-        the rows of a piece, a power of two; and where each begins. The last one begins early enough
-        to be whole.
+        the rows of a piece: 1, 1.25, 1.5 or 1.75 times a power of two, for few programs; and where
+        each begins. The last one begins early enough to be whole.
     """
     if not tokens:
         return 0, []
     heads, held = file.shape[:2]
     row_bytes = max(1, file.bytes // (heads * held))
-    most = min(tokens, max(1, PIECE_BYTES // row_bytes))
-    rows = 1 << (most.bit_length() - 1)
-    return rows, [min(start, tokens - rows) for start in range(0, tokens, rows)]
+    # Two at least: one would be much longer than the rows, or leave some out.
+    least = -(-tokens // max(2, -(-tokens * row_bytes // PIECE_BYTES)))
+    quarter = max(1, 2 ** (least.bit_length() - 3)) if least > 1 else 1
+    rows = min(tokens, -(-least // quarter) * quarter)
+    return rows, _starts(tokens, rows)
+
+
+def layer_pieces(layers: int, layer_bytes: int) -> tuple[int, list[int]]:
+    """Cut an array of all layers into pieces of as many layers each: a power of two.
+
+    Args:
+        layers: how many there are.
+        layer_bytes: of one.
+
+    Returns:
+        the layers of a piece, and where each begins, as of `row_pieces`.
+    """
+    most = max(1, min(layers, PIECE_BYTES // max(1, layer_bytes)))
+    count = 1 << (most.bit_length() - 1)
+    return count, _starts(layers, count)
+
+
+def _starts(whole: int, piece: int) -> list[int]:
+    return [min(start, whole - piece) for start in range(0, whole, piece)]

@@ -89,14 +89,14 @@ def append_some(
         free = int(np.asarray(appended.free_tokens(engine.attention, arrays))[slot])
         if not free:
             attention_state = grow(engine, attention_state)
-    piece = tokens[: min(free, piece_tokens(engine, len(tokens)))]
+    piece = tokens[: piece_tokens(engine, min(free, len(tokens)))]
     given = engine, params, attention_state, logits, slot, piece
     return *_append_piece(*given), len(piece)
 
 
-def piece_tokens(engine: Engine, left: int) -> int:
-    """Count the tokens of the next piece, of so many that are left."""
-    return SHORT if left <= FEW * SHORT and _in_one_program(engine) else PIECE
+def piece_tokens(engine: Engine, most: int) -> int:
+    """Count the tokens of the next piece, where `most` are left that need no growth."""
+    return min(most, SHORT if most <= FEW * SHORT and _in_one_program(engine) else PIECE)
 
 
 def _in_one_program(engine: Engine) -> bool:

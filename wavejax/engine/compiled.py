@@ -68,9 +68,14 @@ class CompiledEngine(Engine):
         given = params, hidden, sequence, length, attention_state, logits
         return finish_prefill(self.model_config, self.attention, *given)
 
+    @property
+    def draws_ahead(self) -> bool:
+        """See `Engine`."""
+        return True
+
     def first_tokens(
         self, state: DecodeState
-    ) -> tuple[Int[Array, " batch"], Int[Array, "1 batch"]] | None:
+    ) -> tuple[Int[Array, " batch"], Int[Array, "1 batch"]]:
         """See `Engine`."""
         return first_tokens(self, state)
 

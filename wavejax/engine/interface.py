@@ -112,16 +112,21 @@ class Engine(abc.ABC):
             the attention state, and the logits.
         """
 
+    @property
+    def draws_ahead(self) -> bool:
+        """Whether there is `first_tokens`, and `decode_n` takes what it gives."""
+        return False
+
     def first_tokens(
         self, state: DecodeState
-    ) -> tuple[Int[Array, " batch"], Int[Array, "1 batch"]] | None:
+    ) -> tuple[Int[Array, " batch"], Int[Array, "1 batch"]]:
         """Draw the tokens of the next step ahead of it, so that nobody waits for the step.
 
         Returns:
             the tokens that `decode_n` is to be given as `first`, and those to show, as its first
-            row. None where the engine's steps cannot be given tokens. The state is not donated.
+            row. The state is not donated.
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__} draws no tokens ahead of a step")
 
     @abc.abstractmethod
     def decode_n(

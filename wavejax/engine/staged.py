@@ -91,7 +91,7 @@ class StagedEngine(Engine):
         first: Int[Array, " batch"] | None = None,
     ) -> tuple[DecodeState, Int[Array, "steps batch"]]:
         """See `Engine`."""
-        assert first is None  # `first_tokens` gives none
+        assert first is None  # as `draws_ahead` says
         nothing = jnp.full(state.finished.shape, NO_TOKEN, jnp.int32)
         tokens: list[Array] = []
         while len(tokens) < steps and not np.asarray(state.finished).all():

@@ -37,7 +37,7 @@ class Answer:
         read: when its prompt was read.
         first: when its first token came.
         token_ids: that came.
-        dispatched: steps that the device was asked for.
+        dispatched: tokens that were drawn, or that the device was asked for.
         cached: tokens of the prompt that were not read anew.
         ended_by: why it ended; empty until then.
         met: says how the tolerance was met; waits for the device.

@@ -44,6 +44,7 @@ class Batch:
         self.kept: set[int] = set()
         self.calls: list[Call] = []
         self._to_release: set[int] = set()
+        self._drawn: Array | None = None  # the next step's tokens, if they were handed out
         self._level = Level()
         self._samplers: list[Sampler] = []
 
@@ -78,7 +79,7 @@ class Batch:
 
     def drop(self) -> None:
         """Give the state's memory back."""
-        self.state = None
+        self.state = self._drawn = None
         self.ended.clear()
         self.calls.clear()
         self._to_release.clear()
@@ -150,44 +151,69 @@ class Batch:
         """Whether a call's tokens must be known before the next: someone has a constraint."""
         return any(answer.request.constraint is not None for answer in self.answers)
 
-    def dispatch(self, steps: int, now: Callable[[], float], ahead: bool = False) -> list[Answer]:
-        """Call the step; `collect` has the tokens. One step if anyone is watched.
+    @property
+    def begins_answers(self) -> bool:
+        """Whether someone waits for a first token."""
+        return any(answer.dispatched == 0 for answer in self.answers)
+
+    @property
+    def draws_ahead(self) -> bool:
+        """Whether `draw_ahead` can be called: nobody's logits are looked at by the host."""
+        return self.engine.draws_ahead and not any(answer.watched for answer in self.answers)
+
+    def draw_ahead(self, now: Callable[[], float]) -> list[Answer]:
+        """Draw and hand out the next step's tokens, which it is then given by `dispatch`.
+
+        Nobody then waits for the step, which blocks its caller until it has run. All calls must
+        have been collected.
+
+        Args:
+            now: gives the time.
+
+        Returns:
+            the answers that ended by them. Their slots are free.
+        """
+        self.release()
+        self._drawn, shown = self.engine.first_tokens(self.whole_state)
+        for answer in self.answers:
+            answer.dispatched += 1
+        return self._give(self.seats, np.asarray(shown), None, now())
+
+    def dispatch(self, steps: int, now: Callable[[], float]) -> list[Answer]:
+        """Call the step; `collect` has the tokens that have not been handed out.
+
+        One step if anyone is watched, or if its tokens were drawn ahead.
 
         Args:
             steps: of the call.
             now: gives the time.
-            ahead: whether the tokens of a single step are drawn and handed out before it runs.
 
         Returns:
-            the answers that ended before it: their constraints failed, or those tokens were their
-            last.
+            the answers that ended before it: their constraints failed.
         """
-        allowed, ended = self._allowed(now())
+        allowed, ended = watching.ask(self.seats, self._vocab, now())
+        for answer in ended:
+            self.leave(answer)
         self.release()
-        first = None
-        if ahead and steps == 1 and not any(answer.watched for answer in self.answers):
-            first = self.engine.first_tokens(self.whole_state)
-        if first is not None:
-            for answer in self.answers:
-                answer.dispatched += 1
-            ended += self._give(self.seats, np.asarray(first[1]), None, now())
-            self.release()
+        seats, state, scores = tuple(self.seats), self.whole_state, None
+        drawn, self._drawn = self._drawn, None
         if not self.answers:
             return ended
-        seats, state, scores = tuple(self.seats), self.whole_state, None
         watched = any(answer.watched for answer in self.answers)
-        if watched:
+        if watched or drawn is not None:
             steps = 1
+        if watched:
             logits, state = watching.enter(state, allowed)
-        state, tokens = self.engine.decode_n(self.params, state, steps, first and first[0])
+        at = now()
+        state, tokens = self.engine.decode_n(self.params, state, steps, drawn)
         if watched:
             scores = watching.score(logits, tokens[0])
         self.state = state
         tokens.copy_to_host_async()
-        if first is not None:
-            self.calls.append(Call((None,) * len(seats), tokens, None, now(), self.key, steps))
+        if drawn is not None:
+            self.calls.append(Call((None,) * len(seats), tokens, None, at, self.key, steps))
             return ended
-        self.calls.append(Call(seats, tokens, scores, now(), self.key, steps))
+        self.calls.append(Call(seats, tokens, scores, at, self.key, steps))
         for answer in self.answers:
             answer.dispatched += steps
             if answer.left <= 0:
@@ -228,21 +254,6 @@ class Batch:
                 self.leave(answer)
                 ended.append(answer)
         return ended
-
-    def _allowed(self, now: float) -> tuple[dict[int, np.ndarray], list[Answer]]:
-        """Ask, by slot, what constraints allow; and list the answers whose constraints failed."""
-        allowed: dict[int, np.ndarray] = {}
-        ended: list[Answer] = []
-        for slot, answer in enumerate(self.seats):
-            if answer is not None and answer.request.constraint is not None:
-                try:
-                    allowed[slot] = watching.allowed(answer, self._vocab)
-                except Exception as error:
-                    answer.end("error", now, error)
-                    ended.append(answer)
-        for answer in ended:
-            self.leave(answer)
-        return allowed, ended
 
     @property
     def _vocab(self) -> int:

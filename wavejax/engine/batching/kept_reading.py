@@ -29,6 +29,12 @@ class KeptReading(AppendedReading):
         super().__init__(batch, slot, answer, reused_by(answer.request))
         self._restoring: Restorable | None = None
 
+    def abandon(self) -> None:
+        """See `SlotReading.abandon`; what is on its way to the device is let go of."""
+        super().abandon()
+        if self._restoring is not None:
+            self._restoring.close()
+
     def part(self) -> Part:
         """Say what comes next."""
         room = self.batch.room

@@ -67,6 +67,9 @@ class Restorable(Protocol):
     def step(self, attention_state: Any) -> Any:
         """Do one step, and return the attention state that takes the donated one's place."""
 
+    def close(self) -> None:
+        """Do no more, and let go of what is on its way; of no effect after the last step."""
+
 
 @runtime_checkable
 class Kept(Protocol):

@@ -159,15 +159,24 @@ class Scheduler:
             if batch.answers:
                 try:
                     # Not while parts of prompts are timed: the step would run on amid them.
-                    ahead = not self.readings and _begin_answers(batch)
-                    if ahead:
+                    if batch.begins_answers and batch.draws_ahead and not self.readings:
                         self._collect(batch, 0)
-                    ended = batch.dispatch(self._steps_of(batch), self.clock, ahead)
+                        self._count(batch.draw_ahead(self.clock))
+                        self._note_tokens(batch)
+                    ended = batch.dispatch(self._steps_of(batch), self.clock)
                 except Exception as error:
                     self._fail_batch(batch, error)
                     continue
                 self._count(ended)
             self._collect(batch, 1 if behind else 0)
+
+    def _note_tokens(self, batch: Batch) -> None:
+        """Note that a room's answers have got tokens just now."""
+        now, last = self.clock(), self._came.get(id(batch))
+        if last is not None:
+            with self._lock:
+                self.longest_stall = max(self.longest_stall, now - last)
+        self._came[id(batch)] = now
 
     def _collect(self, batch: Batch, left: int) -> None:
         """Hand the tokens of a room's calls out, but for the newest `left` while anyone sits."""
@@ -183,9 +192,8 @@ class Scheduler:
             self.pace.note(call.key, call.steps, now - began)
             with self._lock:
                 self.counts["decode_calls"] += 1
-                if last is not None:
-                    self.longest_stall = max(self.longest_stall, now - last)
-            self._came[id(batch)] = now
+            if any(seat is not None for seat in call.seats):
+                self._note_tokens(batch)
             self._count(ended)
         if not batch.answers:
             self._came.pop(id(batch), None)
@@ -200,9 +208,9 @@ class Scheduler:
 
         A power of two: of how many tokens are taken out of a call's result is a tiny program.
         """
-        if _begin_answers(batch):
+        if batch.begins_answers:
             return 1
-        left = max(answer.left for answer in batch.answers)
+        left = max((answer.left for answer in batch.answers), default=1)
         steps = next((n for n in self.step_sizes if n >= left), self.step_sizes[-1])
         each = self.pace.seconds(batch.key)
         if each is None:
@@ -261,6 +269,10 @@ class Scheduler:
         reading = {one.answer for one in self.readings.values() if one.batch is batch}
         for answer in {*batch.answers, *called} & self.running | reading:
             self._end(answer, "error", error)
+        # Those that ended meanwhile sit nowhere any more.
+        for answer in [one for one in self.running if one.reason is not None]:
+            assert answer.reason is not None
+            self._finish(answer, answer.reason)
         batch.drop()
         self._came.pop(id(batch), None)
 
@@ -285,8 +297,3 @@ class Scheduler:
             self.running.discard(answer)
             self.finished[reason] += 1
             self.counts["generated_tokens"] += answer.tokens
-
-
-def _begin_answers(batch: Batch) -> bool:
-    """Whether someone waits for a first token."""
-    return any(answer.dispatched == 0 for answer in batch.answers)

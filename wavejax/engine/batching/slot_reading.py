@@ -96,7 +96,7 @@ class AppendedReading(SlotReading):
     def part(self) -> Part:
         """Say what comes next: a piece of the rest."""
         left = len(self._prompt) - self._read
-        count = min(appending.piece_tokens(self.batch.engine, left), left)
+        count = appending.piece_tokens(self.batch.engine, left)
         sizes = bucket(self._read), bucket(count) if count else 0
         return Part(("append", self.batch.room, *sizes), 1)
 

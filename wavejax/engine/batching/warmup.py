@@ -140,7 +140,9 @@ def _run(
         batch.collect(scheduler.clock)
         scheduler.pace.note(key, steps, scheduler.clock() - before)
     if calls:
-        batch.dispatch(1, scheduler.clock, ahead=True)
+        if batch.draws_ahead:
+            batch.draw_ahead(scheduler.clock)
+        batch.dispatch(1, scheduler.clock)
         batch.collect(scheduler.clock)
         answer.request = dataclasses.replace(request, logprobs=0)
         batch.dispatch(1, scheduler.clock)

@@ -1,7 +1,7 @@
 """Watched steps: log-probabilities of what came, and constraints on what may come."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,6 +45,22 @@ def allowed(answer: Answer, vocab: int) -> np.ndarray:
     if not mask.any():
         raise ValueError("a constraint allows no token")
     return mask
+
+
+def ask(
+    seats: Sequence[Answer | None], vocab: int, now: float
+) -> tuple[dict[int, np.ndarray], list[Answer]]:
+    """Ask, by slot, what constraints allow; and list the answers that ended: theirs failed."""
+    found: dict[int, np.ndarray] = {}
+    ended: list[Answer] = []
+    for slot, answer in enumerate(seats):
+        if answer is not None and answer.request.constraint is not None:
+            try:
+                found[slot] = allowed(answer, vocab)
+            except Exception as error:
+                answer.end("error", now, error)
+                ended.append(answer)
+    return found, ended
 
 
 def enter(state: DecodeState, masks: Mapping[int, np.ndarray]) -> tuple[Array, DecodeState]:

@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 
-from tests.support.batch_requests import ROOM, SAMPLERS, Alone, make_engine, run
-from tests.support.tiny_generator import make_prompts
+from tests.support.batch_requests import SAMPLERS, Alone, make_engine, run
+from tests.support.tiny_generator import CONFIG, make_prompts
+from wavejax import WaveAttention
 from wavejax.engine.batching import Request
+from wavejax.engine.batching.batch import Batch
 from wavejax.engine.compiled import CompiledEngine
+from wavejax.engine.staged import StagedEngine
 
 PROMPTS = make_prompts((40, 60, 20))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS[:4])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_it_comes_before_the_step_and_is_the_one_that_is_fed(sampler, monkeypatch):
     engine, came, steps = make_engine(), [], []
     step = CompiledEngine.decode_n
@@ -42,7 +45,6 @@ def test_no_step_runs_for_an_answer_of_one_token():
     for request, handle in zip(requests, handles, strict=True):
         assert tuple(handle.result(0).token_ids) == Alone(stop_tokens=())(request)[0]
     assert engine.stats().decode_calls == 0
-    assert ROOM.slots == len(requests)
 
 
 def test_beside_an_answer_that_runs_tokens_come_in_order():
@@ -56,3 +58,48 @@ def test_beside_an_answer_that_runs_tokens_come_in_order():
     run(engine)
     for request, handle in zip(requests, handles, strict=True):
         assert tuple(handle.result(0).token_ids) == Alone(stop_tokens=())(request)[0]
+
+
+def test_an_answer_that_ends_ahead_of_a_step_that_fails_is_counted(monkeypatch):
+    engine = make_engine()
+    short, long = Request(PROMPTS[0], 1, stop_tokens=()), Request(PROMPTS[1], 5, stop_tokens=())
+
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(CompiledEngine, "decode_n", fail)
+    handles = [engine.submit(short), engine.submit(long)]
+    run(engine)
+    assert handles[0].result(0).finish_reason == "length"
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        handles[1].result(0)
+    stats = engine.stats()
+    assert stats.running == 0
+    assert stats.finished == {"length": 1, "error": 1}
+
+
+@pytest.mark.parametrize("name", ["compiled", "staged"])
+def test_a_call_is_timed_from_before_it_is_made(name, monkeypatch):
+    """A staged step works in Python: what it takes passes before its call returns."""
+    attention = None if name == "compiled" else WaveAttention(CONFIG, "host", "staged")
+    clock, made, noted = [0.0], [], []
+    engine = make_engine(attention, clock=lambda: clock[0], steps=1)
+    kind = CompiledEngine if name == "compiled" else StagedEngine
+    step, collect = kind.decode_n, Batch.collect
+
+    def slow(self, *given):
+        made.append(clock[0])
+        clock[0] += 7.0
+        return step(self, *given)
+
+    def note(self, now):
+        noted.append(self.calls[0].at)
+        return collect(self, now)
+
+    monkeypatch.setattr(kind, "decode_n", slow)
+    monkeypatch.setattr(Batch, "collect", note)
+    handle = engine.submit(Request(PROMPTS[0], 6, stop_tokens=()))
+    run(engine)
+    assert len(handle.result(0).token_ids) == 6
+    assert made == noted
+    assert len(made) >= 5
