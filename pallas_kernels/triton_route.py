@@ -1,6 +1,6 @@
 """The two routes of a kernel through Triton: JAX's backend of Pallas, and ours, `own_triton`.
 
-JAX says that its backend will go. Ours wants the package `triton` instead.
+JAX says that its backend will go. Ours needs XLA's Triton alone, or the package `triton`.
 """
 
 import functools
@@ -13,15 +13,13 @@ import jax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import own_triton
+from pallas_kernels.own_triton.call import STOCK, VARIABLE
 
 _triton: Any
 try:
     from jax.experimental.pallas import triton as _triton
 except ImportError:
     _triton = None
-
-# The environment variable that chooses for a whole process.
-VARIABLE = "WAVEJAX_TRITON"
 
 # The same by both routes: they are Pallas' own.
 load = own_triton.load
@@ -34,46 +32,36 @@ interpreted_call: Callable[..., Any] = functools.partial(pl.pallas_call, interpr
 def takes_own_route() -> bool:
     """Say whether kernels for GPUs take `own_triton`, not JAX's Triton backend.
 
-    `WAVEJAX_TRITON` chooses, "own" or "jax". Without it, it is JAX's where JAX has one. It is read
-    when a kernel is traced: set it before the process starts, or call `jax.clear_caches()`.
+    `WAVEJAX_TRITON` chooses: "jax"; "own", by XLA's Triton; or "stock", by the package `triton`.
+    Without it, it is JAX's where JAX has one, else our own. It is read when a kernel is traced: set
+    it before the process starts, or call `jax.clear_caches()`.
 
     Raises:
         ValueError: the variable is something else.
-        ModuleNotFoundError: JAX has no Triton backend, and the variable asks for it, or the package
-            that ours wants is not installed.
+        ModuleNotFoundError: JAX has no Triton backend, and the variable asks for it.
     """
     asked = os.environ.get(VARIABLE) or None
-    if asked not in (None, "jax", "own"):
-        raise ValueError(f"{VARIABLE}: no route {asked!r}; give jax or own")
-    if asked == "own" or _triton is not None:
-        return asked == "own"
-    if asked == "jax":
+    if asked not in (None, "jax", "own", STOCK):
+        raise ValueError(f"{VARIABLE}: no route {asked!r}; give jax, own or {STOCK}")
+    if asked == "jax" and _triton is None:
         raise ModuleNotFoundError(
             f"{VARIABLE} is jax, but JAX {jax.__version__} has no Triton backend of Pallas: "
-            "pip install triton, and make it own"
+            "leave the variable out"
         )
-    if importlib.util.find_spec("triton") is None:
-        raise ModuleNotFoundError(
-            f"JAX {jax.__version__} has no Triton backend of Pallas, and wavejax's own way to run "
-            "kernels wants the package triton: pip install triton, or set "
-            "WAVEJAX_IMPLEMENTATION=xla for plain JAX"
-        )
-    return True
+    return asked in ("own", STOCK) or _triton is None
 
 
 def check_route() -> None:
-    """Raise what `takes_own_route` raises; also where `WAVEJAX_TRITON` asks for ours in vain.
-
-    Without the variable nothing is wrong before a kernel is called.
+    """Raise what `takes_own_route` raises; also where `WAVEJAX_TRITON` asks for `triton` in vain.
 
     Raises:
         ValueError, ModuleNotFoundError: see there, and where the package `triton` is missing.
     """
-    if not os.environ.get(VARIABLE) or not takes_own_route():
+    if not takes_own_route() or os.environ.get(VARIABLE) != STOCK:
         return
     if importlib.util.find_spec("triton") is None:
         raise ModuleNotFoundError(
-            f"{VARIABLE} is own, and that way wants the package triton: pip install triton, or "
+            f"{VARIABLE} is {STOCK}, and that way wants the package triton: pip install triton, or "
             "leave the variable out"
         )
 
@@ -95,7 +83,7 @@ def pallas_call(
         settings: others of `pl.pallas_call`.
 
     Raises:
-        ModuleNotFoundError: see `takes_own_route`.
+        ModuleNotFoundError, ValueError: see `takes_own_route`.
     """
     if interpret:
         return interpreted_call(kernel, **settings)

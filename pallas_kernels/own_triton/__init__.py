@@ -1,7 +1,9 @@
-"""Our own way from Pallas' kernels to NVIDIA's GPUs, for a JAX without its Triton backend.
+"""Our own way from Pallas' kernels to GPUs, for a JAX without its Triton backend.
 
-Pallas traces a kernel; we translate what it traced to Triton's intermediate language; the stock
-`triton` package makes PTX of that; jaxlib launches it. Only what our kernels hold is translated.
+Pallas traces a kernel; we translate what it traced to Triton's intermediate language; XLA's own
+Triton compiles that, as it does what JAX's backend writes. By `WAVEJAX_TRITON=stock`, for an XLA
+that has none, the package `triton` makes PTX and jaxlib launches it. Only what our kernels hold is
+translated.
 `pallas_kernels.backend` chooses between this and JAX's backend.
 """
 

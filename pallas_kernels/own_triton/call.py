@@ -1,12 +1,14 @@
-"""A kernel's call: Pallas traces it, `translate` and `stock` compile it, jaxlib launches it."""
+"""A kernel's call: Pallas traces it, `translate` writes it, XLA's Triton or `stock` compiles it."""
 
 import functools
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from pallas_kernels.own_triton import stock
@@ -20,6 +22,10 @@ launch_p.multiple_results = True
 # Where no GPU is there to ask: compile for these.
 _ARCHITECTURES = {"cuda": 90, "rocm": "gfx942"}
 _BACKENDS = {"cuda": "cuda", "rocm": "hip"}
+# The environment variable that chooses for a whole process (`triton_route`), and its value for
+# texts that the package `triton` compiles, not XLA's own Triton.
+VARIABLE, STOCK = "WAVEJAX_TRITON", "stock"
+XLA_TARGET = "__gpu$xla.gpu.triton"
 # Bytes that each array's address is a multiple of; jaxlib looks at each launch.
 _ALIGNMENT = 16
 
@@ -103,10 +109,26 @@ def _avals(*_: Any, avals: Any, kernel: Kernel) -> Any:
 
 def _lower(context: Any, *operands: Any, kernel: Kernel, avals: Any, platform: str) -> Any:
     del avals
+    if os.environ.get(VARIABLE) != STOCK:
+        return _lower_by_xla(context, *operands, kernel=kernel, platform=platform)
     arrays = len(operands) + len(context.avals_out)
     return jax.ffi.ffi_lowering(
         "triton_kernel_call_ffi", operand_output_aliases=dict(kernel.aliases)
     )(context, *operands, name=kernel.symbol, opaque=_launch(kernel, arrays, platform))
+
+
+def _lower_by_xla(context: Any, *operands: Any, kernel: Kernel, platform: str) -> Any:
+    """Hand the kernel's text to XLA, whose Triton compiles it, as it does what JAX writes."""
+    grid = dict(zip(("grid_x", "grid_y", "grid_z"), kernel.launch_grid, strict=True))
+    numbers = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, **grid}
+    return jax.ffi.ffi_lowering(XLA_TARGET, operand_output_aliases=dict(kernel.aliases))(
+        context,
+        *operands,
+        name=kernel.symbol,
+        ir=kernel.text(platform),
+        debug=False,
+        **{name: np.int32(number) for name, number in numbers.items()},
+    )
 
 
 def _refuse(*_: Any, kernel: Kernel, **__: Any) -> Any:
@@ -126,8 +148,8 @@ def _launch(kernel: Kernel, arrays: int, platform: str) -> bytes:
     """Tell jaxlib of a launch: the kernel's code, its grid, what it is handed."""
     if platform != "cuda":
         raise NotImplementedError(
-            f"wavejax's own way to run kernels on a GPU does not launch on {platform}: unset "
-            "WAVEJAX_TRITON, or set WAVEJAX_IMPLEMENTATION=xla for plain JAX"
+            f"{VARIABLE} is {STOCK}, which does not launch kernels on {platform}: leave it out, or "
+            "set WAVEJAX_IMPLEMENTATION=xla for plain JAX"
         )
     architecture = _architecture(platform)
     text = kernel.text(platform)

@@ -43,7 +43,7 @@ def own_kernels(case, platform="cuda"):
     """The kernels that a case launches by our own route, by name; of one name the last."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch, backend._traced_for(platform):
-        patch.setenv(triton_route.VARIABLE, "own")
+        patch.setenv(triton_route.VARIABLE, "stock")
         jaxpr = jax.make_jaxpr(case.function)(*case.operands).jaxpr
     jax.clear_caches()
     return {kernel.name: kernel for kernel in launched(jaxpr)}

@@ -5,6 +5,7 @@ kernel that stock `triton` compiled broke it down, and JAX with it.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,18 +26,61 @@ COMPILED = {
 }
 
 
-@pytest.mark.slow(200)
-@pytest.mark.parametrize("module", COMPILED)
-def test_xla_compiles_for_an_h200(module):
+def compile_all(module, *names, **variables):
+    """Run a module that compiles, in a process of its own."""
     folder = package_folder("jax_cuda13_plugin")
     path = [str(ROOT), *([] if folder is None else [str(folder)])]
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.support.{module}"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "JAX_PLATFORMS": "cpu"},
+    variables = {"PYTHONPATH": os.pathsep.join(path), "JAX_PLATFORMS": "cpu", **variables}
+    return subprocess.run(
+        [sys.executable, "-m", f"tests.support.{module}", *names],
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.slow(200)
+@pytest.mark.parametrize("module", COMPILED)
+def test_xla_compiles_for_an_h200(module):
+    done = compile_all(module)
     # The one after the last that was printed is the one that failed.
     assert done.stdout.split() == COMPILED[module], done.stderr[-2000:]
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def launches(folder):
+    """Of a step that XLA has written to a folder: what is launched, by kind, with its depth."""
+    [path] = folder.glob("*jit_step*thunk_sequence_after_thunk_passes.txt")
+    lines = path.read_text().splitlines()
+    return [line.split("[")[0] for line in lines if " k" in line or ": k" in line]
+
+
+def instructions(folder):
+    """By kernel's name, how many instructions of PTX a step's has."""
+    found = {}
+    for path in folder.glob("*jit_step*.ptx"):
+        text = path.read_text()
+        for kernel in re.finditer(r"\.visible \.entry (\w+)\(.*?\n\}", text, re.DOTALL):
+            found[kernel[1]] = len(
+                re.findall(r"^\t\s*(?:@!?%p\d+ )?[a-z]", kernel[0], re.MULTILINE)
+            )
+    return found
+
+
+@pytest.mark.slow(40)
+def test_our_own_texts_become_what_jaxs_do(tmp_path):
+    """In CUDA graphs like JAX's kernels, and of the same length but for the index's four."""
+    found = {}
+    for route in ("jax", "own"):
+        dump = f"--xla_dump_to={tmp_path / route} --xla_dump_hlo_as_text"
+        done = compile_all("described_steps", "wave", WAVEJAX_TRITON=route, XLA_FLAGS=dump)
+        assert done.stdout.split() == ["wave"], done.stderr[-2000:]
+        found[route] = launches(tmp_path / route), instructions(tmp_path / route)
+    (jaxs, jax_lengths), (own, own_lengths) = found["jax"], found["own"]
+    assert not [line for line in own if "kCustomCall" in line]
+    assert sorted(line.split(":")[1] for line in own) == sorted(line.split(":")[1] for line in jaxs)
+    assert own_lengths.keys() == jax_lengths.keys() >= {"attend_zones", "pick_rows"}
+    differ = {name for name, length in own_lengths.items() if length != jax_lengths[name]}
+    assert differ <= {"assign_tokens", "average_pieces", "cut_clusters", "move_centroids"}
+    assert all(own_lengths[name] <= jax_lengths[name] for name in differ)

@@ -49,7 +49,7 @@ def install(patch: Any) -> None:
     import tests.support.recorded_launches as this
     from pallas_kernels.own_triton import call, stock
 
-    patch.setenv("WAVEJAX_TRITON", "own")
+    patch.setenv("WAVEJAX_TRITON", "stock")
     patch.setattr(stock, "compile_text", compile_text)
     patch.setattr(call, "launcher", lambda: this)
 

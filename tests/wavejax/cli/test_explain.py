@@ -71,8 +71,8 @@ def test_a_variable_that_cannot_hold_is_one_line(
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("mosaic", "error: WAVEJAX_TRITON: no route 'mosaic'; give jax or own"),
-        ("own", "error: WAVEJAX_TRITON is own, and that way wants the package triton: pip install"),
+        ("mosaic", "error: WAVEJAX_TRITON: no route 'mosaic'; give jax, own or stock"),
+        ("stock", "error: WAVEJAX_TRITON is stock, and that way wants the package triton: pip"),
     ],
 )
 def test_a_route_that_cannot_be_taken_is_one_line(
