@@ -1,6 +1,6 @@
 """The table of the batch engine and of kept documents, made of a run record."""
 
-from markdown import Runs, dated, table, times
+from markdown_tables import Runs, dated, table, times
 from run_records import RunRecord
 
 ENGINE = "2026-12-01-engine-h200"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from markdown import Runs, dated, interval, plain, table, times
+from markdown_tables import Runs, dated, interval, plain, table, times
 from run_records import RunRecord
 from serving_tables import serving
 

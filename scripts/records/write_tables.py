@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from markdown import Runs
+from markdown_tables import Runs
 from run_records import ROOT, read_runs
 from tables import TABLES
 
