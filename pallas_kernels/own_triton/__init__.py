@@ -3,8 +3,7 @@
 Pallas traces a kernel; we translate what it traced to Triton's intermediate language; XLA's own
 Triton compiles that, as it does what JAX's backend writes. By `WAVEJAX_TRITON=stock`, for an XLA
 that has none, the package `triton` makes PTX and jaxlib launches it. Only what our kernels hold is
-translated.
-`pallas_kernels.backend` chooses between this and JAX's backend.
+translated. `pallas_kernels.backend` chooses between this and JAX's backend.
 """
 
 from pallas_kernels.own_triton._jax_internals import load, store

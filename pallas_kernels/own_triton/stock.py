@@ -105,6 +105,6 @@ def _package() -> _Triton:
         )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "wavejax's own way to run kernels on a GPU wants the package triton, 3.4 or later: "
-            "pip install triton"
+            "WAVEJAX_TRITON is stock, which wants the package triton, 3.4 or later: pip install "
+            "triton, or leave the variable out"
         ) from error

@@ -30,7 +30,7 @@ MOST_ROWS = 2**17  # Of a call of cuDNN, which wants them copied: 64 MiB a head 
 
 Running = tuple[Array, Array, Array]  # The largest logit so far, the weights' sum, the output.
 # Of parts of the rows: outputs `[parts, tokens, heads, head_dim]`, and the logs of their masses.
-State = tuple[Array, Array]
+Parts = tuple[Array, Array]
 
 
 class Stored(NamedTuple):
@@ -163,7 +163,7 @@ def splits_of(rows: int, heads: int) -> int:
 
 
 def _with_stored(
-    query: PromptQuery, stored: Stored, own: State
+    query: PromptQuery, stored: Stored, own: Parts
 ) -> Float[Array, "1 tokens heads head_dim"]:
     """Merge what rows at hand gave with what cuDNN gives of the stored ones, chunk by chunk."""
     chunks = chunks_of(stored.room)
@@ -171,7 +171,7 @@ def _with_stored(
     if chunks == 1:
         return _merged(own, _chunk_by_cudnn(query, stored, size, jnp.int32(0)))[0]
 
-    def round_of(i: Array, state: State) -> State:
+    def round_of(i: Array, state: Parts) -> Parts:
         return _merged(state, _chunk_by_cudnn(query, stored, size, i * size))
 
     return lax.fori_loop(0, (stored.tokens + size - 1) // size, round_of, own)[0]
@@ -202,7 +202,7 @@ def _chunk_by_cudnn(
     return output, jnp.where((lengths > 0)[:, None, None], mass, MASKED)
 
 
-def _merged(one: State, parts: State) -> State:
+def _merged(one: Parts, parts: Parts) -> Parts:
     """Merge outputs `[parts, tokens, heads, head_dim]` by the logs of their masses; float32."""
     masses = jnp.concatenate([one[1], parts[1]])
     shares = jax.nn.softmax(masses, axis=0)[..., None]

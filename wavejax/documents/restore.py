@@ -206,14 +206,13 @@ class Restoring:
     ) -> Any:
         self._checks.wait(file)
         pieces, heads = self._transfers.take(), file.shape[0]
-        state = on_device_of(attention_state)
+        part = next(part for part in arrays.parts_of(attention_state) if part.name == name)
         for number, start in enumerate(starts):
-            part = next(part for part in arrays.parts_of(attention_state) if part.name == name)
             of_heads = pieces[number * heads : (number + 1) * heads]
             put = arrays.put_rows(part, self._slot, layer, start, of_heads)
-            state = _replaced(state, {name: put})
-            attention_state = with_device_part(attention_state, state)
-        return attention_state
+            part = part._replace(array=put)
+        state = _replaced(on_device_of(attention_state), {name: part.array})
+        return with_device_part(attention_state, state)
 
     def _put_small(
         self, starts: dict[str, list[int]], numbers: dict[str, np.ndarray], attention_state: Any

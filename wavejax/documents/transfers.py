@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from wavejax.documents.stored_arrays import StoredArray
+from wavejax.engine.prompts import rounded_up
 
 THREADS = min(16, os.cpu_count() or 1)
 AHEAD = 2  # Groups that are brought at a time: what is on the device besides the state.
@@ -102,8 +103,7 @@ def row_pieces(file: StoredArray, tokens: int) -> tuple[int, list[int]]:
     row_bytes = max(1, file.bytes // (heads * held))
     # Two at least: one would be much longer than the rows, or leave some out.
     least = -(-tokens // max(2, -(-tokens * row_bytes // PIECE_BYTES)))
-    quarter = max(1, 2 ** (least.bit_length() - 3)) if least > 1 else 1
-    rows = min(tokens, -(-least // quarter) * quarter)
+    rows = min(tokens, rounded_up(least, 4))
     return rows, _starts(tokens, rows)
 
 

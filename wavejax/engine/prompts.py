@@ -12,7 +12,7 @@ def bucket(tokens: int) -> int:
 
     1, 1.25, 1.5, 1.75 times a power of two: at most a quarter more than the prompt.
     """
-    return _rounded_up(tokens, SMALLEST_BUCKET)
+    return rounded_up(tokens, SMALLEST_BUCKET)
 
 
 def least_of_bucket(tokens: int) -> int:
@@ -26,7 +26,7 @@ def answer_room(new_tokens: int) -> int:
 
     As a prompt's bucket, but of at least 64; none where none is asked for.
     """
-    return _rounded_up(new_tokens, SMALLEST_ROOM) if new_tokens else 0
+    return rounded_up(new_tokens, SMALLEST_ROOM) if new_tokens else 0
 
 
 def common_prefix(kept: Int[np.ndarray, "_kept"], prompt: Int[np.ndarray, "_prompt"]) -> int:
@@ -36,7 +36,8 @@ def common_prefix(kept: Int[np.ndarray, "_kept"], prompt: Int[np.ndarray, "_prom
     return int(different[0]) if different.size else shorter
 
 
-def _rounded_up(tokens: int, least: int) -> int:
+def rounded_up(tokens: int, least: int) -> int:
+    """Round up to 1, 1.25, 1.5 or 1.75 times a power of two, and to `least`, 4 or more."""
     if tokens <= least:
         return least
     quarter = _quarter(tokens)

@@ -210,11 +210,10 @@ class Batch:
             scores = watching.score(logits, tokens[0])
         self.state = state
         tokens.copy_to_host_async()
-        if drawn is not None:
-            self.calls.append(Call((None,) * len(seats), tokens, None, at, self.key, steps))
-            return ended
+        if drawn is not None:  # and handed out
+            seats = (None,) * len(seats)
         self.calls.append(Call(seats, tokens, scores, at, self.key, steps))
-        for answer in self.answers:
+        for answer in self.answers if drawn is None else ():
             answer.dispatched += steps
             if answer.left <= 0:
                 self.leave(answer)

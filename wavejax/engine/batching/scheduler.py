@@ -270,9 +270,7 @@ class Scheduler:
         for answer in {*batch.answers, *called} & self.running | reading:
             self._end(answer, "error", error)
         # Those that ended meanwhile sit nowhere any more.
-        for answer in [one for one in self.running if one.reason is not None]:
-            assert answer.reason is not None
-            self._finish(answer, answer.reason)
+        self._count([answer for answer in self.running if answer.has_ended()])
         batch.drop()
         self._came.pop(id(batch), None)
 
