@@ -20,7 +20,8 @@ WORKERS ?= 2
 # What a new JAX may break first: what ops mean and are lowered to, whole programs, the doctor.
 NEWEST_TESTS := tests/pallas_kernels/test_backend.py tests/pallas_kernels/selection/test_lowering.py \
 	tests/pallas_kernels/selection/test_references.py tests/pallas_kernels/attend_zones/test_reference.py \
-	tests/pallas_kernels/append_rows tests/pallas_kernels/attend_dense \
+	tests/pallas_kernels/append_rows tests/pallas_kernels/attend_appended \
+	tests/pallas_kernels/attend_dense/test_mosaic_gpu.py \
 	tests/pallas_kernels/score_clusters/test_mosaic_gpu.py \
 	tests/pallas_kernels/own_triton tests/wavejax/engine/test_gpu_programs.py \
 	tests/wavejax/engine/test_compiled_programs.py tests/wavejax/engine/test_staged.py tests/wavejax/cli/test_doctor.py

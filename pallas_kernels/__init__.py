@@ -28,6 +28,10 @@ Ops that make what a decode step reads:
 - `encode_tokens`: one bit a dimension of each key, `TokenCodes`.
 - `append_rows`: new rows into the row store, `Rows` too.
 
+What reads more text into a sequence that is held:
+
+- `attend_appended`: attention of some tokens to all that it holds, `KeptRows`, and to themselves.
+
 `use_implementation` chooses between plain JAX and the kernels for what is traced inside. So does
 the environment variable `WAVEJAX_IMPLEMENTATION` for a process, and each op's own argument
 `implementation`, an `Implementation`. `explain` tells what each op took and why: an `Explanation`,
@@ -44,6 +48,7 @@ makes inputs of them.
 """
 
 from pallas_kernels.append_rows import append_rows
+from pallas_kernels.attend_appended import attend_appended
 from pallas_kernels.attend_dense import attend_dense
 from pallas_kernels.attend_zones import attend_zones
 from pallas_kernels.build_clusters import build_clusters
@@ -68,6 +73,7 @@ from pallas_kernels.types import (
     Correction,
     Estimate,
     IndexedTokens,
+    KeptRows,
     Levels,
     Moments,
     PackedQuery,
@@ -100,6 +106,7 @@ __all__ = [
     "FallbackWarning",
     "Implementation",
     "IndexedTokens",
+    "KeptRows",
     "Levels",
     "Moments",
     "PackedQuery",
@@ -117,6 +124,7 @@ __all__ = [
     "ZoneBounds",
     "ZoneStates",
     "append_rows",
+    "attend_appended",
     "attend_dense",
     "attend_zones",
     "build_clusters",

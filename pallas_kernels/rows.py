@@ -113,6 +113,26 @@ class StoredRows(NamedTuple):
     cache: Rows
 
 
+class KeptRows(NamedTuple):
+    """KV rows of one kind that sequences hold, as `attend_appended` reads them.
+
+    Attributes:
+        keys: of keys alone, or of keys and values side by side.
+        values: those of values alone; None if `keys` has them.
+        tokens: `[batch]` int32, how many rows are in use, the first ones; all for more than there
+            is room for.
+    """
+
+    keys: Rows
+    values: Rows | None
+    tokens: Int[Array, " batch"]
+
+    @property
+    def room(self) -> int:
+        """How many rows a sequence has room for."""
+        return self.keys.shape[3]
+
+
 class RowTable(NamedTuple):
     """Which row of the store each slot of the row cache holds; the cache's own fields.
 

@@ -16,6 +16,7 @@ from pallas_kernels.moments import Moments as Moments
 from pallas_kernels.moments import Spread as Spread
 from pallas_kernels.moments import ZoneBounds as ZoneBounds
 from pallas_kernels.rows import EMPTY as EMPTY
+from pallas_kernels.rows import KeptRows as KeptRows
 from pallas_kernels.rows import Rows as Rows
 from pallas_kernels.rows import RowTable as RowTable
 from pallas_kernels.rows import SteadyRows as SteadyRows

@@ -29,6 +29,7 @@ from pallas_kernels.types import (
     SelectionSettings,
     TokenCodes,
 )
+from tests.support.appended_kernel_cases import appended_calls
 from tests.support.index_kernel_cases import index_calls
 from tests.support.product_kernel_cases import product_calls
 from tests.support.zone_operands import zone_operands
@@ -76,6 +77,7 @@ def kernel_cases(heads: Heads) -> Mapping[str, KernelCase]:
     """
     calls = _selection(heads) | _attention(heads) | index_calls(heads.head_dim, heads.dtype)
     calls |= product_calls(heads.dtype)
+    calls |= appended_calls(heads.group, heads.head_dim, heads.dtype)
     return {name: KernelCase(call[0], call[1], frozenset(call[2])) for name, call in calls.items()}
 
 

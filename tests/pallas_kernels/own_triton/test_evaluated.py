@@ -26,6 +26,7 @@ TESTS = {
         {"find_runs", "find_remains", "attend_corrected"},
     ),
     "attend_dense": ("not lowers", {"attend_dense", "merge_states"}),
+    "attend_appended": ("softmax and not 16", {"attend_appended"}),
     "append_rows": ("not lowers", {"append_rows"}),
     "build_clusters/test_kernel.py": (
         "not lowers",

@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from pallas_kernels import use_implementation
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, make_params, make_prompts
 from wavejax import DenseAttention, Generator, InputError, Sampler, WaveAttention
+from wavejax.attention import appended
 from wavejax.engine import appending
+from wavejax.store.shape import CacheShape
 
 # With all tokens retrieved wave attention is exact: it then gives full attention's tokens.
 EXACT = dataclasses.replace(CONFIG, min_retrieved_tokens=4096, min_candidate_tokens=4096)
@@ -46,19 +50,33 @@ def test_it_is_the_whole_prompt(name):
         np.testing.assert_array_equal(after(generator, state, slot=1), expected)
 
 
-@pytest.mark.parametrize("name", ["dense", pytest.param("device", marks=pytest.mark.slow(25))])
-def test_layers_that_are_written_out_append_in_one_program(name, monkeypatch):
+@pytest.mark.parametrize(
+    "name, op",
+    [
+        ("dense", False),
+        ("dense", True),
+        pytest.param("device", False, marks=pytest.mark.slow(25)),
+        pytest.param("device", True, marks=pytest.mark.slow(25)),
+    ],
+)
+def test_layers_that_are_written_out_append_in_one_program(name, op, monkeypatch):
     """Short pieces, as on a GPU: the whole prompt's logits, and no layer runs alone."""
     params = make_params()
     generator = Generator(MODEL, ATTENTIONS[name], GREEDY, unroll=True)
     whole = DENSE.start(params, [WHOLE], 20)
     expected = np.asarray(whole.logits[0]), after(DENSE, whole)
     monkeypatch.setattr(appending, "_append_layer", None)
+    # As with kernels, by the op that reads rows where they lie, or by none.
+    asked = []
+    monkeypatch.setattr(appended, "_reads_where_they_lie", lambda state: asked.append(op) or op)
+    jax.clear_caches()
     for cut in (200, 299):
         state = generator.start(params, [OTHER, WHOLE[:cut]], 420)
         state = generator.append(params, state, WHOLE[cut:], slot=1)
         np.testing.assert_allclose(state.logits[1], expected[0], atol=2e-4)
         np.testing.assert_array_equal(after(generator, state, slot=1), expected[1])
+    assert set(asked) == {op}
+    jax.clear_caches()
 
 
 @pytest.mark.slow(20)
@@ -105,3 +123,13 @@ def test_what_cannot_be_appended_is_refused():
         DENSE.append(params, state, [])
     with pytest.raises(InputError, match="slot is 1"):
         DENSE.append(params, state, [1], slot=1)
+
+
+@pytest.mark.parametrize("name", ["dense", "device", "host"])
+def test_rows_are_read_where_they_lie_if_kernels_are_asked_for(name):
+    state = ATTENTIONS[name].init_state(CacheShape.of(MODEL), 1, 64, 8, np.float32)
+    assert not appended._reads_where_they_lie(state)
+    with use_implementation("triton"):
+        assert appended._reads_where_they_lie(state) == (name != "host")
+    with use_implementation("xla"):
+        assert not appended._reads_where_they_lie(state)
