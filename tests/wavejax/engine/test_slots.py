@@ -11,9 +11,6 @@ from tests.wavejax.engine.test_compiled_programs import CompileLog
 from wavejax import DenseAttention, Generator, InputError, Sampler, WaveAttention
 from wavejax.engine.generator import NO_TOKEN
 
-# It says of users' programs which give the same tokens.
-pytestmark = pytest.mark.optimised
-
 ATTENTIONS = {
     "dense": DenseAttention(),
     "dense in int8": DenseAttention(row_dtype="int8"),

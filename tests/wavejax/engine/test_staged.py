@@ -16,9 +16,6 @@ from wavejax.store import rows
 from wavejax.store.host_rows import HostRows
 from wavejax.store.shape import CacheShape
 
-# It says of users' programs which give the same tokens.
-pytestmark = pytest.mark.optimised
-
 # With 90 new tokens the long prompts' indexes grow once, and the short one's begins.
 LENGTHS, NEW_TOKENS = (5, 262, 318), 90
 

@@ -15,13 +15,16 @@ from wavejax.store.shape import CacheShape
 # The second prompt's index grows after five tokens.
 PROMPTS, STEPS = make_prompts((150, 79)), 8
 SAMPLER = Sampler(temperature=1.0, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.3)
+# What refuses is set all at once: each setting compiles every program anew.
 MODES = {
-    "jax_enable_x64": True,
-    "jax_transfer_guard": "disallow",
-    "jax_numpy_dtype_promotion": "strict",
-    "jax_numpy_rank_promotion": "raise",
-    "jax_debug_nans": True,
-    "jax_default_prng_impl": "rbg",
+    "64 bits": {"jax_enable_x64": True},
+    "other numbers": {"jax_default_prng_impl": "rbg"},
+    "strict": {
+        "jax_transfer_guard": "disallow",
+        "jax_numpy_dtype_promotion": "strict",
+        "jax_numpy_rank_promotion": "raise",
+        "jax_debug_nans": True,
+    },
 }
 
 
@@ -36,13 +39,12 @@ def attentions():
 
 
 @contextlib.contextmanager
-def mode(name, value):
-    old = getattr(jax.config, name)
-    jax.config.update(name, value)
-    try:
+def modes(**settings):
+    with contextlib.ExitStack() as stack:
+        for name, value in settings.items():
+            stack.callback(jax.config.update, name, getattr(jax.config, name))
+            jax.config.update(name, value)
         yield
-    finally:
-        jax.config.update(name, old)
 
 
 def everything(generator):
@@ -65,17 +67,17 @@ def everything(generator):
 def test_every_mode_gives_the_same(name):
     generator = Generator(MODEL, attentions()[name], SAMPLER, (7,))
     expected = everything(generator)
-    for setting, value in MODES.items():
-        with mode(setting, value):
+    for changed, settings in MODES.items():
+        with modes(**settings):
             found = everything(generator)
         for one, other in zip(expected, found, strict=True):
-            np.testing.assert_array_equal(other, one, err_msg=setting)
+            np.testing.assert_array_equal(other, one, err_msg=changed)
             assert other.dtype == one.dtype
 
 
 def test_the_callers_modes_are_as_they_were():
     generator = Generator(MODEL, ATTENTIONS["dense"], SAMPLER)
-    with mode("jax_enable_x64", True):
+    with modes(jax_enable_x64=True):
         state = generator.start(make_params(), PROMPTS, STEPS)
         for _ in generator.stream(make_params(), state, STEPS):
             # Between two calls of the device too.
@@ -86,7 +88,7 @@ def test_the_callers_modes_are_as_they_were():
 def test_full_attention_writes_a_prompt_with_numbers_of_64_bits():
     """Where `DenseAttention` is part of a caller's own program, the caller's modes hold."""
     attention = ATTENTIONS["dense"]
-    with mode("jax_enable_x64", True):
+    with modes(jax_enable_x64=True):
         state = attention.init_state(CacheShape.of(MODEL), 1, 16, 4, jnp.float32)
         query = jnp.ones((1, 16, 4, 16), jnp.float32)
         key = jnp.ones((1, 16, 2, 16), jnp.float32)

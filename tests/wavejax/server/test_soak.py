@@ -22,7 +22,7 @@ from wavejax.server.service import Limits
 pytestmark = pytest.mark.slow(60)
 
 # 34 rounds are some 2,000 requests.
-ROUNDS = int(os.environ.get("WAVEJAX_SOAK_ROUNDS", "5"))
+ROUNDS = int(os.environ.get("WAVEJAX_SOAK_ROUNDS", "3"))
 MORE_ROUNDS = 4  # where no round has shown yet that memory is flat
 REQUESTS, AT_A_TIME = 60, 8
 GONE = "499"
