@@ -7,7 +7,7 @@ takes in all others, among which are the new tokens' own.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from pallas_kernels import backend as plt
 from pallas_kernels import tuning
 from pallas_kernels.merge_states import triton as merging
 from pallas_kernels.numerics import log_total
-from pallas_kernels.toolbox import launch
-from pallas_kernels.types import MASKED, KeptRows
+from pallas_kernels.toolbox import launch, online_softmax
+from pallas_kernels.toolbox.online_softmax import Vectors
+from pallas_kernels.types import KeptRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +67,6 @@ def heuristic(queries: int, kv_heads: int, room: int, head_dim: int, itemsize: i
     return Config(splits, tile, block, num_warps=max(4, tile // 16))
 
 
-class _Vectors(NamedTuple):
-    """Keys or values of one kind of rows: refs, and their place in a row that has both."""
-
-    rows: Any
-    place: tuple[int, ...]
-
-    def load(self, at: tuple[Any, ...], row: Any, dims: Any, mask: Any, dtype: Any) -> Any:
-        """Read a block `[n, d]`; levels as numbers of a dtype that holds them."""
-        here = (*at, row[:, None], *self.place, dims[None, :])
-        block = plt.load(self.rows.data.at[here], mask=mask, other=0.0)
-        return block if self.rows.scales is None else block.astype(dtype)
-
-    def scaled(self, x: Any, at: tuple[Any, ...], row: Any, exists: Any) -> Any:
-        """Multiply `[q, n]` by the block's scales, if there are any: so levels need not be."""
-        if self.rows.scales is None:
-            return x
-        scales = self.rows.scales.at[(*at, row, *self.place)]
-        return x * plt.load(scales, mask=exists, other=0.0)[None, :]
-
-
 def _kernel(
     query: Any,
     kept: Any,
@@ -115,16 +96,18 @@ def _kernel(
     place = pl.program_id(1) * config.queries + jnp.arange(config.queries)
     token, member = place // group, place % group
     dims = jnp.arange(launch.tile(head_dim))
-    in_dims = (dims < head_dim)[None, :]
-    mask = (token < tokens)[:, None] & in_dims
+    in_dims = dims < head_dim
+    mask = (token < tokens)[:, None] & in_dims[None, :]
     own_query = query.at[token[:, None], head, member[:, None], dims[None, :]]
     q = plt.load(own_query, mask=mask, other=0.0)
 
     def take_in(which: int, carry: Any) -> Any:
         """Attend to one kind of rows, as far as they are this part's."""
         rows = kept[which]
-        keys = _Vectors(rows.keys, () if rows.values is not None else (0,))
-        values = _Vectors(rows.keys, (1,)) if rows.values is None else _Vectors(rows.values, ())
+        if rows.values is None:
+            keys, values = Vectors(rows.keys, (0,)), Vectors(rows.keys, (1,))
+        else:
+            keys, values = Vectors(rows.keys), Vectors(rows.values)
         used = plt.load(rows.tokens.at[sequence])
         length = jnp.minimum(used + count_ref[...] if which == 0 else used, rows.room)
         blocks = pl.cdiv(jnp.maximum(length, 0), config.block)
@@ -138,30 +121,17 @@ def _kernel(
             here = jnp.where(part == config.splits, blocks, 0)
 
         def visit(i: Any, carry: Any) -> Any:
-            total, weight, peak = carry
             row = (first + i) * config.block + jnp.arange(config.block)
             exists = row < length
             seen = exists[None, :]
             if which == 0:
                 seen = seen & (row[None, :] <= used + token[:, None])
-            of_rows = exists[:, None] & in_dims
-            products = scale * launch.dot(q, keys.load(at, row, dims, of_rows, q.dtype), (1, 1))
-            logits = jnp.where(seen, keys.scaled(products, at, row, exists), MASKED)
-            higher = jnp.maximum(peak, jnp.max(logits, axis=1))
-            mass = jnp.where(seen, jnp.exp(logits - higher[:, None]), 0.0)
-            fade = jnp.exp(peak - higher)
-            v = values.load(at, row, dims, of_rows, q.dtype)
-            weights = values.scaled(mass, at, row, exists).astype(v.dtype)
-            total = total * fade[:, None] + launch.dot(weights, v)
-            return total, weight * fade + jnp.sum(mass, axis=1), higher
+            block = keys, values, at, row, exists, seen, dims, in_dims, scale
+            return online_softmax.take_in(carry, q, *block)
 
         return lax.fori_loop(0, here, visit, carry)
 
-    carry = (
-        jnp.zeros((config.queries, dims.shape[0]), jnp.float32),
-        jnp.zeros(config.queries, jnp.float32),
-        jnp.full(config.queries, MASKED, jnp.float32),
-    )
+    carry: Any = online_softmax.nothing(config.queries, dims.shape[0])
     for which in range(len(kept)):
         carry = take_in(which, carry)
     total, weight, peak = carry

@@ -13,8 +13,9 @@ from pallas_kernels import backend as plt
 from pallas_kernels import tuning
 from pallas_kernels.merge_states import triton as merging
 from pallas_kernels.numerics import log_total
-from pallas_kernels.toolbox import launch
-from pallas_kernels.types import MASKED, Rows
+from pallas_kernels.toolbox import launch, online_softmax
+from pallas_kernels.toolbox.online_softmax import Vectors
+from pallas_kernels.types import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _kernel(
     """One split of one row: online softmax over its tokens; keys and values are `Rows` of refs."""
     part, head, sequence = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, head_dim = query.shape[2:]
-    layer = layer_ref[...]
+    at = layer_ref[...], sequence, head
     # Each sequence's own tokens are cut evenly, so that none of its programs is left without.
     length = jnp.minimum(plt.load(lengths.at[sequence]), keys.shape[3])
     blocks = pl.cdiv(pl.cdiv(length, config.block), config.splits)
@@ -78,38 +79,12 @@ def _kernel(
     )
 
     def visit(i: Any, carry: Any) -> Any:
-        total, weight, peak = carry
         token = (part * blocks + i) * config.block + jnp.arange(config.block)
-        here = (layer, sequence, head, token[:, None], dims[None, :])
         seen = token < length
-        mask = seen[:, None] & in_dims[None, :]
+        block = at, token, seen, seen[None, :], dims, in_dims, scale
+        return online_softmax.take_in(carry, q, Vectors(keys), Vectors(values), *block)
 
-        def load(rows: Any) -> Any:
-            """Read a block `[n, d]`; levels as numbers of the query's dtype, which holds them."""
-            block = plt.load(rows.data.at[here], mask=mask, other=0.0)
-            return block if rows.scales is None else block.astype(q.dtype)
-
-        def scaled(x: Any, rows: Any) -> Any:
-            """Multiply `[g, n]` by the block's scales, if there are any: so levels need not be."""
-            if rows.scales is None:
-                return x
-            at = rows.scales.at[layer, sequence, head, token]
-            return x * plt.load(at, mask=seen, other=0.0)[None, :]
-
-        k = load(keys)
-        logits = jnp.where(seen[None, :], scaled(scale * launch.dot(q, k, (1, 1)), keys), MASKED)
-        higher = jnp.maximum(peak, jnp.max(logits, axis=1))
-        mass = jnp.where(seen[None, :], jnp.exp(logits - higher[:, None]), 0.0)
-        fade = jnp.exp(peak - higher)
-        v = load(values)
-        total = total * fade[:, None] + launch.dot(scaled(mass, values).astype(v.dtype), v)
-        return total, weight * fade + jnp.sum(mass, axis=1), higher
-
-    start = (
-        jnp.zeros((heads.shape[0], dims.shape[0]), jnp.float32),
-        jnp.zeros(heads.shape[0], jnp.float32),
-        jnp.full(heads.shape[0], MASKED, jnp.float32),
-    )
+    start = online_softmax.nothing(heads.shape[0], dims.shape[0])
     total, weight, peak = lax.fori_loop(0, blocks, visit, start)
     plt.store(
         outputs.at[part, sequence, head, heads[:, None], dims[None, :]],
