@@ -117,8 +117,9 @@ class KeptRows(NamedTuple):
     """KV rows of one kind that sequences hold, as `attend_appended` reads them.
 
     Attributes:
-        keys: of keys alone, or of keys and values side by side.
-        values: those of values alone; None if `keys` has them.
+        keys: of keys and values side by side, `[layers, batch, kv_heads, room, 2, head_dim]`; or
+            of keys alone, without the axis of 2.
+        values: of values alone, as `keys`; None if `keys` has them.
         tokens: `[batch]` int32, how many rows are in use, the first ones; all for more than there
             is room for.
     """

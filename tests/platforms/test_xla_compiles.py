@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.described_piece import LAYERS
 from tests.support.described_products import PRODUCTS
 from tests.support.described_steps import ATTENTIONS
 from tests.support.kernel_cases import ALL_HEADS, kernel_cases
@@ -50,9 +51,9 @@ def test_xla_compiles_for_an_h200(module):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def launches(folder):
-    """Of a step that XLA has written to a folder: what is launched, by kind, with its depth."""
-    [path] = folder.glob("*jit_step*thunk_sequence_after_thunk_passes.txt")
+def launches(folder, program="step"):
+    """Of a program that XLA has written to a folder: what is launched, by kind, with its depth."""
+    [path] = folder.glob(f"*jit_*{program}*thunk_sequence_after_thunk_passes.txt")
     lines = path.read_text().splitlines()
     return [line.split("[")[0] for line in lines if " k" in line or ": k" in line]
 
@@ -85,3 +86,17 @@ def test_our_own_texts_become_what_jaxs_do(tmp_path):
     differ = {name for name, length in own_lengths.items() if length != jax_lengths[name]}
     assert differ <= {"assign_tokens", "average_pieces", "cut_clusters", "move_centroids"}
     assert all(own_lengths[name] <= jax_lengths[name] for name in differ)
+
+
+@pytest.mark.slow(20)
+def test_a_piece_of_appended_tokens_is_one_cuda_graph(tmp_path):
+    done = compile_all(
+        "described_piece", XLA_FLAGS=f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
+    )
+    assert done.stdout.split() == ["piece"], done.stderr[-2000:]
+    graph, *within = launches(tmp_path, "append_short")
+    assert "kCommandBuffer" in graph
+    assert all(line.startswith("    ") for line in within)
+    # Twelve a layer, and some before and after the layers. Its state is copied, as none is donated.
+    kernels = [line for line in within if "kCustomKernel" in line]
+    assert len(kernels) <= 12 * LAYERS + 10
