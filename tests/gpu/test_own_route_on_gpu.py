@@ -30,6 +30,7 @@ TESTS = {
 # After the tests: the route was ours, and each kernel was written by it.
 REPORT = """
 import sys, pytest
+import tests.support.without_triton  # before anything imports the backend
 from pallas_kernels.own_triton.translate import Kernel
 written, text = [], Kernel.text
 Kernel.text = lambda *given: written.append(1) or text(*given)
