@@ -74,6 +74,16 @@ def requested(implementation: Implementation | None) -> Implementation:
     return _request(implementation).implementation
 
 
+def takes_triton() -> bool:
+    """Whether an op that has a Triton kernel takes it here, if that supports the case.
+
+    Raises:
+        ValueError: the environment variable names no implementation.
+    """
+    asked = requested(None)
+    return asked == "triton" or (asked == "auto" and not backend.is_for_tpu() and not _unfit())
+
+
 def explain() -> Explanation:
     """Tells what each op took, and why, since the process began or `forget` was called.
 

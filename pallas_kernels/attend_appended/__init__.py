@@ -53,3 +53,25 @@ def attend_appended(
         layer,
         scale=scale,
     )
+
+
+def has_kernel(
+    query: Float[Array, "tokens kv_heads group head_dim"],
+    own: KeptRows,
+    others: Sequence[KeptRows],
+) -> bool:
+    """Whether `attend_appended` takes its kernel here: in plain JAX it copies all rows.
+
+    Args:
+        query, own, others: as of `attend_appended`; shapes and dtypes alone are looked at.
+
+    Raises:
+        ValueError: the environment variable names no implementation.
+    """
+    if not dispatch.takes_triton():
+        return False
+    try:
+        triton.check(query, own, others)
+    except NotImplementedError:
+        return False
+    return True

@@ -42,7 +42,10 @@ class Config:
 
 
 def heuristic(queries: int, kv_heads: int, room: int, head_dim: int, itemsize: int) -> Config:
-    """Fill an H200's processors once, if each program then has four blocks to attend to.
+    """Fill an H200's processors in one wave of programs, or in three where one would be uneven.
+
+    A wave that is begun takes as long as a full one, so splits are rounded down. One part is that
+    of the other rows.
 
     Args:
         queries: new tokens times the query heads that share a kv head.
@@ -51,20 +54,23 @@ def heuristic(queries: int, kv_heads: int, room: int, head_dim: int, itemsize: i
         head_dim: of the heads.
         itemsize: bytes of a number as it is multiplied: the query's, also for levels.
     """
-    row_bytes = launch.tile(head_dim) * itemsize
+    width = launch.tile(head_dim)
     if itemsize < 4:
         # 32 KiB of queries, and of keys and values at once.
-        tile, block = 32768 // row_bytes, 16384 // row_bytes
+        tile, block = 32768 // (width * itemsize), 16384 // (width * itemsize)
     else:
         # Not for the matrix units: tiles of twice this do not fit the registers.
-        tile = block = 8192 // row_bytes
+        tile = block = 8192 // (width * itemsize)
     tile = max(launch.DOT_TILE, min(128, tile, launch.tile(queries)))
     block = max(launch.DOT_TILE, min(64, block))
-    # Of narrow heads a program takes 127 registers a thread, of others 161 to 236.
-    fill = 132 * (2 if head_dim <= 64 else 1)
+    # So many registers does a program take that a processor holds two at a time.
+    at_once = 2 * 132
     programs = -(-queries // tile) * kv_heads
-    splits = max(1, min(-(-fill // programs), room // (4 * block)))
-    return Config(splits, tile, block, num_warps=max(4, tile // 16))
+    waves = 1 if at_once >= 12 * programs else 3
+    splits = max(1, min(waves * at_once // programs - 1, room // (4 * block)))
+    narrow = width <= 64
+    warps = max(4, tile // 16) if narrow else 4
+    return Config(splits, tile, block, num_warps=warps, num_stages=3 if narrow else 2)
 
 
 def _kernel(
@@ -163,11 +169,7 @@ def attend_appended(
             levels; or there are levels, and the query is in float16.
     """
     tokens, kv_heads, group, head_dim = query.shape
-    launch.check_heads("attend_appended", group, head_dim, query.dtype)
-    # Without a row there is nothing to load.
-    kept = (own, *(rows for rows in others if rows.room))
-    for rows in kept:
-        _check(query, rows)
+    kept = check(query, own, others)
     rooms = [rows.room for rows in kept]
     if config is None:
         config = tuning.config(
@@ -198,6 +200,22 @@ def attend_appended(
         return outputs[0].astype(query.dtype)
     merge = functools.partial(merging.merge_states, dtype=query.dtype, interpret=interpret)
     return merge(outputs, logsumexps)[0]
+
+
+def check(query: Array, own: KeptRows, others: Sequence[KeptRows]) -> tuple[KeptRows, ...]:
+    """Return the rows that there is room for, the new tokens' own first.
+
+    Raises:
+        NotImplementedError: see `attend_appended`, and `launch.check_addressable`.
+    """
+    _, _, group, head_dim = query.shape
+    launch.check_heads("attend_appended", group, head_dim, query.dtype)
+    # Without a row there is nothing to load.
+    kept = (own, *(rows for rows in others if rows.room))
+    for rows in kept:
+        _check(query, rows)
+    launch.check_addressable("attend_appended", kept)
+    return kept
 
 
 def _check(query: Array, kept: KeptRows) -> None:

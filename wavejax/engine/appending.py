@@ -29,6 +29,7 @@ PIECE = 1024  # Tokens that run through the layers together, layer by layer.
 # Where layers are written out, so many run through all of them in one program: a call of a program
 # for each layer takes longer than the layer. One length, so that one program is compiled.
 SHORT = 128
+SHORTEST = 64  # What fewer tokens are padded to: most questions are short.
 FEW = 3  # Pieces of `SHORT` up to which that is faster.
 
 
@@ -99,6 +100,11 @@ def piece_tokens(engine: Engine, most: int) -> int:
     return min(most, SHORT if most <= FEW * SHORT and _in_one_program(engine) else PIECE)
 
 
+def padded_piece(tokens: int) -> int:
+    """Return what a piece is padded to: pieces of one length share compiled programs."""
+    return SHORTEST if tokens <= SHORTEST else bucket(tokens)
+
+
 def _in_one_program(engine: Engine) -> bool:
     """Whether short pieces run through all layers in one program: rows must be on the device."""
     return engine.unrolls and engine.attention.on_device == engine.attention
@@ -132,7 +138,7 @@ def _append_piece(
     piece: Int[np.ndarray, "_tokens"],
 ) -> tuple[Any, Array]:
     model_config, ends = engine.model_config, unstacked.without_layers(params)
-    padded = np.zeros((1, bucket(len(piece))), np.int32)
+    padded = np.zeros((1, padded_piece(len(piece))), np.int32)
     padded[0, : len(piece)] = piece
     sequence, count = np.int32(slot), np.int32(len(piece))
     if len(piece) <= SHORT and _in_one_program(engine):

@@ -3,10 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import use_implementation
+from pallas_kernels import dispatch, use_implementation
 from tests.support.tiny_generator import CONFIG, GREEDY, MODEL, make_params, make_prompts
 from wavejax import DenseAttention, Generator, InputError, Sampler, WaveAttention
 from wavejax.attention import appended
@@ -68,7 +69,7 @@ def test_layers_that_are_written_out_append_in_one_program(name, op, monkeypatch
     monkeypatch.setattr(appending, "_append_layer", None)
     # As with kernels, by the op that reads rows where they lie, or by none.
     asked = []
-    monkeypatch.setattr(appended, "_reads_where_they_lie", lambda state: asked.append(op) or op)
+    monkeypatch.setattr(appended, "_reads_where_they_lie", lambda *given: asked.append(op) or op)
     jax.clear_caches()
     for cut in (200, 299):
         state = generator.start(params, [OTHER, WHOLE[:cut]], 420)
@@ -126,10 +127,22 @@ def test_what_cannot_be_appended_is_refused():
 
 
 @pytest.mark.parametrize("name", ["dense", "device", "host"])
-def test_rows_are_read_where_they_lie_if_kernels_are_asked_for(name):
-    state = ATTENTIONS[name].init_state(CacheShape.of(MODEL), 1, 64, 8, np.float32)
-    assert not appended._reads_where_they_lie(state)
-    with use_implementation("triton"):
-        assert appended._reads_where_they_lie(state) == (name != "host")
+def test_rows_are_read_where_they_lie_where_the_op_has_a_kernel(name, monkeypatch):
+    shape = dataclasses.replace(CacheShape.of(MODEL), head_dim=64)
+    state = ATTENTIONS[name].init_state(shape, 1, 64, 8, np.float32)
+
+    def reads(tokens=64, dtype=np.float32):
+        query = jnp.zeros((tokens, shape.kv_heads, 2, 64), dtype)
+        return appended._reads_where_they_lie(query, state)
+
+    lies_on_device = name != "host"
+    assert not reads()  # there is no kernel for a CPU
+    monkeypatch.setattr(dispatch, "_unfit", lambda: None)  # as on a GPU
+    assert reads() == lies_on_device
+    assert not reads(256)
+    assert not reads(dtype=jnp.bfloat16)  # the rows are float32
     with use_implementation("xla"):
-        assert not appended._reads_where_they_lie(state)
+        assert not reads()
+    monkeypatch.undo()
+    with use_implementation("triton"):
+        assert reads() == lies_on_device

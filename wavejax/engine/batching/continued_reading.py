@@ -5,13 +5,8 @@ with the text.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
-
-import jax
-import numpy as np
-from jax import Array
 
 from wavejax.attention import appended
 from wavejax.engine.batching.answer import Answer
@@ -79,11 +74,6 @@ def cut_slot(batch: Batch, slot: int, tokens: int) -> None:
     """Leave a slot the first tokens of what it holds."""
     state = batch.whole_state
     held = state.attention_state
-    arrays = _cut(on_device_of(held), np.int32(slot), np.int32(tokens))
+    arrays = appended.cut(on_device_of(held), slot, tokens)
     new = with_device_part(held, arrays)
     batch.state = dataclasses.replace(state, attention_state=new)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _cut(state: Any, slot: Array, tokens: Array) -> Any:
-    return appended.cut(state, slot, tokens)

@@ -97,7 +97,7 @@ class AppendedReading(SlotReading):
         """Say what comes next: a piece of the rest."""
         left = len(self._prompt) - self._read
         count = appending.piece_tokens(self.batch.engine, left)
-        sizes = bucket(self._read), bucket(count) if count else 0
+        sizes = bucket(self._read), appending.padded_piece(count) if count else 0
         return Part(("append", self.batch.room, *sizes), 1)
 
     def _append(self) -> Any:

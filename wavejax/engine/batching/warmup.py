@@ -42,7 +42,8 @@ def warm(
         for length in _lengths(scheduler.batches, number, prompt_tokens)
     ]
     appended = appended and parks(scheduler.generator.attention)
-    pieces = _buckets(1, appending.PIECE) if appended else []
+    sizes = {appending.padded_piece(tokens) for tokens in range(1, appending.PIECE + 1)}
+    pieces = sorted(sizes) if appended else []
     rounds = len(work) + len(scheduler.batches) * (len(by_level) + len(pieces))
     done = 0
 
