@@ -1,6 +1,7 @@
 """The parts of `bench_engine.py`: the batch engine's work, beside what it replaces."""
 
 import gc
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from wavejax.engine.batching.options import EngineOptions
 
 STEPS = 8  # of a call of the step, here and there
 PER_SLOT = 8  # answers of unequal length
+QUESTIONS = 9  # to a text that a slot holds, whose median is taken
 
 
 @dataclass(frozen=True)
@@ -200,16 +202,18 @@ def document(setting: Setting) -> dict[str, float]:
                 kept.append(second.tokens[0] - second.sent)
     in_slot = []
     with setting.engine(len(asked), 1, reuse_slots=True) as engine:
-        for new in setting.prompts(5, 32):  # the first reads the text, the second compiles
+        # The first reads the text, the second compiles. Of two tokens the first one waits for
+        # nothing that an answer's end asks for.
+        for new in setting.prompts(2 + QUESTIONS, 32):
             time.sleep(0.1)  # nobody asks while the step after the last answer runs
-            asking = Times(engine, Request(np.concatenate([text, new]), 1, stop_tokens=()))
+            asking = Times(engine, Request(np.concatenate([text, new]), 2, stop_tokens=()))
             run(engine, asking)
             in_slot.append(asking.tokens[0] - asking.sent)
     return {
         "read_s": read[-1],
         "loaded_s": again[-1],
         "kept_s": kept[-1],
-        "in_slot_s": in_slot[-1],
+        "in_slot_s": statistics.median(in_slot[2:]),
         "save_s": saved,
-        "ratio": in_slot[-1] / read[-1],
+        "ratio": statistics.median(in_slot[2:]) / read[-1],
     }

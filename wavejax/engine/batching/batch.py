@@ -14,6 +14,7 @@ from wavejax.engine import penalties, slots
 from wavejax.engine.batching import watching
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.call import Call, hand_out
+from wavejax.engine.batching.drawing import Draw, begin_draw
 from wavejax.engine.batching.ended import Ended, ended
 from wavejax.engine.batching.levels import Level, level_of
 from wavejax.engine.batching.reads import begin_reads, copy_counters, reads_in
@@ -21,7 +22,7 @@ from wavejax.engine.batching.rooms import Room
 from wavejax.engine.batching.tolerances import begin_slot, copy_log, met_in
 from wavejax.engine.generator import Generator
 from wavejax.engine.sampling import Sampler
-from wavejax.engine.state import DecodeState, commit, was_donated
+from wavejax.engine.state import DecodeState, was_donated
 
 
 class Batch:
@@ -45,6 +46,7 @@ class Batch:
         self.calls: list[Call] = []
         self._to_release: set[int] = set()
         self._drawn: Array | None = None  # the next step's tokens, if they were handed out
+        self._draw: Draw | None = None
         self._level = Level()
         self._samplers: list[Sampler] = []
 
@@ -79,7 +81,7 @@ class Batch:
 
     def drop(self) -> None:
         """Give the state's memory back."""
-        self.state = self._drawn = None
+        self.state = self._drawn = self._draw = None
         self.ended.clear()
         self.calls.clear()
         self._to_release.clear()
@@ -161,6 +163,10 @@ class Batch:
         """Whether `draw_ahead` can be called: nobody's logits are looked at by the host."""
         return self.engine.draws_ahead and not any(answer.watched for answer in self.answers)
 
+    def begin_draw(self) -> None:
+        """Begin to draw the next step's tokens: `draw_ahead`'s, if the state then is still this."""
+        self._draw = begin_draw(self.engine, self.whole_state)
+
     def draw_ahead(self, now: Callable[[], float]) -> list[Answer]:
         """Draw and hand out the next step's tokens, which it is then given by `dispatch`.
 
@@ -174,7 +180,10 @@ class Batch:
             the answers that ended by them. Their slots are free.
         """
         self.release()
-        self._drawn, shown = self.engine.first_tokens(self.whole_state)
+        if self._draw is None or self._draw.state is not self.state:
+            self.begin_draw()
+        assert self._draw is not None
+        _, self._drawn, shown = self._draw
         for answer in self.answers:
             answer.dispatched += 1
         return self._give(self.seats, np.asarray(shown), None, now())
@@ -196,7 +205,7 @@ class Batch:
             self.leave(answer)
         self.release()
         seats, state, scores = tuple(self.seats), self.whole_state, None
-        drawn, self._drawn = self._drawn, None
+        drawn, self._drawn, self._draw = self._drawn, None, None
         if not self.answers:
             return ended
         watched = any(answer.watched for answer in self.answers)
@@ -278,12 +287,7 @@ class Batch:
         if samplers == self._samplers:
             return
         level = level_of(samplers, self._vocab)
-        changes: dict[str, Any] = {"sampling": level.settings(samplers, self._vocab)}
-        if level.penalises != (self.whole_state.counts is not None):
-            counts = None
-            if level.penalises:
-                counts = commit(penalties.no_counts(len(samplers), self._vocab))
-            changes["counts"] = counts
+        changes = level.changes(self.whole_state, samplers, self._vocab)
         self._level, self._samplers = level, samplers
         self.state = dataclasses.replace(self.whole_state, **changes)
 

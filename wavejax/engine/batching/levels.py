@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+from wavejax.engine import penalties
 from wavejax.engine.sampling import Sampler, SamplingSettings, settings_of
-from wavejax.engine.state import commit
+from wavejax.engine.state import DecodeState, commit
 
 NARROW = 64  # Ranks of a program for samplers that need few: sorting a vocabulary takes long.
 
@@ -31,6 +33,16 @@ class Level:
         if self.penalises:
             also.append(Sampler(presence_penalty=1.0))
         return commit(settings_of(samplers, vocab, also))
+
+    def changes(
+        self, state: DecodeState, samplers: Sequence[Sampler], vocab: int
+    ) -> dict[str, Any]:
+        """Make the fields of a batch's state that differ with its samplers, a slot's each."""
+        changes: dict[str, Any] = {"sampling": self.settings(samplers, vocab)}
+        if self.penalises != (state.counts is not None):
+            counts = penalties.no_counts(len(samplers), vocab) if self.penalises else None
+            changes["counts"] = commit(counts)
+        return changes
 
 
 def level_of(samplers: Sequence[Sampler], vocab: int) -> Level:

@@ -71,6 +71,8 @@ class SlotReading(abc.ABC):
     def _seat(self) -> None:
         """Let the answer begin, in a slot that has been filled."""
         self.batch.seat(self.slot, self.answer)
+        if self.batch.draws_ahead:
+            self.batch.begin_draw()
         self.done = True
 
 

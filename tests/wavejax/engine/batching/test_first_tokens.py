@@ -37,6 +37,27 @@ def test_it_comes_before_the_step_and_is_the_one_that_is_fed(sampler, monkeypatc
     assert given[0] == tokens[0]
 
 
+@pytest.mark.parametrize("prompts, draws", [([0], 1), ([0, 1], 2), ([0, 0], 2)])
+def test_it_is_drawn_behind_the_prompt(prompts, draws, monkeypatch):
+    """Each prompt's draw is for all who sit there then; one seated beside it wants another."""
+    engine, states = make_engine(WaveAttention(CONFIG, "device")), []
+    first_tokens = CompiledEngine.first_tokens
+
+    def noted(self, state):
+        states.append(state)
+        return first_tokens(self, state)
+
+    monkeypatch.setattr(CompiledEngine, "first_tokens", noted)
+    requests = [Request(PROMPTS[i], 4, stop_tokens=()) for i in prompts]
+    handles = [engine.submit(request) for request in requests]
+    run(engine)
+    alone = Alone(WaveAttention(CONFIG, "device"), stop_tokens=())
+    for request, handle in zip(requests, handles, strict=True):
+        assert tuple(handle.result(0).token_ids) == alone(request)[0]
+    assert len(states) == draws
+    assert len({id(state) for state in states}) == draws
+
+
 def test_no_step_runs_for_an_answer_of_one_token():
     engine = make_engine()
     requests = [Request(prompt, 1, stop_tokens=()) for prompt in PROMPTS]

@@ -5,7 +5,9 @@ import pytest
 
 from tests.support.batch_requests import Alone, make_engine, run
 from tests.support.reused_slots import DRAWN, FIRST, NEXT, OTHER, ROOM, ask, request_of
-from wavejax.engine.batching import Request, Room, continued_reading
+from wavejax.attention import appended
+from wavejax.engine import appending
+from wavejax.engine.batching import Request, Room
 
 
 def test_what_is_not_finite_is_not_gone_on_from():
@@ -44,16 +46,16 @@ def test_what_failed_gives_its_slot_first():
     assert again.usage.cached_tokens == len(FIRST) + 4
 
 
-def test_a_state_that_a_failed_cut_took_is_given_up(monkeypatch):
+def test_a_state_that_a_failed_piece_took_is_given_up(monkeypatch):
     engine = make_engine(None, (Room(448, 192, 2),), reuse_slots=True)
     found = ask(engine, FIRST, 4)
-    cut = continued_reading._cut
+    append_some = appending.append_some
 
-    def fail(state, *given):
-        cut(state, *given)
+    def fail(*given, free):
+        append_some(*given, free=free)
         raise MemoryError("none left")
 
-    monkeypatch.setattr(continued_reading, "_cut", fail)
+    monkeypatch.setattr(appending, "append_some", fail)
     handle = engine.submit(request_of([*FIRST, *NEXT], 4))
     run(engine)
     monkeypatch.undo()
@@ -71,7 +73,7 @@ def test_a_cut_that_fails_ends_its_own_answer_alone(monkeypatch):
     def fail(*_):
         raise MemoryError("none left")
 
-    monkeypatch.setattr("wavejax.engine.batching.continued_reading._cut", fail)
+    monkeypatch.setattr(appended, "cut", fail)
     handle = engine.submit(request_of([*FIRST, *NEXT], 4))
     run(engine)
     with pytest.raises(MemoryError, match="none left"):
