@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.described_piece import LAYERS
 from tests.support.described_products import PRODUCTS
+from tests.support.described_rows import FORMATS
 from tests.support.described_steps import ATTENTIONS
 from tests.support.kernel_cases import ALL_HEADS, kernel_cases
 from tests.support.platform_packages import package_folder
@@ -100,3 +101,16 @@ def test_a_piece_of_appended_tokens_is_one_cuda_graph(tmp_path):
     # Twelve a layer, and some before and after the layers. Its state is copied, as none is donated.
     kernels = [line for line in within if "kCustomKernel" in line]
     assert len(kernels) <= 12 * LAYERS + 10
+
+
+def test_a_step_of_one_sequence_is_fewer_kernels_as_two_rows():
+    done = compile_all("described_rows")
+    found = {
+        name: [float(x) for x in counts]
+        for name, *counts in map(str.split, done.stdout.splitlines())
+    }
+    assert found.keys() == set(FORMATS), done.stderr[-2000:]
+    # A layer's: a norm is one kernel for two, and int8's products take no padding.
+    for name, fewer in (("bfloat16", 3), ("int8", 8)):
+        one, two = found[name]
+        assert two <= one - fewer, found

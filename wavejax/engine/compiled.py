@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from models import decoder
 from models.config import ModelConfig
 from models.parameters import Params
 from wavejax.attention.protocol import AnyAttention
-from wavejax.engine import penalties
+from wavejax.engine import penalties, two_rows
 from wavejax.engine.interface import Engine, Number
 from wavejax.engine.sampling import draw_tokens, step_keys
 from wavejax.engine.staged_state import StagedState
@@ -152,18 +152,22 @@ def feed(engine: Engine, params: Params, state: DecodeState, tokens: Array) -> D
     attention = engine.attention
     attention_state: Any = attention.grow(state.attention_state)
     positions = attention.lengths(attention_state)[:, None]
+    fed, attend = tokens[:, None], cast(two_rows.Attend, attention.decode)
+    if two_rows.takes_two(params, len(tokens), engine.unrolls):
+        fed, positions = map(two_rows.repeated, (fed, positions))
+        attend = two_rows.of_first(attention.decode)
     hidden, attention_state = decoder.apply_model(
         engine.model_config,
         params,
-        tokens[:, None],
+        fed,
         positions,
         # A function of its own: where layers are written out, it is traced and lowered once.
-        jax.jit(attention.decode),
+        jax.jit(attend),
         attention_state,
         unroll=engine.unrolls,
     )
     attention_state = attention.advance(attention_state, ~state.finished)
-    logits = decoder.unembed(engine.model_config, params, hidden[:, 0])
+    logits = decoder.unembed(engine.model_config, params, hidden[: len(tokens), 0])
     counts = state.counts and penalties.count(state.counts, tokens, state.finished)
     new = {"attention_state": attention_state, "logits": logits, "counts": counts}
     return dataclasses.replace(state, step=state.step + 1, **new)
