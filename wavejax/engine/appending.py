@@ -27,7 +27,7 @@ from wavejax.store.host_rows import HostRows
 
 PIECE = 1024  # Tokens that run through the layers together, layer by layer.
 # Where layers are written out, so many run through all of them in one program: a call of a program
-# for each layer takes longer than the layer. One length, so that one program is compiled.
+# for each layer takes longer than the layer. Two lengths, so that two programs are compiled.
 SHORT = 128
 SHORTEST = 64  # What fewer tokens are padded to: most questions are short.
 FEW = 3  # Pieces of `SHORT` up to which that is faster.

@@ -80,6 +80,11 @@ def test_layers_that_are_written_out_append_in_one_program(name, op, monkeypatch
     jax.clear_caches()
 
 
+def test_questions_share_two_lengths():
+    lengths = [appending.padded_piece(tokens) for tokens in (1, 64, 65, 128, 129)]
+    assert lengths == [64, 64, 128, 128, 160]
+
+
 @pytest.mark.slow(20)
 def test_what_is_appended_grows_into_the_index():
     params, generator = make_params(), Generator(MODEL, ATTENTIONS["host"], GREEDY)
