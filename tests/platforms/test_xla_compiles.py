@@ -103,6 +103,7 @@ def test_a_piece_of_appended_tokens_is_one_cuda_graph(tmp_path):
     assert len(kernels) <= 12 * LAYERS + 10
 
 
+@pytest.mark.slow(20)
 def test_a_step_of_one_sequence_is_fewer_kernels_as_two_rows():
     done = compile_all("described_rows")
     found = {

@@ -1,8 +1,8 @@
 """Packages that compile for platforms that are not there: kept out of the tests' environment.
 
 `libtpu` and the CUDA plugin beside JAX make it look for TPUs and GPUs in every process, and
-`triton` is large. So `make test-slow` puts them into a folder of their own, which
-WAVEJAX_PLATFORM_PACKAGES names.
+`triton` is large. So `make test-slow` and `make test-all` put them into a folder of their own,
+which WAVEJAX_PLATFORM_PACKAGES names.
 """
 
 import importlib

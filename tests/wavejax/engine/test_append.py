@@ -134,10 +134,11 @@ def test_what_cannot_be_appended_is_refused():
 @pytest.mark.parametrize("name", ["dense", "device", "host"])
 def test_rows_are_read_where_they_lie_where_the_op_has_a_kernel(name, monkeypatch):
     shape = dataclasses.replace(CacheShape.of(MODEL), head_dim=64)
-    state = ATTENTIONS[name].init_state(shape, 1, 64, 8, np.float32)
 
-    def reads(tokens=64, dtype=np.float32):
-        query = jnp.zeros((tokens, shape.kv_heads, 2, 64), dtype)
+    def reads(tokens=64, dtype=jnp.bfloat16, head_dim=64):
+        own = dataclasses.replace(shape, head_dim=head_dim)
+        state = ATTENTIONS[name].init_state(own, 1, 64, 8, dtype)
+        query = jnp.zeros((tokens, shape.kv_heads, 2, head_dim), dtype)
         return appended._reads_where_they_lie(query, state)
 
     lies_on_device = name != "host"
@@ -145,9 +146,13 @@ def test_rows_are_read_where_they_lie_where_the_op_has_a_kernel(name, monkeypatc
     monkeypatch.setattr(dispatch, "_unfit", lambda: None)  # as on a GPU
     assert reads() == lies_on_device
     assert not reads(256)
-    assert not reads(dtype=jnp.bfloat16)  # the rows are float32
+    assert not reads(head_dim=80)
+    assert not reads(dtype=jnp.float32)
     with use_implementation("xla"):
         assert not reads()
     monkeypatch.undo()
     with use_implementation("triton"):
-        assert reads() == lies_on_device
+        # Asked for by name: then the op refuses what its kernel does not know.
+        for case in ({}, {"dtype": jnp.float32}, {"head_dim": 80}):
+            assert reads(**case) == lies_on_device
+        assert not reads(256)

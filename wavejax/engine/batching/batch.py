@@ -14,7 +14,7 @@ from wavejax.engine import penalties, slots
 from wavejax.engine.batching import watching
 from wavejax.engine.batching.answer import Answer
 from wavejax.engine.batching.call import Call, hand_out
-from wavejax.engine.batching.drawing import Draw, begin_draw
+from wavejax.engine.batching.drawing import Drawing
 from wavejax.engine.batching.ended import Ended, ended
 from wavejax.engine.batching.levels import Level, level_of
 from wavejax.engine.batching.reads import begin_reads, copy_counters, reads_in
@@ -46,7 +46,7 @@ class Batch:
         self.calls: list[Call] = []
         self._to_release: set[int] = set()
         self._drawn: Array | None = None  # the next step's tokens, if they were handed out
-        self._draw: Draw | None = None
+        self._drawing = Drawing(self.engine)
         self._level = Level()
         self._samplers: list[Sampler] = []
 
@@ -81,7 +81,8 @@ class Batch:
 
     def drop(self) -> None:
         """Give the state's memory back."""
-        self.state = self._drawn = self._draw = None
+        self.state = self._drawn = None
+        self._drawing.forget()
         self.ended.clear()
         self.calls.clear()
         self._to_release.clear()
@@ -163,9 +164,10 @@ class Batch:
         """Whether `draw_ahead` can be called: nobody's logits are looked at by the host."""
         return self.engine.draws_ahead and not any(answer.watched for answer in self.answers)
 
-    def begin_draw(self) -> None:
-        """Begin to draw the next step's tokens: `draw_ahead`'s, if the state then is still this."""
-        self._draw = begin_draw(self.engine, self.whole_state)
+    def draw_behind(self) -> None:
+        """Begin to draw what `draw_ahead` gives, if nothing changes until then; does not wait."""
+        if self.draws_ahead:
+            self._drawing.behind(self.whole_state, self._level)
 
     def draw_ahead(self, now: Callable[[], float]) -> list[Answer]:
         """Draw and hand out the next step's tokens, which it is then given by `dispatch`.
@@ -180,10 +182,7 @@ class Batch:
             the answers that ended by them. Their slots are free.
         """
         self.release()
-        if self._draw is None or self._draw.state is not self.state:
-            self.begin_draw()
-        assert self._draw is not None
-        _, self._drawn, shown = self._draw
+        _, self._drawn, shown = self._drawing.take(self.whole_state, self._level)
         for answer in self.answers:
             answer.dispatched += 1
         return self._give(self.seats, np.asarray(shown), None, now())
@@ -205,7 +204,8 @@ class Batch:
             self.leave(answer)
         self.release()
         seats, state, scores = tuple(self.seats), self.whole_state, None
-        drawn, self._drawn, self._draw = self._drawn, None, None
+        drawn, self._drawn = self._drawn, None
+        self._drawing.forget()
         if not self.answers:
             return ended
         watched = any(answer.watched for answer in self.answers)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from jax import Array
 
+from wavejax.engine.batching.levels import Level
 from wavejax.engine.interface import Engine
 from wavejax.engine.state import DecodeState
 
@@ -22,8 +23,39 @@ class Draw(NamedTuple):
     shown: Array
 
 
-def begin_draw(engine: Engine, state: DecodeState) -> Draw:
-    """Let the device draw when its work before is done, and send to the host; does not wait."""
-    tokens, shown = engine.first_tokens(state)
-    shown.copy_to_host_async()
-    return Draw(state, tokens, shown)
+class Drawing:
+    """Draws the next step's tokens, when they are wanted or behind what the device does before.
+
+    Args:
+        engine: what draws.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._begun: Draw | None = None
+        self._compiled: set[Level] = set()
+
+    def behind(self, state: DecodeState, level: Level) -> None:
+        """Draw when the device has done its work, and send to the host; does not wait.
+
+        Not at a level that was not drawn at before: who calls is timed, and that would compile.
+        """
+        if level in self._compiled:
+            self._begun = self._draw(state)
+
+    def take(self, state: DecodeState, level: Level) -> Draw:
+        """Give the tokens of a state: those of `behind`, or anew if that was another state."""
+        draw, self._begun = self._begun, None
+        if draw is None or draw.state is not state:
+            draw = self._draw(state)
+        self._compiled.add(level)
+        return draw
+
+    def forget(self) -> None:
+        """Let go of what was drawn, and of its state."""
+        self._begun = None
+
+    def _draw(self, state: DecodeState) -> Draw:
+        tokens, shown = self._engine.first_tokens(state)
+        shown.copy_to_host_async()
+        return Draw(state, tokens, shown)

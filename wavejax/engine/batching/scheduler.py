@@ -230,6 +230,8 @@ class Scheduler:
             if self._short_first:
                 readings.reverse()
             self._short_first = not self._short_first
+            for one in readings:
+                one.alone = len(readings) == 1 and not len(self.line)
             parts = read_all(readings, left, self.pace, self.clock)
             with self._lock:
                 self.counts["read_parts"] += parts

@@ -37,6 +37,8 @@ class SlotReading(abc.ABC):
 
     # Whether the slot has room for this answer, and not for the longest of its room.
     continued = False
+    # Whether nobody else is read or waits: the next step's tokens are then drawn at once.
+    alone = False
 
     def __init__(self, batch: Batch, slot: int, answer: Answer):
         self.batch, self.slot, self.answer = batch, slot, answer
@@ -71,8 +73,8 @@ class SlotReading(abc.ABC):
     def _seat(self) -> None:
         """Let the answer begin, in a slot that has been filled."""
         self.batch.seat(self.slot, self.answer)
-        if self.batch.draws_ahead:
-            self.batch.begin_draw()
+        if self.alone:
+            self.batch.draw_behind()
         self.done = True
 
 

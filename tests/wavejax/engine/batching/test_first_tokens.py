@@ -5,9 +5,10 @@ import pytest
 
 from tests.support.batch_requests import SAMPLERS, Alone, make_engine, run
 from tests.support.tiny_generator import CONFIG, make_prompts
-from wavejax import WaveAttention
+from wavejax import Sampler, WaveAttention
 from wavejax.engine.batching import Request
 from wavejax.engine.batching.batch import Batch
+from wavejax.engine.batching.slot_reading import SlotReading
 from wavejax.engine.compiled import CompiledEngine
 from wavejax.engine.staged import StagedEngine
 
@@ -37,25 +38,74 @@ def test_it_comes_before_the_step_and_is_the_one_that_is_fed(sampler, monkeypatc
     assert given[0] == tokens[0]
 
 
-@pytest.mark.parametrize("prompts, draws", [([0], 1), ([0, 1], 2), ([0, 0], 2)])
-def test_it_is_drawn_behind_the_prompt(prompts, draws, monkeypatch):
-    """Each prompt's draw is for all who sit there then; one seated beside it wants another."""
-    engine, states = make_engine(WaveAttention(CONFIG, "device")), []
-    first_tokens = CompiledEngine.first_tokens
+@pytest.fixture
+def behind(monkeypatch):
+    """Of each draw, whether it was sent within a part of a prompt that is timed."""
+    timed, found = [], []
+    first_tokens, read = CompiledEngine.first_tokens, SlotReading.run
 
     def noted(self, state):
-        states.append(state)
+        found.append(bool(timed))
         return first_tokens(self, state)
 
+    def reading(self, units):
+        timed.append(units)
+        read(self, units)
+        timed.clear()
+
     monkeypatch.setattr(CompiledEngine, "first_tokens", noted)
-    requests = [Request(PROMPTS[i], 4, stop_tokens=()) for i in prompts]
-    handles = [engine.submit(request) for request in requests]
-    run(engine)
+    monkeypatch.setattr(SlotReading, "run", reading)
+    return found
+
+
+@pytest.mark.parametrize(
+    "prompts, last", [([0], True), ([0, 1], True), ([0, 0], False)], ids=["one", "two", "the same"]
+)
+def test_it_is_drawn_once_behind_the_last_prompt(prompts, last, behind):
+    """Not if another is to be seated beside it, which wants another draw."""
+    engine = make_engine(WaveAttention(CONFIG, "device"))
     alone = Alone(WaveAttention(CONFIG, "device"), stop_tokens=())
-    for request, handle in zip(requests, handles, strict=True):
-        assert tuple(handle.result(0).token_ids) == alone(request)[0]
-    assert len(states) == draws
-    assert len({id(state) for state in states}) == draws
+    for expected in (False, last):  # the first one compiles
+        requests = [Request(PROMPTS[i], 4, stop_tokens=()) for i in prompts]
+        handles = [engine.submit(request) for request in requests]
+        run(engine)
+        for request, handle in zip(requests, handles, strict=True):
+            assert tuple(handle.result(0).token_ids) == alone(request)[0]
+        assert behind == [expected]
+        behind.clear()
+
+
+def test_what_compiles_the_draw_is_not_timed_with_the_prompt(behind):
+    """A sampler that draws at random is a program of its own, also after greedy requests."""
+    engine = make_engine()
+    for sampler in (Sampler(), Sampler(0.7), Sampler(0.7), Sampler()):
+        handle = engine.submit(Request(PROMPTS[0], 2, sampler=sampler, stop_tokens=()))
+        run(engine)
+        assert len(handle.result(0).token_ids) == 2
+    assert behind == [False, False, True, True]
+
+
+def test_a_draw_that_fails_behind_a_prompt_ends_its_own_answer_alone(monkeypatch):
+    engine = make_engine()
+    handle = engine.submit(Request(PROMPTS[0], 4, stop_tokens=()))
+    run(engine)
+    assert handle.result(0).finish_reason == "length"
+    first_tokens = CompiledEngine.first_tokens
+
+    def fail(*_):
+        monkeypatch.setattr(CompiledEngine, "first_tokens", first_tokens)
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(CompiledEngine, "first_tokens", fail)
+    handles = [engine.submit(Request(PROMPTS[1], 4, stop_tokens=()))]
+    run(engine)
+    handles += [engine.submit(Request(PROMPTS[2], 4, stop_tokens=()))]
+    run(engine)
+    with pytest.raises(MemoryError, match="none left"):
+        handles[0].result(0)
+    expected = Alone(stop_tokens=())(Request(PROMPTS[2], 4, stop_tokens=()))[0]
+    assert tuple(handles[1].result(0).token_ids) == expected
+    assert engine.stats().finished == {"length": 2, "error": 1}
 
 
 def test_no_step_runs_for_an_answer_of_one_token():
