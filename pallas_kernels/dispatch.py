@@ -75,13 +75,8 @@ def requested(implementation: Implementation | None) -> Implementation:
 
 
 def takes_triton() -> bool:
-    """Whether an op that has a Triton kernel takes it here, if that supports the case.
-
-    Raises:
-        ValueError: the environment variable names no implementation.
-    """
-    asked = requested(None)
-    return asked == "triton" or (asked == "auto" and not backend.is_for_tpu() and not _unfit())
+    """Whether "auto" tries an op's Triton kernel on JAX's default device."""
+    return not backend.is_for_tpu() and _unfit() is None
 
 
 def explain() -> Explanation:

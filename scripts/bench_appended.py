@@ -15,7 +15,7 @@ from typing import Any
 import click
 import jax
 import jax.numpy as jnp
-from bench_decode import parse_words
+from bench_decode import parse_numbers, parse_words
 from decode_model import SHAPES
 from gpu_timing import device_facts, time_calls
 from jax import Array
@@ -78,20 +78,9 @@ def bench(
     return {"us": took.median * 1e6, "least_us": took.least * 1e6, "norm": norm}
 
 
-def parse_numbers(option: str, text: str) -> list[int]:
-    """Return the numbers between an option's commas."""
-    try:
-        found = [int(word) for word in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise InputError(f"{option}: {text!r} is not whole numbers from 1 on")
-    return found
-
-
 def parse_config(text: str) -> triton.Config:
     """Return a config of the op, of all its numbers in their order."""
-    numbers = parse_numbers("--config", text)
+    numbers = [int(number) for number in parse_numbers("--config", text)]
     if len(numbers) != len(dataclasses.fields(triton.Config)):
         raise InputError(f"--config: {text!r} is not SPLITS,QUERIES,BLOCK,WARPS,STAGES")
     return triton.Config(*numbers)
@@ -122,7 +111,8 @@ def command(
 ) -> None:
     """Time both ways."""
     names = parse_words("--shapes", shapes, tuple(SHAPES))
-    sizes = parse_numbers("--rooms", rooms), parse_numbers("--tokens", tokens)
+    asked = parse_numbers("--rooms", rooms), parse_numbers("--tokens", tokens)
+    sizes = tuple([int(number) for number in numbers] for numbers in asked)
     tried = [parse_config(text) for text in configs]
     appended.MOST_TOKENS = max(sizes[1])  # the op for longer pieces too
     heuristic = triton.heuristic

@@ -60,7 +60,10 @@ def has_kernel(
     own: KeptRows,
     others: Sequence[KeptRows],
 ) -> bool:
-    """Whether `attend_appended` takes its kernel here: in plain JAX it copies all rows.
+    """Whether `attend_appended` is by its kernel here: in plain JAX it copies all rows.
+
+    By default in 16 bits: in float32 the kernel does without the matrix units, and was not timed.
+    Asked for by name it always is, and raises for what it does not know.
 
     Args:
         query, own, others: as of `attend_appended`; shapes and dtypes alone are looked at.
@@ -68,7 +71,10 @@ def has_kernel(
     Raises:
         ValueError: the environment variable names no implementation.
     """
-    if not dispatch.takes_triton():
+    asked = dispatch.requested(None)
+    if asked != "auto":
+        return asked == "triton"
+    if query.dtype.itemsize > 2 or not dispatch.takes_triton():
         return False
     try:
         triton.check(query, own, others)

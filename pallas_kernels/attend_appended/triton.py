@@ -55,12 +55,13 @@ def heuristic(queries: int, kv_heads: int, room: int, head_dim: int, itemsize: i
         itemsize: bytes of a number as it is multiplied: the query's, also for levels.
     """
     width = launch.tile(head_dim)
+    row_bytes = width * itemsize
     if itemsize < 4:
         # 32 KiB of queries, and of keys and values at once.
-        tile, block = 32768 // (width * itemsize), 16384 // (width * itemsize)
+        tile, block = 32768 // row_bytes, 16384 // row_bytes
     else:
         # Not for the matrix units: tiles of twice this do not fit the registers.
-        tile = block = 8192 // (width * itemsize)
+        tile = block = 8192 // row_bytes
     tile = max(launch.DOT_TILE, min(128, tile, launch.tile(queries)))
     block = max(launch.DOT_TILE, min(64, block))
     # So many registers does a program take that a processor holds two at a time.

@@ -37,7 +37,7 @@ def test_both_ways_are_timed_and_what_fails_is_told(run, tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--tokens", "16,no"], "error: --tokens: '16,no' is not whole numbers from 1 on"),
+        (["--tokens", "16,no"], "error: --tokens: 'no' is no number from 1 up"),
         (["--shapes", "smol"], "error: --shapes: 'smol' is none of"),
         (["--config", "1,2"], "error: --config: '1,2' is not SPLITS,QUERIES,BLOCK,WARPS,STAGES"),
     ],

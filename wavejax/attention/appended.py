@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Int, Num
 
 import pallas_kernels as ops
-from pallas_kernels import KeptRows, Rows, dispatch
+from pallas_kernels import KeptRows, Rows
 from pallas_kernels.attend_appended import has_kernel
 from pallas_kernels.rounding import held_as
 from wavejax.attention.appended_attention import attend, stored_dense, stored_wave
@@ -124,20 +124,14 @@ def append(
 def _reads_where_they_lie(query: Array, state: Any) -> bool:
     """Whether the op that reads rows where they are attends, by its kernel.
 
-    By default in 16 bits: in float32 the kernel does without the matrix units, and was not timed.
-
     Args:
-        query: grouped by the kv heads.
+        query: `[tokens, kv_heads, group, head_dim]`.
         state: before the new rows are written.
     """
     own, *others = _kept(state)
     host = jax.memory.Space.Host
     on_host = any(jax.typeof(x).memory_space == host for x in jax.tree.leaves((own, others)))
-    if on_host or query.shape[0] > MOST_TOKENS:
-        return False
-    if dispatch.requested(None) == "triton":
-        return True  # and the op says what it does not support
-    return query.dtype.itemsize == 2 and has_kernel(query, own, others)
+    return not on_host and query.shape[0] <= MOST_TOKENS and has_kernel(query, own, others)
 
 
 def _kept(state: Any) -> tuple[KeptRows, ...]:

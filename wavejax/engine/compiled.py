@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,10 +152,11 @@ def feed(engine: Engine, params: Params, state: DecodeState, tokens: Array) -> D
     attention = engine.attention
     attention_state: Any = attention.grow(state.attention_state)
     positions = attention.lengths(attention_state)[:, None]
-    fed, attend = tokens[:, None], cast(two_rows.Attend, attention.decode)
+    fed = tokens[:, None]
+    attend: decoder.Attend[Any] = attention.decode
     if two_rows.takes_two(params, len(tokens), engine.unrolls):
         fed, positions = map(two_rows.repeated, (fed, positions))
-        attend = two_rows.of_first(attention.decode)
+        attend = two_rows.of_first(attend)
     hidden, attention_state = decoder.apply_model(
         engine.model_config,
         params,

@@ -5,19 +5,16 @@ row by int8 weights is padded before each product, and cut after it. Products ar
 of 16 rows at least. The second row is the first one again, and attention sees the first alone.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from models.decoder import Attend
 from models.parameters import Params
 from models.quantised import formats_of
 
 ROWS = 2
-
-# attend(layer, query, key, value, state): see `models.decoder.Attend`.
-Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 
 
 def takes_two(params: Params, batch: int, unrolls: bool) -> bool:
@@ -37,11 +34,11 @@ def takes_two(params: Params, batch: int, unrolls: bool) -> bool:
 
 
 def repeated(array: Array) -> Array:
-    """Repeat the one row of an array, `[1, ...]`."""
+    """Repeat the one row of an array `[1, ...]`: `[ROWS, ...]`."""
     return jnp.broadcast_to(array, (ROWS, *array.shape[1:]))
 
 
-def of_first(attend: Attend) -> Attend:
+def of_first(attend: Attend[Any]) -> Attend[Any]:
     """Make an attention of one sequence one of two rows: of the first, its output repeated."""
 
     def attend_first(

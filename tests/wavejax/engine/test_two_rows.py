@@ -65,7 +65,8 @@ def test_the_tokens_are_those_of_one_row(name, fed, monkeypatch):
         fed.clear()
     np.testing.assert_array_equal(found[True][0], found[False][0])
     np.testing.assert_allclose(found[True][1], found[False][1], atol=1e-4)
-    assert set(Seeing.seen) <= {(1, 1, 1)}
+    if name == "full":
+        assert set(Seeing.seen) == {(1, 1, 1)}
 
 
 def test_a_step_by_layers_of_their_own_takes_two(fed):
