@@ -14,6 +14,7 @@ RULER, ONE_BUDGET, FWE = "2026-11-26-ruler", "2026-11-26-one-budget", "2026-11-2
 BUDGET, ADMISSION = "2026-11-25-budget", "2026-11-26-admission"
 WEIGHTS = "2026-11-30-weights-cpu"
 JOINED, MILLION = "2026-11-30-joined-steps-h200", "2026-11-30-million-h200"
+TWO_ROWS = "2026-12-01-two-rows-h200"  # after that one, and not of `int4`
 ROUNDED = "2026-11-30-full-int8-cpu"
 SHAPES = ("batch8-128k", "batch1-128k", "batch1-1m")
 # What records of before 2026-11-29 call them.
@@ -24,6 +25,7 @@ PLACES = {"full": "full attention", "device": "wave, device", "host": "wave, hos
 def speed(runs: Runs) -> str:
     """README's table: times of one step by workload and method, on an H200."""
     ops, steps, joined, int8 = (runs[name] for name in (OPS["H200"], STEPS["H200"], JOINED, INT8))
+    two_rows = runs[TWO_ROWS]
     rows = []
     for run, tokens, words in (
         (steps, "122880", "122,880 tokens, the largest batches"),
@@ -35,8 +37,8 @@ def speed(runs: Runs) -> str:
         rate = [f"{each['tokens_per_s']} tokens/s" for each in (full, wave)]
         rows.append([line, *rate, times(wave["tokens_per_s"], full["tokens_per_s"])])
     for run, path, method, words in (
-        (joined, "bfloat16", "wave", "batch 1, 122,880 tokens"),
-        (joined, "int8", "wave", "the same, weights of both in int8"),
+        (two_rows, "bfloat16", "wave", "batch 1, 122,880 tokens"),
+        (two_rows, "int8", "wave", "the same, weights of both in int8"),
         (joined, "int4", "wave", "the same, weights of both in int4"),
         (steps, "122880/batch_1", "host", "batch 1, 122,880 tokens, rows in host memory"),
         (steps, "30720/batch_1", "device", "batch 1, 30,720 tokens"),
@@ -49,7 +51,7 @@ def speed(runs: Runs) -> str:
     line = "attention of one layer alone, batch 8, 131,072 tokens"
     rows.append([line, f"{full} us", f"{wave} us", times(full, wave)])
     head = ["a decode step", "full attention", "wave attention", "times as fast"]
-    return table(head, rows) + dated(runs, STEPS["H200"], INT8, JOINED, MILLION, OPS["H200"])
+    return table(head, rows) + dated(runs, STEPS["H200"], INT8, TWO_ROWS, JOINED, MILLION, OPS["H200"])
 
 
 def accuracy(runs: Runs) -> str:
@@ -221,11 +223,12 @@ def admission(runs: Runs) -> str:
 def by_weights(runs: Runs) -> str:
     """Return times of a step at batch 1, by the weights of both sides."""
     rows = []
-    for name, words in (("bfloat16", "bfloat16"), ("int8", "`int8`"), ("int4", "`int4`")):
-        full, wave = (runs[JOINED][f"{name}/{method}/ms"] for method in ("full", "wave"))
+    for run, name in ((TWO_ROWS, "bfloat16"), (TWO_ROWS, "int8"), (JOINED, "int4")):
+        words = name if name == "bfloat16" else f"`{name}`"
+        full, wave = (runs[run][f"{name}/{method}/ms"] for method in ("full", "wave"))
         rows.append([words, f"{full:.2f}", f"{wave:.2f}", times(full, wave)])
     head = ["weights", "full attention, ms", "wave, ms", "times as fast"]
-    return table(head, rows) + dated(runs, JOINED)
+    return table(head, rows) + dated(runs, TWO_ROWS, JOINED)
 
 
 def weights(runs: Runs) -> str:
