@@ -1,8 +1,26 @@
-"""Values of a better estimate: clusters' moments, their spread, and bounds; part of `types`."""
+"""Values of a better estimate: pooled covariance, moments, spread, bounds; part of `types`."""
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
+
+
+class Pooled(NamedTuple):
+    """How members lie about their clusters' means, in a shape that all clusters of a head share.
+
+    With residuals d of keys and e of values, S is the mean of d d' over members of many clusters,
+    and C that of e d', both times head_dim over the trace of the first. A cluster's own are taken
+    to be these times its deviation, squared.
+
+    Attributes:
+        products: `[batch, kv_heads, group, 2, head_dim]` float32, scale * S q and scale * C q, as
+            in `ClusterScores`.
+        deviations: `[layers, batch, kv_heads, clusters]` float, the root mean square of the keys'
+            residuals along a direction, in the mean of all directions.
+    """
+
+    products: Float[Array, "batch kv_heads group 2 head_dim"]
+    deviations: Float[Array, "layers batch kv_heads clusters"]
 
 
 class Moments(NamedTuple):

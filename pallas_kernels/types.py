@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 from pallas_kernels.levels import Levels as Levels
 from pallas_kernels.moments import Correction as Correction
 from pallas_kernels.moments import Moments as Moments
+from pallas_kernels.moments import Pooled as Pooled
 from pallas_kernels.moments import Spread as Spread
 from pallas_kernels.moments import ZoneBounds as ZoneBounds
 from pallas_kernels.rows import EMPTY as EMPTY
@@ -74,12 +75,15 @@ class ClusterScores(NamedTuple):
             the kernel packs it to. None if it was not asked for.
         products: `[batch, kv_heads, group, clusters, rank]` float32, scale * q.u of `Moments`;
             anything for a cluster without members.
+        pooled: `[batch, kv_heads, group, 2, head_dim]` float32, scale times the query multiplied by
+            both matrices of the covariance. None if they were not given.
     """
 
     logits: Array
     logsumexp: Array
     rotated: Array | PackedQuery | None = None
     products: Array | None = None
+    pooled: Array | None = None
 
 
 class Reach(NamedTuple):
@@ -223,6 +227,7 @@ class Estimate(NamedTuple):
         remaining: `[batch, kv_heads, clusters]` int32, how many members to estimate: as in
             `Retrieved`, or zero for a cluster to leave out. More than it has members are all.
         correction: by the clusters' moments, and by what is retrieved of them; None for none.
+        pooled: a correction by how all clusters' members lie; None for none. Not both.
     """
 
     logits: Float[Array, "batch kv_heads group clusters"]
@@ -230,6 +235,7 @@ class Estimate(NamedTuple):
     offsets: Int[Array, "layers batch kv_heads clusters+1"]
     remaining: Int[Array, "batch kv_heads clusters"]
     correction: Correction | None = None
+    pooled: Pooled | None = None
 
 
 class ZoneStates(NamedTuple):
@@ -243,7 +249,7 @@ class ZoneStates(NamedTuple):
         logsumexps: `[parts, batch, kv_heads, group]` float32; about -1e30 for an empty part.
         cache_rows: as given, with the admitted rows written into their slots.
         bounds: of the estimate, if its correction has a spread.
-        estimated: `[parts]` bool, which parts are the estimate; None without a correction.
+        estimated: `[parts]` bool, which parts are the estimate; None where it is by means alone.
     """
 
     outputs: Array

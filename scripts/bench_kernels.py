@@ -20,13 +20,14 @@ from gpu_timing import copy_ceiling, device_facts, empty_chain, time_calls, time
 from jax import Array
 from moment_cases import MOMENT_OPS, case_of
 from op_cases import OTHER_OPS, STEP_OPS, OpCase, Run, StepBench, by_api, names_from
+from step_case import STEPS, step_case
 
 from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.shapes import BENCHMARKED, SHAPES, StepShape
 from pallas_kernels.testing import make_step, with_misses
 from wavejax.evaluation.files import write_growing
 
-SECTIONS = (*STEP_OPS, "step", "full_attention", "misses", "build")
+SECTIONS = (*STEP_OPS, *STEPS, "full_attention", "misses", "build")
 MISS_SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 MISS_LISTS = 10  # of rows to read, which the calls of a program take in turn
 
@@ -66,6 +67,13 @@ def bench_case(case: OpCase, ceiling: float, **timing: Any) -> dict[str, float]:
 def bench_op(bench: StepBench, op: str, ceiling: float, timing: dict[str, Any]) -> dict[str, float]:
     """One op's figures; its inputs, made by the ops before it, are not in them."""
     return bench_case(case_of(bench, op), ceiling, **timing)
+
+
+def bench_step(
+    bench: StepBench, pooled: bool, ceiling: float, timing: dict[str, Any]
+) -> dict[str, float]:
+    """All ops' figures in one program."""
+    return bench_case(step_case(bench, pooled=pooled), ceiling, **timing)
 
 
 def bench_full_attention(shape: StepShape) -> dict[str, Any]:
@@ -189,12 +197,14 @@ def bench_shape(
     if "full_attention" in sections:
         attempt("full_attention", lambda: bench_full_attention(shape))
     picked = [op for op in (*STEP_OPS, *OTHER_OPS, *MOMENT_OPS) if op in sections]
-    if picked or "step" in sections:
+    steps = [name for name in STEPS if name in sections]
+    if picked or steps:
         bench = StepBench(shape, run)
         for op in picked:
             attempt(op, functools.partial(bench_op, bench, op, ceiling, timing))
-        if "step" in sections:
-            attempt("step", lambda: bench_case(bench.step(), ceiling, **timing))
+        for name in steps:
+            pooled = name == "step-pooled"
+            attempt(name, functools.partial(bench_step, bench, pooled, ceiling, timing))
         del bench
     # The extras are for one shape: a host store takes seconds to make.
     if "misses" in sections and shape.name in (TARGET_SHAPE, "tiny"):

@@ -151,7 +151,7 @@ class StepBench:
 
         def call(layer: Array, operands: Any, state: Any) -> tuple[Any, Any]:
             query, scored, *rest = operands
-            scored = scored._replace(rotated=_anew(query, layer))
+            scored = scored._replace(rotated=anew(query, layer))
             sizes = {"scale": shape.scale, "max_candidates": shape.max_candidates}
             return run("score_tokens", scored, *rest, layer, **sizes), state
 
@@ -173,9 +173,9 @@ class StepBench:
             return (*kept, result.hits, result.misses), result.table
 
         made = self.made("score_tokens"), self.made("select_clusters")
-        operands = (RankedTokens(*made, x.retrieved_budget), _indexed(x), x.step)
+        operands = (RankedTokens(*made, x.retrieved_budget), indexed_of(x), x.step)
         moved = shape.rows * (4 * shape.candidates + 8 * shape.cluster_room + 8 * shape.slots)
-        return OpCase(call, operands, self.links, moved, _copy(x.table))
+        return OpCase(call, operands, self.links, moved, copied(x.table))
 
     def _attend_zones(self, run: Run) -> OpCase:
         x, shape = self.inputs, self.shape
@@ -187,7 +187,7 @@ class StepBench:
             result = run("attend_zones", *grouped, layer, scale=shape.scale)
             return (result.outputs, result.logsumexps), result.cache_rows.data
 
-        before = (x.query, _steady(x), x.store)
+        before = (x.query, steady_of(x), x.store)
         logits = self.made("score_clusters").logits
         estimate = Estimate(logits, x.value_means, x.offsets, x.remaining)
         after = (x.tokens, x.slots, x.hit, estimate)
@@ -229,66 +229,22 @@ class StepBench:
         retrieved = int(np.sum(np.asarray(x.retrieved_budget))) * shape.kv_heads
         return float(means + row * (retrieved + steady * shape.kv_heads))
 
-    def step(self) -> OpCase:
-        """All ops as the engine's decode step calls them in a layer; same query every time.
 
-        So from the second time round the layers every retrieved row is a hit.
-        """
-        x, shape, run = self.inputs, self.shape, self.run
-
-        def call(layer: Array, x: StepInputs, state: Any) -> tuple[Any, Any]:
-            table, cache_rows = state
-            query = _anew(x.query, layer)
-            scores = run(
-                *("score_clusters", query, x.centroids, x.offsets, layer),
-                scale=shape.scale,
-                rotated=True,
-            )
-            chosen = run(
-                *("select_clusters", *scores[:2], x.offsets, layer, x.candidate_budget),
-                max_candidates=shape.max_candidates,
-            )
-            log_mass = run(
-                *("score_tokens", scores, chosen, x.offsets, TokenCodes(x.codes, x.scales), layer),
-                scale=shape.scale,
-                max_candidates=shape.max_candidates,
-            )
-            retrieved = run(
-                *("select_tokens", RankedTokens(log_mass, chosen, x.retrieved_budget)),
-                *(_indexed(x), table, layer, x.step),
-                settings=shape.selection,
-            )
-            zones = run(
-                "attend_zones",
-                *(query, _steady(x), StoredRows(Rows(x.store), Rows(cache_rows))),
-                Picks(*retrieved[:3]),
-                Estimate(scores[0], x.value_means, x.offsets, retrieved.remaining),
-                layer,
-                scale=shape.scale,
-            )
-            output, _ = run("merge_states", zones.outputs, zones.logsumexps, dtype=query.dtype)
-            counts = (retrieved.hits, retrieved.misses)
-            return (output, *counts), (retrieved.table, zones.cache_rows.data)
-
-        moved = self.case("score_clusters").bytes + self.zone_bytes()
-        moved += shape.rows * shape.candidates * (4 * x.codes.shape[-1] + x.scales.dtype.itemsize)
-        state = (_copy(x.table), jnp.copy(x.cache_rows))
-        return OpCase(call, x, self.links, moved, state)
-
-
-def _steady(x: StepInputs) -> SteadyRows:
+def steady_of(x: StepInputs) -> SteadyRows:
+    """Group the steady zone."""
     return SteadyRows(x.sink, x.sink_tokens, x.window, x.window_tokens)
 
 
-def _indexed(x: StepInputs) -> IndexedTokens:
+def indexed_of(x: StepInputs) -> IndexedTokens:
+    """Group what says which token stands where."""
     return IndexedTokens(x.offsets, x.token_ids, x.prompt_tokens)
 
 
-def _anew(query: Array, layer: Array) -> Array:
+def anew(query: Array, layer: Array) -> Array:
     """Return the query as this layer's own: else XLA rotates it once for all of a chain."""
     return jax.lax.optimization_barrier((query, layer))[0]
 
 
-def _copy(tree: Any) -> Any:
+def copied(tree: Any) -> Any:
     """Return a state that may be donated while the inputs stay."""
     return jax.tree.map(jnp.copy, tree)

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 from gpu_timing import chain
 from op_cases import StepBench, by_api, names_from
+from step_case import step_case
 
 from pallas_kernels.shapes import BENCHMARKED, SHAPES
 
@@ -47,7 +48,7 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         parser.error(f"there is no GPU to profile: JAX runs on {jax.default_backend()}")
     for name in names_from(parser, "--shapes", arguments.shapes, SHAPES):
-        case = StepBench(SHAPES[name], by_api(arguments.implementation)).step()
+        case = step_case(StepBench(SHAPES[name], by_api(arguments.implementation)))
         program, state = chain(case.call, CALLS), case.state
         links, state = jax.device_put((case.links, state), jax.devices()[0])
         for _ in range(3):

@@ -46,9 +46,9 @@ def logical_axes(state: T) -> T:
     Returns:
         the state's own tree, with a `PartitionSpec` of names in each array's place, as
         `flax.linen.logical_to_mesh` takes it. "layers", "sequences", "kv_heads", "clusters",
-        "cluster_edges", "tokens", "slots", "sinks", "window", "directions" and "head_dim" are of
-        the model and the settings; "audits" is a log's length; "key_value" has two numbers, and
-        "code_words" 32 dimensions in each.
+        "cluster_edges", "tokens", "slots", "sinks", "window", "directions", "vectors" and
+        "head_dim" are of the model and the settings; "audits" is a log's length; "key_value" has
+        two numbers, and "code_words" 32 dimensions in each.
 
     Raises:
         KeyError: a field has no names.

@@ -80,6 +80,10 @@ class WaveConfig:
     estimation_fraction: float = _setting(
         1.0, "share of tokens estimated from their clusters; below 1, the rest is dropped"
     )
+    pooled_covariance: bool = _setting(
+        False,
+        "estimate clusters to second order, by one covariance of keys and values in each head",
+    )
     moment_rank: int = _setting(
         0,
         "directions along which each cluster's values vary with its keys: 1, 2 or 4 for a better "
@@ -150,6 +154,14 @@ class WaveConfig:
         ):
             _check_range(name, getattr(self, name), 0, 1)
         check_known("moment_rank", self.moment_rank, MOMENT_RANKS)
+        if self.pooled_covariance and self.moment_rank:
+            raise InputError(
+                "`pooled_covariance` and `moment_rank` are two corrections: give one of them"
+            )
+        if self.pooled_covariance and not self.token_codes:
+            raise InputError(
+                "`pooled_covariance` goes by the scales of codes: give `token_codes=True`"
+            )
         if self.bounds and not self.moment_rank:
             raise InputError("`bounds` want moments: give `moment_rank` of 1, 2 or 4")
         _check_range("reach", self.reach, 0, 100)
@@ -188,6 +200,7 @@ class WaveConfig:
         """
         settings: dict[str, Any] = {
             "token_codes": False,
+            "pooled_covariance": False,
             "cluster_size": 16,
             "max_cluster_size": 8192,
             "min_clusters": 0,

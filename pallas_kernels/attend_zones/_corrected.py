@@ -137,7 +137,7 @@ def _find_remains(
     interpret: bool,
 ) -> Remains:
     """Find the runs of the list, and with them what remains of each cluster."""
-    logits, _, offsets, remaining, correction = estimate
+    logits, _, offsets, remaining, correction, _ = estimate
     assert correction is not None
     moments, (batch, kv_heads, group, clusters) = correction.moments, logits.shape
     rows = HeadCalls((batch, kv_heads), interpret)

@@ -33,6 +33,7 @@ class Operands(NamedTuple):
         claims_before: see `choose_part`; None where parts are taken in order.
         store_scales, cache_scales_before: the scales of `StoredRows`; None for plain rows, and
             where there is no row cache.
+        products, deviations: as in `Pooled`; None without.
     """
 
     query: Any
@@ -53,6 +54,8 @@ class Operands(NamedTuple):
     claims_before: Any
     store_scales: Any
     cache_scales_before: Any
+    products: Any
+    deviations: Any
 
 
 class Results(NamedTuple):

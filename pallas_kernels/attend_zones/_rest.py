@@ -68,7 +68,7 @@ def what_remains(
         layer: which layer.
         scale: multiplies every product.
     """
-    logits, value_means, offsets, remaining, correction = estimate
+    logits, value_means, offsets, remaining, correction, _ = estimate
     assert correction is not None
     group, head_dim = query.shape[2:]
     sizes = jnp.diff(offsets[layer], axis=-1)

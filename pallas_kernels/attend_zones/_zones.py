@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import backend as plt
+from pallas_kernels.attend_zones import _pooled_program as pooled
 from pallas_kernels.attend_zones._program import ProgramOfRow, State
 from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.toolbox import launch
@@ -151,15 +152,20 @@ class Program(ProgramOfRow):
                 ends = jnp.maximum(ends, jnp.where(count > 0, at + 1, 0))
             return peaks, ends
 
+        # On their way while the greatest logit is looked for.
+        shape = pooled.PooledShape(self) if refs.deviations is not None else None
         output, _, masses = self.start(size)
         start = jnp.full(masses.shape, MASKED, jnp.float32), jnp.zeros((size,), jnp.int32)
         most = pl.cdiv(pl.cdiv(room, size), splits)
         peaks, ends = lax.fori_loop(0, pl.cdiv(most, LOGIT_TILES), look, start)
-        # One more than the peak: half of a count, 65536 at most, is what float16 holds.
-        peak, end = jnp.max(peaks, axis=1) + 1, jnp.max(ends)
+        # One more than the peak: half of a count, 65536 at most, is what float16 holds. To second
+        # order a mass is up to thrice as much.
+        peak, end = jnp.max(peaks, axis=1) + (1 if shape is None else 3), jnp.max(ends)
+        if shape is not None:
+            shape.measure()
 
-        def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            output, masses = carry
+        def step(i: Array, carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+            output, masses, along = carry
             at = places(i)
             low = plt.load(refs.offsets.at[*self.row, at], mask=at < room, other=0)
             high = plt.load(refs.offsets.at[*self.row, at + 1], mask=at < room, other=0)
@@ -169,11 +175,20 @@ class Program(ProgramOfRow):
                 mask=self.of_rows(at < end),
                 other=0,
             )
-            weights = jnp.exp2(exponents - peak[:, None]) * count.astype(jnp.float32)[None, :]
-            return output + launch.dot(weights.astype(means.dtype), means), masses + weights
+            exponents -= peak[:, None]
+            if shape is None:
+                weights = jnp.exp2(exponents) * count.astype(jnp.float32)[None, :]
+            else:
+                deviations = shape.load(at, at < end)
+                weights, more = shape.weigh(exponents, deviations, high - low, count)
+                along += more
+            return output + launch.dot(weights.astype(means.dtype), means), masses + weights, along
 
         steps = _trips(split, splits, pl.cdiv(end, size))
-        output, masses = lax.fori_loop(0, steps, step, (output, masses))
+        along = None if shape is None else jnp.zeros(masses.shape, jnp.float32)
+        output, masses, along = lax.fori_loop(0, steps, step, (output, masses, along))
+        if shape is not None:
+            output = shape.add(output, along)
         self.finish((output, peak, masses))
 
     def steady(self, split: Array) -> None:

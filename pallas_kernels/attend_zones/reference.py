@@ -6,6 +6,7 @@ from jax import Array, lax
 
 from pallas_kernels import _compat
 from pallas_kernels.attend_zones._bounds import zone_bounds
+from pallas_kernels.attend_zones._pooled import attend_pooled
 from pallas_kernels.attend_zones._rest import attend_rest, what_remains
 from pallas_kernels.numerics import is_masked, log_count, log_sum_exp
 from pallas_kernels.rounding import dequantise
@@ -139,6 +140,8 @@ def attend_zones(
 
     if correction is None:
         rest, estimated = None, attend_clusters(estimate, layer)
+        if estimate.pooled is not None:
+            estimated = attend_pooled(query, estimate, layer, scale=scale)
     else:
         rest = what_remains(query, numbers, tokens != NO_ID, estimate, layer, scale=scale)
         estimated = attend_rest(rest, correction, layer)
@@ -147,10 +150,9 @@ def attend_zones(
     outputs = jnp.stack([output for output, _ in parts])
     logsumexps = jnp.stack([logsumexp for _, logsumexp in parts])
     zones = ZoneStates(outputs, logsumexps, cache)
-    if rest is None or correction is None:
-        return zones
-    zones = zones._replace(estimated=jnp.array([False, False, True]))
-    if correction.spread is None:
+    if correction is not None or estimate.pooled is not None:
+        zones = zones._replace(estimated=jnp.array([False, False, True]))
+    if rest is None or correction is None or correction.spread is None:
         return zones
     given = query, numbers, tokens != NO_ID, rest, estimate
     certain = zone_bounds(*given, (outputs, logsumexps), layer, scale=scale)
@@ -168,7 +170,7 @@ def admit(cache: Rows, rows: Rows, layer: Array | int, slots: Array) -> Rows:
 
 def attend_clusters(estimate: Estimate, layer: Array | int) -> tuple[Array, Array]:
     """Attends to what remains of the clusters by their means alone."""
-    logits, value_means, offsets, remaining, _ = estimate
+    logits, value_means, offsets, remaining, *_ = estimate
     remaining = jnp.minimum(remaining, jnp.diff(offsets[layer], axis=-1))
     # A cluster without any may hold anything, NaN included.
     means = jnp.where((remaining > 0)[..., None], value_means[layer], 0)

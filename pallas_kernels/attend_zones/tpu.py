@@ -60,9 +60,11 @@ def attend_zones(
             "attend_zones: rows in 8 bits; the TPU's kernel wants them in the query's dtype"
         )
     store, cache = (held.data for held in rows)
-    logits, value_means, offsets, remaining, correction = estimate
-    if correction is not None:
-        raise NotImplementedError("attend_zones: there is no kernel for moments yet")
+    logits, value_means, offsets, remaining, correction, pooled = estimate
+    if correction is not None or pooled is not None:
+        raise NotImplementedError(
+            "attend_zones: there is no kernel for moments and covariances yet"
+        )
     mosaic.check_heads("attend_zones", group, head_dim, query.dtype, value_means.dtype)
     if cache.size or jax.typeof(store).memory_space == jax.memory.Space.Host:
         raise NotImplementedError(

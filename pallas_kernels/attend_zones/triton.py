@@ -51,7 +51,7 @@ def attend_zones(
     check_formats("attend_zones", rows)
     (store, store_scales), (cache_rows, cache_scales) = rows
     tokens, slots, hit = picks
-    logits, value_means, offsets, remaining, correction = estimate
+    logits, value_means, offsets, remaining, correction, pooled = estimate
     if correction is not None:
         if correction.spread is not None:
             raise NotImplementedError("attend_zones: there is no kernel for bounds yet")
@@ -127,6 +127,8 @@ def attend_zones(
         jnp.zeros(missed + 1, jnp.int32) if choosing else None,
         store_scales,
         cache_scales if cached else None,
+        None if pooled is None else pooled.products,
+        None if pooled is None else pooled.deviations,
     )
     results = Results(
         jax.ShapeDtypeStruct((parts + rest_parts, *query.shape), jnp.float32),
@@ -161,7 +163,11 @@ def attend_zones(
     )
     cache = Rows(found.cache, found.cache_scales) if cached else rows.cache
     if rest_config is None:
-        return ZoneStates(found.outputs, found.logsumexps, cache)
+        if pooled is None:
+            return ZoneStates(found.outputs, found.logsumexps, cache)
+        part = jnp.arange(parts) - config.missed_splits - config.hit_splits
+        estimated = (part >= 0) & (part < config.estimated_splits)
+        return ZoneStates(found.outputs, found.logsumexps, cache, estimated=estimated)
     outputs, logsumexps = attend_corrected(
         *(found.outputs, found.logsumexps, found.exponents, query, rows._replace(cache=cache)),
         *(picks, estimate, layer),

@@ -19,6 +19,7 @@ def score_clusters(
     directions: Float[Array, "layers batch kv_heads clusters rank head_dim"]
     | Int[Array, "layers batch kv_heads clusters rank head_dim"]
     | None = None,
+    covariance: Float[Array, "layers batch kv_heads 2 head_dim head_dim"] | None = None,
     implementation: Implementation | None = None,
 ) -> ClusterScores:
     """Scores every cluster's centroid for every query head (RetroInfer, section 4.2).
@@ -33,6 +34,7 @@ def score_clusters(
         rotated: rotate the query too, as `score_tokens` wants it. On a GPU that takes no time of
             its own: programs of the same kernel do it beside the others.
         directions: of the clusters' moments, to multiply the query with too; None without.
+        covariance: two matrices of each head, likewise; of the centroids' dtype.
         implementation: see `pallas_kernels.dispatch.call`.
     """
     return dispatch.call(
@@ -51,4 +53,5 @@ def score_clusters(
         scale=scale,
         rotated=rotated,
         directions=directions,
+        covariance=covariance,
     )

@@ -161,6 +161,7 @@ def score_clusters(
     scale: float,
     rotated: bool = False,
     directions: Array | None = None,
+    covariance: Array | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> ClusterScores:
@@ -168,10 +169,13 @@ def score_clusters(
 
     Raises:
         NotImplementedError: for head dims, groups, dtypes and GPUs that the kernel is not made for,
-            room for less than 64 clusters or no multiple of 8 of them, and directions.
+            room for less than 64 clusters or no multiple of 8 of them, directions and a
+            covariance.
     """
-    if directions is not None:
-        raise NotImplementedError("score_clusters: there is no Mosaic GPU kernel for moments")
+    if directions is not None or covariance is not None:
+        raise NotImplementedError(
+            "score_clusters: there is no Mosaic GPU kernel for moments and covariances"
+        )
     batch, kv_heads, group, head_dim = query.shape
     layers, clusters, rows = centroids.shape[0], centroids.shape[3], batch * kv_heads
     toolbox.check("score_clusters", group, head_dim, query.dtype, centroids.dtype)

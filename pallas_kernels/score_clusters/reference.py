@@ -17,6 +17,7 @@ def score_clusters(
     scale: float,
     rotated: bool = False,
     directions: Array | None = None,
+    covariance: Array | None = None,
 ) -> ClusterScores:
     """See `pallas_kernels.score_clusters`."""
     sizes = jnp.diff(offsets[layer], axis=-1)[:, :, None, :]
@@ -32,4 +33,9 @@ def score_clusters(
             query.astype(jnp.float32),
             directions[layer].astype(jnp.float32),
         )
-    return ClusterScores(logits, logsumexp, rotate(query) if rotated else None, products)
+    pooled = None
+    if covariance is not None:
+        pooled = scale * jnp.einsum(
+            "bhgd,bhked->bhgke", query, covariance[layer], preferred_element_type=jnp.float32
+        )
+    return ClusterScores(logits, logsumexp, rotate(query) if rotated else None, products, pooled)

@@ -84,6 +84,7 @@ def score_clusters(
     scale: float,
     rotated: bool = False,
     directions: Array | None = None,
+    covariance: Array | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> ClusterScores:
@@ -91,10 +92,12 @@ def score_clusters(
 
     Raises:
         NotImplementedError: for head dims, groups and dtypes that the kernel is not made for, for
-            no clusters, and for directions.
+            no clusters, and for directions and a covariance.
     """
-    if directions is not None:
-        raise NotImplementedError("score_clusters: there is no kernel for moments yet")
+    if directions is not None or covariance is not None:
+        raise NotImplementedError(
+            "score_clusters: there is no kernel for moments and covariances yet"
+        )
     batch, kv_heads, group, head_dim = query.shape
     clusters = centroids.shape[3]
     mosaic.check_heads("score_clusters", group, head_dim, query.dtype, centroids.dtype)

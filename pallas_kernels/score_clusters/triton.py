@@ -1,11 +1,10 @@
 """`score_clusters` as a Triton kernel: one program scores a run of a row's clusters.
 
-With directions other programs of the same launch multiply the query with a run of them. A cluster's
-directions lie side by side, so a run of them is a matrix as centroids are, and its products are one
-piece of memory.
+With directions, or a covariance, other programs of the same launch multiply the query with a run of
+them. A cluster's directions lie side by side, so a run of them is a matrix as centroids are, and
+its products are one piece of memory.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -18,36 +17,13 @@ from pallas_kernels import backend as plt
 from pallas_kernels import tuning
 from pallas_kernels.encode_tokens.reference import rotate
 from pallas_kernels.numerics import log_sum_exp, log_total
+from pallas_kernels.score_clusters._config import Config, heuristic, of_covariance
+from pallas_kernels.score_clusters._products import load_query, multiply_vectors, product_dtype
 from pallas_kernels.score_tokens._query import packed_shapes, rotate_and_pack, rotations
 from pallas_kernels.toolbox import launch
 from pallas_kernels.types import MASKED, ClusterScores, PackedQuery
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the work is cut.
-
-    Attributes:
-        block: clusters scored at once.
-        blocks: how many times one program does so.
-        num_warps, num_stages: see Triton.
-    """
-
-    block: int = 128
-    blocks: int = 1
-    num_warps: int = 4
-    num_stages: int = 3
-
-
-def heuristic(rows: int, clusters: int, head_dim: int, dtype: str) -> Config:
-    """Choose a config for shapes that were not tuned."""
-    block = 128 if head_dim <= 128 else 64
-    if dtype == "float32":
-        # Its products are made one by one, in registers.
-        block //= 4
-    block = min(block, launch.tile(clusters, launch.DOT_TILE))
-    # Where there are programs enough, each loads its next block while it works on one.
-    return Config(block, blocks=2 if rows * clusters >= 1024 * block else 1)
+__all__ = ["Config", "heuristic", "score_clusters"]
 
 
 def _kernel(
@@ -57,15 +33,17 @@ def _kernel(
     layer_ref: Any,
     rotations_ref: Any,
     directions_ref: Any,
+    covariance_ref: Any,
     logits_ref: Any,
     partial_ref: Any,
     packed: PackedQuery | None,
     products_ref: Any,
+    pooled_ref: Any,
     *,
     scale: float,
     config: Config,
 ) -> None:
-    """Scores a run of clusters or directions; or rotates and packs the query, where asked for."""
+    """Scores a run of clusters or other vectors; or rotates and packs the query, if asked to."""
     kv_heads = query_ref.shape[1]
     part, row = pl.program_id(0), pl.program_id(1)
 
@@ -81,17 +59,25 @@ def _kernel(
             at = row // kv_heads, row % kv_heads
             rotate_and_pack(query_ref, rotations_ref, packed, *at, scale=scale)
 
+    kinds: list[tuple[Any, Any]] = [(partial_ref.shape[3], score)]
+    for refs, cut in (
+        ((directions_ref, offsets_ref, products_ref), config),
+        ((covariance_ref, None, pooled_ref), of_covariance(config)),
+    ):
+        if refs[0] is not None:
+            vectors, known, into = refs
+            given = query_ref, vectors, known, layer_ref, into
+            multiply = functools.partial(multiply_vectors, *given, row=row, scale=scale, config=cut)
+            runs = pl.cdiv(vectors.shape[3], cut.block * cut.blocks)
+            kinds.append((runs, lambda part, multiply=multiply: multiply(part=part)))
     first = 0 if packed is None else 1
-    if products_ref is not None:
-        end = first + partial_ref.shape[3]
-        refs = query_ref, directions_ref, offsets_ref, layer_ref, products_ref
-        multiply = functools.partial(_multiply, *refs, row=row, scale=scale, config=config)
-        pl.when(part >= end)(lambda: multiply(part=part - end))
-        pl.when((part >= first) & (part < end))(lambda: score(part - first))
-    elif packed is not None:
-        pl.when(part > 0)(lambda: score(part - 1))
-    else:
+    if not first and len(kinds) == 1:
         score(part)
+        return
+    for count, kind in kinds:
+        inside = (part >= first) & (part < first + count)
+        pl.when(inside)(functools.partial(kind, part - first))
+        first += count
 
 
 def _score(
@@ -111,7 +97,7 @@ def _score(
     _, kv_heads, group, _ = query_ref.shape
     clusters = centroids_ref.shape[3]
     b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
-    g, dim, in_dim, query = _load_query(query_ref, b, h)
+    g, dim, in_dim, query = load_query(query_ref, b, h)
     end = plt.load(offsets_ref.at[layer, b, h, jnp.int32(clusters)])
 
     def visit(i: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -145,65 +131,6 @@ def _score(
     plt.store(partial_ref.at[b, h, row_g, part], log_total(peak, total), mask=row_g < group)
 
 
-def _load_query(query_ref: Any, b: Any, h: Any) -> tuple[Any, Any, Any, Any]:
-    """Load a row's queries `[g, dim]`: g, dim, which dims there are, and the queries."""
-    _, _, group, head_dim = query_ref.shape
-    g = jnp.arange(launch.DOT_TILE)[:, None]
-    dim = jnp.arange(launch.tile(head_dim))
-    in_dim = dim < head_dim
-    query = plt.load(
-        query_ref.at[b, h, g, dim[None, :]],
-        mask=(g < group) & in_dim[None, :],
-        other=0,
-    )
-    return g, dim, in_dim, query
-
-
-def _multiply(
-    query_ref: Any,
-    directions_ref: Any,
-    offsets_ref: Any,
-    layer_ref: Any,
-    products_ref: Any,
-    *,
-    part: Any,
-    row: Any,
-    scale: float,
-    config: Config,
-) -> None:
-    """Multiplies the query with a run of a row's directions, those of a cluster side by side."""
-    _, kv_heads, group, _ = query_ref.shape
-    room, clusters = directions_ref.shape[3], offsets_ref.shape[3] - 1
-    b, h, layer = row // kv_heads, row % kv_heads, layer_ref[...]
-    g, dim, in_dim, query = _load_query(query_ref, b, h)
-    dtype = _product_dtype(query.dtype, directions_ref.dtype)
-    end = plt.load(offsets_ref.at[layer, b, h, jnp.int32(clusters)])
-
-    def visit(i: Any, carry: None) -> None:
-        n = (part * config.blocks + i) * config.block + jnp.arange(config.block)
-        exists = n < room
-        cluster = lax.div(n, jnp.int32(room // clusters))
-        begins = plt.load(offsets_ref.at[layer, b, h, cluster], mask=exists, other=0)
-        # Nothing is read of clusters past the last one in use.
-        in_use = exists & (begins < end)
-        directions = plt.load(
-            directions_ref.at[layer, b, h, n[:, None], dim[None, :]],
-            mask=in_use[:, None] & in_dim[None, :],
-            other=0,
-        )
-        products = scale * launch.dot(query.astype(dtype), directions.astype(dtype), (1, 1))
-        plt.store(
-            products_ref.at[b, h, g, n[None, :]], products, mask=(g < group) & exists[None, :]
-        )
-
-    lax.fori_loop(0, config.blocks, visit, None)
-
-
-def _product_dtype(query: Any, directions: Any) -> Any:
-    """Choose a dtype that holds both: int8 levels are whole numbers that every float holds."""
-    return query if directions == jnp.int8 else jnp.promote_types(query, directions)
-
-
 def _combine(partial_ref: Any, logsumexp_ref: Any) -> None:
     _, kv_heads, group, parts = partial_ref.shape
     at = launch.head_of(pl.program_id(0), kv_heads, group)
@@ -221,6 +148,7 @@ def score_clusters(
     scale: float,
     rotated: bool = False,
     directions: Array | None = None,
+    covariance: Array | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> ClusterScores:
@@ -237,9 +165,12 @@ def score_clusters(
     if directions is not None:
         launch.check_vectors("score_clusters", "directions", directions)
         rank = directions.shape[4]
-        widest = _product_dtype(centroids.dtype, directions.dtype)
+        widest = product_dtype(centroids.dtype, directions.dtype)
         more = {"rank": rank, "directions": directions.dtype.name}
         directions = directions.reshape(*directions.shape[:3], clusters * rank, head_dim)
+    if covariance is not None:
+        launch.check_vectors("score_clusters", "the covariance", covariance)
+        covariance = covariance.reshape(*covariance.shape[:3], 2 * head_dim, head_dim)
     config = config or tuning.config(
         "score_clusters",
         heuristic(rows, clusters, head_dim, jnp.dtype(widest).name),
@@ -251,22 +182,28 @@ def score_clusters(
     )
     parts = pl.cdiv(clusters, config.block * config.blocks)
     runs = pl.cdiv(clusters * rank, config.block * config.blocks)
+    if covariance is not None:
+        runs += pl.cdiv(2 * head_dim, of_covariance(config).block)
     heads = (batch, kv_heads, group)
     # As `score_tokens` multiplies codes: with float32 scales it takes the query as it is.
     floats = dtype == "float32" or query.dtype == jnp.float32
     packs = rotated and not floats and plt.takes_assembly()
-    logits, partial, packed, products = launch.call(
+    logits, partial, packed, products, pooled = launch.call(
         functools.partial(_kernel, scale=scale, config=config),
         (
             *(query.astype(centroids.dtype), centroids, offsets, launch.scalar(layer)),
             jnp.asarray(rotations(head_dim)) if packs else None,
             directions,
+            covariance,
         ),
         (
             jax.ShapeDtypeStruct((*heads, clusters), jnp.float32),
             jax.ShapeDtypeStruct((*heads, parts), jnp.float32),
             packed_shapes(*query.shape) if packs else None,
             jax.ShapeDtypeStruct((*heads, clusters * rank), jnp.float32) if rank else None,
+            None
+            if covariance is None
+            else jax.ShapeDtypeStruct((*heads, 2 * head_dim), jnp.float32),
         ),
         (packs + parts + runs, rows),
         name="score_clusters",
@@ -289,4 +226,6 @@ def score_clusters(
     )
     if products is not None:
         products = products.reshape(*heads, clusters, rank)
-    return ClusterScores(logits, logsumexp, turned, products)
+    if pooled is not None:
+        pooled = pooled.reshape(*heads, 2, head_dim)
+    return ClusterScores(logits, logsumexp, turned, products, pooled)

@@ -51,7 +51,9 @@ def speed(runs: Runs) -> str:
     line = "attention of one layer alone, batch 8, 131,072 tokens"
     rows.append([line, f"{full} us", f"{wave} us", times(full, wave)])
     head = ["a decode step", "full attention", "wave attention", "times as fast"]
-    return table(head, rows) + dated(runs, STEPS["H200"], INT8, TWO_ROWS, JOINED, MILLION, OPS["H200"])
+    return table(head, rows) + dated(
+        runs, STEPS["H200"], INT8, TWO_ROWS, JOINED, MILLION, OPS["H200"]
+    )
 
 
 def accuracy(runs: Runs) -> str:

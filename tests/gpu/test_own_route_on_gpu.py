@@ -23,7 +23,7 @@ TESTS = {
     "test_step_on_gpu.py": "llama",
     "test_append_on_gpu.py": "test_append_rows",
     "test_dense_on_gpu.py": "llama and bfloat16",
-    "test_moments_on_gpu.py": "int8",
+    "test_moments_on_gpu.py": "int8 and (llama or qwen-float16)",
     "test_index_on_gpu.py": "bfloat16",
 }
 

@@ -44,14 +44,16 @@ def test_the_benchmark_reports_every_section(tmp_path):
     assert "targets met" in done.stdout
 
 
-@pytest.mark.parametrize("op", ["score_tokens", "step"])
+@pytest.mark.parametrize("op", ["score_tokens", "step", "step-pooled"])
 def test_each_call_of_a_chain_has_a_query_of_its_own(op, monkeypatch):
     """Else XLA rotates and packs it once for all calls, which a model does in each layer."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from op_cases import StepBench, by_api
+    from step_case import step_case
 
     bench = StepBench(SHAPES["tiny"], by_api("xla"), layers=2)
-    case = bench.step() if op == "step" else bench.case(op)
+    steps = {"step": False, "step-pooled": True}
+    case = step_case(bench, pooled=steps[op]) if op in steps else bench.case(op)
     jaxpr = jax.make_jaxpr(case.call)(case.links[0], case.operands, case.state).jaxpr
     layer, query = jaxpr.invars[:2]
     [reader] = [eqn for eqn in jaxpr.eqns if any(x is query for x in eqn.invars)]

@@ -31,6 +31,7 @@ ATTENTIONS = {
         moment_dtype="int8",
     ),
     "device": _wave(tolerance=0.1, exact_fallback=True, reach=2.0, moment_rank=1, bounds=True),
+    "pooled": _wave(pooled_covariance=True),
     "full-int8": DenseAttention(row_dtype="int8"),
 }
 ON_THE_HOST = {"host"}

@@ -23,6 +23,7 @@ from pallas_kernels.types import (
     Correction,
     IndexedTokens,
     Moments,
+    Pooled,
     RankedTokens,
     Reach,
     Rows,
@@ -150,6 +151,16 @@ def _selection(heads: Heads) -> dict[str, Any]:
             ),
             {"score_clusters", "combine_logsumexps"},
         ),
+        "score_clusters-covariance": (
+            lambda *a: score_clusters.score_clusters(
+                *a[:-1], scale=0.1, rotated=True, covariance=a[-1]
+            ),
+            (
+                *(query, centroids, offsets, layer),
+                _of(LAYERS, *row, 2, heads.head_dim, heads.head_dim, dtype=heads.dtype),
+            ),
+            {"score_clusters", "combine_logsumexps"},
+        ),
         "score_tokens": (score, of_tokens(turned), {"score_tokens"}),
         "score_tokens-no-codes": (
             score,
@@ -237,6 +248,10 @@ def _attention(heads: Heads) -> dict[str, Any]:
         moments = moments_of(clusters, rank, d, dtype)
         return arrays | {"correction": Correction(moments, products, arrays["tokens"])}
 
+    def with_pooled(arrays: Any) -> Any:
+        products = _of(*query.shape[:3], 2, d, dtype=jnp.float32)
+        return arrays | {"pooled": Pooled(products, _of(*clusters, dtype=dtype))}
+
     corrected = {"attend_zones", "find_runs", "find_remains", "attend_corrected"}
     # No float16 holds weights times scales.
     scaled = {} if dtype == "float16" else {
@@ -264,6 +279,7 @@ def _attention(heads: Heads) -> dict[str, Any]:
         "attend_zones-host": (
             functools.partial(attend, host=True), (small, layer), {"attend_zones"}
         ),
+        "attend_zones-pooled": (attend, (with_pooled(no_slots), layer), {"attend_zones"}),
         "attend_zones-moments": (attend, (with_moments(no_slots, 2, dtype), layer), corrected),
         "attend_zones-moments-host": (
             functools.partial(attend, host=True),

@@ -72,6 +72,7 @@ def test_every_field_is_checked_and_explained():
     checked |= {"moment_rank", "moment_dtype", "row_dtype", "bounds"}
     checked |= {"delta", "tolerance_draws", "tolerance_cap", "exact_fallback"}  # test_tolerance.py
     checked |= {"reach"}  # test_reach.py
+    checked |= {"pooled_covariance"}  # test_covariance.py
     assert checked == {field.name for field in dataclasses.fields(WaveConfig)}
     assert all(field.metadata["help"] for field in dataclasses.fields(WaveConfig))
 

@@ -15,6 +15,7 @@ from pallas_kernels.types import (
     ClusterScores,
     Correction,
     Estimate,
+    Pooled,
     Reach,
     Retrieved,
     RowTable,
@@ -50,6 +51,7 @@ def score_clusters(
         scale=scale,
         rotated=coded,
         directions=directions,
+        covariance=index.covariance,
     )
 
 
@@ -100,7 +102,7 @@ def select_clusters(
     Arguments as of `score_tokens`.
     """
     reach = None
-    if index.deviations is not None:
+    if config.reach and index.deviations is not None:
         length = jnp.linalg.norm(query.astype(jnp.float32), axis=-1)
         reach = Reach(config.reach * scale * length, index.deviations)
     return ops.select_clusters(
@@ -253,12 +255,12 @@ def selection_of(
         layer: int32, which layer.
     """
     estimated = to_estimate(config, scores, retrieved, index, layer)
-    more = scores.products, retrieved.clusters
+    more = scores.products, retrieved.clusters, scores.pooled
     return Selection(query, *retrieved[:3], scores.logits, estimated, *more)
 
 
 def estimate_of(selection: Selection, index: WaveIndex) -> Estimate:
-    """Make what `attend_zones` estimates, with a correction where the index has moments.
+    """Make what `attend_zones` estimates, with a correction where the index has one.
 
     Args:
         selection: of the step.
@@ -269,8 +271,12 @@ def estimate_of(selection: Selection, index: WaveIndex) -> Estimate:
         assert selection.products is not None
         assert selection.clusters is not None
         correction = Correction(index.moments, selection.products, selection.clusters, index.spread)
+    pooled = None
+    if selection.pooled is not None:
+        assert index.deviations is not None
+        pooled = Pooled(selection.pooled, index.deviations)
     return Estimate(
-        selection.logits, index.value_means, index.offsets, selection.estimated, correction
+        selection.logits, index.value_means, index.offsets, selection.estimated, correction, pooled
     )
 
 

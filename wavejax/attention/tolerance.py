@@ -183,7 +183,7 @@ def bound_error(
     """
     merged = ops.merge_states(zones.outputs, zones.logsumexps)
     known = jnp.zeros_like(merged[0])
-    if state.index.moments is not None:
+    if state.index.moments is not None or state.index.covariance is not None:
         # By means alone the sum would be another.
         assert zones.estimated is not None
         estimated = zones.estimated[:, None, None, None]

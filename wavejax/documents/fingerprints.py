@@ -25,7 +25,7 @@ _FREE_OF_MODEL = ("max_context", "stop_token_ids", "bos_token_id", "sliding_wind
 # Of wave attention's settings, what nothing that is kept depends on.
 _FREE_SETTINGS = (*DECODE_SETTINGS, "cache_fraction", "audit", "tolerance")
 # Settings that documents kept before them do not name, and what they were then.
-_ADDED = {"row_dtype": "model", "reach": 0.0}
+_ADDED = {"row_dtype": "model", "reach": 0.0, "pooled_covariance": False}
 _PROBE = 'The "naïve" fox\'s 12,345 cafés:\n\n\t漢字 -- x_1 = 0.5;  done!'
 
 

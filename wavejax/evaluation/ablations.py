@@ -78,8 +78,9 @@ class AblatedAttention(WaveAttention):
             raise InputError(f"group_by is {self.group_by!r}; it must be sum or max")
         if self.store != "device" or not self.config.token_codes:
             raise InputError("an ablation of the codes needs token_codes, and rows on the device")
-        if self.corrected and self.config.moment_rank:
-            raise InputError("`corrected` and `moment_rank` are two corrections; give one of them")
+        for name in ("moment_rank", "pooled_covariance"):
+            if self.corrected and getattr(self.config, name):
+                raise InputError(f"`corrected` and `{name}` are two corrections; give one of them")
         if self.config.min_token_mass:
             raise InputError("an ablation of the codes has no min_token_mass; leave it at 0")
 

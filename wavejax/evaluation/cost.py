@@ -27,7 +27,7 @@ class StepBytes:
 
     Attributes:
         clusters: centroids, edges and deviations; of Quest the least and greatest keys of pages.
-        moments: of the clusters; with bounds their spread too.
+        moments: of the clusters; with bounds their spread too; or a head's covariance.
         codes: of the candidates, with scales, and the ids of the tokens retrieved.
         means: mean values of the clusters that are estimated.
         rows: keys and values of the tokens retrieved; of full attention, all of them.
@@ -125,6 +125,7 @@ def wave_step_bytes(
         directions, *others = index.moments
         vectors = clusters * _entry(directions)
         vectors += estimated * sum(map(_entry, (*others, *(index.spread or ()))))
+    vectors += _of_head(index.covariance)
     return StepBytes(
         clusters=clusters * sum(map(_entry, (index.centroids, index.offsets, index.deviations))),
         moments=vectors,
@@ -148,7 +149,10 @@ def index_bytes(index: WaveIndex, tokens: int, clusters: float) -> float:
     by_cluster = (index.centroids, index.value_means, index.offsets, index.deviations)
     by_cluster += (*(index.moments or ()), *(index.spread or ()))
     of_token = sum(map(_entry, (index.codes, index.scales, index.token_ids)))
-    return sum(map(_entry, by_cluster)) * clusters / tokens + of_token if tokens else 0.0
+    if not tokens:
+        return 0.0
+    of_head = sum(map(_entry, by_cluster)) * clusters + _of_head(index.covariance)
+    return of_head / tokens + of_token
 
 
 def clusters_asked_for(config: WaveConfig, tokens: int) -> int:
@@ -185,6 +189,11 @@ def _sparse(attention: SparseAttention, row: int, prompt_tokens: int) -> tuple[S
     read = min(-(-retrieved // PAGE_TOKENS) * PAGE_TOKENS, tokens)
     step = StepBytes(clusters=row * pages, rows=row * read, steady=steady)
     return step, row * pages / tokens if tokens else 0.0
+
+
+def _of_head(array: Any) -> int:
+    """Return the bytes of what one layer and kv head of a sequence has; 0 for None."""
+    return 0 if array is None else math.prod(array.shape[3:]) * array.dtype.itemsize
 
 
 def _entry(array: Any) -> int:

@@ -23,7 +23,7 @@ def init_deviations(
         clusters: `(layers, batch, kv_heads, clusters)`.
         dtype: the model's.
     """
-    return jnp.zeros(clusters, dtype) if config.reach else None
+    return jnp.zeros(clusters, dtype) if config.reach or config.pooled_covariance else None
 
 
 def put_deviations(

@@ -15,6 +15,7 @@ from pallas_kernels.encode_tokens import rotation
 from pallas_kernels.types import NO_ID, Moments, Spread
 from wavejax._pytree import state
 from wavejax.config import WaveConfig
+from wavejax.store.covariance import init_covariance, put_covariance
 from wavejax.store.deviations import init_deviations, put_deviations
 from wavejax.store.moments import (
     MOMENT_AXES,
@@ -48,7 +49,9 @@ class WaveIndex:
         codes: `[layers, batch, kv_heads, tokens, ceil(head_dim / 32)]` uint32, by index
             place; None without token codes, like `scales`.
         scales: `[layers, batch, kv_heads, tokens]`, the codes' scales, by index place.
-        deviations: `[layers, batch, kv_heads, clusters]`, of `Reach`; None without.
+        deviations: `[layers, batch, kv_heads, clusters]`, of `Reach` and `Pooled`; None without.
+        covariance: `[layers, batch, kv_heads, 2, head_dim, head_dim]`, the two matrices of
+            `Pooled`, of the first segment's members; None without.
         token_ids: `[layers, batch, kv_heads, tokens]` uint16, the store row at each index place,
             counted from its segment's first one.
         tokens: `[batch]` int32, tokens in the index.
@@ -65,6 +68,7 @@ class WaveIndex:
     codes: Array | None
     scales: Array | None
     deviations: Array | None
+    covariance: Array | None
     token_ids: Array
     tokens: Array
     prompt_tokens: Array
@@ -80,6 +84,7 @@ class WaveIndex:
         "codes": (*STACK, "tokens", "code_words"),
         "scales": (*STACK, "tokens"),
         "deviations": (*STACK, "clusters"),
+        "covariance": (*STACK, "key_value", "vectors", "head_dim"),
         "token_ids": (*STACK, "tokens"),
         "tokens": ("sequences",),
         "prompt_tokens": ("sequences",),
@@ -120,6 +125,7 @@ def init_index(
         codes=jnp.zeros((*stack, tokens, words), jnp.uint32) if coded else None,
         scales=jnp.zeros((*stack, tokens), dtype) if coded else None,
         deviations=init_deviations(config, (*stack, clusters), dtype),
+        covariance=init_covariance(config, stack, head_dim, dtype),
         token_ids=jnp.zeros((*stack, tokens), jnp.uint16),
         tokens=jnp.zeros(batch, jnp.int32),
         prompt_tokens=jnp.zeros(batch, jnp.int32),
@@ -261,6 +267,7 @@ def append_segments(
         return _write(stack, whole, layer, sequence, start)
 
     codes, scales, deviations = index.codes, index.scales, index.deviations
+    covariance = index.covariance
     if codes is not None and scales is not None:
         place = jnp.arange(keys.shape[2])
         # Unrolled: on a GPU a loop's rounds cost more than the search.
@@ -273,6 +280,17 @@ def append_segments(
         coded = ops.encode_tokens(ordered, own, jnp.asarray(rotation(keys.shape[-1])))
         codes, scales = write(codes, coded.codes), write(scales, coded.scales)
         deviations = put_deviations(deviations, coded.scales, cluster, clusters.offsets, at)
+        # Of the first segment alone: so it stays where segments grow, or are cut off.
+        ordered_values = jnp.take_along_axis(values[0], clusters.order[0][..., None], axis=1)
+        means = jnp.take_along_axis(clusters.value_means[0], cluster[0][..., None], axis=1)
+        covariance = put_covariance(
+            covariance,
+            ordered[0].astype(jnp.float32) - own[0].astype(jnp.float32),
+            ordered_values.astype(jnp.float32) - means,
+            place < clusters.offsets[0][:, -1:],
+            (layer, sequence),
+            new=(jnp.asarray(start) == 0),
+        )
     return dataclasses.replace(
         index,
         centroids=centroids,
@@ -282,6 +300,7 @@ def append_segments(
         codes=codes,
         scales=scales,
         deviations=deviations,
+        covariance=covariance,
         token_ids=write(index.token_ids, clusters.order),
         moments=put_moments(index.moments, keys, values, clusters, at),
         spread=put_spread(index.spread, keys, values, clusters, at),

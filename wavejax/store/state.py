@@ -53,6 +53,7 @@ class Selection(NamedTuple):
         estimated: `[batch, kv_heads, clusters]` int32, members of each cluster to estimate.
         products, clusters: of the moments' directions and of `tokens`, as in
             `pallas_kernels.Correction`; None without moments.
+        pooled: as in `pallas_kernels.ClusterScores`; None without a covariance.
     """
 
     query: Array
@@ -63,3 +64,4 @@ class Selection(NamedTuple):
     estimated: Array
     products: Array | None = None
     clusters: Array | None = None
+    pooled: Array | None = None

@@ -61,11 +61,11 @@ def with_tolerance(tolerance, store="device", **changes):
     return WaveAttention(dataclasses.replace(CONFIG, tolerance=tolerance, **changes), store)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_errors_are_within_it(stream, full, rank):
+@pytest.mark.parametrize("better", [{}, {"moment_rank": 2}, {"pooled_covariance": True}])
+def test_errors_are_within_it(stream, full, better):
     """Of heads that say so all but delta are; that more tokens are retrieved brings more within."""
     plain = errors(run(WaveAttention(CONFIG, "device"), stream)[0], full)
-    attention = with_tolerance(0.2, moment_rank=rank)
+    attention = with_tolerance(0.2, **better)
     found, state = run(attention, stream)
     error, facts = errors(found, full), facts_of(attention, state)
     assert facts.more > 0.1

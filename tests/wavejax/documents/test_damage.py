@@ -200,6 +200,19 @@ def test_another_model_or_other_settings_are_named(tmp_path):
     check_fingerprints("d", kept, now)
 
 
+def test_what_was_kept_before_a_setting_was_there_goes_on():
+    """A document of an older version names no such settings: it has what was done then."""
+    kept = fingerprints(MODEL, make_params(), WaveAttention(CONFIG), weights="w")
+    for name in ("row_dtype", "reach", "pooled_covariance"):
+        del kept["settings"][name]
+    now = fingerprints(MODEL, make_params(), WaveAttention(CONFIG), weights="w")
+    check_fingerprints("d", kept, now)
+    other = dataclasses.replace(CONFIG, pooled_covariance=True)
+    now = fingerprints(MODEL, make_params(), WaveAttention(other), weights="w")
+    with pytest.raises(InputError, match="pooled_covariance is False there and True here"):
+        check_fingerprints("d", kept, now)
+
+
 def test_every_setting_is_compared_or_said_to_be_free():
     """A new field of `WaveConfig` counts as one that an index depends on, until it is listed."""
     kept = fingerprints(MODEL, make_params(), WaveAttention(CONFIG), weights="w")["settings"]

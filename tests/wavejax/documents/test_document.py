@@ -182,6 +182,9 @@ def test_all_of_an_index_is_kept_and_no_count_of_steps():
     audit = {"audit/errors", "audit/count", "audit/sequences"}
     assert left_out == audit | {"step", "attended", "index/growths"}
     assert {"index/moments/weight_scales", "index/deviations"} <= kept
+    config = dataclasses.replace(CONFIG, pooled_covariance=True)
+    state = WaveAttention(config, "device").init_state(shape, 2, 300, 10, "float32")
+    assert "index/covariance" in {part.name for part in arrays.parts_of(state)}
     assert {"store/rows/data", "steady/window"} <= kept
     assert not any(name.startswith("cache/") for name in kept)
 

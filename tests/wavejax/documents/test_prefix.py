@@ -108,7 +108,8 @@ def test_it_gives_what_the_whole_prompt_gives(name, tmp_path):
 @pytest.mark.slow(40)
 def test_a_cut_index_is_a_fresh_readings(tmp_path):
     """Clusters, codes, rows and window, number for number where the model ran on the same."""
-    generator, params = Generator(MODEL, WaveAttention(CONFIG, "device"), GREEDY), make_params()
+    config = dataclasses.replace(CONFIG, pooled_covariance=True)
+    generator, params = Generator(MODEL, WaveAttention(config, "device"), GREEDY), make_params()
     document = keep(tmp_path / "d", generator)
     state = document.start(generator, 10, params=params, prompts=[WHOLE[:301]])
     fresh = generator.start(params, [WHOLE[:300]], 10)
@@ -122,6 +123,8 @@ def test_a_cut_index_is_a_fresh_readings(tmp_path):
         used = clusters if "ce" in name or "me" in name else indexed
         one, other = (np.asarray(getattr(x.index, name))[:, :, :, :used] for x in (cut, whole))
         np.testing.assert_allclose(one, other, atol=1e-4, err_msg=name)
+    covariance = (np.asarray(x.index.covariance) for x in (cut, whole))
+    np.testing.assert_allclose(*covariance, atol=1e-3)
     rows = (np.asarray(x.store.rows.data)[:, :, :, :indexed] for x in (cut, whole))
     np.testing.assert_allclose(*rows, atol=1e-4)
     window = int(whole.steady.window_tokens[0])

@@ -42,12 +42,14 @@ def counts_of(on_device):
 
 
 ONE_SLOT = dataclasses.replace(CONFIG, cache_fraction=0.0)
-CHOOSY = dataclasses.replace(CONFIG, cache_fraction=0.02, admission_ratio=2.0)
+CHOOSY = dataclasses.replace(
+    CONFIG, cache_fraction=0.02, admission_ratio=2.0, pooled_covariance=True
+)
 
 
 @pytest.mark.slow(75)
 @pytest.mark.parametrize(
-    "config", [CONFIG, ONE_SLOT, CHOOSY], ids=["cache", "one slot", "rows worth reading"]
+    "config", [CONFIG, ONE_SLOT, CHOOSY], ids=["cache", "one slot", "rows worth reading, pooled"]
 )
 def test_a_ragged_batch_gets_the_tokens_that_rows_in_place_give(config):
     prompts = make_prompts(LENGTHS)

@@ -58,6 +58,8 @@ def used(config, model, stream):
         n = int(index.num_clusters[at])
         counts.append(n)
         found["clusters"] += bytes_of(index.centroids[at][:n], index.offsets[at][:n])
+        if index.covariance is not None:
+            found["moments"] += bytes_of(index.covariance[at])
         if index.deviations is not None:
             found["clusters"] += bytes_of(index.deviations[at][:n])
         some = np.asarray(selection.estimated[0, head]) > 0
@@ -86,6 +88,7 @@ def used(config, model, stream):
     [
         pytest.param({}, id="default"),
         pytest.param(MOMENTS, id="moments", marks=pytest.mark.slow),
+        pytest.param({"pooled_covariance": True}, id="pooled"),
         pytest.param({"row_dtype": "int8"}, id="int8", marks=pytest.mark.slow),
         pytest.param(PAPER, id="whole clusters", marks=pytest.mark.slow),
     ],
@@ -104,7 +107,7 @@ def test_bytes_are_those_of_the_arrays_that_a_step_uses(model, stream, settings)
     assert 0 <= more <= shape.layers * shape.kv_heads * config.max_cluster_size * code
     for part in ("means", "moments"):
         assert step[part] == pytest.approx(found[part] * shape.layers, rel=0.25), part
-    assert step["moments"] == 0 or "moment_rank" in settings
+    assert step["moments"] == 0 or {"moment_rank", "pooled_covariance"} & settings.keys()
     assert step["drawn"] == 0
     # The index itself: what finds tokens of one kv head.
     whole = [
@@ -118,6 +121,8 @@ def test_bytes_are_those_of_the_arrays_that_a_step_uses(model, stream, settings)
         )
         if array is not None
     ]
+    if state.index.covariance is not None:
+        whole += [state.index.covariance[0, 0]]
     tokens = int(state.index.tokens[0])
     whole += [
         array[0, 0, head][:tokens]

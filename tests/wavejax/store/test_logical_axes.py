@@ -18,6 +18,7 @@ CONFIG = WaveConfig(
     max_cluster_size=16, min_retrieved_tokens=1, cache_fraction=0.1,
 )  # fmt: skip
 WITHOUT_CODES = WaveConfig(**vars(CONFIG) | {"token_codes": False})
+POOLED = WaveConfig(**vars(CONFIG) | {"pooled_covariance": True})
 # What the names of a model's and its settings' sizes must be.
 SIZES = {
     "layers": 3, "sequences": 7, "kv_heads": 5, "head_dim": 96, "key_value": 2, "code_words": 3,
@@ -36,8 +37,9 @@ def state_of(attention):
         DenseAttention(row_dtype="int8"),
         WaveAttention(CONFIG, "host"),
         WaveAttention(WITHOUT_CODES, "host"),
+        WaveAttention(POOLED, "host"),
     ],
-    ids=["full", "full in int8", "wave", "without codes"],
+    ids=["full", "full in int8", "wave", "without codes", "pooled"],
 )
 def test_each_axis_has_a_name_of_one_size(attention):
     state = state_of(attention)
@@ -51,6 +53,8 @@ def test_each_axis_has_a_name_of_one_size(attention):
         assert len(set(spec)) == len(spec)
         for name, size in zip(spec, array.shape, strict=True):
             assert sizes.setdefault(name, size) == size, (jax.tree_util.keystr(path), name)
+    vectors = sizes.pop("vectors", None)  # of a square matrix
+    assert vectors == (96 if attention == WaveAttention(POOLED, "host") else None)
     # The sizes tell the names apart: none could stand for another unseen.
     assert len(set(sizes.values())) == len(sizes) - 1  # two numbers of code words, as layers
     if attention.has_index:
