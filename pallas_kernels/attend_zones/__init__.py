@@ -35,6 +35,9 @@ def attend_zones(
     the result has bounds: between which numbers each query head's estimated mass lies, and how far
     the merged output may be from full attention's.
 
+    With an estimate's `pooled` the third zone is that of `_pooled.attend_pooled`: to second order
+    too, by what all clusters of a head have in common. No row is read for it.
+
     NaN or infinity in what a query attends to makes its outputs NaN, or its logsumexps.
 
     Args:
@@ -50,7 +53,10 @@ def attend_zones(
 
     Raises:
         NotImplementedError: rows of two formats; or what `pallas_kernels.dispatch.call` raises.
+        ValueError: the estimate has two corrections.
     """
+    if estimate.correction is not None and estimate.pooled is not None:
+        raise ValueError("an estimate has `correction` or `pooled`, not both")
     return dispatch.call(
         "attend_zones",
         implementation,

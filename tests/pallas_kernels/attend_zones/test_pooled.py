@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels as ops
 from pallas_kernels.attend_zones import reference
 from pallas_kernels.attend_zones import triton as kernel
 from pallas_kernels.attend_zones._pooled import attend_pooled
@@ -15,7 +16,7 @@ from pallas_kernels.types import MASKED, Estimate, Pooled
 from tests.pallas_kernels.attend_zones.test_corrected import check
 from tests.pallas_kernels.attend_zones.test_kernel import QUICKLY, TILES, TOLERANCES
 from tests.support.pooled_cases import SCALE, by_loops, pooled_case
-from tests.support.rest_cases import BATCH, HEADS, LAYER, in_levels
+from tests.support.rest_cases import BATCH, HEADS, LAYER, in_levels, rest_case
 from tests.support.zone_operands import zone_operands
 
 SPLIT = kernel.Config(2, 2, 3, 1, **TILES)
@@ -91,6 +92,12 @@ def test_what_is_not_a_number_shows():
         expected = np.zeros_like(bad)
         expected[0, 1, 2] = True
         np.testing.assert_array_equal(bad, expected)
+
+
+def test_two_corrections_are_refused():
+    case = pooled_case(5, 3, 64) | {"correction": rest_case(5, 3, 64)["correction"]}
+    with pytest.raises(ValueError, match="`correction` or `pooled`"):
+        ops.attend_zones(*zone_operands(case), LAYER, scale=SCALE)
 
 
 def test_the_error_is_of_third_order_in_the_residuals():
