@@ -11,7 +11,7 @@ A decode step's ops, in their order:
   Which `IndexedTokens` they are tells the store's rows; `SelectionSettings` are static.
 - `attend_zones`: attention to the steady, retrieved and estimated tokens, `ZoneStates`. It takes
   `SteadyRows`, `StoredRows` (a store and a row cache of `Rows`), `Picks` and an `Estimate`, which a
-  `Correction` makes better.
+  `Correction` makes better, or what is `Pooled` of all clusters.
 - `merge_states`: attention over disjoint sets of tokens to attention over their union.
 - `attend_dense`: attention to all tokens, what the others together are compared with.
 

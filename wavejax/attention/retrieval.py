@@ -272,7 +272,8 @@ def estimate_of(selection: Selection, index: WaveIndex) -> Estimate:
         assert selection.clusters is not None
         correction = Correction(index.moments, selection.products, selection.clusters, index.spread)
     pooled = None
-    if selection.pooled is not None:
+    if index.covariance is not None:
+        assert selection.pooled is not None
         assert index.deviations is not None
         pooled = Pooled(selection.pooled, index.deviations)
     return Estimate(

@@ -52,9 +52,17 @@ def test_every_setting_has_a_flag(settings: type) -> None:
             assert option.secondary_opts == [f"--no-{flag[2:]}"]
 
 
-@pytest.mark.parametrize("kept", [("tolerance", "reach"), ("estimation_fraction", "token_codes")])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        ("tolerance", "reach", "pooled_covariance"),
+        ("estimation_fraction", "token_codes", "pooled_covariance"),
+        ("tolerance", "token_codes", "moment_rank", "bounds"),
+    ],
+    ids=",".join,
+)
 def test_flags_reach_attention_and_sampler(
-    generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch, kept: tuple[str, str]
+    generate: Generate, tiny: Path, monkeypatch: pytest.MonkeyPatch, kept: tuple[str, ...]
 ) -> None:
     """Every number one above its default, shares halved, the ratio doubled, every flag turned.
 
