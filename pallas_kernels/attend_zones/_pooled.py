@@ -53,7 +53,7 @@ def attend_pooled(
     # A cluster without any may hold anything, NaN included.
     deviations = jnp.where(keeps, pooled.deviations[layer], 0).astype(jnp.float32)[:, :, None]
     means = jnp.where(keeps[..., None], estimate.value_means[layer], 0).astype(jnp.float32)
-    sigma = deviations * logit_deviation(query, pooled.products, scale=scale)[..., None]
+    sigma = deviations * logit_deviation(query, pooled.products[..., 0, :], scale=scale)[..., None]
     share = share_of_moments(sizes, left)[:, :, None]
     gone = ((sizes - left) / jnp.maximum(left, 1)).astype(jnp.float32)[:, :, None]
     gone = jnp.minimum(gone, MOST_GONE)
@@ -68,14 +68,14 @@ def attend_pooled(
     return output + along[..., None] * pooled.products[..., 1, :], logsumexp
 
 
-def logit_deviation(query: Array, products: Array, *, scale: float) -> Array:
+def logit_deviation(query: Array, product: Array, *, scale: float) -> Array:
     """Find the standard deviation of logits in a cluster whose deviation is 1: sqrt(q'S q).
 
     Args:
         query: `[..., head_dim]`.
-        products: `[..., 2, head_dim]` float32, as of `Pooled`.
+        product: the same shape, float32, scale * S q.
         scale: multiplies the query.
     """
-    square = scale * jnp.sum(query.astype(jnp.float32) * products[..., 0, :], axis=-1)
+    square = scale * jnp.sum(query.astype(jnp.float32) * product, axis=-1)
     # Rounding may leave a little less than nothing. NaN stays.
     return jnp.sqrt(jnp.where(square < 0, 0.0, square))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import backend as plt
-from pallas_kernels.attend_zones._pooled import ABOVE, MOST_GONE
+from pallas_kernels.attend_zones._pooled import ABOVE, MOST_GONE, logit_deviation
 from pallas_kernels.attend_zones._rest import MOST_MASS
 from pallas_kernels.numerics import LOG2_E
 
@@ -21,10 +21,8 @@ class PooledShape:
 
     def measure(self) -> None:
         """Find the deviation of the query's logits where a cluster's is 1, `[g]`."""
-        square = self.program.scale * jnp.sum(self.query.astype(jnp.float32) * self.towards, axis=1)
-        # Rounding may leave a little less than nothing. NaN stays.
-        square = jnp.where(square < 0, 0.0, square)
-        self.length, self.half_square = jnp.sqrt(square), 0.5 * square
+        self.length = logit_deviation(self.query, self.towards, scale=self.program.scale)
+        self.half_square = 0.5 * self.length * self.length
 
     def load(self, clusters: Array, mask: Array) -> Array:
         """Load a tile's deviations `[n]`; what is masked is zero."""

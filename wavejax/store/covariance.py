@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from pallas_kernels.types import Clusters
 from wavejax.config import WaveConfig
 
 
@@ -26,11 +27,13 @@ def init_covariance(
 def put_covariance(
     covariance: Array | None,
     keys: Float[Array, "kv_heads tokens head_dim"],
+    centroids: Float[Array, "kv_heads tokens head_dim"],
     values: Float[Array, "kv_heads tokens head_dim"],
-    members: Bool[Array, "kv_heads tokens"],
+    own: Int[Array, "kv_heads tokens"],
+    clusters: Clusters,
     at: tuple[Array, Array],
     *,
-    new: Bool[Array, ""],
+    new: Bool[Array, ""] | bool,
 ) -> Array | None:
     """Find a segment's covariance and write it, if it is a sequence's first; None stays None.
 
@@ -39,14 +42,23 @@ def put_covariance(
 
     Args:
         covariance: the index's.
-        keys, values: residuals of the segment's, by index place, float32.
-        members: which places have a token.
+        keys: the segment's, by index place; anything past the last member, as of the next two.
+        centroids: each one's.
+        values: the segment's, in the text's order.
+        own: int32, the cluster at each index place.
+        clusters: of the segment.
         at: layer and sequence, int32.
         new: whether it is the first segment of the sequence.
     """
     if covariance is None:
         return None
-    keys, values = (jnp.where(members[..., None], x, 0) for x in (keys, values))
+    ordered = jnp.take_along_axis(values, clusters.order[..., None], axis=1)
+    means = jnp.take_along_axis(clusters.value_means, own[..., None], axis=1)
+    member = (jnp.arange(keys.shape[1]) < clusters.offsets[:, -1:])[..., None]
+    keys, values = (
+        jnp.where(member, x.astype(jnp.float32) - mean.astype(jnp.float32), 0)
+        for x, mean in ((keys, centroids), (ordered, means))
+    )
     # Products of residuals, which are small and of either sign, in float32.
     pair = [
         jnp.einsum("hti,htj->hij", x, keys, precision=lax.Precision.HIGHEST) for x in (keys, values)

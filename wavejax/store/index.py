@@ -281,16 +281,8 @@ def append_segments(
         codes, scales = write(codes, coded.codes), write(scales, coded.scales)
         deviations = put_deviations(deviations, coded.scales, cluster, clusters.offsets, at)
         # Of the first segment alone: so it stays where segments grow, or are cut off.
-        ordered_values = jnp.take_along_axis(values[0], clusters.order[0][..., None], axis=1)
-        means = jnp.take_along_axis(clusters.value_means[0], cluster[0][..., None], axis=1)
-        covariance = put_covariance(
-            covariance,
-            ordered[0].astype(jnp.float32) - own[0].astype(jnp.float32),
-            ordered_values.astype(jnp.float32) - means,
-            place < clusters.offsets[0][:, -1:],
-            (layer, sequence),
-            new=(jnp.asarray(start) == 0),
-        )
+        given = ordered[0], own[0], values[0], cluster[0], jax.tree.map(lambda x: x[0], clusters)
+        covariance = put_covariance(covariance, *given, (layer, sequence), new=start == 0)
     return dataclasses.replace(
         index,
         centroids=centroids,
